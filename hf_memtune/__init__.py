@@ -1,0 +1,41 @@
+"""hf_memtune: fine-tune transformers in a fraction of the memory, by changing one word.
+
+A *strategy* (token seeking) is applied to any transformers model through data about its *architecture*, driven by flat
+settings, and seen through one memory *ledger*. Names below load when first used: importing this package changes nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ConfigError": "errors",
+    "MemTuneError": "errors",
+    "StaleCacheError": "errors",
+    "TokenScoreError": "errors",
+    "UnsupportedModelError": "errors",
+    "TokenSeekingConfig": "config",
+    "SeekingContext": "core.scorers",
+    "register_scorer": "core.scorers",
+    "Selection": "core.selection",
+    "TokenSeeking": "strategies.token_seeking",
+    "LiveBytes": "memory",
+    "SavedBytes": "memory",
+    "MemEfficientMixin": "training.trainer",
+    "MemEfficientTrainer": "training.trainer",
+    "MemEfficientTrainingArguments": "training.arguments",
+    "MemoryCallback": "training.callbacks",
+    "TokenMapCallback": "training.callbacks",
+    "TokenSeekingCallback": "training.callbacks",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,186 @@
+"""Look at a model and say what it is made of. Nothing of the model is changed here."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto import modeling_auto
+
+from hf_memtune.architectures import tables
+from hf_memtune.errors import UnsupportedModelError
+
+
+class Task(Enum):
+    """What a head is trained for, and so which tokens carry the loss."""
+
+    CAUSAL_LM = "causal language modelling"
+    MASKED_LM = "masked language modelling"
+    SEQ2SEQ_LM = "sequence-to-sequence language modelling"
+    TOKEN_CLASSIFICATION = "token classification"
+    SEQUENCE_CLASSIFICATION = "sequence classification"
+    QUESTION_ANSWERING = "question answering"
+
+    @property
+    def loss_per_token(self) -> bool:
+        """Whether every token has a loss of its own, so that the loss can be taken at the kept tokens alone."""
+        return self not in (Task.SEQUENCE_CLASSIFICATION, Task.QUESTION_ANSWERING)
+
+
+_TASK_MAPPINGS = (
+    (Task.SEQ2SEQ_LM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    (Task.CAUSAL_LM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (Task.MASKED_LM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    (Task.TOKEN_CLASSIFICATION, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    (Task.SEQUENCE_CLASSIFICATION, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    (Task.QUESTION_ANSWERING, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of transformer layers. name: "decoder" (also of a model with one stack) or "encoder"."""
+
+    name: str
+    module: nn.Module
+    layers: nn.ModuleList
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model with a head, as the strategies see it.
+
+    head_model: the transformers model under any PEFT wrapper. base: its body, without the head. output_head: the plain
+    linear layer that makes logits, or None. position_rule: see tables.POSITION_RULES.
+    """
+
+    head_model: PreTrainedModel
+    base: PreTrainedModel
+    task: Task
+    stacks: dict[str, Stack]
+    output_head: nn.Linear | None
+    position_rule: str
+    position_modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return type(self.head_model).__name__
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return "encoder" in self.stacks
+
+    @property
+    def decoder(self) -> Stack:
+        return self.stacks["decoder"]
+
+    def configs(self) -> list:
+        """Every distinct config object that a module of the body reads its attention implementation from."""
+        found = {}
+        for module in self.head_model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and hasattr(config, "_attn_implementation"):
+                found[id(config)] = config
+        return list(found.values())
+
+
+def describe(model: nn.Module) -> Architecture:
+    """The architecture of `model`, a transformers model with a head, possibly inside a PEFT model.
+
+    Raises UnsupportedModelError, which names the model, the reason and the remedy.
+    """
+    head_model = _unwrapped(model)
+    task = _task(head_model)
+    if head_model.base_model is head_model:
+        raise UnsupportedModelError(f"{type(head_model).__name__} has no body apart from its head (base_model is the model).")
+    base, stacks = _body(head_model)
+    if "encoder" in stacks and task is not Task.SEQ2SEQ_LM:
+        raise UnsupportedModelError(
+            f"{type(head_model).__name__}: of encoder-decoder models only sequence-to-sequence language models are supported, "
+            f"got one for {task.value}. Use an encoder-only or a decoder-only model for this task."
+        )
+    _refuse_auxiliary_losses(head_model)
+    head = head_model.get_output_embeddings() if task.loss_per_token else None
+    return Architecture(
+        head_model=head_model,
+        base=base,
+        task=task,
+        stacks=stacks,
+        output_head=head if type(head) is nn.Linear else None,
+        position_rule=tables.POSITION_RULES.get(head_model.config.model_type, "row"),
+        position_modules=_position_modules(stacks) if "encoder" in stacks else {},
+    )
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with a prompt-learning adapter (prompt, prefix or p-tuning): its virtual tokens shift every "
+            "position. Use LoRA or another adapter inside the layers."
+        )
+    head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(head_model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model (expected a PreTrainedModel, or a PEFT model around one)."
+        )
+    return head_model
+
+
+def _task(head_model: PreTrainedModel) -> Task:
+    names = [cls.__name__ for cls in type(head_model).__mro__]
+    for name in names:
+        for task, mapping in _TASK_MAPPINGS:
+            if name in mapping.values() and not (task is Task.CAUSAL_LM and head_model.config.is_encoder_decoder):
+                return task
+    raise UnsupportedModelError(
+        f"{names[0]} has no head this library knows. Expected a model for one of: {', '.join(t.value for t in Task)} "
+        "(for example AutoModelForCausalLM)."
+    )
+
+
+def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack]]:
+    """The module that runs the layers, and the layers: found by type, since every layer that can be checkpointed is one."""
+    base = head_model.base_model
+    lists = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, GradientCheckpointingLayer) for m in module)
+    ]
+    if head_model.config.is_encoder_decoder and len(lists) == 2:
+        (first, encoder_layers), (second, decoder_layers) = sorted(lists, key=lambda pair: "decoder" in pair[0])
+        if "encoder" in first and "decoder" in second:
+            encoder, decoder = (base.get_submodule(name.rpartition(".")[0]) for name in (first, second))
+            return base, {
+                "encoder": Stack("encoder", encoder, encoder_layers),
+                "decoder": Stack("decoder", decoder, decoder_layers),
+            }
+    if len(lists) != 1:
+        found = ", ".join(name for name, _ in lists) or "none"
+        raise UnsupportedModelError(
+            f"{type(head_model).__name__}: expected one stack of transformer layers (or one encoder and one decoder), found "
+            f"{found}. {tables.NO_ATTENTION_REMEDY if not lists else 'Models with several towers are not supported.'}"
+        )
+    ((name, layers),) = lists
+    # the innermost model around the layers: some heads (OPT's) call it past the outer one
+    while name and not isinstance(base.get_submodule(name), PreTrainedModel):
+        name = name.rpartition(".")[0]
+    body = base.get_submodule(name)
+    return body, {"decoder": Stack("decoder", body, layers)}
+
+
+def _refuse_auxiliary_losses(head_model: PreTrainedModel) -> None:
+    if getattr(head_model.config, "output_router_logits", False):
+        raise UnsupportedModelError(
+            f"{type(head_model).__name__} with config.output_router_logits=True: its auxiliary router loss is defined over all "
+            "tokens and would be computed over the kept ones. Set config.output_router_logits = False."
+        )
+
+
+def _position_modules(stacks: dict[str, Stack]) -> dict[str, nn.Module]:
+    return {
+        stack.name: module
+        for stack in stacks.values()
+        for name, module in stack.module.named_children()
+        if name in tables.POSITION_MODULE_NAMES
+    }

@@ -1,0 +1,31 @@
+"""Facts about architectures that the modules themselves do not tell. Everything else is found by looking at the model."""
+
+# How a model numbers its tokens when no position_ids are given, by config.model_type. Unlisted: 0, 1, 2, ... over the row.
+POSITION_RULES = {
+    # counted over real tokens only: cumulative sum of the attention mask, minus 1
+    "opt": "attention_mask",
+    # counted over tokens that are not the padding token, from padding_idx + 1
+    "roberta": "padding_idx",
+    "roberta-prelayernorm": "padding_idx",
+    "xlm-roberta": "padding_idx",
+    "xlm-roberta-xl": "padding_idx",
+    "camembert": "padding_idx",
+    "data2vec-text": "padding_idx",
+    "mpnet": "padding_idx",
+    "xmod": "padding_idx",
+}
+
+# Position embeddings of models whose forward takes no position_ids: called with ids of which only the shape matters.
+POSITION_MODULE_NAMES = ("embed_positions",)
+
+# Attention of a decoder over the encoder's states, by the last part of the module's name.
+CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+
+# Rotary embeddings whose frequencies change with the longest position in the batch, once it passes the pre-trained length.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# Classes of attention-free mixers, for a message that says what stands in the way.
+NO_ATTENTION_REMEDY = (
+    "token ditching needs keys and values for every token, which state-space and linear-attention layers do not have: "
+    "train this model with activation checkpointing instead (--activation_checkpointing)."
+)

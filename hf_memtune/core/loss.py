@@ -1,0 +1,78 @@
+"""The loss of a linear head without its logits.
+
+Shape legend: N tokens, D hidden size, V classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hf_memtune._compat import chunked_linear_cross_entropy
+
+IGNORED = -100  # the label that transformers and torch give to a token without loss
+LOGIT_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
+
+
+def logit_rows(classes: int) -> int:
+    """Tokens whose float32 logits fit LOGIT_CHUNK_BYTES, at least 16."""
+    return max(16, LOGIT_CHUNK_BYTES // (4 * classes))
+
+
+def linear_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Sum over tokens of the cross entropy of a linear head, a scalar; tokens with target -100 cost nothing, exactly 0.
+
+    torch's `linear_cross_entropy` serves float32 and float64. It returns the loss in the dtype of its input and ignores
+    chunking with label smoothing, so half precision and smoothing go through chunks that are recomputed in backward,
+    whose loss is float32.
+    """
+    if target_N.numel() == 0:
+        return (hidden_ND * 0).sum() + weight_VD.reshape(-1)[:1].sum() * 0
+    rows = logit_rows(weight_VD.shape[0])
+    exact_scalar = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
+    exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)
+    if chunked_linear_cross_entropy is not None and exact_scalar and not label_smoothing:
+        return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, rows)
+    return _checkpointed_loss(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, rows)
+
+
+def _checkpointed_loss(hidden, weight, bias, target, label_smoothing, rows) -> Tensor:
+    def chunk_loss(hidden, target):
+        logits = F.linear(hidden, weight, bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(
+            logits, target, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing
+        )
+
+    pairs = zip(hidden.split(rows), target.split(rows))
+    losses = [
+        checkpoint(chunk_loss, *pair, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        for pair in pairs
+    ]
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def linear_loss_gradient(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed cross entropy with respect to the hidden states, (N, D), and the loss of each token, (N,).
+
+    d(loss)/d(logits) = softmax(logits) - onehot(target), so the gradient is two products a chunk, without autograd.
+    Tokens with target -100 have gradient 0 and loss 0.
+    """
+    gradient, losses = torch.zeros_like(hidden_ND), []
+    rows = logit_rows(weight_VD.shape[0])
+    for start in range(0, hidden_ND.shape[0], rows):
+        target = target_N[start : start + rows]
+        logits = F.linear(hidden_ND[start : start + rows].to(weight_VD.dtype), weight_VD, bias_V)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses.append(F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED))
+        labelled = target != IGNORED
+        residual = logits.softmax(-1)
+        residual.scatter_add_(1, target.clamp_min(0)[:, None], -torch.ones_like(residual[:, :1]))
+        residual.mul_(labelled[:, None])
+        gradient[start : start + rows] = residual.to(weight_VD.dtype) @ weight_VD
+    return gradient, torch.cat(losses) if losses else hidden_ND.new_zeros(0)

@@ -1,0 +1,117 @@
+"""Token scorers: what a scorer sees, the built-in ones, and how to register another.
+
+Shape legend: B rows of a batch, T tokens in a row (padding included), D hidden size.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_memtune.core.scoring import combined_score
+from hf_memtune.errors import ConfigError, TokenScoreError
+
+
+class SeekingContext:
+    """What a scorer may look at. The costly entries are computed when they are first asked for, and only then.
+
+    input_ids: (B, T) int64, or None where the model was given embeddings.
+    attention_mask: (B, T) bool, True at real tokens.
+    labels: as the batch has them, or None.
+    last_hidden_state: (B, T, D), of the pass over all tokens.
+    context_score: (B, T) float32, attention received in the context layer (TokenSeek, eq. 3), normalised as configured.
+    gradient_score: (B, T) float32, magnitude of the loss gradient at the input of the last block (eq. 4).
+    token_loss: (B, T) float32, loss of each position's own prediction; 0 where it has no label.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        compute: Mapping[str, Callable[[], Tensor]],
+    ):
+        self.input_ids, self.attention_mask, self.labels = input_ids, attention_mask, labels
+        self._compute = compute
+
+    @cached_property
+    def last_hidden_state(self) -> Tensor:
+        return self._compute["last_hidden_state"]()
+
+    @cached_property
+    def context_score(self) -> Tensor:
+        return self._compute["context_score"]()
+
+    @cached_property
+    def gradient_score(self) -> Tensor:
+        return self._compute["gradient_score"]()
+
+    @cached_property
+    def token_loss(self) -> Tensor:
+        return self._compute["token_loss"]()
+
+
+TokenScorer = Callable[[SeekingContext], Tensor]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A named scorer. `reads_model` is False where it needs nothing of the pass over all tokens (random choice)."""
+
+    name: str
+    score: TokenScorer
+    reads_model: bool = True
+
+    def __call__(self, context: SeekingContext) -> Tensor:
+        scores = self.score(context)
+        expected = tuple(context.attention_mask.shape)
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if got != expected:
+            raise TokenScoreError(
+                f"token scorer {self.name!r} returned {got}, expected a tensor of shape {expected} (batch, tokens): "
+                "return one score for each token, padding included (its score is not used)."
+            )
+        return scores.detach()
+
+
+_REGISTERED: dict[str, TokenScorer] = {}
+BUILT_IN = ("combined", "context", "gradient", "random", "loss")
+
+
+def register_scorer(name: str, scorer: TokenScorer) -> None:
+    """Make `--token_scorer name` use `scorer`, which maps a SeekingContext to scores (B, T), larger is kept."""
+    if name in BUILT_IN:
+        raise ConfigError([f"token scorer {name!r} is built in and cannot be replaced: register another name."])
+    _REGISTERED[name] = scorer
+
+
+def scorer_names() -> list[str]:
+    return [*BUILT_IN, *_REGISTERED]
+
+
+def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float = 1.0) -> Scorer:
+    """The scorer of that name; the weights are alpha and beta of eq. 5 and matter to `combined` only.
+
+    `random` is TokenTune (arXiv 2501.18824): uniform choice, drawn anew at every call from torch's generator.
+    A weight of 0 leaves its score uncomputed.
+    """
+
+    def combined(seen: SeekingContext) -> Tensor:
+        flat = torch.zeros(seen.attention_mask.shape, device=seen.attention_mask.device)
+        context = seen.context_score if context_weight else flat + 1
+        gradient = seen.gradient_score if gradient_weight else flat
+        return combined_score(context, gradient, context_weight, gradient_weight, seen.attention_mask)
+
+    def random(seen: SeekingContext) -> Tensor:
+        return torch.rand(seen.attention_mask.shape, device=seen.attention_mask.device)
+
+    built_in = {
+        "combined": combined,
+        "context": lambda seen: seen.context_score,
+        "gradient": lambda seen: seen.gradient_score,
+        "random": random,
+        "loss": lambda seen: seen.token_loss,
+    }
+    return Scorer(name, {**_REGISTERED, **built_in}[name], reads_model=name != "random")

@@ -1,0 +1,109 @@
+"""Which tokens of each instance are kept.
+
+Shape legend: B rows of a batch, T tokens in a row (padding included), S width of the widest selection.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ROUNDING_SLACK = 1e-9  # 0.1 * 30 is 3.0000000000000004 in binary: without slack it would round up to 4
+
+
+def budget(real_tokens: int, ratio: float) -> int:
+    """Tokens to keep of a row with `real_tokens` tokens: the fraction `ratio` of them, rounded up, at least 1."""
+    return max(1, math.ceil(ratio * real_tokens - _ROUNDING_SLACK))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kept tokens of a batch.
+
+    index: (B, S) int64, positions in ascending order, distinct within a row.
+    valid: (B, S) bool. Rows that keep fewer tokens than the widest are filled up with further distinct positions, marked
+        False: they run through the model to make the batch rectangular, and nothing of them is used or learned from.
+    counts: tokens kept, a Python number for each row.
+    length: T.
+    """
+
+    index: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+    length: int
+
+    @property
+    def width(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def is_ragged(self) -> bool:
+        return min(self.counts) < self.width
+
+    def kept_mask(self) -> Tensor:
+        """(B, T) bool, True where a token is kept."""
+        mask = torch.zeros(self.index.shape[0], self.length, dtype=torch.bool, device=self.index.device)
+        return mask.scatter(1, self.index, self.valid)
+
+    def gather(self, values: Tensor, fill: float | None = None) -> Tensor:
+        """Take the selected entries of `values` (B or 1, T, ...): (B, S, ...). Fillers read `fill` where it is given."""
+        if values.shape[0] == 1 and self.index.shape[0] != 1:
+            values = values.expand(self.index.shape[0], *values.shape[1:])
+        index = self.index.reshape(*self.index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
+        taken = values.gather(1, index)
+        if fill is None or not self.is_ragged:
+            return taken
+        return taken.masked_fill(~self.valid.reshape(*self.valid.shape, *[1] * (values.dim() - 2)), fill)
+
+
+def select(
+    scores: Tensor,
+    ratio: float,
+    real: Tensor | None = None,
+    candidates: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> Selection:
+    """Keep the best-scored tokens of each row (TokenSeek, section 3: the top r of each instance).
+
+    scores: (B, T), larger is kept. ratio: fraction of the real tokens of the row, rounded up, at least 1.
+    real: (B, T) bool, False at padding; None means that every token is real.
+    candidates: (B, T) bool, the tokens that may be chosen (a row without any chooses among its real ones); None: all real.
+    forced: (B, T) bool, kept whatever their score. They count towards the budget, and enlarge it if they alone exceed it.
+    """
+    rows, length = scores.shape
+    counts = _counts(rows, length, ratio, real, candidates, forced)
+    tier = torch.zeros_like(scores, dtype=torch.int8)
+    if real is not None:
+        tier += real.to(torch.int8)
+    if candidates is not None:
+        allowed = candidates if real is None else candidates & real
+        tier += allowed.to(torch.int8)
+    if forced is not None:
+        tier = tier.masked_fill(forced, 4)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    if any(mask is not None for mask in (real, candidates, forced)):
+        order = order.gather(1, tier.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    width = max(counts)
+    kept = torch.tensor(counts, device=scores.device)[:, None]
+    index, position = order[:, :width].sort(dim=1)
+    return Selection(index, position < kept, tuple(counts), length)
+
+
+def _counts(rows, length, ratio, real, candidates, forced) -> list[int]:
+    """One transfer from the device for all three counts, since each one would make a GPU wait."""
+    everything = [torch.full((rows,), length)] if real is None else [real.sum(1).cpu()]
+    reals = [length] * rows if real is None else everything[0].tolist()
+    if candidates is None and forced is None:
+        return [budget(n, ratio) if n else 1 for n in reals]
+    allowed = candidates if candidates is not None else torch.ones(rows, length, dtype=torch.bool)
+    if real is not None:
+        allowed = allowed & real.to(allowed.device)
+    eligible = allowed.sum(1).tolist()
+    required = [0] * rows if forced is None else forced.sum(1).tolist()
+    if forced is not None:
+        outside = (forced & ~allowed.to(forced.device)).sum(1).tolist()
+        eligible = [e + o if e else e for e, o in zip(eligible, outside)]
+    return [
+        max(min(budget(n, ratio), e) if e else 1, f, 1) for n, e, f in zip(reals, eligible, required)
+    ]

@@ -1,0 +1,51 @@
+"""The keys and values that a context pass leaves behind for the passes after it.
+
+Shape legend: B rows, K key heads, T tokens, S selected tokens, C channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KeyValueStore:
+    """Keys and values of every attention module, (B, K, T, C) each, written in chunks of tokens and never differentiated."""
+
+    def __init__(self):
+        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._entries
+
+    def write(self, key: int, keys: Tensor, values: Tensor, start: int, length: int) -> None:
+        """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
+        if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
+            self._entries[key] = (keys.detach(), values.detach())
+            return
+        if key not in self._entries:
+            self._entries[key] = tuple(_empty(chunk, length) for chunk in (keys, values))
+        for entry, chunk in zip(self._entries[key], (keys, values)):
+            entry.narrow(2, start, chunk.shape[2]).copy_(chunk.detach())
+
+    def prefix(self, key: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Views of the first `stop` tokens of an entry."""
+        keys, values = self._entries[key]
+        return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+def _empty(chunk: Tensor, length: int) -> Tensor:
+    return chunk.new_empty(chunk.shape[0], chunk.shape[1], length, chunk.shape[3])
+
+
+def place(stored: Tensor, live: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+    """A copy of `stored` (B, K, T, C) in which the tokens `index` (B, S) are the live ones (B, K, S, C).
+
+    Gradients reach `live` only, and only where `valid` (B, S; None: everywhere). The positions of a row must be distinct:
+    the backward of scatter hands every duplicate the full gradient.
+    """
+    positions = index[:, None, :, None].expand(live.shape)
+    if valid is not None:
+        live = torch.where(valid[:, None, :, None], live, stored.gather(2, positions))
+    return stored.scatter(2, positions, live)

@@ -1,0 +1,29 @@
+"""Every error of hf_memtune: one root class, and messages that name the fault, the place and the remedy."""
+
+from collections.abc import Sequence
+
+
+class MemTuneError(Exception):
+    """Root of all errors raised by hf_memtune."""
+
+
+class ConfigError(MemTuneError, ValueError):
+    """Settings that cannot work. All problems of one request are reported together, before anything is changed."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        heading = "1 problem with the settings:" if count == 1 else f"{count} problems with the settings:"
+        super().__init__("\n  - ".join([heading, *self.problems]))
+
+
+class UnsupportedModelError(MemTuneError, ValueError):
+    """A model on which a strategy would not be exact. Names the model, the reason and the remedy."""
+
+
+class StaleCacheError(MemTuneError, LookupError):
+    """Offline scores that do not belong to the rows, the model or the settings at hand."""
+
+
+class TokenScoreError(MemTuneError, ValueError):
+    """A token scorer that returned something other than one finite score for each token."""

@@ -1,0 +1,51 @@
+"""The memory ledger: bytes saved for backward, bytes alive, and what the device and the process report.
+
+``SavedBytes`` and ``LiveBytes`` are exact and need no device, so tests and estimates rest on them; the functions below
+read what an allocator or the operating system says.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from .ledger import Entry, SavedBytes, ShapeTotal
+from .live import LiveBytes
+
+__all__ = [
+    "Entry",
+    "LiveBytes",
+    "SavedBytes",
+    "ShapeTotal",
+    "peak_device_bytes",
+    "reset_peak_device_bytes",
+    "resident_bytes",
+]
+
+
+def peak_device_bytes(device: torch.device | str | int) -> int | None:
+    """Most bytes the tensors on ``device`` occupied since the last reset; None where nothing counts them (CPU, MPS).
+
+    On CUDA ``torch.cuda.max_memory_allocated``, which leaves out the allocator's cache and the CUDA context.
+    """
+    allocator = _allocator(torch.device(device))
+    return None if allocator is None else allocator.max_memory_allocated(device)
+
+
+def reset_peak_device_bytes(device: torch.device | str | int) -> None:
+    """Start the peak of ``device`` again from what it holds now. Does nothing where ``peak_device_bytes`` is None."""
+    allocator = _allocator(torch.device(device))
+    if allocator is not None:
+        allocator.reset_peak_memory_stats(device)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in main memory now (resident set size), Python and libraries included."""
+    import psutil  # accelerate requires it; imported here to keep the package's import light
+
+    return psutil.Process().memory_info().rss
+
+
+def _allocator(device: torch.device) -> ModuleType | None:
+    return {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)

@@ -1,0 +1,53 @@
+"""Temporary changes to instances: every one is a context manager that puts back exactly what was there."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def instance_attribute(target: object, name: str, value: object) -> Iterator[None]:
+    """Set an attribute on one instance, shadowing its class, and afterwards restore or delete it."""
+    had_own = name in vars(target)
+    previous = vars(target).get(name)
+    object.__setattr__(target, name, value)
+    try:
+        yield
+    finally:
+        if had_own:
+            object.__setattr__(target, name, previous)
+        else:
+            object.__delattr__(target, name)
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let one module instance run `forward` in place of its own."""
+    with instance_attribute(module, "forward", forward):
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout and activation checkpointing off, without losing which submodules were in training mode."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def forwards_as(pairs: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """`forward_as` for several modules."""
+    pairs = list(pairs)
+    if not pairs:
+        yield
+        return
+    (module, forward), *rest = pairs
+    with forward_as(module, forward), forwards_as(rest):
+        yield

@@ -1,0 +1,223 @@
+"""One training step of token seeking: context pass, selection, focus pass, inside one call of the model.
+
+Shape legend: B rows of a batch, T tokens in a row, S selected tokens, D hidden size, V classes.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_memtune.architectures import Architecture, Task
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.core.selection import Selection, select
+from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune._compat import is_fake
+from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
+from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
+from hf_memtune.strategies.spans import Span
+from hf_memtune.strategies.token_scores import TokenScores
+
+LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
+
+
+class SeekingStep:
+    """The state of one step. Made by `TokenSeeking.step`; `selection` is filled in when the model is called."""
+
+    def __init__(self, seeking: Any, inputs: dict[str, Any], label_smoothing: float, whole_logits: bool, scores=None):
+        self.seeking, self.architecture, self.config = seeking, seeking.architecture, seeking.config
+        self.label_smoothing, self.whole_logits, self.precomputed = label_smoothing, whole_logits, scores
+        self.labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}
+        self.target = _targets(self.architecture, self.labels)
+        self.inputs = _model_inputs(self.architecture, inputs)
+        self.selection: dict[str, Selection] = {}
+        self.kept_target: Tensor | None = None
+        self.fused = seeking.facts.has_plain_head and not whole_logits
+
+    # -- called by the model -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self):
+        """While open, the model's body runs the passes of this step, and its linear head gives the summed loss."""
+        base, head = self.architecture.base, self.architecture.output_head
+        with ExitStack() as stack:
+            stack.enter_context(forward_as(base, partial(self._body, base.forward)))
+            if self.fused:
+                stack.enter_context(forward_as(head, self._fused_loss))
+            yield self
+
+    def _body(self, forward: Callable, *args, **kwargs):
+        call = BodyCall(self.architecture, forward, args, kwargs)
+        with forward_as(self.architecture.base, forward):
+            scores, context_output = self._context_pass(call)
+            self.selection = self._select(call, scores)
+            scores.records.hidden.clear(), scores.records.queries.clear()
+            return self._focus_pass(call, scores.store, context_output)
+
+    def _context_pass(self, call: BodyCall) -> tuple[TokenScores, Tensor | None]:
+        """All tokens, without gradient. Returns the scores to come, and the last hidden state (B, T, D) if the head needs it."""
+        length = call.rows["decoder"].length
+        chunk = min(self.config.context_chunk_size, length) if self.seeking.facts.is_causal else length
+        records, store = Records(self.seeking.context_modules), KeyValueStore()
+        outputs = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.architecture.base))
+            if self.precomputed is None and self.seeking.scorer.reads_model:
+                for name, part in self.architecture.stacks.items():
+                    hook = partial(records.last_input, name)
+                    stack.callback(part.layers[-1].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            else:
+                records.context_modules = {}
+            for start in range(0, length, chunk):
+                spans = {name: rows.whole() for name, rows in call.rows.items()}
+                spans["decoder"] = call.rows["decoder"].chunk(start, min(start + chunk, length))
+                running = ContextPass(spans, store, self.seeking.places, records, self.seeking.kernel_knows_causal)
+                with self.seeking.running(running):
+                    output = call.forward(**call.at(spans)).last_hidden_state
+                if not self.architecture.task.loss_per_token:
+                    outputs.append(output)
+        scores = TokenScores(
+            self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, self.target
+        )
+        return scores, torch.cat(outputs, dim=1) if outputs else None
+
+    def _select(self, call: BodyCall, scores: TokenScores) -> dict[str, Selection]:
+        chosen = {}
+        for name, rows in call.rows.items():
+            given = None if self.precomputed is None else self.precomputed[name]
+            real = rows.real if name == "encoder" or not self._labels_are_rows else self.target != IGNORED
+            with torch.no_grad(), evaluating(self.architecture.base):
+                values = self.seeking.scorer(scores.context(name)) if given is None else given
+            labelled = self._labelled(name) if self.config.select_from == "labels" else None
+            chosen[name] = select(values, self.config.token_ratio, real, labelled, self._forced(name, rows))
+        return chosen
+
+    @property
+    def _labels_are_rows(self) -> bool:
+        """Whether padding of the decoder shows in its labels alone, as in the usual sequence-to-sequence batch."""
+        return self.architecture.is_encoder_decoder and self.inputs.get("decoder_attention_mask") is None
+
+    def _labelled(self, stack: str) -> Tensor | None:
+        return self.target != IGNORED if stack == "decoder" and self.target is not None else None
+
+    def _forced(self, stack: str, rows) -> Tensor | None:
+        """(B, T) bool: tokens the head cannot do without, and those `always_keep` names."""
+        forced = torch.zeros(rows.batch, rows.length, dtype=torch.bool, device=rows.positions.device)
+        positions = torch.arange(rows.length, device=forced.device)
+        if self.config.kept_always == "first_last":
+            real = rows.real if rows.real is not None else torch.ones_like(forced)
+            place_of = torch.where(real, positions, rows.length)
+            forced |= (place_of == place_of.amin(1, keepdim=True)) & real
+            forced |= (positions == (real * positions).amax(1, keepdim=True)) & real
+        elif self.architecture.task.loss_per_token:
+            return None
+        if self.architecture.task is Task.QUESTION_ANSWERING:
+            for name in ("start_positions", "end_positions"):
+                if name in self.labels:
+                    forced |= positions == self.labels[name].reshape(-1, 1)
+        if self.architecture.task is Task.SEQUENCE_CLASSIFICATION:
+            forced |= positions == self._pooled_position(rows)[:, None]
+        return forced
+
+    def _pooled_position(self, rows) -> Tensor:
+        """(B,) int64: where a classification head reads. Causal models: the last token that is not padding; others: the first."""
+        first = torch.zeros(rows.batch, dtype=torch.long, device=rows.positions.device)
+        padding = self.architecture.head_model.config.get_text_config().pad_token_id
+        ids = self.inputs.get("input_ids")
+        if not self.seeking.facts.is_causal:
+            return first
+        if ids is None or padding is None:
+            return first + rows.length - 1
+        positions = torch.arange(rows.length, device=ids.device)
+        return ((ids != padding) * positions).amax(1)
+
+    def _focus_pass(self, call: BodyCall, store: KeyValueStore, context_output: Tensor | None):
+        spans = {name: rows.kept(self.selection[name]) for name, rows in call.rows.items()}
+        decoder = self.selection["decoder"]
+        if self.target is not None:
+            self.kept_target = decoder.gather(self.target, fill=IGNORED)
+        pairs = [
+            (module, positions_at(module.forward, spans[stack]))
+            for stack, module in self.architecture.position_modules.items()
+        ]
+        with self.seeking.running(FocusPass(spans, store, self.seeking.places)), forwards_as(pairs):
+            output = call.forward(**call.at(spans))
+        if context_output is not None:  # a pooled head: it sees every token, the unselected ones as constants
+            valid = decoder.valid if decoder.is_ragged else None
+            live = output.last_hidden_state[:, None]
+            output.last_hidden_state = place(context_output[:, None], live, decoder.index, valid)[:, 0]
+        elif self.whole_logits and self.architecture.task is Task.CAUSAL_LM:
+            output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, 1))
+        return output
+
+    def _fused_loss(self, hidden: Tensor) -> Tensor:
+        """In place of the head: the summed loss of the kept, labelled tokens, a scalar."""
+        head = self.architecture.output_head
+        labelled = self.kept_target != IGNORED
+        if is_fake(hidden):
+            hidden, target = hidden.flatten(0, 1), self.kept_target.flatten()
+        else:
+            hidden, target = hidden[labelled], self.kept_target[labelled]
+        return linear_loss(hidden, head.weight, head.bias, target, self.label_smoothing)
+
+    # -- called by the trainer -----------------------------------------------------------------------------------
+
+    @property
+    def kept_labels(self) -> Tensor:
+        """Number of kept tokens that carry a label, an int64 scalar tensor."""
+        return (self.kept_target != IGNORED).sum()
+
+    def loss_sum(self, outputs) -> Tensor:
+        """Summed loss of the kept, labelled tokens, from what the model returned: a scalar, 0 where none is labelled."""
+        if self.fused:
+            return outputs.logits
+        logits, target = outputs.logits, self.kept_target
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+    def shiftable_labels(self) -> Tensor:
+        """Labels for a loss function that shifts them itself: (B, S + 1), to go with the S + 1 logits of `whole_logits`."""
+        if self.architecture.task is not Task.CAUSAL_LM:
+            return self.kept_target
+        return F.pad(self.kept_target, (1, 0), value=IGNORED)
+
+
+def positions_at(forward: Callable, span: Span) -> Callable:
+    """Position embeddings of the kept tokens, from a module that numbers the tokens it is given from 0."""
+
+    def run(ids: Tensor, *args, **kwargs) -> Tensor:
+        return span.take(forward(ids.new_zeros(1, span.rows.length, dtype=torch.long)))
+
+    return run
+
+
+def _targets(architecture: Architecture, labels: dict[str, Tensor]) -> Tensor | None:
+    """(B, T) int64: the label of each position's own prediction, or None where the loss is not per token."""
+    if not architecture.task.loss_per_token or "labels" not in labels:
+        return None
+    if architecture.task is not Task.CAUSAL_LM:
+        return labels["labels"]
+    if "shift_labels" in labels:
+        return labels["shift_labels"]
+    return F.pad(labels["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def _model_inputs(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the model is called with while passes run: labels taken out where the loss is per token."""
+    if not architecture.task.loss_per_token:
+        return {k: v for k, v in inputs.items() if k not in LABEL_NAMES}
+    given = {k: v for k, v in inputs.items() if k not in (*LABEL_NAMES, "num_items_in_batch")}
+    model = architecture.head_model
+    if architecture.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
+        given["decoder_input_ids"] = shift(labels=inputs["labels"])
+    return given

@@ -1,0 +1,84 @@
+"""Which tokens of which rows run in a pass, and what they may attend to.
+
+Shape legend: B rows of a batch, T tokens in a row (padding included), S tokens of the pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, packed_sequence_compatibility_function
+
+from hf_memtune.core.selection import Selection
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that one stack of layers works on.
+
+    real: (B, T) bool, or None where there is no padding. positions: (B or 1, T) int64. segments: (B, T) int64, the number
+    of the packed sequence a token belongs to, or None where a row is one sequence.
+    """
+
+    batch: int
+    length: int
+    real: Tensor | None
+    positions: Tensor
+    segments: Tensor | None
+
+    def chunk(self, start: int, stop: int, visible: int | None = None) -> "Span":
+        """Tokens [start, stop) of every row, seeing keys up to `visible` (default: up to their own end)."""
+        index = torch.arange(start, stop, device=self.positions.device)[None]
+        return Span(self, index, stop if visible is None else visible, start=start)
+
+    def whole(self) -> "Span":
+        return self.chunk(0, self.length)
+
+    def kept(self, selection: Selection) -> "Span":
+        """The selected tokens of every row, seeing all keys their mask allows."""
+        return Span(self, selection.index, self.length, selection=selection)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `index` (B or 1, S) of `rows`; keys [0, visible) exist for them."""
+
+    rows: Rows
+    index: Tensor
+    visible: int
+    start: int | None = None
+    selection: Selection | None = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(B, S) bool, False at fillers; None where there are none."""
+        return self.selection.valid if self.selection is not None and self.selection.is_ragged else None
+
+    def take(self, values: Tensor) -> Tensor:
+        """The entries of `values` (B or 1, T, ...) for these tokens."""
+        if self.selection is None:
+            return values.narrow(1, self.start, self.index.shape[1])
+        return self.selection.gather(values)
+
+
+def attention_mask(mask_function: Callable, queries: Span, keys: Span) -> Tensor:
+    """(B or 1, 1, S, visible keys) bool, True where a query may look.
+
+    `mask_function(batch, head, query, key)` is transformers' own index-based rule (causal, sliding, chunked,
+    bidirectional); evaluated at the positions of the queries, it serves every kind of layer.
+    """
+    rows = queries.rows
+    if rows.segments is not None and mask_function is not bidirectional_mask_function:
+        positions = rows.positions.expand(rows.batch, -1)
+        mask_function = packed_sequence_compatibility_function(mask_function, positions, rows.segments)
+    device = queries.index.device
+    batch = torch.arange(rows.batch, device=device)[:, None, None, None]
+    head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
+    key = torch.arange(keys.visible, device=device)[None, None, None]
+    mask = mask_function(batch, head, queries.index[:, None, :, None], key)
+    if keys.rows.real is not None:
+        mask = mask & keys.rows.real[:, None, None, : keys.visible]
+    if queries.valid is not None:
+        mask = mask | ~queries.valid[:, None, :, None]  # a filler at padding would otherwise see nothing and become NaN
+    return mask.expand(-1, 1, queries.index.shape[1], keys.visible)

@@ -1,0 +1,215 @@
+"""The scores of one batch, computed from what the context pass left behind, each when a scorer first asks for it.
+
+Shape legend: B rows of a batch, H heads, T tokens in a row, D hidden size, C channels of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_memtune._compat import is_fake
+from hf_memtune.architectures import Architecture
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.loss import IGNORED, linear_loss_gradient
+from hf_memtune.core.scorers import SeekingContext
+from hf_memtune.core.scoring import attention_received, gradient_magnitude
+from hf_memtune.core.store import KeyValueStore
+from hf_memtune.errors import ConfigError
+from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.overrides import forward_as
+from hf_memtune.strategies.passes import Records, TailPass
+from hf_memtune.strategies.spans import attention_mask
+from hf_memtune.strategies.tail import only_last_block
+
+
+@dataclass
+class TokenScores:
+    """Lazy scores of one batch. `target` (B, T) int64 is the label of each position's own prediction, -100 for none."""
+
+    architecture: Architecture
+    config: TokenSeekingConfig
+    seeking: Any
+    call: BodyCall
+    records: Records
+    store: KeyValueStore
+    chunk: int
+    inputs: dict[str, Any]
+    labels: dict[str, Tensor]
+    target: Tensor | None
+    _token_losses: dict[int, Tensor] = field(default_factory=dict)
+
+    def context(self, stack: str) -> SeekingContext:
+        """What a scorer sees of one stack."""
+        rows = self.call.rows[stack]
+        prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
+        real = rows.real
+        if real is None:
+            real = torch.ones(rows.batch, rows.length, dtype=torch.bool, device=rows.positions.device)
+        compute: dict[str, Callable[[], Tensor]] = {
+            "context_score": lambda: self.context_score(stack),
+            "gradient_score": lambda: self.gradient_scores[stack],
+            "token_loss": lambda: self.token_loss,
+            "last_hidden_state": lambda: self.last_hidden_state,
+        }
+        return SeekingContext(self.call.arguments.get(f"{prefix}input_ids"), real, self.labels.get("labels"), compute)
+
+    def context_score(self, stack: str) -> Tensor:
+        """(B, T): attention received in the context layer, eq. 3."""
+        module, rule, call = self.records.calls[stack]
+        rows = self.call.rows[stack]
+
+        def visible(start: int, stop: int):
+            span = rows.chunk(start, stop, visible=rows.length if self.chunk == rows.length else stop)
+            return attention_mask(rule, span, span), span.visible
+
+        query = torch.cat(self.records.queries[stack], dim=2)
+        key, _ = self.store.prefix(module, rows.length)
+        received, seen_by = attention_received(query, key, visible, real=rows.real, **call)
+        return received / seen_by.clamp_min(1) if self.config.context_normalize == "mean" else received
+
+    @cached_property
+    def gradient_scores(self) -> dict[str, Tensor]:
+        """(B, T) for each stack: magnitude of the loss gradient at the last block's input, eq. 4."""
+        gradients = self._streamed_gradient() if self._streams else self._whole_gradient()
+        return {stack: gradient_magnitude(g, self.config.gradient_norm) for stack, g in gradients.items()}
+
+    @property
+    def _streams(self) -> bool:
+        return self.architecture.task.loss_per_token and self.chunk < self.call.rows["decoder"].length
+
+    def _streamed_gradient(self) -> dict[str, Tensor]:
+        """Chunks from last to first: what later chunks owe to a chunk's keys and values is complete when its turn comes."""
+        rows = self.call.rows["decoder"]
+        gradient, owed = [], None
+        chunks = list(zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]))
+        for start, hidden in reversed(chunks):
+            hidden = hidden.requires_grad_()
+            tail, output = self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden)
+            cotangent = self._loss_gradient(output.detach(), start)
+            if owed is None:
+                owed = tuple(torch.zeros_like(part) for part in self.store.prefix(tail.key, rows.length))
+            due = tuple(part.narrow(2, start, hidden.shape[1]) for part in owed)
+            found = torch.autograd.grad((output, *tail.live), (hidden, *tail.prefix), (cotangent, *due), allow_unused=True)
+            gradient.append(found[0])
+            for part, prefix in zip(owed, found[1:]):
+                if start and prefix is not None:
+                    part.narrow(2, 0, start).add_(prefix)
+        return {"decoder": torch.cat(gradient[::-1], dim=1)}
+
+    def _tail_chunk(self, span, hidden: Tensor) -> tuple[TailPass, Tensor]:
+        tail = TailPass({"decoder": span}, self.store, self.seeking.places)
+        layers = self.architecture.decoder.layers
+        with torch.enable_grad(), self.seeking.running(tail), only_last_block(layers, hidden):
+            return tail, self.call.forward(**self.call.at({"decoder": span})).last_hidden_state
+
+    def _whole_gradient(self) -> dict[str, Tensor]:
+        """The last block on all tokens at once, through the model's own attention."""
+        leaves = {name: torch.cat(parts, dim=1).requires_grad_() for name, parts in self.records.hidden.items()}
+        with torch.enable_grad():
+            body = self._whole_body(leaves)
+            if self.architecture.task.loss_per_token:
+                roots = body().last_hidden_state
+                cotangents = self._loss_gradient(roots.detach(), 0)
+            else:
+                roots, cotangents = self._head(body, **self.labels).loss, None
+            found = torch.autograd.grad(roots, list(leaves.values()), cotangents, allow_unused=True)
+        return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found)}
+
+    def _whole_body(self, leaves: dict[str, Tensor]) -> Callable:
+        """The model's body from the inputs of its last blocks on, called like the body."""
+        arguments = self.call.arguments | self.call.at({name: rows.whole() for name, rows in self.call.rows.items()})
+        if self.call.rows["decoder"].segments is not None:
+            arguments.pop("attention_mask")  # packed rows are told from positions, and only where there is no mask
+        if self.architecture.is_encoder_decoder:
+            arguments["encoder_outputs"] = (self._encoder_output(leaves),)
+
+        def body(*args, **kwargs):
+            with only_last_block(self.architecture.decoder.layers, leaves["decoder"]):
+                return self.call.forward(**arguments)
+
+        return body
+
+    def _encoder_output(self, leaves: dict[str, Tensor]) -> Tensor:
+        """The encoder's last block, from its recorded input, so that the decoder's gradient reaches it."""
+        layers, encoder = self.architecture.stacks["encoder"].layers, self.architecture.stacks["encoder"].module
+        wanted = ("input_ids", "attention_mask", "inputs_embeds")
+        arguments = {k: v for k, v in self.call.arguments.items() if k in wanted}
+        with only_last_block(layers, leaves["encoder"]):
+            return encoder(**arguments).last_hidden_state
+
+    def _loss_gradient(self, hidden: Tensor, start: int) -> Tensor:
+        """d(summed loss)/d(last hidden state) for one chunk, (B, chunk, D); keeps the token losses on the way."""
+        target = self.target[:, start : start + hidden.shape[1]]
+        gradient, losses = torch.zeros_like(hidden), torch.zeros(target.shape, device=hidden.device)
+        labelled = target != IGNORED
+        if self.seeking.facts.has_plain_head:
+            head = self.architecture.output_head
+            bias = None if head.bias is None else head.bias.detach()
+            flat, loss = linear_loss_gradient(
+                _compact(hidden, labelled), head.weight.detach(), bias, _compact(target, labelled)
+            )
+            gradient, losses = _spread(flat, labelled, gradient), _spread(loss.to(losses.dtype), labelled, losses)
+        else:
+            gradient, losses = self._loss_gradient_of_logits(hidden, target)
+        self._token_losses[start] = losses
+        return gradient
+
+    def _loss_gradient_of_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The same through the model's own head, where it does more than one product."""
+        with torch.enable_grad():
+            leaf = hidden.requires_grad_()
+            logits = self._head(lambda *a, **k: self.seeking.facts.body_output(last_hidden_state=leaf)).logits
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            return torch.autograd.grad(losses.sum(), leaf)[0], losses.detach().view(target.shape)
+
+    def _head(self, body: Callable, **labels: Tensor):
+        """The model's own head on what `body` returns in place of its body."""
+        model = self.architecture.head_model
+        with forward_as(self.architecture.base, body):
+            return type(model).forward(model, **self.inputs, **labels)
+
+    @cached_property
+    def token_loss(self) -> Tensor:
+        """(B, T) float32: loss of each position's own prediction, 0 without a label."""
+        if not self.architecture.task.loss_per_token:
+            raise ConfigError([
+                f"token_scorer: {self.architecture.name} has one loss for a row, not one for each token ({self.architecture.task.value})"
+                ", so tokens cannot be ranked by loss. Choose context, gradient or combined."
+            ])
+        if not self._token_losses:
+            start = 0
+            for hidden in self.last_hidden_state.split(self.chunk, dim=1):
+                self._loss_gradient(hidden, start)
+                start += hidden.shape[1]
+        return torch.cat([self._token_losses[start] for start in sorted(self._token_losses)], dim=1)
+
+    @cached_property
+    def last_hidden_state(self) -> Tensor:
+        """(B, T, D): what the head sees, recomputed from the last block's input."""
+        rows, parts = self.call.rows["decoder"], []
+        if self.chunk == rows.length:
+            with torch.no_grad():
+                leaves = {name: torch.cat(chunks, dim=1) for name, chunks in self.records.hidden.items()}
+                return self._whole_body(leaves)().last_hidden_state
+        with torch.no_grad():
+            for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):
+                parts.append(self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden)[1].detach())
+        return torch.cat(parts, dim=1)
+
+
+def _compact(values: Tensor, labelled: Tensor) -> Tensor:
+    """(B, T, ...) to (N, ...): the labelled tokens only. Traced tensors have no values: all tokens, the upper bound."""
+    return values.flatten(0, 1) if is_fake(values) else values[labelled]
+
+
+def _spread(flat: Tensor, labelled: Tensor, into: Tensor) -> Tensor:
+    """The inverse of `_compact`: unlabelled tokens keep what `into` has."""
+    if is_fake(into):
+        return flat.view(into.shape)
+    into[labelled] = flat
+    return into

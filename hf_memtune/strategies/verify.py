@@ -1,0 +1,141 @@
+"""Before the first step: does ditching give, on this very model, what the model itself computes?
+
+One short probe, instead of a list of models that are said to work: a context pass and a focus pass over a few tokens must
+give the hidden states that a plain forward has at those tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_memtune.architectures import Architecture, tables
+from hf_memtune.core.selection import Selection
+from hf_memtune.core.store import KeyValueStore
+from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
+from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
+from hf_memtune.strategies.seeking_step import positions_at
+
+PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
+# Relative to the size of the hidden states: kernels sum in another order for other shapes.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the probe found.
+
+    is_causal: no token looks at a later one. has_plain_head: the logits are the linear head's output. body_output: the
+    class of what the model's body returns.
+    """
+
+    is_causal: bool
+    has_plain_head: bool
+    body_output: type
+
+
+class _ProbingPass(ContextPass):
+    """A context pass that also notes which modules attended and whether any mask looks ahead."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.attended: set[int] = set()
+        self.looks_ahead = False
+
+    def build(self, mask_function, queries, keys):
+        mask = super().build(mask_function, queries, keys)
+        index = torch.arange(PROBE_TOKENS)
+        seen = mask_function(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), index[:, None], index[None])
+        if self.stack == "decoder" and queries is keys:
+            self.looks_ahead |= bool((seen & (index[None] > index[:, None])).any())
+        return mask
+
+    def attend(self, module, *args):
+        self.attended.add(id(module))
+        return super().attend(module, *args)
+
+
+def verify(seeking: Any, check: bool = True) -> Facts:
+    """Probe the model. Raises UnsupportedModelError, naming the model, the reason and the remedy.
+
+    `check=False` skips the comparison of hidden states, which traced tensors do not have.
+    """
+    architecture = seeking.architecture
+    base = architecture.base
+    with torch.no_grad(), evaluating(architecture.head_model):
+        call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
+        store = KeyValueStore()
+        probing = _ProbingPass(
+            {n: r.whole() for n, r in call.rows.items()}, store, seeking.places, Records({}), seeking.kernel_knows_causal
+        )
+        with seeking.running(probing):
+            body_output = type(base(**call.at(probing.spans)))
+        _require_attention_everywhere(architecture, probing.attended)
+        if check:
+            _compare(seeking, call, store)
+        plain_head = _has_plain_head(architecture, call, body_output)
+    is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
+    return Facts(is_causal, plain_head, body_output)
+
+
+def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
+    embedding = architecture.base.get_input_embeddings().weight
+    classes = min(embedding.shape[0], architecture.base.config.get_text_config().vocab_size)
+    # away from the first ids, which are usually special: padding would change the positions of some models
+    ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None] % max(1, classes // 2) + classes // 2
+    ids = ids.clamp_max(classes - 1)
+    return {"input_ids": ids, "decoder_input_ids": ids} if architecture.is_encoder_decoder else {"input_ids": ids}
+
+
+def _require_attention_everywhere(architecture: Architecture, attended: set[int]) -> None:
+    for stack in architecture.stacks.values():
+        for number, layer in enumerate(stack.layers):
+            if not any(id(module) in attended for module in layer.modules()):
+                raise UnsupportedModelError(
+                    f"{architecture.name}: layer {number} of its {stack.name} ({type(layer).__name__}) does not send its attention "
+                    f"through transformers' attention interface. {tables.NO_ATTENTION_REMEDY}"
+                )
+
+
+def _compare(seeking: Any, call: BodyCall, store: KeyValueStore) -> None:
+    architecture = seeking.architecture
+    index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
+    selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
+    spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
+    full = architecture.base(**call.arguments | {"use_cache": False}).last_hidden_state
+    pairs = [(m, positions_at(m.forward, spans[s])) for s, m in architecture.position_modules.items()]
+    try:
+        with seeking.running(FocusPass(spans, store, seeking.places)), forwards_as(pairs):
+            kept = architecture.base(**call.at(spans)).last_hidden_state
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}"
+        ) from error
+    expected = selection.gather(full)
+    deviation = ((kept - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
+    if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):
+        raise UnsupportedModelError(
+            f"{architecture.name}: the hidden states of a pass over {len(PROBE_KEPT)} of {PROBE_TOKENS} tokens differ from those of the "
+            f"full forward by {deviation:.1e} (relative), expected at most {_TOLERANCE.get(full.dtype, 1e-3):.0e}. Something in it "
+            f"depends on the neighbours of a token outside attention. {_REMEDY}"
+        )
+
+
+_REMEDY = "Token ditching would not be exact on it: train it with activation checkpointing instead (--activation_checkpointing)."
+
+
+def _has_plain_head(architecture: Architecture, call: BodyCall, body_output: type) -> bool:
+    """Whether the model returns the output of its linear head untouched: no softcap, scale or added bias."""
+    if architecture.output_head is None:
+        return False
+    marker, model = torch.zeros(1, 1, 1, device=architecture.output_head.weight.device), architecture.head_model
+    hidden = torch.zeros(1, 1, architecture.base.config.get_text_config().hidden_size, dtype=model.dtype, device=marker.device)
+
+    def body(*args, **kwargs):
+        return body_output(last_hidden_state=hidden)
+
+    with forward_as(architecture.base, body), forward_as(architecture.output_head, lambda hidden: marker):
+        return type(model).forward(model, **call.arguments).logits is marker

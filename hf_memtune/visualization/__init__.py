@@ -1,0 +1,21 @@
+"""Pictures and pages about a run: which tokens were kept and why, and what each method cost.
+
+* :class:`TokenMap`: one training instance, its token scores and the tokens that were kept.
+* :func:`write_token_map_html`, :func:`write_token_map_png`: show token maps to a reader.
+* :func:`write_comparison_html`, :func:`comparison_table`: methods side by side.
+
+All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]``) is needed by
+:func:`write_token_map_png` and :func:`write_comparison_html` and imported only when they run.
+"""
+
+from .comparison import comparison_table, write_comparison_html
+from .html import write_token_map_html
+from .token_map import TokenMap, write_token_map_png
+
+__all__ = [
+    "TokenMap",
+    "comparison_table",
+    "write_comparison_html",
+    "write_token_map_html",
+    "write_token_map_png",
+]
