@@ -37,6 +37,9 @@ class SeekingStep:
         self.target = _targets(self.architecture, self.labels)
         self.inputs = _model_inputs(self.architecture, inputs)
         self.selection: dict[str, Selection] = {}
+        self.values: dict[str, Tensor] = {}
+        self.tokens_seen: Tensor | int = 0
+        self.inspection: dict[str, dict[str, Tensor]] | None = None
         self.kept_target: Tensor | None = None
         self.fused = seeking.facts.has_plain_head and not whole_logits
 
@@ -57,6 +60,10 @@ class SeekingStep:
         with forward_as(self.architecture.base, forward):
             scores, context_output = self._context_pass(call)
             self.selection = self._select(call, scores)
+            self.tokens_seen = sum(_real_tokens(rows) for rows in call.rows.values())
+            if self.inspection is not None:
+                self._inspect(call, scores)
+                raise Inspected
             scores.records.hidden.clear(), scores.records.queries.clear()
             return self._focus_pass(call, scores.store, context_output)
 
@@ -95,9 +102,18 @@ class SeekingStep:
             real = rows.real if name == "encoder" or not self._labels_are_rows else self.target != IGNORED
             with torch.no_grad(), evaluating(self.architecture.base):
                 values = self.seeking.scorer(scores.context(name)) if given is None else given
+            self.values[name] = values
             labelled = self._labelled(name) if self.config.select_from == "labels" else None
             chosen[name] = select(values, self.config.token_ratio, real, labelled, self._forced(name, rows))
         return chosen
+
+    def _inspect(self, call: BodyCall, scores: TokenScores) -> None:
+        """Fill `inspection` with the asked-for scores of every stack, (B, T) each, and which tokens are real."""
+        with torch.no_grad(), evaluating(self.architecture.base):
+            for stack in call.rows:
+                seen = scores.context(stack)
+                self.inspection[stack] = {name: getattr(seen, name) for name in self.inspection[stack]}
+                self.inspection[stack]["real"] = seen.attention_mask
 
     @property
     def _labels_are_rows(self) -> bool:
@@ -189,6 +205,14 @@ class SeekingStep:
         if self.architecture.task is not Task.CAUSAL_LM:
             return self.kept_target
         return F.pad(self.kept_target, (1, 0), value=IGNORED)
+
+
+class Inspected(Exception):
+    """Ends a call of the model whose scores alone were wanted."""
+
+
+def _real_tokens(rows) -> Tensor | int:
+    return rows.batch * rows.length if rows.real is None else rows.real.sum()
 
 
 def positions_at(forward: Callable, span: Span) -> Callable:

@@ -11,9 +11,11 @@ All tokens are seen forward; the gradient flows through the kept ones, whose los
 states of the others are constants. Exactly that: the gradients equal those of a full run in which they are detached.
 """
 
+import contextlib
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_memtune.architectures import Architecture, describe
@@ -22,7 +24,7 @@ from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_nam
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.strategies.passes import Places
 from hf_memtune.strategies.routing import Router
-from hf_memtune.strategies.seeking_step import SeekingStep
+from hf_memtune.strategies.seeking_step import Inspected, SeekingStep
 from hf_memtune.strategies.verify import verify
 
 
@@ -86,6 +88,17 @@ class TokenSeeking:
         """
         self.router  # raises when removed
         return SeekingStep(self, inputs, label_smoothing, whole_logits, scores).open()
+
+    def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = ()) -> SeekingStep:
+        """Score and select the tokens of a batch without training on them.
+
+        Returns a step whose `values` and `selection` are filled in, and whose `inspection` holds, by stack, the `scores` asked
+        for (names of SeekingContext, such as "context_score"), (B, T) each, and "real", False at padding.
+        """
+        with self.step(inputs) as step, torch.no_grad(), contextlib.suppress(Inspected):
+            step.inspection = {stack: dict.fromkeys(scores) for stack in self.architecture.stacks}
+            self.architecture.head_model(**step.inputs)
+        return step
 
     def remove(self) -> None:
         """Take every trace out of the model and of transformers' interfaces. May be called twice."""

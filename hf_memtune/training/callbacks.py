@@ -1,0 +1,158 @@
+"""Callbacks: install a strategy for the time of training, log memory, draw what was kept."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
+from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.training.offline import OfflineScores
+
+
+class TokenSeekingCallback(TrainerCallback, ExportableState):
+    """Installs token seeking at the start of training and removes it at its end.
+
+    `seeking` is the installed strategy, or None. MemEfficientTrainer adds this callback by itself, uses what it installs, and
+    removes it when training fails. trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set
+    go through its data loader.
+    """
+
+    def __init__(self, config: TokenSeekingConfig, scorer: TokenScorer | None = None, trainer=None):
+        self.config, self.scorer, self.trainer = config, scorer, trainer
+        self.seeking: TokenSeeking | None = None
+        self.offline: OfflineScores | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.seeking = TokenSeeking(model, self.config, self.scorer)
+        if self.config.seek_schedule == "once":
+            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            self.offline = OfflineScores(self.seeking, self.trainer)
+            self.offline.load_or_score(saved.get("scores_file") if state.global_step else None)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.config.seek_schedule == "epoch":
+            self.offline = OfflineScores(self.seeking, self.trainer)
+            self.offline.score()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the strategy off the model. May be called twice."""
+        if self.seeking is not None:
+            self.seeking.remove()
+        self.seeking = None
+
+    def offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Scores computed earlier for the rows of a batch, by stack, (B, T) each; None where the step scores by itself."""
+        return None if self.offline is None else self.offline.lookup(inputs)
+
+    def state(self) -> dict:
+        """Saved with a checkpoint: a resumed run must use the scores of the pre-trained model, not make new ones."""
+        file = None if self.offline is None or self.offline.file is None else str(self.offline.file)
+        return {"args": {}, "attributes": {"scores_file": file}}
+
+
+class MemoryCallback(TrainerCallback):
+    """Measures memory and time of training, for the logs.
+
+    peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
+    `trace_steps` (storages that are older than the step, such as weights, are not in it). resident_bytes: the process.
+    step_seconds: mean of an optimizer step. tokens_seen, tokens_kept: since the last log, of this process.
+    """
+
+    def __init__(self, trace_steps: int = 50):
+        self.trace_steps = trace_steps
+        self._tracer: LiveBytes | None = None
+        self._traced_bytes: int | None = None
+        self._began = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._steps, self._seconds, self._seen, self._kept = 0, 0.0, 0, 0
+
+    def count_tokens(self, seen: Tensor | int, kept: int) -> None:
+        self._seen, self._kept = self._seen + seen, self._kept + kept
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._device = args.device
+        reset_peak_device_bytes(args.device)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+        on_device = args.device.type not in ("cpu", "mps")
+        if not on_device and self.trace_steps and state.global_step % self.trace_steps == min(1, self.trace_steps - 1):
+            self._tracer = LiveBytes()
+            self._tracer.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+        self.close()
+
+    def close(self) -> None:
+        """End a trace that is still open (training failed in the middle of a step). May be called twice."""
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            tracer.__exit__(None, None, None)
+            self._traced_bytes = tracer.peak_bytes
+
+    def since_last_log(self) -> dict[str, float]:
+        """Measurements since the last call, for the logs."""
+        peak = peak_device_bytes(self._device)
+        found = {"peak_memory_bytes": peak if peak is not None else self._traced_bytes, "resident_bytes": resident_bytes()}
+        if self._steps:
+            found["step_seconds"] = self._seconds / self._steps
+        if self._kept:
+            found |= {"tokens_seen": int(self._seen), "tokens_kept": int(self._kept)}
+        reset_peak_device_bytes(self._device)
+        self._restart()
+        return {name: value for name, value in found.items() if value is not None}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # MemEfficientTrainer puts them into the logs before they are sent anywhere; under a plain Trainer this is in time
+        # for the callbacks that come after this one, and for the history
+        if logs is not None and "loss" in logs and "step_seconds" not in logs:
+            found = self.since_last_log()
+            logs.update(found)
+            if state.log_history:
+                state.log_history[-1].update(found)
+
+
+class TokenMapCallback(TrainerCallback):
+    """Draws which tokens of chosen examples are scored how and kept, every `every_n_steps` optimizer steps.
+
+    examples: tokenised rows (dicts of input_ids, labels, ...), collated by `collator`. Files go to `folder` (default:
+    output_dir/token_maps), one HTML page a drawing. Scores come from the model as it is at that step.
+    """
+
+    def __init__(self, examples, collator, config: TokenSeekingConfig, every_n_steps: int = 100, folder: str | None = None):
+        self.examples, self.collator, self.config = list(examples), collator, config
+        self.every_n_steps, self.folder = every_n_steps, folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._draw(args, state, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every_n_steps == 0:
+            self._draw(args, state, **kwargs)
+
+    def _draw(self, args, state, model=None, processing_class=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        from hf_memtune.training.token_maps import token_maps
+        from hf_memtune.visualization.token_map import write_token_map_html
+
+        folder = Path(self.folder or Path(args.output_dir) / "token_maps")
+        folder.mkdir(parents=True, exist_ok=True)
+        batch = {k: v.to(args.device) for k, v in self.collator(self.examples).items() if torch.is_tensor(v)}
+        with torch.random.fork_rng():
+            maps = token_maps(model, batch, self.config, processing_class)
+        write_token_map_html(maps, folder / f"step-{state.global_step:06d}.html", {"step": state.global_step})

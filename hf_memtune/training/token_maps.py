@@ -1,0 +1,72 @@
+"""Token maps of a batch: what the scores say of each token, and which are kept."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.loss import IGNORED
+from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.core.scoring import combined_score
+from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.visualization.token_map import TokenMap
+
+
+def token_maps(
+    model: nn.Module,
+    batch: dict[str, Any],
+    config: TokenSeekingConfig,
+    tokenizer,
+    scorer: TokenScorer | None = None,
+    titles: list[str] | None = None,
+) -> list[TokenMap]:
+    """One map for each row of `batch` (tensors of shape (batch, tokens), with labels).
+
+    Shows the context, gradient and combined scores whatever the scorer, which decides what is kept. Of an encoder-decoder
+    model the decoder is shown. The model is left as it was.
+    """
+    seeking = TokenSeeking(model, replace(config, token_seeking=True, seek_schedule="step"), scorer)
+    try:
+        step = seeking.inspect(batch, scores=("context_score", "gradient_score"))
+    finally:
+        seeking.remove()
+    seen, selection = step.inspection["decoder"], step.selection["decoder"]
+    scores = {
+        "context": seen["context_score"],
+        "gradient": seen["gradient_score"],
+        "combined": combined_score(
+            seen["context_score"], seen["gradient_score"], config.context_weight, config.gradient_weight, seen["real"]
+        ),
+    }
+    if scorer is not None or config.token_scorer not in scores:
+        scores[getattr(scorer, "__name__", config.token_scorer)] = step.values["decoder"]
+    labelled = torch.zeros_like(seen["real"]) if step.target is None else step.target != IGNORED
+    ids = step.inputs["decoder_input_ids" if seeking.architecture.is_encoder_decoder else "input_ids"]
+    return [
+        _token_map(row, ids, seen["real"], scores, selection.kept_mask(), labelled, tokenizer, titles) for row in range(len(ids))
+    ]
+
+
+def _token_map(row, ids, real, scores, kept, labelled, tokenizer, titles) -> TokenMap:
+    chosen = real[row]
+    return TokenMap(
+        title=titles[row] if titles else f"example {row + 1}",
+        tokens=pieces(tokenizer, ids[row][chosen].tolist()),
+        scores={name: values[row][chosen].tolist() for name, values in scores.items()},
+        kept=kept[row][chosen].tolist(),
+        labelled=labelled[row][chosen].tolist(),
+    )
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text each token adds, so that joined they give the text (spaces included)."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        # decoded from a few tokens back: enough for the space and byte rules of every tokenizer, and linear in length
+        start = max(0, end - 8)
+        window = tokenizer.decode(ids[start:end])
+        before = tokenizer.decode(ids[start : end - 1]) if end - 1 > start else ""
+        found.append(window[len(before) :] if window.startswith(before) else tokenizer.decode(ids[end - 1 : end]))
+    return found

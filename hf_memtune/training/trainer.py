@@ -1,0 +1,128 @@
+"""MemEfficientTrainer: transformers' Trainer, with the strategies that the arguments turn on."""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_memtune.architectures import describe
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.core.selection import Selection
+from hf_memtune.errors import ConfigError
+from hf_memtune.strategies.seeking_step import SeekingStep
+from hf_memtune.training.callbacks import MemoryCallback, TokenSeekingCallback
+from hf_memtune.training.normalizer import RunningMean
+
+
+class MemEfficientMixin:
+    """Adds the strategies to a Trainer: `class Mine(MemEfficientMixin, SFTTrainer)`.
+
+    args: training arguments with the fields of MemEfficientArgumentsMixin. token_scorer: a callable in place of
+    `args.token_scorer`; it maps a SeekingContext to scores (batch, tokens), larger is kept.
+    last_selection: which tokens the last training step kept (a dict by stack for encoder-decoder models), or None.
+    Everything else is Trainer's. Evaluation and prediction are plain full forwards; checkpoints are plain checkpoints.
+    """
+
+    def __init__(self, *args, token_scorer: TokenScorer | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, TokenSeekingConfig):
+            raise ConfigError([
+                f"args: got {type(self.args).__name__}, which lacks the fields of hf_memtune. Expected "
+                "MemEfficientTrainingArguments, or a class made as `class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
+            ])
+        self.last_selection: Selection | dict[str, Selection] | None = None
+        self._mean, self._in_step = RunningMean(), False
+        self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
+        self.add_callback(self.memory_callback)
+        self.seeking_callback: TokenSeekingCallback | None = None
+        if self.args.token_seeking:
+            self._prepare_seeking(token_scorer)
+        elif token_scorer is not None:
+            raise ConfigError(["token_scorer: a scorer was given but token_seeking is off. Set token_seeking=True."])
+
+    def _prepare_seeking(self, token_scorer: TokenScorer | None) -> None:
+        if self.args.n_gpu > 1:
+            raise ConfigError([
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): token_seeking runs one process per GPU. Launch with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            ])
+        if describe(self.model).task.loss_per_token:
+            self.loss_is_scaled_for_ga = True  # by the count of kept, labelled tokens: see normalizer.py
+        config = TokenSeekingConfig(**{f.name: getattr(self.args, f.name) for f in fields(TokenSeekingConfig)})
+        self.seeking_callback = TokenSeekingCallback(config, token_scorer, trainer=self)
+        self.add_callback(self.seeking_callback)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # transformers does not call on_train_end when training fails
+            self.memory_callback.close()
+            if self.seeking_callback is not None:
+                self.seeking_callback.remove()
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._mean.restart()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        self._in_step, self._reported = True, None
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._in_step = False
+        return loss if self._reported is None else self._reported.to(loss.dtype)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        seeking = self.seeking_callback.seeking if self.seeking_callback is not None and self._in_step else None
+        if seeking is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        own_loss = self.compute_loss_func is not None
+        smoothing = 0.0 if own_loss else self.args.label_smoothing_factor
+        scores = self.seeking_callback.offline_scores(inputs)
+        with seeking.step(inputs, smoothing, whole_logits=own_loss, scores=scores) as step:
+            if not seeking.architecture.task.loss_per_token:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                self._note(step)
+                return result
+            outputs = model(**step.inputs)
+        self._note(step)
+        loss = self._kept_loss(step, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _kept_loss(self, step: SeekingStep, outputs) -> Tensor:
+        """Mean loss over the kept, labelled tokens of the accumulated batch so far."""
+        count, processes = step.kept_labels, 1
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            # the divisor counts all processes' tokens, and their gradients are averaged, not summed
+            count, processes = self.accelerator.gather(count).sum(), self.accelerator.num_processes
+        divisor = self._mean.add_tokens(count, self.model.parameters())
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, step.shiftable_labels(), num_items_in_batch=divisor)
+            loss_sum = loss * divisor
+        else:
+            loss_sum = step.loss_sum(outputs)
+            loss = loss_sum / divisor
+        self._reported = self._mean.report(loss_sum * processes)
+        return loss * processes
+
+    def _note(self, step: SeekingStep) -> None:
+        """Keep what this step selected, and count its tokens for the logs."""
+        chosen = step.selection
+        self.last_selection = chosen if len(chosen) > 1 else chosen["decoder"]
+        self.memory_callback.count_tokens(step.tokens_seen, sum(sum(s.counts) for s in chosen.values()))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update(self.memory_callback.since_last_log())
+        super().log(logs, *args, **kwargs)
+
+
+class MemEfficientTrainer(MemEfficientMixin, Trainer):
+    """transformers' Trainer with hf_memtune's strategies: replace `Trainer` by this class and turn a strategy on.
+
+    Example:
+        args = MemEfficientTrainingArguments(output_dir="out", token_seeking=True, token_ratio=0.1)
+        MemEfficientTrainer(model=model, args=args, train_dataset=ds, processing_class=tokenizer).train()
+    """
