@@ -35,7 +35,8 @@ def linear_loss(
     exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)
     if chunked_linear_cross_entropy is not None and exact_scalar and not label_smoothing:
         return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, rows)
-    return _checkpointed_loss(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, rows)
+    # the backward of cross_entropy holds logits, log-probabilities and their gradient at once
+    return _checkpointed_loss(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, max(16, rows // 2))
 
 
 def _checkpointed_loss(hidden, weight, bias, target, label_smoothing, rows) -> Tensor:
@@ -67,12 +68,22 @@ def linear_loss_gradient(
     rows = logit_rows(weight_VD.shape[0])
     for start in range(0, hidden_ND.shape[0], rows):
         target = target_N[start : start + rows]
-        logits = F.linear(hidden_ND[start : start + rows].to(weight_VD.dtype), weight_VD, bias_V)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses.append(F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED))
-        labelled = target != IGNORED
-        residual = logits.softmax(-1)
-        residual.scatter_add_(1, target.clamp_min(0)[:, None], -torch.ones_like(residual[:, :1]))
-        residual.mul_(labelled[:, None])
+        hidden = hidden_ND[start : start + rows].to(weight_VD.dtype)
+        residual, loss = _softmax_residual(F.linear(hidden, weight_VD, bias_V), target)
         gradient[start : start + rows] = residual.to(weight_VD.dtype) @ weight_VD
+        losses.append(loss)
+        del residual  # or it would live on beside that of the next chunk
     return gradient, torch.cat(losses) if losses else hidden_ND.new_zeros(0)
+
+
+def _softmax_residual(work: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax - onehot of logits `work` (rows, V), in place and in float32 at least, and the loss of each row."""
+    work = work if work.dtype == torch.float64 else work.float()
+    chosen, labelled = target.clamp_min(0)[:, None], target != IGNORED
+    highest = work.amax(1, keepdim=True)
+    correct = work.gather(1, chosen) - highest
+    work = work.sub_(highest).exp_()
+    total = work.sum(1, keepdim=True)
+    loss = (total.log() - correct)[:, 0] * labelled
+    work.div_(total).scatter_add_(1, chosen, -torch.ones_like(correct)).mul_(labelled[:, None])
+    return work, loss

@@ -62,6 +62,11 @@ class BodyCall:
         check_rope(self.architecture, like.shape[1])
         return Rows(like.shape[0], like.shape[1], _padding(mask), positions, segments)
 
+    def input_ids(self, stack: str) -> Tensor | None:
+        """(B, T) int64 of a stack, or None where it was given embeddings."""
+        prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
+        return self.arguments.get(f"{prefix}input_ids")
+
     def at(self, spans: dict[str, Span]) -> dict[str, Any]:
         """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole."""
         arguments = {"use_cache": False}

@@ -17,6 +17,7 @@ from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune.errors import MemTuneError
 from hf_memtune._compat import is_fake
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
@@ -52,7 +53,7 @@ class SeekingStep:
         with ExitStack() as stack:
             stack.enter_context(forward_as(base, partial(self._body, base.forward)))
             if self.fused:
-                stack.enter_context(forward_as(head, self._fused_loss))
+                stack.enter_context(forward_as(head, partial(self._fused_loss, head.forward)))
             yield self
 
     def _body(self, forward: Callable, *args, **kwargs):
@@ -90,8 +91,11 @@ class SeekingStep:
                     output = call.forward(**call.at(spans)).last_hidden_state
                 if not self.architecture.task.loss_per_token:
                     outputs.append(output)
+        real, target = call.rows["decoder"].real, self.target
+        if target is not None and real is not None:  # padding is never kept: what it would predict must not sway the scores
+            target = target.masked_fill(~real, IGNORED)
         scores = TokenScores(
-            self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, self.target
+            self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, target
         )
         return scores, torch.cat(outputs, dim=1) if outputs else None
 
@@ -160,7 +164,7 @@ class SeekingStep:
         if self.target is not None:
             self.kept_target = decoder.gather(self.target, fill=IGNORED)
         pairs = [
-            (module, positions_at(module.forward, spans[stack]))
+            (module, positions_at(module.forward, call, spans[stack], stack))
             for stack, module in self.architecture.position_modules.items()
         ]
         with self.seeking.running(FocusPass(spans, store, self.seeking.places)), forwards_as(pairs):
@@ -173,8 +177,10 @@ class SeekingStep:
             output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, 1))
         return output
 
-    def _fused_loss(self, hidden: Tensor) -> Tensor:
-        """In place of the head: the summed loss of the kept, labelled tokens, a scalar."""
+    def _fused_loss(self, forward: Callable, hidden: Tensor) -> Tensor:
+        """In place of the head: the summed loss of the kept, labelled tokens, a scalar. While tokens are scored, the head itself."""
+        if not self.selection:
+            return forward(hidden)
         head = self.architecture.output_head
         labelled = self.kept_target != IGNORED
         if is_fake(hidden):
@@ -215,11 +221,18 @@ def _real_tokens(rows) -> Tensor | int:
     return rows.batch * rows.length if rows.real is None else rows.real.sum()
 
 
-def positions_at(forward: Callable, span: Span) -> Callable:
-    """Position embeddings of the kept tokens, from a module that numbers the tokens it is given from 0."""
+def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> Callable:
+    """Position embeddings of the kept tokens, from a module that numbers the tokens it is given, or their shape, itself."""
 
-    def run(ids: Tensor, *args, **kwargs) -> Tensor:
-        return span.take(forward(ids.new_zeros(1, span.rows.length, dtype=torch.long)))
+    def run(given: Tensor | tuple | None, *args, **kwargs) -> Tensor:
+        shape = (span.rows.batch, span.rows.length)
+        ids = call.input_ids(stack)
+        if isinstance(given, tuple):  # torch.Size is one
+            whole = torch.Size(shape)
+        else:
+            whole = ids if ids is not None else torch.zeros(shape, dtype=torch.long, device=span.index.device)
+        embedded = forward(whole)
+        return span.take(embedded if embedded.dim() == 3 else embedded[None])
 
     return run
 
@@ -242,6 +255,17 @@ def _model_inputs(architecture: Architecture, inputs: dict[str, Any]) -> dict[st
     given = {k: v for k, v in inputs.items() if k not in (*LABEL_NAMES, "num_items_in_batch")}
     model = architecture.head_model
     if architecture.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
-        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None) or model._shift_right
-        given["decoder_input_ids"] = shift(labels=inputs["labels"])
+        given["decoder_input_ids"] = _shifted_right(model, inputs.get("labels"))
     return given
+
+
+def _shifted_right(model, labels: Tensor | None) -> Tensor:
+    """The decoder's input as the model makes it from labels."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or labels is None:
+        raise MemTuneError(
+            f"the batch has neither decoder_input_ids nor decoder_inputs_embeds, and {type(model).__name__} "
+            f"{'cannot make them from labels outside its own forward' if labels is not None else 'has no labels to make them from'}: "
+            "put decoder_input_ids into the batch."
+        )
+    return shift(labels=labels)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.config import TokenSeekingConfig
-from hf_memtune.core.loss import IGNORED, linear_loss_gradient
+from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows
 from hf_memtune.core.scorers import SeekingContext
 from hf_memtune.core.scoring import attention_received, gradient_magnitude
 from hf_memtune.core.store import KeyValueStore
@@ -45,17 +45,16 @@ class TokenScores:
     def context(self, stack: str) -> SeekingContext:
         """What a scorer sees of one stack."""
         rows = self.call.rows[stack]
-        prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
         real = rows.real
         if real is None:
             real = torch.ones(rows.batch, rows.length, dtype=torch.bool, device=rows.positions.device)
         compute: dict[str, Callable[[], Tensor]] = {
             "context_score": lambda: self.context_score(stack),
             "gradient_score": lambda: self.gradient_scores[stack],
-            "token_loss": lambda: self.token_loss,
-            "last_hidden_state": lambda: self.last_hidden_state,
+            "token_loss": lambda: self.token_loss(stack),
+            "last_hidden_state": lambda: self.last_hidden_state(stack),
         }
-        return SeekingContext(self.call.arguments.get(f"{prefix}input_ids"), real, self.labels.get("labels"), compute)
+        return SeekingContext(self.call.input_ids(stack), real, self.labels.get("labels"), compute)
 
     def context_score(self, stack: str) -> Tensor:
         """(B, T): attention received in the context layer, eq. 3."""
@@ -146,26 +145,30 @@ class TokenScores:
         target = self.target[:, start : start + hidden.shape[1]]
         gradient, losses = torch.zeros_like(hidden), torch.zeros(target.shape, device=hidden.device)
         labelled = target != IGNORED
-        if self.seeking.facts.has_plain_head:
-            head = self.architecture.output_head
-            bias = None if head.bias is None else head.bias.detach()
-            flat, loss = linear_loss_gradient(
-                _compact(hidden, labelled), head.weight.detach(), bias, _compact(target, labelled)
-            )
-            gradient, losses = _spread(flat, labelled, gradient), _spread(loss.to(losses.dtype), labelled, losses)
-        else:
-            gradient, losses = self._loss_gradient_of_logits(hidden, target)
-        self._token_losses[start] = losses
-        return gradient
+        of_head = self._linear_head_gradient if self.seeking.facts.head_reads_body else self._own_head_gradient
+        flat, loss = of_head(_compact(hidden, labelled), _compact(target, labelled))
+        self._token_losses[start] = _spread(loss.to(losses.dtype), labelled, losses)
+        return _spread(flat, labelled, gradient)
 
-    def _loss_gradient_of_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The same through the model's own head, where it does more than one product."""
+    def _linear_head_gradient(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.architecture.output_head
+        bias = None if head.bias is None else head.bias.detach()
+        return linear_loss_gradient(hidden_ND, head.weight.detach(), bias, target_N)
+
+    def _own_head_gradient(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The same through the model's own head, where it does more than one product; heads see tokens one by one."""
+        rows = logit_rows(self.architecture.base.config.get_text_config().vocab_size)
+        parts = [self._own_head_part(*pair) for pair in zip(hidden_ND.split(rows), target_N.split(rows))]
+        gradients, losses = zip(*parts)
+        return torch.cat(gradients), torch.cat(losses)
+
+    def _own_head_part(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            leaf = hidden.requires_grad_()
-            logits = self._head(lambda *a, **k: self.seeking.facts.body_output(last_hidden_state=leaf)).logits
+            leaf = hidden.detach().requires_grad_()
+            logits = self._head(lambda *a, **k: self.seeking.facts.body_output(last_hidden_state=leaf[None])).logits[0]
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-            return torch.autograd.grad(losses.sum(), leaf)[0], losses.detach().view(target.shape)
+            losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            return torch.autograd.grad(losses.sum(), leaf)[0], losses.detach()
 
     def _head(self, body: Callable, **labels: Tensor):
         """The model's own head on what `body` returns in place of its body."""
@@ -173,9 +176,13 @@ class TokenScores:
         with forward_as(self.architecture.base, body):
             return type(model).forward(model, **self.inputs, **labels)
 
-    @cached_property
-    def token_loss(self) -> Tensor:
+    def token_loss(self, stack: str) -> Tensor:
         """(B, T) float32: loss of each position's own prediction, 0 without a label."""
+        if self.architecture.is_encoder_decoder and stack == "encoder":
+            raise ConfigError([
+                f"token_scorer: the tokens of the encoder of {self.architecture.name} predict nothing, so they cannot be ranked by "
+                "loss. Choose context, gradient or combined."
+            ])
         if not self.architecture.task.loss_per_token:
             raise ConfigError([
                 f"token_scorer: {self.architecture.name} has one loss for a row, not one for each token ({self.architecture.task.value})"
@@ -183,18 +190,19 @@ class TokenScores:
             ])
         if not self._token_losses:
             start = 0
-            for hidden in self.last_hidden_state.split(self.chunk, dim=1):
+            for hidden in self.last_hidden_state(stack).split(self.chunk, dim=1):
                 self._loss_gradient(hidden, start)
                 start += hidden.shape[1]
         return torch.cat([self._token_losses[start] for start in sorted(self._token_losses)], dim=1)
 
-    @cached_property
-    def last_hidden_state(self) -> Tensor:
-        """(B, T, D): what the head sees, recomputed from the last block's input."""
+    def last_hidden_state(self, stack: str) -> Tensor:
+        """(B, T, D): what comes out of the stack, recomputed from its last block's input."""
         rows, parts = self.call.rows["decoder"], []
         if self.chunk == rows.length:
             with torch.no_grad():
                 leaves = {name: torch.cat(chunks, dim=1) for name, chunks in self.records.hidden.items()}
+                if self.architecture.is_encoder_decoder and stack == "encoder":
+                    return self._encoder_output(leaves)
                 return self._whole_body(leaves)().last_hidden_state
         with torch.no_grad():
             for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):

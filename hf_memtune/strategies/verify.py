@@ -4,16 +4,19 @@ One short probe, instead of a list of models that are said to work: a context pa
 give the hidden states that a plain forward has at those tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_memtune._compat import with_values
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
-from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
@@ -28,12 +31,14 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, tor
 class Facts:
     """What the probe found.
 
-    is_causal: no token looks at a later one. has_plain_head: the logits are the linear head's output. body_output: the
-    class of what the model's body returns.
+    is_causal: no token looks at a later one. has_plain_head: the logits are the linear head's output. head_reads_body: that head
+    is given what the body returns (masked language models transform it first). body_output: the class of what the model's body
+    returns.
     """
 
     is_causal: bool
     has_plain_head: bool
+    head_reads_body: bool
     body_output: type
 
 
@@ -46,12 +51,12 @@ class _ProbingPass(ContextPass):
         self.looks_ahead = False
 
     def build(self, mask_function, queries, keys):
-        mask = super().build(mask_function, queries, keys)
-        index = torch.arange(PROBE_TOKENS)
-        seen = mask_function(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), index[:, None], index[None])
         if self.stack == "decoder" and queries is keys:
-            self.looks_ahead |= bool((seen & (index[None] > index[:, None])).any())
-        return mask
+            with with_values():
+                index, zero = torch.arange(PROBE_TOKENS), torch.zeros(1, 1, dtype=torch.long)
+                seen = mask_function(zero, zero, index[:, None], index[None])
+                self.looks_ahead |= bool((seen & (index[None] > index[:, None])).any())
+        return super().build(mask_function, queries, keys)
 
     def attend(self, module, *args):
         self.attended.add(id(module))
@@ -71,14 +76,14 @@ def verify(seeking: Any, check: bool = True) -> Facts:
         probing = _ProbingPass(
             {n: r.whole() for n, r in call.rows.items()}, store, seeking.places, Records({}), seeking.kernel_knows_causal
         )
-        with seeking.running(probing):
+        with _explained(architecture), seeking.running(probing):
             body_output = type(base(**call.at(probing.spans)))
         _require_attention_everywhere(architecture, probing.attended)
         if check:
             _compare(seeking, call, store)
-        plain_head = _has_plain_head(architecture, call, body_output)
+        plain_head, reads_body = _head_facts(architecture, call, body_output)
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
-    return Facts(is_causal, plain_head, body_output)
+    return Facts(is_causal, plain_head, reads_body, body_output)
 
 
 def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
@@ -106,14 +111,9 @@ def _compare(seeking: Any, call: BodyCall, store: KeyValueStore) -> None:
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
     spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
     full = architecture.base(**call.arguments | {"use_cache": False}).last_hidden_state
-    pairs = [(m, positions_at(m.forward, spans[s])) for s, m in architecture.position_modules.items()]
-    try:
-        with seeking.running(FocusPass(spans, store, seeking.places)), forwards_as(pairs):
-            kept = architecture.base(**call.at(spans)).last_hidden_state
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}"
-        ) from error
+    pairs = [(m, positions_at(m.forward, call, spans[s], s)) for s, m in architecture.position_modules.items()]
+    with _explained(architecture), seeking.running(FocusPass(spans, store, seeking.places)), forwards_as(pairs):
+        kept = architecture.base(**call.at(spans)).last_hidden_state
     expected = selection.gather(full)
     deviation = ((kept - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
     if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):
@@ -124,18 +124,38 @@ def _compare(seeking: Any, call: BodyCall, store: KeyValueStore) -> None:
         )
 
 
+@contextmanager
+def _explained(architecture: Architecture) -> Iterator[None]:
+    """A model that does not let its attention be routed fails somewhere inside: say what that means."""
+    try:
+        yield
+    except MemTuneError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}") from error
+
+
 _REMEDY = "Token ditching would not be exact on it: train it with activation checkpointing instead (--activation_checkpointing)."
 
 
-def _has_plain_head(architecture: Architecture, call: BodyCall, body_output: type) -> bool:
-    """Whether the model returns the output of its linear head untouched: no softcap, scale or added bias."""
+def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -> tuple[bool, bool]:
+    """Whether the model returns the output of its linear head untouched (no softcap, scale or added bias), and whether that head
+    is given the last hidden state untouched."""
     if architecture.output_head is None:
-        return False
+        return False, False
     marker, model = torch.zeros(1, 1, 1, device=architecture.output_head.weight.device), architecture.head_model
     hidden = torch.zeros(1, 1, architecture.base.config.get_text_config().hidden_size, dtype=model.dtype, device=marker.device)
 
     def body(*args, **kwargs):
         return body_output(last_hidden_state=hidden)
 
-    with forward_as(architecture.base, body), forward_as(architecture.output_head, lambda hidden: marker):
-        return type(model).forward(model, **call.arguments).logits is marker
+    given = []
+
+    def head(hidden):
+        given.append(hidden)
+        return marker
+
+    with forward_as(architecture.base, body), forward_as(architecture.output_head, head):
+        plain = type(model).forward(model, **call.arguments).logits is marker
+    # the same memory, since traced tensors have no values to compare
+    return plain, plain and given[0].untyped_storage()._cdata == hidden.untyped_storage()._cdata

@@ -1,0 +1,192 @@
+"""Trace the bytes of one training step of a model of any size, without its weights: shapes alone run, in seconds on a CPU.
+
+Counted: every storage that the step makes and that is alive at its peak, apart from gradients of parameters (weights,
+gradients and optimizer state are known without tracing). Not seen: temporaries inside one kernel.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.memory.live import Entry, LiveBytes
+from hf_memtune.strategies.token_seeking import TokenSeeking
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """What one step needs, in bytes. peak_bytes: above weights, gradients and optimizer state."""
+
+    peak_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    entries: list[Entry]
+
+
+def trace_causal_lm_step(
+    config: PreTrainedConfig,
+    tokens: int,
+    rows: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    lora_rank: int | None = 8,
+    checkpointing: bool = False,
+    fused_loss: bool = False,
+    seeking: TokenSeekingConfig | None = None,
+) -> TracedStep:
+    """Forward and backward of a causal language model on (rows, tokens) without padding, every token labelled.
+
+    lora_rank: LoRA of that rank on all linears but the head, adapters in `dtype`; None trains everything. fused_loss: the head's
+    logits in chunks, recomputed (what the best rivals do). seeking: token seeking with these settings (fuses the loss itself).
+    Attention is torch's SDPA, without a mask where the model's own code would need none.
+    """
+    model = _meta_model(config, dtype, lora_rank, checkpointing)
+    with FakeTensorMode(), _maskless_sdpa() as attention:
+        _materialise(model, dtype, torch.device("cpu"))
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        if seeking is not None:
+            installed = TokenSeeking(model, seeking, check=False)
+            step = _seeking_step(model, ids, installed)
+        else:
+            _set_attention(model, attention)
+            installed, step = None, _plain_step(model, ids, fused_loss)
+        weight_bytes, trained = _weights(model)
+        with LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
+            step().backward()
+        if installed is not None:
+            installed.remove()
+        return TracedStep(live.peak_bytes, weight_bytes, sum(p.nbytes for p in trained), live.peak_entries)
+
+
+def measure_causal_lm_step(
+    config: PreTrainedConfig,
+    tokens: int,
+    device: torch.device,
+    rows: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    lora_rank: int | None = 8,
+    checkpointing: bool = False,
+    fused_loss: bool = False,
+    seeking: TokenSeekingConfig | None = None,
+) -> TracedStep:
+    """The step of `trace_causal_lm_step` with random weights on a CUDA device, its bytes told by the allocator.
+
+    Gradients are there from a step before, so that the peak is above weights and gradients.
+    """
+    model = _meta_model(config, dtype, lora_rank, checkpointing)
+    _materialise(model, dtype, device)
+    ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
+    installed = None if seeking is None else TokenSeeking(model, seeking)
+    step = _plain_step(model, ids, fused_loss) if installed is None else _seeking_step(model, ids, installed)
+    weight_bytes, trained = _weights(model)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step().backward()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [])
+
+
+def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return _trainable(model, lora_rank, checkpointing)
+
+
+def _weights(model: nn.Module) -> tuple[int, list[nn.Parameter]]:
+    return sum(p.nbytes for p in model.parameters()), [p for p in model.parameters() if p.requires_grad]
+
+
+def _trainable(model: nn.Module, lora_rank: int | None, checkpointing: bool) -> nn.Module:
+    if lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def _seeking_step(model: nn.Module, ids: Tensor, seeking: TokenSeeking) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        with seeking.step({"input_ids": ids, "labels": ids}) as running:
+            outputs = model(**running.inputs)
+        return running.loss_sum(outputs) / running.kept_labels
+
+    return step
+
+
+def _plain_step(model: nn.Module, ids: Tensor, fused_loss: bool) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        if not fused_loss:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        target = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+        head = causal_lm.get_output_embeddings()
+        return linear_loss(hidden.flatten(0, 1), head.weight, head.bias, target.flatten()) / target.numel()
+
+    return step
+
+
+def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter (of `dtype`) and buffer a tensor on `device` for its meta tensor; shared ones stay shared.
+
+    Values are random and small where tensors have values at all: what is measured depends on none.
+    """
+    made: dict[int, Tensor] = {}
+
+    def filled(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
+        return nn.Parameter(torch.randn(tensor.shape, dtype=dtype, device=device) * 0.02, tensor.requires_grad)
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    made[id(tensor)] = filled(tensor)
+                held[name] = None if tensor is None else made[id(tensor)]
+
+
+@contextmanager
+def _gradients_apart(parameters: list[nn.Parameter], live: LiveBytes) -> Iterator[None]:
+    """Gradients leave the count as soon as they are in place."""
+    with ExitStack() as stack:
+        for parameter in parameters:
+            hook = parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _maskless_sdpa() -> Iterator[str]:
+    """SDPA under a name for which transformers makes no mask.
+
+    Whether a mask is needed is decided by the values of positions, which traced tensors lack; transformers then makes one, and
+    with it copies of keys and values, that a real run on unpadded rows does not have.
+    """
+    name = "hf_memtune-traced-sdpa"
+    AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        yield name
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+
+
+def _set_attention(model: nn.Module, name: str) -> None:
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+            module.config._attn_implementation_internal = name

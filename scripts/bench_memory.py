@@ -1,0 +1,86 @@
+"""Bytes of one training step, traced for the true shapes of known models: `python scripts/bench_memory.py`.
+
+Writes results/memory.jsonl, one line a measurement with its conditions; what the file already has is not measured again.
+On a GPU (--device cuda) the same steps run for real, with random weights, and the allocator is asked instead.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from conditions import conditions
+from rich.progress import track
+
+from hf_memtune import TokenSeekingConfig
+from hf_memtune.memory.shapes import SHAPES
+from hf_memtune.memory.trace import measure_causal_lm_step, trace_causal_lm_step
+
+METHODS = {
+    "plain": {},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing + logit-free loss": {"checkpointing": True, "fused_loss": True},
+}
+RATIOS = (0.1, 0.3, 0.5, 1.0)
+
+
+def main() -> None:
+    arguments = _arguments()
+    wanted = [
+        {"model": model, "tokens": tokens, "train": train, "method": method}
+        for tokens in arguments.tokens
+        for model in arguments.models
+        for train in arguments.train
+        for method in (*METHODS, *(f"seeking {ratio:g}" for ratio in RATIOS))
+    ]
+    known = _known(arguments.out)
+    todo = [row for row in wanted if json.dumps({**row, "device": arguments.device}, sort_keys=True) not in known]
+    for row in track(todo, description="Measuring", disable=not sys.stderr.isatty()):
+        measured = _measure(row, arguments.device)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(measured) + "\n")
+        print(f"{row['model']:14} {row['tokens']:6} {row['train']:5} {row['method']:32} {measured.get('peak_bytes', 0) / 2**20:10.1f} MiB")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="tokens of the one row of a batch")
+    parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    parser.add_argument("--device", default="traced", choices=["traced", "cuda"])
+    parser.add_argument("--out", type=Path, default=Path("results/memory.jsonl"))
+    return parser.parse_args()
+
+
+def _known(file: Path) -> set[str]:
+    """The measurements a result file holds, as their describing part."""
+    if not file.exists():
+        return set()
+    keys = ("model", "tokens", "train", "method", "device")
+    rows = map(json.loads, file.read_text().splitlines())
+    return {json.dumps({key: row[key] for key in keys}, sort_keys=True) for row in rows}
+
+
+def _measure(row: dict, device: str) -> dict:
+    options = dict(METHODS.get(row["method"], {}))
+    if row["method"].startswith("seeking"):
+        ratio = float(row["method"].split()[1])
+        options = {"checkpointing": True, "seeking": TokenSeekingConfig(token_seeking=True, token_ratio=ratio)}
+    config, rank = SHAPES[row["model"]](), 8 if row["train"] == "lora" else None
+    began = time.perf_counter()
+    described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, scorer="combined", attention="sdpa")
+    if device == "cuda":
+        step = measure_causal_lm_step(config, row["tokens"], torch.device("cuda"), lora_rank=rank, **options)
+        described["gpu"] = torch.cuda.get_device_name()
+    else:
+        step = trace_causal_lm_step(config, row["tokens"], lora_rank=rank, **options)
+    found = {name: getattr(step, name) for name in ("peak_bytes", "weight_bytes", "gradient_bytes")}
+    return {**row, "device": device, **found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    main()
