@@ -1,0 +1,165 @@
+"""Seconds of one training step on a real model: `python scripts/bench_speed.py --model .assets/models/smollm2-135m-instruct`.
+
+All methods take turns within one run, so that whatever else the machine does falls on all of them; medians are reported.
+A step is forward, backward and AdamW. Rows are unpadded text of the real data, every token labelled.
+Writes results/speed.jsonl, one line a method with its conditions.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from conditions import conditions
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_memtune import TokenSeeking, TokenSeekingConfig
+
+SEEKING = {
+    "random 10 %": {"token_scorer": "random"},
+    "seeking 10 % (context)": {"token_scorer": "context"},
+    "seeking 10 % (combined)": {"token_scorer": "combined"},
+    "seeking 30 % (combined)": {"token_scorer": "combined", "token_ratio": 0.3},
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    for train in arguments.train:
+        model, batch = _model(arguments, train), _batch(arguments)
+        methods = _methods(model, batch)
+        seconds = _interleaved(methods, arguments.repeats)
+        plain = statistics.median(seconds["plain"])
+        for method, measured in seconds.items():
+            row = _row(arguments, train, method, measured, plain, batch)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{train:5} {method:32} {row['seconds']:8.3f} s  {row['relative']:5.2f} x plain")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(".assets/models/smollm2-135m-instruct"))
+    parser.add_argument("--data", type=Path, default=Path(".assets/data/alpaca/train.jsonl"))
+    parser.add_argument("--train", nargs="+", default=["full", "lora"], choices=["full", "lora"])
+    parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, after one untimed")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--random_weights", help="name of hf_memtune.memory.shapes: time that shape with random weights instead")
+    parser.add_argument("--out", type=Path, default=Path("results/speed.jsonl"))
+    return parser.parse_args()
+
+
+def _model(arguments: argparse.Namespace, train: str) -> torch.nn.Module:
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.random_weights:
+        from hf_memtune.memory.shapes import SHAPES
+
+        with torch.device(arguments.device):
+            model = AutoModelForCausalLM.from_config(SHAPES[arguments.random_weights](), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
+    if train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model.train()
+
+
+def _batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Rows cut from the text of the data set, end to end."""
+    shape = (arguments.rows, arguments.tokens)
+    if arguments.random_weights:
+        ids = torch.randint(1000, shape)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        lines = map(json.loads, arguments.data.read_text().splitlines())
+        text = "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in lines)
+        ids = torch.tensor(tokenizer(text[: 40 * shape[0] * shape[1]])["input_ids"][: shape[0] * shape[1]]).view(shape)
+    ids = ids.to(arguments.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _methods(model: torch.nn.Module, batch: dict) -> dict[str, Callable[[], None]]:
+    """A function a method, each doing one step on the same model."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def finish(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain() -> None:
+        finish(model(**batch, use_cache=False).loss)
+
+    def checkpointed() -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        plain()
+        model.gradient_checkpointing_disable()
+
+    def seeking(settings: dict) -> Callable[[], None]:
+        installed = TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
+
+        def step() -> None:
+            with installed.step(batch) as running:
+                outputs = model(**running.inputs)
+            finish(running.loss_sum(outputs) / running.kept_labels)
+
+        return step
+
+    return {"plain": plain, "checkpointing": checkpointed, **{name: seeking(deepcopy(s)) for name, s in SEEKING.items()}}
+
+
+def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    with Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("Timing", total=(repeats + 1) * len(methods))
+        for turn in range(repeats + 1):
+            for name, step in methods.items():
+                _synchronise()
+                began = time.perf_counter()
+                step()
+                _synchronise()
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - began)
+                progress.advance(task)
+    return seconds
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _row(arguments, train: str, method: str, measured: list[float], plain: float, batch: dict) -> dict:
+    median = statistics.median(measured)
+    described = conditions(
+        device=arguments.device, dtype=arguments.dtype, rows=arguments.rows, threads=torch.get_num_threads(), repeats=arguments.repeats
+    )
+    if arguments.device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name()
+    return {
+        "model": arguments.random_weights or arguments.model.name,
+        "train": train,
+        "method": method,
+        "tokens": arguments.tokens,
+        "seconds": round(median, 4),
+        "spread": [round(min(measured), 4), round(max(measured), 4)],
+        "relative": round(median / plain, 3),
+        "conditions": described,
+    }
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    main()

@@ -1,0 +1,95 @@
+"""Write the tables of README.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+METHODS = (
+    "plain", "checkpointing", "checkpointing + logit-free loss", "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1",
+)  # fmt: skip
+
+
+def rows_of(name: str) -> list[dict]:
+    file = ROOT / "results" / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def memory_table(train: str) -> str:
+    """Peak bytes above weights, gradients and optimizer state, by model and row length; methods side by side."""
+    rows = [row for row in rows_of("memory.jsonl") if row["train"] == train and row["device"] == "traced"]
+    measured = {(row["model"], row["tokens"], row["method"]): row["peak_bytes"] for row in rows}
+    lines = [
+        "| model | tokens | " + " | ".join(METHODS) + " |",
+        "|---|---:|" + "---:|" * len(METHODS),
+    ]
+    for model, tokens in dict.fromkeys((row["model"], row["tokens"]) for row in rows):
+        cells = [_mib(measured.get((model, tokens, method))) for method in METHODS]
+        lines.append(f"| {model} | {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mib(value: int | None) -> str:
+    return "-" if value is None else f"{value / MIB:,.0f}"
+
+
+def speed_table() -> str:
+    """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
+    lines = ["| training | method | seconds a step | x plain | x checkpointing |", "|---|---|---:|---:|---:|"]
+    rows = rows_of("speed.jsonl")
+    for row in rows:
+        same = [r for r in rows if r["train"] == row["train"] and r["conditions"] == row["conditions"]]
+        checkpointing = next(r["seconds"] for r in same if r["method"] == "checkpointing")
+        lines.append(
+            f"| {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def conditions_of(name: str) -> str:
+    """One line on what a file was measured with."""
+    rows = rows_of(name)
+    if not rows:
+        return "Not measured yet."
+    found = {key: value for key, value in rows[-1]["conditions"].items() if value is not None}
+    found.pop("lora_rank", None)
+    commits = sorted({row["conditions"]["commit"] for row in rows})
+    found["commit"] = ", ".join(commits)
+    return "Conditions: " + ", ".join(f"{key} {value}" for key, value in found.items()) + "."
+
+
+SECTIONS = {
+    "memory-lora": lambda: memory_table("lora"),
+    "memory-full": lambda: memory_table("full"),
+    "memory-conditions": lambda: conditions_of("memory.jsonl"),
+    "speed": speed_table,
+    "speed-conditions": lambda: conditions_of("speed.jsonl"),
+}
+
+
+def filled(text: str) -> str:
+    """The text with every section between its markers made anew. Raises KeyError for an unknown marker."""
+
+    def section(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{SECTIONS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- end -->", section, text, flags=re.S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = filled(before)
+    if check:
+        sys.exit("README.md is out of date: run python scripts/tables.py" if before != after else 0)
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The memory of a training step, in bytes: exact for a tiny model, bounded for the true shapes of a large one."""
+
+import pytest
+import torch
+
+from hf_memtune import SavedBytes, TokenSeeking, TokenSeekingConfig
+from hf_memtune.memory.shapes import SHAPES
+from hf_memtune.memory.trace import trace_causal_lm_step
+from hf_memtune.units import MIB
+from tests.strategies.tiny_models import batch_for, tiny_model
+
+TOKENS = 40
+# What the tiny Llama (3 layers, hidden 32, MLP 48, 4 heads and 2 key heads of 8, float32) saves for one token of the focus pass.
+SAVED_PER_TOKEN = (
+    23 * 32 * 4  # hidden states: 7 norms twice (input, normalised), inputs of attention output and of residual sums, the head's
+    + 12 * 48 * 4  # MLP: gate, activation, up and their product, in 3 layers
+    + 3 * 4 * 8 * 4  # queries
+    + 6 * 2 * 8 * 4  # live keys and values
+    + 7 * 4  # one reciprocal root mean square for each norm
+    + 2 * 8 * 4  # rotary cosine and sine
+    + 8 + 1  # its id, and whether it is labelled
+)  # fmt: skip
+SAVED_PER_STEP = 8  # the number of labelled tokens
+
+
+def saved_bytes(model, ratio=None, checkpointing=False):
+    batch = batch_for(model, "causal_lm", lengths=(TOKENS,))
+    if ratio is None:
+        with SavedBytes(exclude=model) as saved:
+            loss = model(**batch, use_cache=False).loss
+        assert loss.requires_grad  # alive, and with it what it saved
+        return saved.current_bytes
+    seeking = TokenSeeking(model, TokenSeekingConfig(token_seeking=True, token_ratio=ratio))
+    with SavedBytes(exclude=model) as saved:
+        with seeking.step(batch) as step:
+            outputs = model(**step.inputs)
+        loss = step.loss_sum(outputs) / step.kept_labels
+    seeking.remove()
+    assert loss.requires_grad
+    return saved.current_bytes
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.1, 4), (0.5, 20), (1.0, 40)])
+def test_saved_bytes_are_those_of_the_kept_tokens(ratio, kept):
+    model = tiny_model("llama", dtype=torch.float32)
+    assert saved_bytes(model, ratio) == SAVED_PER_TOKEN * kept + SAVED_PER_STEP
+
+
+def test_plain_training_saves_more_than_keeping_every_token():
+    """The sibling: the count does tell two steps apart. Plain training saves its logits as well."""
+    model = tiny_model("llama", dtype=torch.float32)
+    assert saved_bytes(model) > saved_bytes(model, 1.0)
+
+
+@pytest.mark.parametrize("tokens, limit_mib", [(2048, 230), (8192, 800)])
+def test_llama_1b_with_lora_keeps_its_promise(tokens, limit_mib):
+    """bf16, LoRA on all linears, one row, a tenth of the tokens, activation checkpointing: above weights and optimizer state."""
+    seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1)
+    traced = trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), tokens, checkpointing=True, seeking=seeking)
+    assert traced.peak_bytes <= limit_mib * MIB
+
+
+def test_the_trace_sees_what_plain_training_needs():
+    """The sibling: the same trace of the best rival exceeds the promise."""
+    traced = trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), 2048, checkpointing=True, fused_loss=True)
+    assert traced.peak_bytes > 230 * MIB
+
+
+def test_keys_and_values_are_most_of_what_grows_with_the_row():
+    """From one row length to twice that, the peak grows by little more than stored keys and values (and the scores' inputs)."""
+    config = SHAPES["Qwen2.5-0.5B"]()
+    seeking = TokenSeekingConfig(token_seeking=True, token_scorer="random", always_keep="none")
+    short, long = (
+        trace_causal_lm_step(config, tokens, checkpointing=True, seeking=seeking).peak_bytes for tokens in (2048, 4096)
+    )
+    stored = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 2 * 2048
+    assert stored <= long - short <= 4 * stored
