@@ -92,8 +92,6 @@ def describe(model: nn.Module) -> Architecture:
     """
     head_model = _unwrapped(model)
     task = _task(head_model)
-    if head_model.base_model is head_model:
-        raise UnsupportedModelError(f"{type(head_model).__name__} has no body apart from its head (base_model is the model).")
     base, stacks = _body(head_model)
     if "encoder" in stacks and task is not Task.SEQ2SEQ_LM:
         raise UnsupportedModelError(
@@ -141,7 +139,8 @@ def _task(head_model: PreTrainedModel) -> Task:
 
 def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack]]:
     """The module that runs the layers, and the layers: found by type, since every layer that can be checkpointed is one."""
-    base = head_model.base_model
+    base = _base(head_model)
+    _refuse_convolutions(head_model, base)
     lists = [
         (name, module)
         for name, module in base.named_modules()
@@ -167,6 +166,31 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
         name = name.rpartition(".")[0]
     body = base.get_submodule(name)
     return body, {"decoder": Stack("decoder", body, layers)}
+
+
+def _base(head_model: PreTrainedModel) -> PreTrainedModel:
+    base = head_model.base_model
+    if base is head_model:  # its prefix names a part it does not have, as in Llama 4's text model
+        base = getattr(head_model, "model", None)
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(head_model).__name__} holds its layers and its head in one module, not in a body that can run on a part of the "
+            f"tokens (T5, whose relative positions are computed from the length of the input, is built so). {tables.REMEDY}"
+        )
+    return base
+
+
+def _refuse_convolutions(head_model: PreTrainedModel, base: nn.Module) -> None:
+    """Convolutions over tokens see neighbours outside attention. In half precision the probe alone could overlook a small one."""
+    for name, module in base.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            for inner, part in module.named_modules():
+                if isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1:
+                    holder = type(module.get_submodule(inner.rpartition(".")[0])).__name__
+                    raise UnsupportedModelError(
+                        f"{type(head_model).__name__}: layer {name} ({type(module).__name__}) mixes neighbouring tokens by a "
+                        f"convolution ({holder}). {tables.NO_ATTENTION_REMEDY}"
+                    )
 
 
 def _refuse_auxiliary_losses(head_model: PreTrainedModel) -> None:

@@ -24,8 +24,9 @@ CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn", "EncDec
 # Rotary embeddings whose frequencies change with the longest position in the batch, once it passes the pre-trained length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
-# Classes of attention-free mixers, for a message that says what stands in the way.
+# What to do with a model on which ditching would not be exact.
+REMEDY = "Train this model with activation checkpointing instead (--activation_checkpointing)."
 NO_ATTENTION_REMEDY = (
-    "token ditching needs keys and values for every token, which state-space and linear-attention layers do not have: "
-    "train this model with activation checkpointing instead (--activation_checkpointing)."
+    "Token ditching needs the keys and values of every token in every layer, which state-space, linear-attention, convolution and "
+    f"hand-written attention layers do not hand over. {REMEDY}"
 )

@@ -26,10 +26,12 @@ def linear_loss(
 
     torch's `linear_cross_entropy` serves float32 and float64. It returns the loss in the dtype of its input and ignores
     chunking with label smoothing, so half precision and smoothing go through chunks that are recomputed in backward,
-    whose loss is float32.
+    whose loss is float32. Backward through torch's can run once: retain_graph=True does not help.
     """
     if target_N.numel() == 0:
-        return (hidden_ND * 0).sum() + weight_VD.reshape(-1)[:1].sum() * 0
+        # connected to every parameter all the same: distributed training waits for the gradient of each
+        bias_sum = 0 if bias_V is None else bias_V.sum()
+        return (hidden_ND.sum() + weight_VD.reshape(-1)[:1].sum() + bias_sum) * 0
     rows = logit_rows(weight_VD.shape[0])
     exact_scalar = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
     exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_memtune._compat import is_fake
 from hf_memtune.core.scoring import combined_score
 from hf_memtune.errors import ConfigError, TokenScoreError
 
@@ -58,11 +59,16 @@ TokenScorer = Callable[[SeekingContext], Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A named scorer. `reads_model` is False where it needs nothing of the pass over all tokens (random choice)."""
+    """A named scorer.
+
+    reads_model: False where it needs nothing of the pass over all tokens (random choice). runs_last_block: True where it is
+    known to ask for gradients or losses, which come from running the last block alone.
+    """
 
     name: str
     score: TokenScorer
     reads_model: bool = True
+    runs_last_block: bool = False
 
     def __call__(self, context: SeekingContext) -> Tensor:
         scores = self.score(context)
@@ -73,7 +79,13 @@ class Scorer:
                 f"token scorer {self.name!r} returned {got}, expected a tensor of shape {expected} (batch, tokens): "
                 "return one score for each token, padding included (its score is not used)."
             )
-        return scores.detach()
+        scores = scores.detach()
+        if self.name not in BUILT_IN and not is_fake(scores) and bool((scores.isnan() & context.attention_mask).any()):
+            raise TokenScoreError(
+                f"token scorer {self.name!r} returned NaN for a real token, expected a number for each: NaN has no place in an "
+                "order. Return a very low number for a token that must not be kept."
+            )
+        return scores
 
 
 _REGISTERED: dict[str, TokenScorer] = {}
@@ -114,4 +126,5 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         "random": random,
         "loss": lambda seen: seen.token_loss,
     }
-    return Scorer(name, {**_REGISTERED, **built_in}[name], reads_model=name != "random")
+    runs_last_block = name in ("gradient", "loss") or (name == "combined" and gradient_weight > 0)
+    return Scorer(name, {**_REGISTERED, **built_in}[name], name != "random", runs_last_block)

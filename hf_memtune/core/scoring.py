@@ -22,14 +22,16 @@ def attention_received(
     *,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     real: Tensor | None = None,
     row_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the attention matrix: eq. 3, I1(t_j) = sum_i A_ij, averaged over heads.
 
     query: (B, H, T, C) and key: (B, K, T, C), after rotary embedding, K dividing H. real: (B, T) bool, rows of padding
-    do not count. Softmax is taken in float32 at least. Only `row_chunk` rows of the matrix exist at a time, so that memory
-    grows with T, not with T squared; by default the chunk is as large as SCORE_CHUNK_ELEMENTS allows.
+    do not count. sinks: (H,), logits that take part in each row's softmax and receive nothing (gpt-oss). Softmax is taken
+    in float32 at least. Only `row_chunk` rows of the matrix exist at a time, so that memory grows with T, not with T
+    squared; by default the chunk is as large as SCORE_CHUNK_ELEMENTS allows.
     Returns (received, seen_by), both (B, T): the sum, and the number of rows that can see the token.
     """
     rows, heads, length, _ = query.shape
@@ -40,7 +42,7 @@ def attention_received(
     for start in range(0, length, row_chunk):
         stop = min(start + row_chunk, length)
         mask, keys = visible(start, stop)
-        weights = _attention_rows(query[:, :, start:stop], key[:, :, :keys], mask, scaling, softcap, dtype)
+        weights = _attention_rows(query[:, :, start:stop], key[:, :, :keys], mask, scaling, softcap, sinks, dtype)
         counted = torch.ones((rows, stop - start), dtype=dtype, device=query.device)
         if real is not None:
             counted = real[:, start:stop].to(dtype)
@@ -50,7 +52,7 @@ def attention_received(
     return received, seen_by
 
 
-def _attention_rows(query, key, mask, scaling, softcap, dtype) -> Tensor:
+def _attention_rows(query, key, mask, scaling, softcap, sinks, dtype) -> Tensor:
     """(B, H, R, keys): softmax of the scaled products, grouped heads sharing their key without a copy of it."""
     rows, heads, chunk, channels = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, channels)
@@ -60,6 +62,9 @@ def _attention_rows(query, key, mask, scaling, softcap, dtype) -> Tensor:
     if mask is not None:
         # a finite minimum, not -inf: a row of padding that sees nothing must not become NaN
         products = products.masked_fill_(~mask, torch.finfo(dtype).min)
+    if sinks is not None:
+        sink = sinks.to(dtype).view(1, -1, 1, 1).expand(rows, heads, chunk, 1)
+        return torch.cat([products, sink], dim=-1).softmax(-1)[..., :-1]
     return products.softmax(-1)
 
 

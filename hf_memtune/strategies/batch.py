@@ -35,10 +35,10 @@ class BodyCall:
     def _check(self) -> None:
         if self.arguments.get("past_key_values") is not None:
             raise MemTuneError("token seeking trains on whole rows: past_key_values must not be given to a training step.")
-        for name in ("output_attentions", "output_hidden_states"):
-            if self.arguments.get(name):
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+            if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
                 raise MemTuneError(
-                    f"{name}=True asks for states of every token, which the pass over the kept tokens does not have. Turn it off "
+                    f"{name}=True asks for values of every token, which the pass over the kept tokens does not have. Turn it off "
                     "in the batch and in the model's config while token_seeking is on."
                 )
 
@@ -57,7 +57,8 @@ class BodyCall:
         given = self.arguments.get("position_ids") if not prefix else None
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
         segments = None
-        if given is not None and mask is None:  # as transformers: only without a mask do positions mark packed rows
+        makes_a_mask = self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
+        if given is not None and mask is None and not makes_a_mask:  # as transformers: only without a mask do positions pack
             segments = find_packed_sequence_indices(given.expand(like.shape[0], -1))
         check_rope(self.architecture, like.shape[1])
         return Rows(like.shape[0], like.shape[1], _padding(mask), positions, segments)

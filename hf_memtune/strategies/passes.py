@@ -3,7 +3,8 @@
 Shape legend: B rows, H query heads, K key heads, T tokens in a row, S tokens of the pass, C channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -93,7 +94,7 @@ class Records:
     """What a context pass leaves for scoring: inputs of the last block, and queries of the context layer, by stack.
 
     hidden: chunks (B, chunk, D) of the last block's input. queries: chunks (B, H, chunk, C) after rotary embedding.
-    calls: of the context layer, its attention module's id, its mask rule, and its scaling and softcap.
+    calls: of the context layer, its attention module's id, its mask rule, and its scaling, softcap and sinks.
     """
 
     def __init__(self, context_modules: dict[int, str]):
@@ -108,8 +109,17 @@ class Records:
             return
         self.queries.setdefault(stack, []).append(query.detach())
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        call = {"scaling": scaling, "softcap": kwargs.get("softcap")}
+        call = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
         self.calls[stack] = (id(module), running.rule_of(mask, stack), call)
+
+    @contextmanager
+    def of_last_blocks(self, architecture: Architecture) -> Iterator[None]:
+        """While open, the inputs of the last blocks are recorded."""
+        with ExitStack() as stack:
+            for name, part in architecture.stacks.items():
+                hook = partial(self.last_input, name)
+                stack.callback(part.layers[-1].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
 
     def last_input(self, stack: str, module, args, kwargs) -> None:
         """Forward pre-hook of the last block of a stack."""

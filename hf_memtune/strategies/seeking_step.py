@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.architectures import Architecture, Task
-from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
@@ -78,9 +77,7 @@ class SeekingStep:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.architecture.base))
             if self.precomputed is None and self.seeking.scorer.reads_model:
-                for name, part in self.architecture.stacks.items():
-                    hook = partial(records.last_input, name)
-                    stack.callback(part.layers[-1].register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.enter_context(records.of_last_blocks(self.architecture))
             else:
                 records.context_modules = {}
             for start in range(0, length, chunk):
@@ -178,7 +175,7 @@ class SeekingStep:
         return output
 
     def _fused_loss(self, forward: Callable, hidden: Tensor) -> Tensor:
-        """In place of the head: the summed loss of the kept, labelled tokens, a scalar. While tokens are scored, the head itself."""
+        """In place of the head: the summed loss of the kept, labelled tokens, a scalar. While scores run, the head itself."""
         if not self.selection:
             return forward(hidden)
         head = self.architecture.output_head
@@ -263,9 +260,9 @@ def _shifted_right(model, labels: Tensor | None) -> Tensor:
     """The decoder's input as the model makes it from labels."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None or labels is None:
+        why = "has no labels to make them from" if labels is None else "cannot make them from labels outside its own forward"
         raise MemTuneError(
-            f"the batch has neither decoder_input_ids nor decoder_inputs_embeds, and {type(model).__name__} "
-            f"{'cannot make them from labels outside its own forward' if labels is not None else 'has no labels to make them from'}: "
+            f"the batch has neither decoder_input_ids nor decoder_inputs_embeds, and {type(model).__name__} {why}: "
             "put decoder_input_ids into the batch."
         )
     return shift(labels=labels)

@@ -18,7 +18,7 @@ from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows
 from hf_memtune.core.scorers import SeekingContext
 from hf_memtune.core.scoring import attention_received, gradient_magnitude
 from hf_memtune.core.store import KeyValueStore
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.passes import Records, TailPass
@@ -73,8 +73,13 @@ class TokenScores:
     @cached_property
     def gradient_scores(self) -> dict[str, Tensor]:
         """(B, T) for each stack: magnitude of the loss gradient at the last block's input, eq. 4."""
+        self._require_tail()
         gradients = self._streamed_gradient() if self._streams else self._whole_gradient()
         return {stack: gradient_magnitude(g, self.config.gradient_norm) for stack, g in gradients.items()}
+
+    def _require_tail(self) -> None:
+        if self.seeking.facts.tail_problem:
+            raise UnsupportedModelError(self.seeking.facts.tail_problem)
 
     @property
     def _streams(self) -> bool:
@@ -188,6 +193,7 @@ class TokenScores:
                 f"token_scorer: {self.architecture.name} has one loss for a row, not one for each token ({self.architecture.task.value})"
                 ", so tokens cannot be ranked by loss. Choose context, gradient or combined."
             ])
+        self._require_tail()
         if not self._token_losses:
             start = 0
             for hidden in self.last_hidden_state(stack).split(self.chunk, dim=1):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune.architectures import Architecture, describe
+from hf_memtune.architectures import describe
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
 from hf_memtune.errors import ConfigError, MemTuneError

@@ -21,10 +21,12 @@ from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
 from hf_memtune.strategies.seeking_step import positions_at
+from hf_memtune.strategies.token_scores import TokenScores
 
 PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
-# Relative to the size of the hidden states: kernels sum in another order for other shapes.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+# Relative to the size of the hidden states: kernels sum in another order for other shapes, and models called in float64 may
+# compute a part of themselves in float32.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Facts:
 
     is_causal: no token looks at a later one. has_plain_head: the logits are the linear head's output. head_reads_body: that head
     is given what the body returns (masked language models transform it first). body_output: the class of what the model's body
-    returns.
+    returns. tail_problem: why the last block cannot run alone, which the gradient score needs, or None where it can.
     """
 
     is_causal: bool
     has_plain_head: bool
     head_reads_body: bool
     body_output: type
+    tail_problem: str | None = None
 
 
 class _ProbingPass(ContextPass):
@@ -72,18 +75,22 @@ def verify(seeking: Any, check: bool = True) -> Facts:
     base = architecture.base
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
-        store = KeyValueStore()
+        store, records = KeyValueStore(), Records({})
         probing = _ProbingPass(
-            {n: r.whole() for n, r in call.rows.items()}, store, seeking.places, Records({}), seeking.kernel_knows_causal
+            {n: r.whole() for n, r in call.rows.items()}, store, seeking.places, records, seeking.kernel_knows_causal
         )
-        with _explained(architecture), seeking.running(probing):
+        with _explained(architecture), seeking.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans)))
         _require_attention_everywhere(architecture, probing.attended)
+        full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
         if check:
-            _compare(seeking, call, store)
+            _compare(seeking, call, store, full)
+        tail_problem = _tail_problem(seeking, call, store, records, full) if check else None
+        if tail_problem and seeking.scorer.runs_last_block:
+            raise UnsupportedModelError(tail_problem)
         plain_head, reads_body = _head_facts(architecture, call, body_output)
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
-    return Facts(is_causal, plain_head, reads_body, body_output)
+    return Facts(is_causal, plain_head, reads_body, body_output, tail_problem)
 
 
 def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
@@ -105,23 +112,44 @@ def _require_attention_everywhere(architecture: Architecture, attended: set[int]
                 )
 
 
-def _compare(seeking: Any, call: BodyCall, store: KeyValueStore) -> None:
+def _compare(seeking: Any, call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
     architecture = seeking.architecture
     index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
     spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
-    full = architecture.base(**call.arguments | {"use_cache": False}).last_hidden_state
     pairs = [(m, positions_at(m.forward, call, spans[s], s)) for s, m in architecture.position_modules.items()]
     with _explained(architecture), seeking.running(FocusPass(spans, store, seeking.places)), forwards_as(pairs):
         kept = architecture.base(**call.at(spans)).last_hidden_state
-    expected = selection.gather(full)
-    deviation = ((kept - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
+    deviation = _deviation(kept, selection.gather(full))
     if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):
         raise UnsupportedModelError(
             f"{architecture.name}: the hidden states of a pass over {len(PROBE_KEPT)} of {PROBE_TOKENS} tokens differ from those of the "
             f"full forward by {deviation:.1e} (relative), expected at most {_TOLERANCE.get(full.dtype, 1e-3):.0e}. Something in it "
             f"depends on the neighbours of a token outside attention. {_REMEDY}"
         )
+
+
+def _tail_problem(seeking: Any, call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
+    """Whether the last block, run alone on its recorded input, gives what the full forward gave."""
+    architecture = seeking.architecture
+    scores = TokenScores(architecture, seeking.config, seeking, call, records, store, PROBE_TOKENS, {}, {}, None)
+    try:
+        deviation = _deviation(scores.last_hidden_state("decoder"), full)
+    except Exception as error:
+        found = f"it fails with {type(error).__name__}: {error}"
+    else:
+        if deviation <= _TOLERANCE.get(full.dtype, 1e-3):
+            return None
+        found = f"its output differs by {deviation:.1e} (relative)"
+    return (
+        f"{architecture.name}: the last block cannot run alone on its recorded input ({found}), which gradient scores and token "
+        "losses need. Choose token_scorer=context or random, or combined with gradient_weight=0."
+    )
+
+
+def _deviation(found: Tensor, expected: Tensor) -> float:
+    """Size of the difference, relative to that of the hidden states."""
+    return ((found - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
 
 
 @contextmanager
@@ -135,7 +163,7 @@ def _explained(architecture: Architecture) -> Iterator[None]:
         raise UnsupportedModelError(f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}") from error
 
 
-_REMEDY = "Token ditching would not be exact on it: train it with activation checkpointing instead (--activation_checkpointing)."
+_REMEDY = f"Token ditching would not be exact on it. {tables.REMEDY}"
 
 
 def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -> tuple[bool, bool]:

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
+
+_DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
+_UNSUPPORTED = {
+    "deepspeed": _DATA_PARALLEL,
+    "fsdp": _DATA_PARALLEL,
+    "parallelism_config": _DATA_PARALLEL,
+    "torch_compile": "leave it out",
+    "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
+    "neftune_noise_alpha": "leave it out: its noise would be scaled to the kept tokens, and be missing from the others",
+}
 
 
 @dataclass
@@ -25,31 +36,35 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
     )
 
     def __post_init__(self):
-        super(TokenSeekingConfig, self).__post_init__()  # TrainingArguments (or SFTConfig) first: it may reject on its own
-        found = [*self.problems(), *self._unsupported_with_seeking()]
+        found = [*self.problems(), *self._unknown_scorer(), *self._unsupported_with_seeking()]
         if self.memory_trace_steps < 0:
             found.append(f"memory_trace_steps: got {self.memory_trace_steps}, expected 0 or more optimizer steps.")
         if found:
             raise ConfigError(found)
+        super(TokenSeekingConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
         for message in self.ineffective():
             warnings.warn(message, stacklevel=3)
+
+    def _unknown_scorer(self) -> list[str]:
+        if not self.token_seeking or self.token_scorer in scorer_names():
+            return []
+        return [
+            f"token_scorer: got {self.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
+            "hf_memtune.register_scorer before."
+        ]
 
     def _unsupported_with_seeking(self) -> list[str]:
         """Training arguments under which token seeking has not been shown to be exact."""
         if not self.token_seeking:
             return []
-        remedies = {
-            "deepspeed": "use plain data parallelism (accelerate launch --multi_gpu)",
-            "fsdp": "use plain data parallelism (accelerate launch --multi_gpu)",
-            "torch_compile": "leave it out",
-            "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
-            "parallelism_config": "use plain data parallelism (accelerate launch --multi_gpu)",
-        }
-        return [
+        found = [
             f"{name}: got {getattr(self, name)!r} with token_seeking, which does not support it; {remedy}."
-            for name, remedy in remedies.items()
+            for name, remedy in _UNSUPPORTED.items()
             if getattr(self, name, None)
         ]
+        if getattr(self, "loss_type", "nll") not in ("nll", "chunked_nll"):  # of trl's SFTConfig
+            found.append(f"loss_type: got {self.loss_type!r} with token_seeking, whose loss is the usual one; leave it out.")
+        return found
 
 
 @dataclass

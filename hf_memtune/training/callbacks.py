@@ -11,35 +11,45 @@ from transformers.trainer_callback import ExportableState
 
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
 from hf_memtune.strategies.token_seeking import TokenSeeking
 from hf_memtune.training.offline import OfflineScores
+from hf_memtune.training.rng import preserved_rng
 
 
 class TokenSeekingCallback(TrainerCallback, ExportableState):
     """Installs token seeking at the start of training and removes it at its end.
 
     `seeking` is the installed strategy, or None. MemEfficientTrainer adds this callback by itself, uses what it installs, and
-    removes it when training fails. trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set
-    go through its data loader.
+    removes it when training fails. Under another Trainer it changes nothing until that Trainer opens `seeking.step`.
+    trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set go through its data loader.
     """
 
     def __init__(self, config: TokenSeekingConfig, scorer: TokenScorer | None = None, trainer=None):
+        if config.seek_schedule != "step" and trainer is None:
+            raise ConfigError([f"seek_schedule: got {config.seek_schedule!r} without a trainer, whose data it passes over."])
         self.config, self.scorer, self.trainer = config, scorer, trainer
         self.seeking: TokenSeeking | None = None
         self.offline: OfflineScores | None = None
+        self._resumed_file: Path | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.remove()  # training begins again where a batch size that did not fit was halved
         self.seeking = TokenSeeking(model, self.config, self.scorer)
+        self._resumed_file = _scores_file(state) if state.global_step else None
         if self.config.seek_schedule == "once":
-            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
             self.offline = OfflineScores(self.seeking, self.trainer)
-            self.offline.load_or_score(saved.get("scores_file") if state.global_step else None)
+            self.offline.load_or_score() if self._resumed_file is None else self.offline.resume(self._resumed_file)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.config.seek_schedule == "epoch":
+            file, self._resumed_file = self._resumed_file, None
             self.offline = OfflineScores(self.seeking, self.trainer)
-            self.offline.score()
+            if file is not None and state.epoch % 1:  # in the middle of an epoch: its scores are those of its beginning
+                self.offline.resume(file)
+            else:
+                self.offline.score_into(Path(args.output_dir) / f"seek-epoch-{round(state.epoch or 0)}.safetensors")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.remove()
@@ -48,7 +58,7 @@ class TokenSeekingCallback(TrainerCallback, ExportableState):
         """Take the strategy off the model. May be called twice."""
         if self.seeking is not None:
             self.seeking.remove()
-        self.seeking = None
+        self.seeking = self.offline = None
 
     def offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor] | None:
         """Scores computed earlier for the rows of a batch, by stack, (B, T) each; None where the step scores by itself."""
@@ -58,6 +68,13 @@ class TokenSeekingCallback(TrainerCallback, ExportableState):
         """Saved with a checkpoint: a resumed run must use the scores of the pre-trained model, not make new ones."""
         file = None if self.offline is None or self.offline.file is None else str(self.offline.file)
         return {"args": {}, "attributes": {"scores_file": file}}
+
+
+def _scores_file(state) -> Path | None:
+    """The file of scores that a checkpoint names."""
+    saved = state.stateful_callbacks.get(TokenSeekingCallback.__name__, {})
+    file = (saved[0] if isinstance(saved, list) else saved).get("attributes", {}).get("scores_file")
+    return None if file is None else Path(file)
 
 
 class MemoryCallback(TrainerCallback):
@@ -73,6 +90,7 @@ class MemoryCallback(TrainerCallback):
         self._tracer: LiveBytes | None = None
         self._traced_bytes: int | None = None
         self._began = 0.0
+        self._device = torch.device("cpu")
         self._restart()
 
     def _restart(self) -> None:
@@ -82,6 +100,8 @@ class MemoryCallback(TrainerCallback):
         self._seen, self._kept = self._seen + seen, self._kept + kept
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.close()
+        self._restart()
         self._device = args.device
         reset_peak_device_bytes(args.device)
 
@@ -129,16 +149,27 @@ class MemoryCallback(TrainerCallback):
 class TokenMapCallback(TrainerCallback):
     """Draws which tokens of chosen examples are scored how and kept, every `every_n_steps` optimizer steps.
 
-    examples: tokenised rows (dicts of input_ids, labels, ...), collated by `collator`. Files go to `folder` (default:
-    output_dir/token_maps), one HTML page a drawing. Scores come from the model as it is at that step.
+    examples: tokenised rows (dicts of input_ids, labels, ...), collated by `collator`. scorer: as given to the trainer, if a
+    function was. Files go to `folder` (default: output_dir/token_maps), one HTML page a drawing. Scores come from the model as
+    it is at that step. The trainer needs a tokenizer (processing_class). Drawing does not change what training draws at random.
     """
 
-    def __init__(self, examples, collator, config: TokenSeekingConfig, every_n_steps: int = 100, folder: str | None = None):
-        self.examples, self.collator, self.config = list(examples), collator, config
+    def __init__(
+        self,
+        examples,
+        collator,
+        config: TokenSeekingConfig,
+        every_n_steps: int = 100,
+        folder: str | None = None,
+        scorer: TokenScorer | None = None,
+    ):
+        self.examples, self.collator, self.config, self.scorer = list(examples), collator, config, scorer
         self.every_n_steps, self.folder = every_n_steps, folder
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._draw(args, state, **kwargs)
+    def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
+        if processing_class is None:
+            raise ConfigError(["TokenMapCallback: the trainer has no tokenizer to name the tokens. Pass processing_class=tokenizer."])
+        self._draw(args, state, processing_class=processing_class, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_n_steps == 0:
@@ -148,11 +179,11 @@ class TokenMapCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         from hf_memtune.training.token_maps import token_maps
-        from hf_memtune.visualization.token_map import write_token_map_html
+        from hf_memtune.visualization import write_token_map_html
 
         folder = Path(self.folder or Path(args.output_dir) / "token_maps")
         folder.mkdir(parents=True, exist_ok=True)
-        batch = {k: v.to(args.device) for k, v in self.collator(self.examples).items() if torch.is_tensor(v)}
-        with torch.random.fork_rng():
-            maps = token_maps(model, batch, self.config, processing_class)
+        with preserved_rng(args.device):
+            batch = {k: v.to(args.device) for k, v in self.collator(self.examples).items() if torch.is_tensor(v)}
+            maps = token_maps(model, batch, self.config, processing_class, self.scorer)
         write_token_map_html(maps, folder / f"step-{state.global_step:06d}.html", {"step": state.global_step})

@@ -29,7 +29,7 @@ class RunningMean:
         self.tokens = count if before is None else before + count
         divisor = self.tokens.clamp_min(1)
         if before is not None:
-            _rescale([p.grad for p in parameters if p.grad is not None], before.clamp_min(1) / divisor)
+            _rescale([p.grad for p in parameters if p.grad is not None], before.clamp_min(1), divisor)
         return divisor
 
     def report(self, loss_sum: Tensor) -> Tensor:
@@ -40,10 +40,11 @@ class RunningMean:
         return added
 
 
-def _rescale(gradients: list[Tensor], factor: Tensor) -> None:
+def _rescale(gradients: list[Tensor], before: Tensor, now: Tensor) -> None:
+    """Multiply by before / now, divided in float32 at least: bfloat16 cannot even hold a count of 257."""
     groups: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
         groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, dtype), group in groups.items():
-        # the factor in float64 on the CPU's side would widen nothing: foreach multiplies in the gradient's dtype
-        torch._foreach_mul_(group, factor.to(device=device, dtype=dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32  # two integers would divide to float32
+        torch._foreach_mul_(group, before.to(device, wide) / now.to(device, wide))

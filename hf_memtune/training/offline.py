@@ -7,6 +7,7 @@ decide a score; rows that a file lacks are scored and added.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
+from hf_memtune.strategies.overrides import instance_attribute
 from hf_memtune.strategies.token_seeking import TokenSeeking
 from hf_memtune.training.fingerprint import model_fingerprint
+from hf_memtune.training.rng import preserved_rng
 
 _SETTINGS = (
     "token_scorer", "context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm",
@@ -29,7 +33,11 @@ _SETTINGS = (
 
 
 class OfflineScores:
-    """Scores by row digest, in memory and, for built-in scorers, in a file."""
+    """Scores by row digest, in memory and in a file.
+
+    The file of a built-in scorer is known by model and settings and is used again by later runs. The scores of a user's own
+    function cannot be told apart by its name: their file serves a resumed run alone, and so do the scores of one epoch.
+    """
 
     def __init__(self, seeking: TokenSeeking, trainer):
         self.seeking, self.trainer = seeking, trainer
@@ -37,58 +45,68 @@ class OfflineScores:
         self.rows: dict[str, dict[str, Tensor]] = {}
         self.file: Path | None = None
 
-    def load_or_score(self, file: str | None = None) -> None:
-        """Read what a file has, score what it lacks, and keep both. `file`: of the run that is being resumed."""
-        if file is not None:
-            self._resume(Path(file))
-            return
+    def load_or_score(self) -> None:
+        """Read what the file of this model and these settings has, and score what it lacks."""
         config = self.seeking.config
         if self.seeking.scorer.name not in BUILT_IN or config.token_scorer != self.seeking.scorer.name:
-            self.score()  # the scores of a user's own function cannot be told apart by name: never kept on disk
+            self.score_into(Path(self.trainer.args.output_dir) / "seek-scores.safetensors")
             return
-        fingerprint = self._fingerprint()
-        self.file = self._folder() / f"seek-{fingerprint}.safetensors"
-        if self.file.exists():
-            self.rows = _read(self.file, self.stacks)
-        if self.score():
-            self.trainer.accelerator.wait_for_everyone()
-            if self.trainer.is_world_process_zero():
-                _write(self.file, self.rows, self.stacks, self._description())
-            self.trainer.accelerator.wait_for_everyone()
+        file = self._folder() / f"seek-{self._fingerprint()}.safetensors"
+        if self._everyone_has(file):
+            self.rows = _read(file, self.stacks)
+        self.score_into(file)
 
-    def _resume(self, file: Path) -> None:
-        if not file.exists():
+    def score_into(self, file: Path) -> None:
+        """Score the training rows that are not known yet and keep everything in `file`."""
+        self.file = file
+        if self.score() and self.trainer.is_world_process_zero():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(file, self.rows, self.stacks, self._description())
+        self.trainer.accelerator.wait_for_everyone()
+
+    def resume(self, file: Path) -> None:
+        """Read the scores that the run to resume was trained with. Raises StaleCacheError when they are gone."""
+        if not self._everyone_has(file):
             raise StaleCacheError(
                 f"the run to resume took its token scores from {file}, which is gone. Scores made now would be those of a model that "
                 "is already trained. Restore the file, or start over, or use seek_schedule=step."
             )
         self.rows, self.file = _read(file, self.stacks), file
 
+    def _everyone_has(self, file: Path) -> bool:
+        # processes on different disks must agree, or they would wait for each other in different places
+        return all(gather_object([file.exists()]))
+
     def score(self) -> int:
         """One pass over the training rows, scoring those that are not known yet. Returns how many were new."""
         known, found = set(self.rows), {}
-        loader = self.trainer.get_test_dataloader(self.trainer.train_dataset)
         hidden = self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero()
-        for batch in tqdm(loader, desc="Seeking tokens", unit="batch", disable=hidden):
-            batch = self.trainer._prepare_inputs(batch)
-            keys = list(row_digests(batch))
-            if known.issuperset(keys):
-                continue
-            with self.trainer.compute_loss_context_manager():
-                step = self.seeking.inspect(batch)
-            for number, key in enumerate(keys):
-                found[key] = {
-                    stack: step.values[stack][number][step.inspection[stack]["real"][number]].float().cpu() for stack in self.stacks
-                }
-        if self.trainer.args.world_size > 1:
-            found = {key: value for part in gather_object([found]) for key, value in part.items()}
+        with preserved_rng(self.trainer.args.device):
+            for batch in tqdm(self._loader(), desc="Seeking tokens", unit="batch", disable=hidden):
+                keys = list(row_digests(batch, pairs=len(self.stacks) > 1))
+                if not known.issuperset(keys):
+                    found |= zip(keys, self._scores_of(self.trainer._prepare_inputs(batch)))
+        found = {key: value for part in gather_object([found]) for key, value in part.items()}
         new = sum(key not in known for key in found)
-        self.rows |= found
+        self.rows = found | self.rows  # a known row may share a batch with a new one: it keeps its scores
         return new
+
+    def _loader(self):
+        """All rows of the training set, in the batches of evaluation: no gradient, so they may be larger."""
+        with instance_attribute(self.trainer.args, "dataloader_drop_last", False):  # training would meet the dropped rows
+            return self.trainer.get_test_dataloader(self.trainer.train_dataset)
+
+    def _scores_of(self, batch: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+        """For each row the scores of its real tokens, by stack, on the CPU."""
+        with self.trainer.accelerator.autocast():  # inspection goes past the wrapper that autocasts in training
+            values = self.seeking.inspect(batch).values
+        real = {stack: self._real(stack, batch) for stack in self.stacks}
+        for row in range(len(batch["input_ids"])):
+            yield {stack: values[stack][row][real[stack][row]].float().cpu() for stack in self.stacks}
 
     def lookup(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Scores of a batch, by stack, (B, T) float32 each; padding scores 0. Raises StaleCacheError for an unknown row."""
-        keys = list(row_digests(batch))
+        keys = list(row_digests(batch, pairs=len(self.stacks) > 1))
         missing = [number for number, key in enumerate(keys) if key not in self.rows]
         if missing:
             raise StaleCacheError(
@@ -98,10 +116,18 @@ class OfflineScores:
         return {stack: self._padded(stack, batch, [self.rows[key][stack] for key in keys]) for stack in self.stacks}
 
     def _padded(self, stack: str, batch: dict[str, Any], rows: list[Tensor]) -> Tensor:
-        real = _real_tokens(batch, "decoder_" if stack == "decoder" and len(self.stacks) > 1 else "")
+        real = self._real(stack, batch)
         scores = torch.zeros(real.shape, device=real.device)
         scores[real] = torch.cat(rows).to(real.device)
         return scores
+
+    def _real(self, stack: str, batch: dict[str, Any]) -> Tensor:
+        """(B, T) bool: the tokens of a stack that are not padding."""
+        if stack == "encoder" or len(self.stacks) == 1:
+            return _real_tokens(batch)
+        mask = batch.get("decoder_attention_mask")
+        # without a mask the padding of a decoder shows in its labels alone
+        return batch["labels"] != IGNORED if mask is None else mask.bool()
 
     def _description(self) -> dict[str, Any]:
         return {name: getattr(self.seeking.config, name) for name in _SETTINGS}
@@ -112,32 +138,32 @@ class OfflineScores:
         return hashlib.blake2b(f"{described} {model}".encode(), digest_size=12).hexdigest()
 
     def _folder(self) -> Path:
-        chosen = self.seeking.config.seek_cache_dir
+        """Where the user said, else beside the data set if that can be written to, else the output folder."""
         files = getattr(self.trainer.train_dataset, "cache_files", None)
-        folder = Path(chosen or (Path(files[0]["filename"]).parent if files else self.trainer.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        beside = Path(files[0]["filename"]).parent if files else None
+        if self.seeking.config.seek_cache_dir is not None:
+            return Path(self.seeking.config.seek_cache_dir)
+        return beside if beside is not None and os.access(beside, os.W_OK) else Path(self.trainer.args.output_dir)
 
 
-def _real_tokens(batch: dict[str, Any], prefix: str = "") -> Tensor:
-    """(B, T) bool, from the attention mask, or of a decoder without one from its labels."""
-    mask = batch.get(f"{prefix}attention_mask")
-    if mask is not None:
-        return mask.bool()
-    like = batch["labels"] if prefix else batch["input_ids"]
-    return torch.ones(like.shape, dtype=torch.bool, device=like.device)
+def _real_tokens(batch: dict[str, Any]) -> Tensor:
+    """(B, T) bool, from the attention mask."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
-def row_digests(batch: dict[str, Any]) -> Iterator[str]:
-    """One digest for each row, over its real tokens and their labels, without padding."""
+def row_digests(batch: dict[str, Any], pairs: bool = False) -> Iterator[str]:
+    """One digest for each row, over its real tokens and their labels, without padding. pairs: labels are rows of their own."""
     ids, real = batch["input_ids"].cpu(), _real_tokens(batch).cpu()
     labels = {k: batch[k].cpu() for k in ("labels", "start_positions", "end_positions") if batch.get(k) is not None}
     for row in range(ids.shape[0]):
         digest = hashlib.blake2b(ids[row][real[row]].numpy().tobytes(), digest_size=16)
         for name, values in labels.items():
             own = values[row]
-            own = own[real[row]] if own.shape == real[row].shape else own
-            own = own[own != -100] if own.dim() and own.shape != ids[row][real[row]].shape else own
+            if pairs:
+                own = own[own != IGNORED]
+            elif own.shape == real[row].shape:
+                own = own[real[row]]
             digest.update(name.encode() + own.contiguous().numpy().tobytes())
         yield digest.hexdigest()
 

@@ -10,7 +10,7 @@ from hf_memtune.architectures import describe
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.strategies.seeking_step import SeekingStep
 from hf_memtune.training.callbacks import MemoryCallback, TokenSeekingCallback
 from hf_memtune.training.normalizer import RunningMean
@@ -34,24 +34,49 @@ class MemEfficientMixin:
             ])
         self.last_selection: Selection | dict[str, Selection] | None = None
         self._mean, self._in_step = RunningMean(), False
+        self._reported: Tensor | None = None
         self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
         self.add_callback(self.memory_callback)
         self.seeking_callback: TokenSeekingCallback | None = None
+        if found := self._problems(token_scorer):
+            raise ConfigError(found)
         if self.args.token_seeking:
             self._prepare_seeking(token_scorer)
-        elif token_scorer is not None:
-            raise ConfigError(["token_scorer: a scorer was given but token_seeking is off. Set token_seeking=True."])
 
-    def _prepare_seeking(self, token_scorer: TokenScorer | None) -> None:
+    def _problems(self, token_scorer: TokenScorer | None) -> list[str]:
+        """What only a Trainer can see: the arguments are checked when they are made."""
+        if not self.args.token_seeking:
+            return [] if token_scorer is None else ["token_scorer: got a function, but token_seeking is off. Set token_seeking=True."]
+        found, data = [], self.train_dataset
+        if token_scorer is not None and self.args.token_scorer != "combined":
+            found.append(f"token_scorer: got a function and args.token_scorer={self.args.token_scorer!r}. Leave one of them out.")
+        if self.args.seek_schedule != "step" and data is not None and not hasattr(data, "__len__"):
+            found.append(f"seek_schedule: got {self.args.seek_schedule!r} with a data set without length, which may never end. Use 'step'.")
         if self.args.n_gpu > 1:
-            raise ConfigError([
+            found.append(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel): token_seeking runs one process per GPU. Launch with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
-            ])
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or max(self.get_tp_size(), self.get_cp_size()) > 1:
+            found.append(
+                "accelerate is configured for DeepSpeed, FSDP or tensor parallelism, which token_seeking does not support. Launch "
+                "with plain data parallelism (accelerate launch --multi_gpu)."
+            )
+        return found
+
+    def _prepare_seeking(self, token_scorer: TokenScorer | None) -> None:
         if describe(self.model).task.loss_per_token:
             self.loss_is_scaled_for_ga = True  # by the count of kept, labelled tokens: see normalizer.py
         config = TokenSeekingConfig(**{f.name: getattr(self.args, f.name) for f in fields(TokenSeekingConfig)})
         self.seeking_callback = TokenSeekingCallback(config, token_scorer, trainer=self)
+        self.add_callback(self.seeking_callback)
+
+    def _load_callback_state(self) -> None:
+        """transformers makes stateful callbacks anew from a checkpoint; ours belongs to this trainer and reads its state itself."""
+        if self.seeking_callback is None:
+            return super()._load_callback_state()
+        self.callback_handler.callbacks.remove(self.seeking_callback)
+        super()._load_callback_state()
         self.add_callback(self.seeking_callback)
 
     def train(self, *args, **kwargs):
@@ -78,6 +103,8 @@ class MemEfficientMixin:
         seeking = self.seeking_callback.seeking if self.seeking_callback is not None and self._in_step else None
         if seeking is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if seeking.architecture.task.loss_per_token and inputs.get("labels") is None:
+            raise MemTuneError(f"the batch has no labels, so there is nothing to learn from it. Its columns: {', '.join(inputs)}.")
         own_loss = self.compute_loss_func is not None
         smoothing = 0.0 if own_loss else self.args.label_smoothing_factor
         scores = self.seeking_callback.offline_scores(inputs)

@@ -8,9 +8,9 @@ All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]`
 :func:`write_token_map_png` and :func:`write_comparison_html` and imported only when they run.
 """
 
-from .comparison import comparison_table, write_comparison_html
-from .html import write_token_map_html
-from .token_map import TokenMap, write_token_map_png
+from hf_memtune.visualization.comparison import comparison_table, write_comparison_html
+from hf_memtune.visualization.html import write_token_map_html
+from hf_memtune.visualization.token_map import TokenMap, write_token_map_png
 
 __all__ = [
     "TokenMap",

@@ -72,9 +72,11 @@ def model_and_batch(name: str, side: str = "right", head: str | None = None, len
         dtype = torch.float32 if side == "left" else dtype
         overrides.setdefault("sliding_window", 4 if side == "left" else 8)
     head = head or lm_head(name)
+    if head == "question_answering":
+        overrides.setdefault("num_labels", 2)  # start and end
     model = tiny_model(name, head, dtype=dtype, **overrides)
     return model, batch_for(model, head, lengths=lengths, side=side), dtype
 
 
 def has_float32_inside(name: str, attention: str = "sdpa") -> bool:
-    return name in ("gemma2", "gemma3") or attention == "eager"
+    return name in ("gemma2", "gemma3", "llama4", "cohere2") or attention == "eager"

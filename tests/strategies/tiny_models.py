@@ -9,6 +9,7 @@ _LLAMA_LIKE = dict(_SHARED, num_key_value_heads=2, max_position_embeddings=64, p
 _BERT_LIKE = dict(
     _SHARED, max_position_embeddings=64, pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, type_vocab_size=2
 )
+_BART_LIKE = dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0)
 
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_LLAMA_LIKE),
@@ -28,8 +29,20 @@ CONFIGS = {
     "bert": lambda: tf.BertConfig(**_BERT_LIKE),
     "roberta": lambda: tf.RobertaConfig(**_BERT_LIKE),
     "distilbert": lambda: tf.DistilBertConfig(vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, pad_token_id=1),
-    "bart": lambda: tf.BartConfig(vocab_size=VOCABULARY, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0, pad_token_id=1),
+    "bart": lambda: tf.BartConfig(**_BART_LIKE, pad_token_id=1),
 }
+# Each has something that the ones above have not: chunked attention and rotary embeddings in complex numbers; sinks; a scaled
+# head; values of another size than keys; local layers in an encoder; positions from a shape, and from where padding is.
+FURTHER = {
+    "llama4": lambda: tf.Llama4TextConfig(**_LLAMA_LIKE, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48),
+    "gpt-oss": lambda: tf.GptOssConfig(**_LLAMA_LIKE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, experts_implementation="eager"),
+    "cohere2": lambda: tf.Cohere2Config(**_LLAMA_LIKE, sliding_window=4),
+    "deepseek-v3": lambda: tf.DeepseekV3Config(**_LLAMA_LIKE | {"num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, experts_implementation="eager"),
+    "modernbert": lambda: tf.ModernBertConfig(**_SHARED, max_position_embeddings=64, pad_token_id=1, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4, local_attention=4, global_attn_every_n_layers=2),
+    "pegasus": lambda: tf.PegasusConfig(**_BART_LIKE, pad_token_id=0, decoder_start_token_id=0),
+    "m2m100": lambda: tf.M2M100Config(**_BART_LIKE, pad_token_id=1, encoder_layerdrop=0.0, decoder_layerdrop=0.0, attention_dropout=0.0),
+}
+CONFIGS |= FURTHER
 CAUSAL = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral-sliding", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "mixtral", "gpt2", "opt", "gpt_neox"]
 MASKED = ["bert", "roberta", "distilbert"]
 
@@ -43,15 +56,21 @@ HEADS = {
 }
 
 
+# Heads have dropouts of their own, some of 0.1 where the config names none.
+_NO_HEAD_DROPOUT = {"classifier_dropout": 0.0, "seq_classif_dropout": 0.0, "qa_dropout": 0.0}
+
+
 def lm_head(name: str) -> str:
-    return "causal_lm" if name in CAUSAL else "masked_lm" if name in MASKED else "seq2seq"
+    if name in (*MASKED, "modernbert"):
+        return "masked_lm"
+    return "seq2seq" if name in ("bart", "pegasus", "m2m100") else "causal_lm"
 
 
 def tiny_model(name: str, head: str | None = None, dtype=torch.float64, seed: int = 0, **overrides):
     """A model in training mode. Weights are large enough for attention to be far from uniform."""
     torch.manual_seed(seed)
     config = CONFIGS[name]()
-    for key, value in {"num_labels": 3, **overrides}.items():
+    for key, value in {"num_labels": 3, **_NO_HEAD_DROPOUT, **overrides}.items():
         setattr(config, key, value)
     model = HEADS[head or lm_head(name)].from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -83,6 +102,8 @@ def batch_for(model, head: str | None = None, lengths=(13, 9), side="right", see
     if head == "seq2seq":
         batch["labels"] = torch.randint(5, VOCABULARY, (rows, 11), generator=generator)
         batch["labels"][-1, 7:] = -100
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            batch["decoder_input_ids"] = batch["labels"].roll(1, 1).clamp_min(model.config.pad_token_id)
     if head == "sequence_classification":
         batch["labels"] = torch.arange(rows) % 3
     if head == "question_answering":

@@ -21,7 +21,7 @@ def keep_gradient(values, kept, dim):
 @contextmanager
 def ditching(model, kept):
     """`kept`: {"decoder": (B, T) bool, "encoder": ...}. Hidden states, keys and values of the others become constants."""
-    base = model.base_model
+    base = model.base_model if model.base_model is not model else model.model  # Llama 4's prefix names no part of it
     if model.config.model_type == "opt":
         base = base.decoder  # the head calls it directly
     encoder = base.encoder if model.config.is_encoder_decoder else None
@@ -76,7 +76,7 @@ def shifted(labels):
 def twin_loss(model, batch, kept, causal_lm):
     """Mean loss over kept, labelled tokens of the detached full forward."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     with ditching(model, kept):
         logits = model(**inputs).logits

@@ -1,0 +1,55 @@
+"""The command line: `hf-memtune train ...`, `hf-memtune tokens ...`. One file a command, imported when it is called."""
+
+import difflib
+import logging
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "fine-tune a model, from a recipe in configs/ and flags",
+    "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
+}
+
+_USAGE = """usage: hf-memtune COMMAND [ARGUMENTS]
+
+{commands}
+
+hf-memtune COMMAND --help lists the settings of a command.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 for settings, models or data that cannot be used."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        from hf_memtune import __version__
+
+        print(f"hf_memtune {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"error: no command {name!r}.{hint}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return _run(name, rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return _USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items()))
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from hf_memtune.errors import MemTuneError
+
+    # on a CPU it reports a missing optional kernel as a failure, whether 4 bits were asked for or not
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    try:
+        import_module(f"hf_memtune.cli.{name}").run(arguments)
+    except MemTuneError as error:  # the message says what to do, a traceback would bury it
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

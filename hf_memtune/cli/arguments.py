@@ -1,0 +1,163 @@
+"""What the commands take beside training arguments: the model, LoRA, the data. Flat fields, as flags and YAML keys.
+
+Names a user may expect are aliases: `--model` for `--model_name_or_path`, `--dataset` for `--dataset_name`.
+"""
+
+from dataclasses import dataclass, field
+
+TASKS = ("causal_lm", "sequence_classification")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ALL_LINEAR = "all-linear"
+
+
+def _setting(default, help_text: str, **metadata):
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def changed(settings, names) -> list[str]:
+    """Those of `names` whose value is not the default."""
+    defaults = type(settings)()
+    return [name for name in names if getattr(settings, name) != getattr(defaults, name)]
+
+
+@dataclass
+class ModelSource:
+    """Which model, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = _setting(
+        None, "Required. Folder of a model (weights, config, tokenizer), or its name on the hub.", aliases=["--model"]
+    )
+    dtype: str = _setting(
+        "auto",
+        "Number format of the weights: auto (as they are stored), float32 (4 bytes a parameter), bfloat16 or float16 (2 bytes).",
+        choices=list(DTYPES),
+    )
+    attn_implementation: str | None = _setting(
+        None, "Attention kernel: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."
+    )
+
+    def problems(self) -> list[str]:
+        if self.model_name_or_path is None:
+            return ["model_name_or_path: got nothing, expected a folder or a hub name (--model_name_or_path, or --model)."]
+        return []
+
+    def ineffective(self) -> list[str]:
+        return []
+
+
+@dataclass
+class ModelArguments(ModelSource):
+    """The model, and the adapter that is trained instead of it."""
+
+    lora_r: int = _setting(
+        0, "Rank of the LoRA adapters. Larger: more trainable parameters. 0 trains all parameters of the model instead."
+    )
+    lora_alpha: int = _setting(16, "LoRA scaling: updates are multiplied by lora_alpha / lora_r. Larger: larger updates.")
+    lora_dropout: float = _setting(0.0, "Probability, in [0, 1), with which an input of an adapter is dropped in training.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."},
+    )
+    load_in_4bit: bool = _setting(
+        False,
+        "Load the frozen weights in 4 bits (NF4 of bitsandbytes, about 0.6 bytes a parameter): QLoRA. Needs lora_r.",
+    )
+
+    def problems(self) -> list[str]:
+        checks = [
+            (self.lora_r >= 0, f"lora_r: got {self.lora_r}, expected a rank of 1 or more, or 0 for full fine-tuning."),
+            (self.lora_alpha > 0, f"lora_alpha: got {self.lora_alpha}, expected 1 or more."),
+            (0 <= self.lora_dropout < 1, f"lora_dropout: got {self.lora_dropout}, expected a probability in [0, 1)."),
+            (
+                self.lora_r > 0 or not self.load_in_4bit,
+                "load_in_4bit: 4-bit weights are frozen, and with lora_r=0 nothing could be trained. Set lora_r, for example 16.",
+            ),
+        ]
+        return super().problems() + [message for holds, message in checks if not holds]
+
+    def ineffective(self) -> list[str]:
+        if self.lora_r:
+            return []
+        names = changed(self, ("lora_alpha", "lora_dropout", "lora_target_modules"))
+        return [f"{name} has no effect with lora_r=0 (full fine-tuning)" for name in names]
+
+
+@dataclass
+class DataSource:
+    """Which data, and how a row becomes tokens."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = _setting(
+        None,
+        "Data: a json, jsonl, csv or parquet file, a folder of such files, a folder written by save_to_disk, or a hub name.",
+        aliases=["--dataset"],
+    )
+    dataset_config: str | None = _setting(None, "Configuration of a data set that has several, as on the hub.")
+    dataset_split: str = _setting("train", "Split to use; a slice such as train[:1000] works except for folders of save_to_disk.")
+    task: str = _setting(
+        "causal_lm",
+        "causal_lm: next-token prediction on instruction rows or plain text; sequence_classification: one class a row.",
+        choices=list(TASKS),
+    )
+    max_length: int = _setting(
+        1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
+    )
+    instruction_column: str = _setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
+    input_column: str = _setting("input", "causal_lm: column of further text of the request, may be missing or empty.")
+    output_column: str = _setting("output", "causal_lm: column of the wanted answer, the tokens that carry a label.")
+    text_column: str | None = _setting(
+        None,
+        "causal_lm: column of plain text, all of whose tokens carry a label, in place of the three above (default: none). "
+        "sequence_classification: column of the text to classify (default: text).",
+    )
+    label_column: str = _setting("label", "sequence_classification: column of the class, a whole number or a name.")
+
+    def problems(self) -> list[str]:
+        found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
+        if self.dataset_name is None:
+            found.append("dataset_name: got nothing, expected a file, a folder or a hub name (--dataset_name, or --dataset).")
+        return found
+
+    def ineffective(self) -> list[str]:
+        classifies = self.task == "sequence_classification"
+        idle = ["label_column"] if not classifies else []
+        if classifies or self.text_column is not None:
+            idle += ["instruction_column", "input_column", "output_column"]
+        reason = f"task={self.task}" + ("" if classifies or self.text_column is None else f", text_column={self.text_column}")
+        return [f"{name} has no effect with {reason}" for name in changed(self, idle)]
+
+
+@dataclass
+class DataArguments(DataSource):
+    """The data to train on, and what of it is held out."""
+
+    eval_split: str | None = _setting(None, "Split held out to measure the loss. Default: eval_fraction of the rows to train on.")
+    eval_fraction: float = _setting(
+        0.05,
+        "Fraction of the rows, in [0, 1), held out to measure the loss, the same rows for every seed; 0 holds out none. "
+        "Without effect where eval_split is given.",
+    )
+    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones after holding out. Default: all.")
+    max_eval_rows: int | None = _setting(200, "Measure the held-out loss on this many rows at most.")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not 0 <= self.eval_fraction < 1:
+            found.append(f"eval_fraction: got {self.eval_fraction}, expected a fraction in [0, 1).")
+        for name in ("max_train_rows", "max_eval_rows"):
+            rows = getattr(self, name)
+            if rows is not None and rows < 1:
+                found.append(f"{name}: got {rows}, expected 1 row or more.")
+        return found
+
+    def ineffective(self) -> list[str]:
+        found = super().ineffective()
+        if self.eval_split is not None:
+            found += [f"{name} has no effect with eval_split" for name in changed(self, ["eval_fraction"])]
+        elif not self.eval_fraction:
+            found += [f"{name} has no effect with eval_fraction=0" for name in changed(self, ["max_eval_rows"])]
+        return found
+

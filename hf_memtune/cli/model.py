@@ -1,0 +1,86 @@
+"""The model and the tokenizer that the settings describe, with adapters around the model where asked for."""
+
+from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
+from hf_memtune.errors import ConfigError
+
+
+def load_tokenizer(model: ModelSource):
+    """The tokenizer beside the model, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([f"model_name_or_path: no tokenizer in {model.model_name_or_path!r}: {error}"]) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError([f"model_name_or_path: the tokenizer of {model.model_name_or_path!r} has neither a padding nor an end token."])
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None, **options):
+    """The model with the head of the task. classes: names of the classes, for sequence classification."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM
+    if data.task == "sequence_classification":
+        auto = AutoModelForSequenceClassification
+        names = {number: str(name) for number, name in enumerate(classes)}
+        options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        loaded = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([f"model_name_or_path: {model.model_name_or_path!r} cannot be loaded for {data.task}: {error}"]) from error
+    _check_length(loaded, data)
+    if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
+        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
+    return loaded
+
+
+def _check_length(loaded, data: DataSource) -> None:
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.max_length > positions:
+        raise ConfigError([f"max_length: got {data.max_length} tokens, but the model has positions for {positions}. Set it to that or less."])
+
+
+def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):
+    """The model to train: whole, or frozen (in 4 bits where asked for) with LoRA adapters."""
+    loaded = load_model(model, data, tokenizer, classes, **(_four_bits(model) if model.load_in_4bit else {}))
+    return _with_adapters(loaded, model, data) if model.lora_r else loaded
+
+
+def _four_bits(model: ModelArguments) -> dict:
+    """Options to load NF4 weights, as in QLoRA (arXiv 2305.14314), onto the device of this process."""
+    import torch
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401  transformers would say so only after the data are prepared
+    except ImportError as error:
+        raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install 'hf_memtune[quantization]'."]) from error
+    computed = getattr(torch, model.dtype) if model.dtype != "auto" else torch.bfloat16
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed
+    )
+    return {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def _with_adapters(loaded, model: ModelArguments, data: DataSource):
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = model.lora_target_modules
+    config = LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        task_type=TaskType.SEQ_CLS if data.task == "sequence_classification" else TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(loaded, config)
+    except ValueError as error:
+        raise ConfigError([f"lora_target_modules: got {targets}: {error}"]) from error

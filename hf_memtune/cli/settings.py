@@ -1,0 +1,140 @@
+"""From a recipe and flags to settings: a YAML file first, flags over it, every problem reported at once.
+
+The YAML file goes through the same parser as the flags, so that a key means what the flag of its name means.
+"""
+
+import argparse
+import difflib
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_memtune.errors import ConfigError
+
+NOTHING = ("", "null", "~")
+
+
+class Piece(NamedTuple):
+    """One flag with its values, or one YAML key turned into them. dest: the setting it is for; origin: where it stands."""
+
+    dest: str
+    arguments: list[str]
+    origin: str
+
+
+class Parser(HfArgumentParser):
+    """Parses dataclasses piece by piece, and remembers which settings were given."""
+
+    def __init__(self, kinds: list[type], **options):
+        super().__init__(kinds, allow_abbrev=False, exit_on_error=False, **options)
+        self.problems: list[str] = []
+        self.given: set[str] = set()
+
+    def error(self, message: str):
+        raise argparse.ArgumentError(None, message)  # argparse would exit at the first problem
+
+    def read(self, arguments: list[str], with_recipe: bool) -> Namespace:
+        """Values of all settings; `problems` and `given` are filled in. `--help` prints and exits."""
+        if {"-h", "--help"} & set(arguments):
+            self.print_help()
+            self.exit()
+        namespace = self.parse_args([])
+        for piece in self._pieces(arguments, with_recipe):
+            self._take(piece, namespace)
+        return namespace
+
+    def _pieces(self, arguments: list[str], with_recipe: bool) -> Iterator[Piece]:
+        first_flag = next((n for n, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+        recipes = arguments[: min(first_flag, 1)] if with_recipe else []
+        for word in arguments[len(recipes) : first_flag]:
+            self.problems.append(f"{word}: expected a flag (--name value)" + (" or one YAML file, first." if with_recipe else "."))
+        for recipe in recipes:
+            yield from self._recipe(Path(recipe))
+        bounds = [n for n, word in enumerate(arguments) if word.startswith("--")] + [len(arguments)]
+        for start, end in pairwise(bounds):
+            flag = arguments[start].partition("=")[0]
+            action = self._option_string_actions.get(flag)
+            yield Piece(action.dest if action else flag[2:], arguments[start:end], "the command line")
+
+    def _recipe(self, path: Path) -> Iterator[Piece]:
+        """The settings of a YAML file. Scalars stay text, which the parser types: 5e-4 is a number, `no` no boolean by itself."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            node, typed = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except (OSError, yaml.YAMLError) as error:
+            self.problems.append(f"{path}: not a YAML file that can be read: {error}")
+            return
+        if typed is not None and not isinstance(typed, dict):
+            self.problems.append(f"{path}: got a {type(typed).__name__}, expected lines of `name: value`.")
+            return
+        seen: set[str] = set()
+        for key, value in node.value if typed else []:
+            if key.value in seen:
+                self.problems.append(f"{key.value}: given twice in {path} (line {key.start_mark.line + 1}). Keep one.")
+            seen.add(key.value)
+            if self._is_null(value):
+                self._keep_default(key.value, str(path))
+            else:
+                yield Piece(key.value, _words(key.value, value, typed.get(key.value)), str(path))
+
+    def _is_null(self, node: yaml.Node) -> bool:
+        return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NOTHING
+
+    def _keep_default(self, name: str, origin: str) -> None:
+        if f"--{name}" not in self._option_string_actions:
+            self._unknown(name, origin)
+        elif self.get_default(name) is not None:
+            self.problems.append(f"{name}: got nothing in {origin}, expected a value; leave the line out for the default.")
+
+    def _take(self, piece: Piece, namespace: Namespace) -> None:
+        if piece.arguments[0].partition("=")[0] not in self._option_string_actions:
+            self._unknown(piece.dest, piece.origin)
+            return
+        try:
+            _, left = self.parse_known_args(piece.arguments, namespace)
+        except argparse.ArgumentError as error:
+            self.problems.append(f"{piece.dest}: {error.message} ({piece.origin}).")
+            return
+        self.given.add(piece.dest)
+        if left:
+            self.problems.append(f"{piece.dest}: takes one value, so {' '.join(left)!r} is left over ({piece.origin}).")
+
+    def _unknown(self, name: str, origin: str) -> None:
+        known = sorted({flag[2:] for flag in self._option_string_actions if flag.startswith("--")})
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else " --help lists all settings."
+        self.problems.append(f"{name}: no such setting ({origin}).{hint}")
+
+
+def _words(name: str, node: yaml.Node, typed) -> list[str]:
+    """A YAML value as the words of a command line."""
+    if isinstance(node, yaml.ScalarNode):
+        return [f"--{name}={node.value}"]
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return [f"--{name}", *(item.value for item in node.value)]
+    return [f"--{name}={json.dumps(typed)}"]
+
+
+def build(kind: type, values: dict, problems: list[str]):
+    """An instance of a dataclass, or None with its problems added."""
+    try:
+        settings = kind(**values)
+        found = settings.problems()
+    except ConfigError as error:
+        found = error.problems
+    except (ValueError, TypeError, ImportError) as error:  # transformers' own checks of its training arguments
+        found = [str(error)]
+    problems += [message for message in found if message not in problems]
+    return settings if not found else None
+
+
+def values_of(kind: type, namespace: Namespace) -> dict:
+    """The fields of a dataclass, from a namespace that has them."""
+    return {f.name: getattr(namespace, f.name) for f in fields(kind) if f.init}

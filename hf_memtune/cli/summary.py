@@ -1,0 +1,115 @@
+"""What a training run cost and gained, in a few lines."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import TrainerCallback
+
+from hf_memtune.units import format_bytes
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step of this process, evaluation and saving excluded."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type not in ("cpu", "mps"):
+            torch.accelerator.synchronize()  # the device may still be working on what was asked of it
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of one run. Bytes, seconds and tokens are those of this process; None where not measured.
+
+    held_out_*: before and after training, accuracy of classifiers alone. step_seconds: median. peak_bytes: with weights if on_device, else of the tensors
+    that one traced step makes. tokens_*: over all steps, 0 without token seeking.
+    """
+
+    steps: int
+    trainable_parameters: int
+    parameters: int
+    training_loss: float
+    held_out_loss: tuple[float | None, float | None]
+    held_out_accuracy: tuple[float | None, float | None]
+    step_seconds: float | None
+    peak_bytes: int | None
+    on_device: bool
+    tokens_kept: int
+    tokens_seen: int
+
+    @classmethod
+    def of(cls, trainer, logs: list[dict], seconds: list[float], training_loss: float, held_out: tuple[dict, dict]) -> "Summary":
+        peaks = [entry["peak_memory_bytes"] for entry in logs if entry.get("peak_memory_bytes") is not None]
+        parameters = list(trainer.model.parameters())
+        return cls(
+            steps=trainer.state.global_step,
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            parameters=sum(p.numel() for p in parameters),
+            training_loss=training_loss,
+            held_out_loss=tuple(metrics.get("eval_loss") for metrics in held_out),
+            held_out_accuracy=tuple(metrics.get("eval_accuracy") for metrics in held_out),
+            step_seconds=median(seconds) if seconds else None,
+            peak_bytes=max(peaks, default=None),
+            on_device=trainer.args.device.type not in ("cpu", "mps"),
+            tokens_kept=sum(entry.get("tokens_kept", 0) for entry in logs),
+            tokens_seen=sum(entry.get("tokens_seen", 0) for entry in logs),
+        )
+
+
+def write_summary(summary: Summary, folder: str) -> None:
+    """The numbers as summary.json, beside the trained model."""
+    Path(folder, "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def print_summary(summary: Summary, settings, rows) -> None:
+    """The summary as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Training finished", show_header=False, title_justify="left")
+    for name, value in _lines(summary, settings, rows):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
+    held_out = len(rows.held_out) if rows.held_out is not None else 0
+    dropped = f", {rows.dropped} dropped (no labelled token within max_length)" if rows.dropped else ""
+    share = summary.trainable_parameters / summary.parameters
+    lines = [
+        ("model", str(settings.model.model_name_or_path)),
+        ("rows", f"{len(rows.train)} to train on, {held_out} held out{dropped}"),
+        ("trainable parameters", f"{summary.trainable_parameters:,} ({share:.2%})"),
+        ("optimizer steps", f"{summary.steps}"),
+        ("held-out loss", _before_and_after(summary.held_out_loss)),
+        ("mean training loss", f"{summary.training_loss:.4f}" + (" (of the kept tokens)" if summary.tokens_seen else "")),
+        ("peak memory", _peak(summary)),
+        ("seconds per step", "not measured" if summary.step_seconds is None else f"{summary.step_seconds:.3g} (median)"),
+    ]
+    if summary.tokens_seen:
+        lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({summary.tokens_kept / summary.tokens_seen:.1%})"))
+    if any(summary.held_out_accuracy):
+        lines.append(("held-out accuracy", _before_and_after(summary.held_out_accuracy)))
+    return [*lines, ("saved in", str(settings.training.output_dir))]
+
+
+def _before_and_after(values: tuple[float | None, float | None]) -> str:
+    before, after = ("not measured" if value is None else f"{value:.4f}" for value in values)
+    return f"{before} before, {after} after"
+
+
+def _peak(summary: Summary) -> str:
+    if summary.peak_bytes is None:
+        return "not measured (memory_trace_steps says when)"
+    what = "on the device, weights included" if summary.on_device else "tensors of a traced step, above weights and optimizer state"
+    return f"{format_bytes(summary.peak_bytes)} ({what})"

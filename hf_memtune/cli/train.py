@@ -1,0 +1,129 @@
+"""`hf-memtune train [RECIPE.yaml] [--name value ...]`: fine-tune a model, and say what it cost and what it gained.
+
+    hf-memtune train configs/lm/seek.yaml --model_name_or_path M --dataset_name D --token_ratio 0.2
+    accelerate launch scripts/train.py --model_name_or_path M --dataset_name D --token_seeking --lora_r 8
+"""
+
+import warnings
+from typing import NamedTuple
+
+from hf_memtune.cli.arguments import DataArguments, ModelArguments
+from hf_memtune.errors import ConfigError
+
+OUTPUT_DIR = "./out"
+# Fields of TrainingArguments that Trainer leaves to scripts, and that mean nothing in this one.
+WITHOUT_MEANING = {
+    "do_train": "this command always trains",
+    "do_eval": "held-out rows are always evaluated, before and after training; eval_strategy adds evaluations in between",
+    "do_predict": "this command predicts nothing",
+}
+
+
+class Settings(NamedTuple):
+    model: ModelArguments
+    data: DataArguments
+    training: object  # MemEfficientTrainingArguments
+
+
+def run(arguments: list[str]) -> None:
+    """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
+    settings = parse(arguments)
+    trainer, rows = make_trainer(settings)
+    summary = fit(trainer, settings)
+    if trainer.is_world_process_zero():
+        from hf_memtune.cli.summary import print_summary, write_summary
+
+        write_summary(summary, settings.training.output_dir)
+        print_summary(summary, settings, rows)
+
+
+def make_parser():
+    """The parser of this command: the settings of the model, the data, token seeking and Trainer, in this order."""
+    from transformers import TrainingArguments
+
+    from hf_memtune.cli.settings import Parser
+    from hf_memtune.training.arguments import MemEfficientArgumentsMixin
+
+    class Strategies(MemEfficientArgumentsMixin):
+        _argument_group_name = "token seeking and measuring"
+
+    class Training(TrainingArguments):
+        _argument_group_name = "training (transformers.TrainingArguments)"
+
+    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
+    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
+    parser = Parser([ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
+    parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
+    return parser
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings from a recipe and flags. Raises ConfigError with every problem; warns of settings without effect."""
+    from hf_memtune.cli.settings import build, values_of
+    from hf_memtune.training.arguments import MemEfficientTrainingArguments
+
+    parser = make_parser()
+    namespace = parser.read(arguments, with_recipe=True)
+    problems = parser.problems
+    problems += [f"{name}: has no meaning here ({why}). Leave it out." for name, why in WITHOUT_MEANING.items() if name in parser.given]
+    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments)
+    built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+    if problems:
+        raise ConfigError(problems)
+    if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
+        raise ConfigError([f"eval_strategy: got {built.training.eval_strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
+    for message in [*built.model.ineffective(), *built.data.ineffective()]:
+        warnings.warn(message, stacklevel=2)
+    return built
+
+
+def make_trainer(settings: Settings):
+    """The trainer, with model and data loaded, and the rows."""
+    from transformers import set_seed
+
+    from hf_memtune.cli.data import collator, prepare
+    from hf_memtune.cli.model import load_tokenizer, load_trainable
+    from hf_memtune.training.trainer import MemEfficientTrainer
+
+    model, data, training = settings
+    set_seed(training.seed)  # LoRA's first weights, and those of a new head, are random
+    tokenizer = load_tokenizer(model)
+    with training.main_process_first(desc="preparing the data"):
+        rows = prepare(data, tokenizer)
+    trainer = MemEfficientTrainer(
+        model=load_trainable(model, data, tokenizer, rows.classes),
+        args=training,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+        data_collator=collator(data, tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=accuracy if rows.classes else None,
+    )
+    return trainer, rows
+
+
+def fit(trainer, settings: Settings):
+    """Measure, train, measure, save."""
+    from hf_memtune.cli.summary import StepTimes, Summary
+
+    times, resumed = StepTimes(), settings.training.resume_from_checkpoint
+    trainer.add_callback(times)
+    before = {} if resumed else held_out(trainer)
+    result = trainer.train(resume_from_checkpoint=resumed)
+    logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]
+    after = held_out(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    return Summary.of(trainer, logs, times.seconds, result.training_loss, (before, after))
+
+
+def held_out(trainer) -> dict[str, float]:
+    """eval_loss, and eval_accuracy of a classifier, over the held-out rows: all tokens, a plain forward pass. Empty without rows."""
+    return {} if trainer.eval_dataset is None else trainer.evaluate()
+
+
+def accuracy(prediction) -> dict[str, float]:
+    """Share of rows whose likeliest class is the right one."""
+    from hf_memtune.evaluation import load_metric
+
+    return load_metric("accuracy").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)

@@ -1,0 +1,36 @@
+"""scripts/demo.py from end to end, on a tiny model."""
+
+import json
+
+from tests.cli.conftest import ROOT, in_new_process
+
+DEMO = ROOT / "scripts" / "demo.py"
+METHODS = ["plain training", "activation checkpointing", "random tokens, 10% (TokenTune)", "token seeking, 10%"]
+
+
+def test_the_demo_compares_four_methods_and_writes_its_report(chat_model, long_instructions, tmp_path):
+    done = in_new_process(DEMO, "--quick", "--model", chat_model, "--data", long_instructions, "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in METHODS)
+    found = json.loads((tmp_path / "made" / "results.json").read_text())
+    assert [result["method"] for result in found["results"]] == METHODS
+    for result in found["results"]:
+        assert [step for step, _ in result["losses"]] == [0, 1, 2, 3, 4]
+        assert result["seconds_per_step"] > 0 and result["peak_bytes"] > 0
+    plain, checkpointed, random, seeking = found["results"]
+    assert plain["losses"] == checkpointed["losses"]  # the same gradients, recomputed
+    assert plain["loss_before"] == seeking["loss_before"] != seeking["loss_after"]
+    assert 0.1 <= random["tokens_kept_share"] == seeking["tokens_kept_share"] < 0.15
+    report, page = ((tmp_path / "made" / name).read_text() for name in ("report.html", "tokens.html"))
+    assert all(name in report for name in METHODS) and "tokens.html" in report and "one small model" in report
+    assert "held-out example 2" in page
+
+
+def test_the_demo_says_how_to_get_a_missing_model(tmp_path):
+    done = in_new_process(DEMO, "--model", "absent", cwd=tmp_path)
+    assert done.returncode == 2 and "make assets" in done.stderr
+
+
+def test_help_of_the_demo(tmp_path):
+    done = in_new_process(DEMO, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--quick" in done.stdout

@@ -1,0 +1,68 @@
+"""The commands: help, errors and exit status."""
+
+import pytest
+
+from hf_memtune.cli import COMMANDS, main
+from tests.cli.conftest import ROOT, in_new_process
+
+LIGHT = """
+import sys
+from hf_memtune.cli import main
+main(["--help"])
+heavy = {"torch", "transformers", "datasets", "rich", "yaml", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    done = in_new_process("-c", LIGHT, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_no_command_is_help(capsys):
+    assert main([]) == 0
+    assert "hf-memtune COMMAND" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    from hf_memtune import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"hf_memtune {__version__}"
+
+
+def test_an_unknown_command_names_the_closest(capsys):
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [("train", ["--token_ratio", "--lora_r", "--dataset_name", "--learning_rate"]), ("tokens", ["--index", "--token_ratio", "--text"])],
+)
+def test_help_of_a_command_lists_its_settings(command, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--token_ratio", "0.2", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in expected)
+
+
+def test_every_setting_of_the_commands_has_a_help_text():
+    from hf_memtune.cli import tokens, train
+
+    for parser in (train.make_parser(), tokens.make_parser()):
+        assert not [action.dest for action in parser._actions if not action.help]
+
+
+def test_an_error_is_a_message_and_not_a_traceback(capsys):
+    assert main(["train", "--token_rati", "0.2"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and "Did you mean token_ratio?" in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("model", ["absent-folder/model"])
+def test_a_model_that_does_not_exist(model, instructions, capsys):
+    assert main(["train", "--model", model, "--dataset", str(instructions)]) == 2
+    assert "model_name_or_path" in capsys.readouterr().err

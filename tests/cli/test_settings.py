@@ -1,0 +1,128 @@
+"""From a recipe and flags to settings: precedence, types, and every problem at once with the name that was meant."""
+
+import pytest
+
+from hf_memtune.cli import train
+from hf_memtune.errors import ConfigError
+
+NEEDED = ["--model", "m", "--dataset", "d"]
+
+
+def recipe(tmp_path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        train.parse(list(arguments))
+    return caught.value.problems
+
+
+def only(*arguments: str) -> str:
+    (problem,) = problems(*arguments)
+    return problem
+
+
+def test_flags_go_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    file = recipe(tmp_path, "token_seeking: true\ntoken_ratio: 0.3\nlora_r: 4\n")
+    model, data, training = train.parse([file, "--token_ratio", "0.2", *NEEDED])
+    assert (training.token_seeking, training.token_ratio, model.lora_r) == (True, 0.2, 4)
+    assert (model.model_name_or_path, data.dataset_name) == ("m", "d")
+    assert (training.output_dir, data.max_length, training.gradient_norm) == ("./out", 1024, "l2")
+
+
+def test_a_flag_can_switch_off_what_the_recipe_switched_on(tmp_path):
+    file = recipe(tmp_path, "token_seeking: true\nbf16: no\n")
+    training = train.parse([file, "--token_seeking", "false", *NEEDED]).training
+    assert training.token_seeking is False and training.bf16 is False
+
+
+def test_values_of_a_recipe_have_the_types_of_their_flags(tmp_path):
+    text = "learning_rate: 5e-4\neval_strategy: no\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\ntoken_seeking: yes\n"
+    text += "context_layer: -2\nalways_keep: null\nactivation_checkpointing_kwargs: {use_reentrant: false}\n"
+    model, _, training = train.parse([recipe(tmp_path, text), *NEEDED])
+    assert training.learning_rate == 5e-4 and training.eval_strategy == "no" and training.context_layer == -2
+    assert model.lora_target_modules == ["q_proj", "v_proj"] and training.always_keep is None
+    assert training.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_hyphens_in_flags_and_negative_numbers_work():
+    training = train.parse([*NEEDED, "--token-seeking", "--context-layer", "-1", "--learning_rate=1e-3"]).training
+    assert (training.context_layer, training.learning_rate) == (-1, 1e-3)
+
+
+def test_an_unknown_key_names_the_file_and_the_closest_setting(tmp_path):
+    found = only(recipe(tmp_path, "token_rati: 0.2\n"), *NEEDED)
+    assert found.startswith("token_rati: no such setting") and "recipe.yaml" in found and "Did you mean token_ratio?" in found
+
+
+def test_an_unknown_flag_names_the_closest_setting():
+    assert "Did you mean token_scorer?" in only(*NEEDED, "--token_scorers", "random")
+
+
+def test_an_abbreviated_flag_is_unknown():
+    assert only(*NEEDED, "--token_rat", "0.2").startswith("token_rat: no such setting")
+
+
+def test_every_problem_is_reported_at_once(tmp_path):
+    file = recipe(tmp_path, "lora_r: many\nunknown_thing: 1\n")
+    found = problems(file, "--token_ratio", "7", "--max_length", "0", "--lora_dropout", "2", "--do_train", "--fp32", "stray")
+    named = {message.partition(":")[0] for message in found}
+    assert named >= {"lora_r", "unknown_thing", "token_ratio", "max_length", "lora_dropout", "do_train", "fp32"}
+    assert named >= {"model_name_or_path", "dataset_name"}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("token_ratio: 0.1\ntoken_ratio: 0.2\n", "token_ratio: given twice"),
+        ("lora_r: null\n", "lora_r: got nothing"),
+        ("- token_ratio\n", "expected lines of `name: value`"),
+        ("token_ratio: [0.1\n", "not a YAML file"),
+        ("seek_schedule: daily\n", "seek_schedule: invalid choice: 'daily'"),
+        ("task: regression\n", "task: invalid choice: 'regression'"),
+        ("load_in_4bit: true\n", "load_in_4bit: 4-bit weights are frozen"),
+        ("eval_strategy: epoch\neval_fraction: 0\n", "eval_strategy: got"),
+    ],
+)
+def test_a_recipe_that_cannot_work(tmp_path, text, expected):
+    assert expected in only(recipe(tmp_path, text), *NEEDED)
+
+
+def test_nothing_at_all_says_what_is_needed():
+    assert {message.partition(":")[0] for message in problems()} == {"model_name_or_path", "dataset_name"}
+
+
+def test_a_recipe_that_does_not_exist():
+    assert "absent.yaml: not a YAML file" in only("absent.yaml", *NEEDED)
+
+
+def test_an_empty_recipe_is_all_defaults(tmp_path):
+    assert train.parse([recipe(tmp_path, "# nothing\n"), *NEEDED]).model.lora_r == 0
+
+
+def test_a_word_after_a_flag_with_one_value_is_a_problem():
+    assert "'0.3' is left over" in only(*NEEDED, "--token_ratio", "0.2", "0.3")
+
+
+def test_a_second_recipe_is_a_problem(tmp_path):
+    file = recipe(tmp_path, "lora_r: 2\n")
+    assert only(file, "other.yaml", *NEEDED).startswith("other.yaml: expected a flag")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--lora_alpha", "8"], "lora_alpha has no effect with lora_r=0"),
+        (["--label_column", "y"], "label_column has no effect with task=causal_lm"),
+        (["--text_column", "t", "--output_column", "o"], "output_column has no effect with task=causal_lm, text_column=t"),
+        (["--eval_split", "test", "--eval_fraction", "0.2"], "eval_fraction has no effect with eval_split"),
+        (["--eval_fraction", "0", "--max_eval_rows", "9"], "max_eval_rows has no effect with eval_fraction=0"),
+        (["--token_ratio", "0.2"], "token_ratio has no effect without token_seeking"),
+    ],
+)
+def test_a_setting_without_effect_is_warned_of(flags, expected):
+    with pytest.warns(UserWarning, match=expected):
+        train.parse([*NEEDED, *flags])

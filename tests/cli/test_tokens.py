@@ -1,0 +1,106 @@
+"""`hf-memtune tokens`: a page and a picture of what is kept, for a text or for rows of a data set."""
+
+import pytest
+
+from hf_memtune.cli import main, tokens
+from hf_memtune.errors import ConfigError
+
+PNG = b"\x89PNG"
+
+
+def maps_of(*arguments: str):
+    return tokens.make_maps(tokens.parse(list(map(str, arguments))))
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        tokens.parse(list(map(str, arguments)))
+    return caught.value.problems
+
+
+def test_a_text_gives_a_page_and_a_picture(model, tmp_path, capsys):
+    (tmp_path / "poem.txt").write_text("the sun and the sea are two colours " * 4)
+    assert main(["tokens", "--model", str(model), "--text", "poem.txt", "--token_ratio", "0.25"]) == 0
+    assert "poem.txt" in (tmp_path / "tokens.html").read_text()
+    assert (tmp_path / "tokens.png").read_bytes().startswith(PNG)
+    shown = capsys.readouterr().out
+    assert "poem.txt" in shown and "tokens.html" in shown and "tokens.png" in shown
+
+
+def test_rows_of_a_data_set(chat_model, instructions, tmp_path):
+    flags = ["--dataset", str(instructions), "--index", "0", "-1", "--out", "pages/rows.html"]
+    assert main(["tokens", "--model", str(chat_model), *flags]) == 0
+    page = (tmp_path / "pages" / "rows.html").read_text()
+    assert "row 0" in page and "row 23" in page
+    assert (tmp_path / "pages" / "rows.png").read_bytes().startswith(PNG)
+
+
+def test_the_maps_show_the_scores_the_labels_and_as_many_kept_tokens_as_asked_for(chat_model, instructions):
+    (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.5")
+    assert set(shown.scores) == {"context", "gradient", "combined"}
+    assert sum(shown.kept) == -(-len(shown.tokens) // 2)
+    answer = [token.strip() for token, labelled in zip(shown.tokens, shown.labelled, strict=True) if labelled]
+    assert answer[0] == "assistant" and 0 < sum(shown.labelled) < len(shown.tokens)  # a position is labelled by what follows it
+
+
+def test_a_row_is_the_same_alone_and_beside_another(chat_model, instructions):
+    common = ("--model", chat_model, "--dataset", instructions, "--index")
+    alone, beside = maps_of(*common, "1"), maps_of(*common, "0", "1")
+    assert alone[0] == beside[1]
+
+
+def test_every_setting_of_token_seeking_reaches_the_maps(chat_model, instructions):
+    common = ("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.3")
+    by_default = maps_of(*common)[0]
+    assert maps_of(*common, "--token_scorer", "context")[0].kept != maps_of(*common, "--token_scorer", "gradient")[0].kept
+    assert maps_of(*common, "--context_layer", "0")[0].scores["context"] != by_default.scores["context"]
+    assert maps_of(*common, "--gradient_norm", "l1")[0].scores["gradient"] != by_default.scores["gradient"]
+    labels = maps_of(*common, "--select_from", "labels")[0]
+    assert all(labelled for labelled, kept in zip(labels.labelled, labels.kept, strict=True) if kept)
+
+
+def test_a_classifier_has_maps_too(encoder, reviews):
+    flags = ["--task", "sequence_classification", "--max_length", "64", "--token_ratio", "0.5"]
+    (shown,) = maps_of("--model", encoder, "--dataset", reviews, *flags)
+    assert shown.kept[0]  # where the head reads
+
+
+def test_max_length_cuts_a_text(model, tmp_path):
+    (tmp_path / "long.txt").write_text("the sun " * 50)
+    (shown,) = maps_of("--model", model, "--text", "long.txt", "--max_length", "12")
+    assert len(shown.tokens) == 12
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ([], {"model_name_or_path", "dataset_name"}),
+        (["--model", "m", "--text", "absent.txt"], {"text"}),
+        (["--model", "m", "--dataset", "d", "--out", "page.pdf", "--token_ratio", "0"], {"out", "token_ratio"}),
+        (["--model", "m", "--dataset", "d", "--token_seeking", "false"], {"token_seeking"}),
+        (["--model", "m", "--dataset", "d", "--learning_rate", "1"], {"learning_rate"}),
+        (["recipe.yaml", "--model", "m", "--dataset", "d"], {"recipe.yaml"}),
+    ],
+)
+def test_settings_that_cannot_work(flags, named):
+    assert {message.partition(":")[0] for message in problems(*flags)} == named
+
+
+def test_a_text_and_a_data_set_are_one_too_many(tmp_path):
+    (tmp_path / "poem.txt").write_text("the sun")
+    found = problems("--model", "m", "--text", "poem.txt", "--dataset", "d", "--index", "3", "--output_column", "o")
+    assert {message.partition(":")[0] for message in found} == {"dataset_name", "index", "output_column"}
+
+
+@pytest.mark.parametrize(
+    "flags, expected", [(["--index", "24"], "has 24 rows"), (["--max_length", "3"], "no row has a labelled token")]
+)
+def test_what_only_shows_with_the_data(flags, expected, model, instructions, capsys):
+    assert main(["tokens", "--model", str(model), "--dataset", str(instructions), *flags]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_empty_text(model, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    assert main(["tokens", "--model", str(model), "--text", "empty.txt"]) == 2
+    assert "no two tokens" in capsys.readouterr().err

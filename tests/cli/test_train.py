@@ -1,0 +1,115 @@
+"""`hf-memtune train`: every recipe of configs/ runs, and what it leaves behind loads again."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from hf_memtune.cli import main, train
+from tests.cli.conftest import ROOT, in_new_process
+
+RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+SHORT = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu --disable_tqdm true".split()
+
+
+def arguments(recipe: str | None, model, data, *more: str) -> list[str]:
+    first = [] if recipe is None else [str(ROOT / "configs" / recipe)]
+    return [*first, "--model", str(model), "--dataset", str(data), *SHORT, *more]
+
+
+def summary(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains(recipe, chat_model, encoder, instructions, reviews, tmp_path, capsys):
+    pair = (encoder, reviews) if recipe.startswith("classification/") else (chat_model, instructions)
+    settings = yaml.safe_load((ROOT / "configs" / recipe).read_text())
+    # rows are so short here that a tenth of their tokens may all be prompt, and nothing would be learned
+    more = ["--token_ratio", "0.5"] if settings.get("token_seeking") else []
+    assert main(["train", *arguments(recipe, *pair, *more)]) == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("held-out loss", "peak memory", "seconds per step"))
+    numbers = summary(tmp_path)
+    before, after = numbers["held_out_loss"]
+    assert math.isfinite(before) and math.isfinite(after) and before != after
+    assert all((value is not None) == recipe.startswith("classification/") for value in numbers["held_out_accuracy"])
+    assert numbers["steps"] == 2 and numbers["peak_bytes"] > 0 and numbers["step_seconds"] > 0
+    assert (0 < numbers["tokens_kept"] < numbers["tokens_seen"]) == bool(settings.get("token_seeking"))
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert saved >= {"adapter_model.safetensors" if "lora_r" in settings else "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_says_what_it_is_for(recipe):
+    assert (ROOT / "configs" / recipe).read_text().startswith("# ")
+
+
+def test_without_a_recipe_all_parameters_train(model, instructions, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert main(["train", *arguments(None, model, instructions, "--token_seeking", "--output_dir", "elsewhere")]) == 0
+    assert "(100.00%)" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_text_and_an_evaluation_in_between(model, instructions, tmp_path):
+    flags = "--text_column output --eval_strategy steps --eval_steps 1 --lora_r 2 --lora_target_modules q_proj v_proj".split()
+    assert main(["train", *arguments(None, model, instructions, *flags)]) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2, 2]  # in between, at the end, after training
+
+
+def test_nothing_held_out_is_said(model, instructions, tmp_path, capsys):
+    assert main(["train", *arguments(None, model, instructions, "--eval_fraction", "0")]) == 0
+    assert "not measured before, not measured after" in " ".join(capsys.readouterr().out.split())
+    assert summary(tmp_path)["held_out_loss"] == [None, None]
+
+
+def test_a_run_is_resumed(model, instructions, tmp_path):
+    run = arguments(None, model, instructions, "--token_seeking", "--save_strategy", "steps", "--save_steps", "1")
+    assert main(["train", *run]) == 0
+    assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
+    assert summary(tmp_path)["held_out_loss"][0] is None  # the model before is not that of the checkpoint
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--max_length", "4096"], "the model has positions for 1024"),
+        (["--lora_r", "2", "--lora_target_modules", "absent"], "lora_target_modules"),
+        (["--text_column", "body"], "no column 'body'"),
+        (["--token_seeking", "--token_scorer", "best"], "token_scorer"),
+        (["--token_seeking", "--context_layer", "9"], "context_layer"),
+    ],
+)
+def test_what_only_shows_with_the_model_and_the_data(flags, expected, model, instructions, capsys):
+    assert main(["train", *arguments(None, model, instructions, *flags)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_the_script_runs_under_accelerate_launch(model, instructions, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", ROOT / "scripts" / "train.py"]
+    flags = ["--token_seeking", "--token_ratio", "0.2", "--lora_r", "2"]
+    done = in_new_process(*launch, *arguments(None, model, instructions, *flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Training finished" in done.stdout and (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_two_seeds_are_measured_on_the_same_rows(model, instructions, tmp_path):
+    firsts = []
+    for seed in ("1", "2"):
+        assert main(["train", *arguments("lm/seek.yaml", model, instructions, "--seed", seed)]) == 0
+        firsts.append(summary(tmp_path)["held_out_loss"][0])
+    assert firsts[0] == firsts[1]  # new adapters add nothing to the model
+
+
+def test_the_trainer_gets_what_was_asked_for(model, instructions):
+    flags = ["--lora_r", "2", "--lora_dropout", "0.25", "--dtype", "bfloat16", "--attn_implementation", "eager"]
+    trainer, rows = train.make_trainer(train.parse(arguments(None, model, instructions, *flags)))
+    config = trainer.model.peft_config["default"]
+    assert (config.r, config.lora_dropout, rows.classes) == (2, 0.25, None)
+    base = trainer.model.get_base_model()
+    assert str(base.dtype) == "torch.bfloat16" and base.config._attn_implementation == "eager"

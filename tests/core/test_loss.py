@@ -1,0 +1,140 @@
+"""The loss of a linear head without its logits, against torch's cross entropy of all of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_memtune.core import loss as loss_module
+from hf_memtune.core.loss import IGNORED, linear_loss, linear_loss_gradient
+from hf_memtune.memory import LiveBytes
+from tests.tolerances import NOTICED, RELATIVE, close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def problem(tokens=37, size=16, classes=53, dtype=torch.float64, bias=True, ignored=0.3):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(classes, size, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, classes, (tokens,)).masked_fill(torch.rand(tokens) < ignored, IGNORED)
+    return hidden, weight, torch.randn(classes, dtype=dtype, requires_grad=True) if bias else None, target
+
+
+def plain(hidden, weight, bias, target, label_smoothing=0.0):
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+
+
+def with_gradients(function, hidden, weight, bias, target, **options):
+    value = function(hidden, weight, bias, target, **options)
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+@pytest.fixture(params=[16, 1000], ids=["chunks", "one chunk"])
+def chunked(request, monkeypatch):
+    """Rows of logits alive at a time."""
+    monkeypatch.setattr(loss_module, "logit_rows", lambda classes: request.param)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients_are_those_of_the_logits(chunked, dtype, bias, smoothing):
+    tensors = problem(dtype=dtype, bias=bias)
+    found = with_gradients(linear_loss, *tensors, label_smoothing=smoothing)
+    expected = with_gradients(plain, *tensors, label_smoothing=smoothing)
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).norm() <= RELATIVE[dtype] * theirs.norm()
+
+
+def test_half_precision_is_as_near_to_float64_as_the_plain_loss(chunked):
+    """No tuned tolerance: our error may not exceed that of the plain computation in the same dtype."""
+    half = problem(dtype=torch.bfloat16)
+    exact = with_gradients(plain, *[t.detach().double().requires_grad_() for t in half[:3]], half[3])
+    found, theirs = with_gradients(linear_loss, *half), with_gradients(plain, *half)
+    assert found[0].dtype == torch.float32
+    for ours, plainly, true in zip(found, theirs, exact):
+        assert (ours.double() - true).norm() <= 1.05 * (plainly.double() - true).norm() + 1e-3 * true.norm()
+
+
+def test_gradcheck(chunked):
+    """Through our own chunks: torch's allow one backward, and gradcheck runs many."""
+    hidden, weight, bias, target = problem(tokens=5, size=3, classes=4)
+    loss = lambda *tensors: linear_loss(*tensors, target, label_smoothing=0.1)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_tokens_cost_nothing(chunked, dtype):
+    hidden, weight, bias, _ = problem(dtype=dtype)
+    found = with_gradients(linear_loss, hidden, weight, bias, torch.full((37,), IGNORED))
+    assert all((part == 0).all() for part in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_tokens_cost_nothing_and_still_have_a_gradient(dtype):
+    """A batch may keep no labelled token; under distributed training every parameter must take part all the same."""
+    tensors = problem(tokens=0, dtype=dtype)
+    value, *gradients = with_gradients(linear_loss, tensors[0], tensors[1], None, tensors[3])
+    assert value == 0 and all((g == 0).all() for g in gradients)
+
+
+def test_another_target_is_noticed(chunked):
+    hidden, weight, bias, target = problem()
+    found = with_gradients(linear_loss, hidden, weight, bias, target)
+    wrong = with_gradients(plain, hidden, weight, bias, target.roll(1))
+    assert all((ours - theirs).norm() > NOTICED * theirs.norm() for ours, theirs in zip(found, wrong))
+
+
+# -- the gradient without autograd -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_without_autograd_is_autograds(chunked, dtype, bias):
+    hidden, weight, bias_V, target = problem(dtype=dtype, bias=bias)
+    gradient, losses = linear_loss_gradient(hidden, weight, bias_V, target)
+    value, expected, *_ = with_gradients(plain, hidden, weight, bias_V, target)
+    assert gradient.dtype == dtype and losses.shape == target.shape
+    assert (gradient - expected).norm() <= RELATIVE[dtype] * expected.norm()
+    torch.testing.assert_close(losses.sum(), value, **close(dtype))
+    assert (losses[target == IGNORED] == 0).all() and (gradient[target == IGNORED] == 0).all()
+
+
+def test_the_gradient_leaves_its_arguments_alone(chunked):
+    tensors = problem()
+    before = [t.detach().clone() for t in tensors]
+    linear_loss_gradient(*tensors)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before))
+
+
+def test_the_gradient_of_nothing_is_nothing():
+    hidden, weight, bias, target = problem(tokens=0)
+    gradient, losses = linear_loss_gradient(hidden, weight, bias, target)
+    assert gradient.shape == (0, 16) and losses.shape == (0,)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight = torch.full((3, 4), 60.0), torch.tensor([[60.0] * 4, [-60.0] * 4])
+    gradient, losses = linear_loss_gradient(hidden, weight, None, torch.tensor([0, 1, 0]))
+    assert torch.isfinite(gradient).all() and torch.isfinite(losses).all()
+    assert losses[1] == pytest.approx(2 * 60 * 60 * 4)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function):
+    hidden, weight, _, target = problem(tokens=2048, size=8, classes=512, dtype=torch.float32)
+    with LiveBytes() as live:
+        function(hidden, weight, None, target).backward()
+    return live.peak_bytes
+
+
+def test_logits_never_exist_all_at_once(monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGIT_CHUNK_BYTES", 64 * 512 * 4)
+    all_logits = 2048 * 512 * 4
+    assert peak_bytes(linear_loss) < all_logits / 4
+    assert peak_bytes(plain) > all_logits  # the sibling

@@ -1,0 +1,114 @@
+"""Scorers: what they see, what they must return, and how others are added."""
+
+import pytest
+import torch
+
+from hf_memtune import ConfigError, SeekingContext, TokenScoreError, register_scorer
+from hf_memtune.core import scorers
+from hf_memtune.core.scorers import BUILT_IN, Scorer, make_scorer, scorer_names
+from hf_memtune.core.scoring import combined_score
+
+REAL = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+
+
+def context(asked=None):
+    """A context whose costly entries write down that they were asked for."""
+    torch.manual_seed(0)
+    values = {
+        "context_score": torch.rand(2, 5),
+        "gradient_score": torch.rand(2, 5),
+        "token_loss": torch.rand(2, 5),
+        "last_hidden_state": torch.rand(2, 5, 4),
+    }
+    asked = [] if asked is None else asked
+
+    def compute(name):
+        def run():
+            asked.append(name)
+            return values[name]
+
+        return run
+
+    return SeekingContext(torch.zeros(2, 5, dtype=torch.long), REAL, None, {name: compute(name) for name in values}), values
+
+
+@pytest.mark.parametrize("name, entry", [("context", "context_score"), ("gradient", "gradient_score"), ("loss", "token_loss")])
+def test_single_scores_are_handed_on_and_nothing_else_is_computed(name, entry):
+    asked = []
+    seen, values = context(asked)
+    assert make_scorer(name)(seen).equal(values[entry])
+    assert asked == [entry]
+
+
+@pytest.mark.parametrize(
+    "alpha, beta, asked_for", [(1.0, 1.0, {"context_score", "gradient_score"}), (2.0, 0.0, {"context_score"}), (0.0, 2.0, {"gradient_score"})]
+)
+def test_combined_is_equation_5_and_a_weight_of_0_costs_nothing(alpha, beta, asked_for):
+    asked = []
+    seen, values = context(asked)
+    expected = combined_score(values["context_score"], values["gradient_score"], alpha, beta, REAL)
+    assert make_scorer("combined", alpha, beta)(seen).equal(expected)
+    assert set(asked) == asked_for
+
+
+def test_every_entry_is_computed_once():
+    asked = []
+    seen, _ = context(asked)
+    for _ in range(2):
+        seen.context_score, seen.gradient_score, seen.token_loss, seen.last_hidden_state
+    assert sorted(asked) == ["context_score", "gradient_score", "last_hidden_state", "token_loss"]
+
+
+def test_random_is_drawn_anew_from_torchs_generator():
+    asked = []
+    seen, _ = context(asked)
+    scorer = make_scorer("random")
+    torch.manual_seed(1)
+    first, second = scorer(seen), scorer(seen)
+    torch.manual_seed(1)
+    assert scorer(seen).equal(first) and not second.equal(first)
+    assert not scorer.reads_model and not asked
+
+
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if n != "random"])
+def test_the_others_read_the_model(name):
+    assert make_scorer(name).reads_model
+
+
+@pytest.mark.parametrize(
+    "name, gradient_weight, runs", [("combined", 1.0, True), ("combined", 0.0, False), ("gradient", 0.0, True), ("loss", 0.0, True), ("context", 1.0, False), ("random", 1.0, False)]
+)
+def test_who_runs_the_last_block_is_known_beforehand(name, gradient_weight, runs):
+    assert make_scorer(name, 1.0, gradient_weight).runs_last_block is runs
+
+
+def test_scores_are_not_differentiated():
+    weight = torch.ones(2, 5, requires_grad=True)
+    assert not Scorer("learned", lambda seen: weight * 2)(context()[0]).requires_grad
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.zeros(5, 2), torch.zeros(2, 5, 1), None, [[0.0] * 5] * 2], ids=str)
+def test_a_wrong_shape_is_refused(wrong):
+    with pytest.raises(TokenScoreError, match=r"'mine' returned .*expected a tensor of shape \(2, 5\)"):
+        Scorer("mine", lambda seen: wrong)(context()[0])
+
+
+def test_nan_is_refused_where_a_token_is_real():
+    at_padding, at_token = torch.zeros(2, 5), torch.zeros(2, 5)
+    at_padding[1, 4] = at_token[1, 0] = torch.nan
+    Scorer("mine", lambda seen: at_padding)(context()[0])
+    with pytest.raises(TokenScoreError, match="NaN"):
+        Scorer("mine", lambda seen: at_token)(context()[0])
+
+
+def test_registering_adds_a_name(monkeypatch):
+    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    register_scorer("mine", lambda seen: seen.attention_mask.float())
+    assert scorer_names() == [*BUILT_IN, "mine"]
+    assert make_scorer("mine")(context()[0]).equal(REAL.float())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_names_are_taken(name):
+    with pytest.raises(ConfigError, match="built in"):
+        register_scorer(name, lambda seen: seen.context_score)

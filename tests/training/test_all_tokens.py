@@ -1,0 +1,119 @@
+"""With token_ratio 1 every token is kept, and a run is plain training: the same gradients, the same logged losses."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from hf_memtune.evaluation import load_metric
+from tests.strategies.tiny_models import tiny_model
+from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.training.runs import arguments, pad_right, text_rows, train, worst_step
+
+EXACT = RELATIVE[torch.float64]
+# GPT-2 sets no loss_type, so transformers counts the label of a row's first token, which nothing predicts, and divides by too
+# much. Rows whose first token has no label make both counts the same.
+ROWS = [row | {"labels": [-100, *row["labels"][1:]]} for row in text_rows(24)]
+CUTS = {"whole": {}, "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}}
+
+
+def both(tmp_path, name, head, rows, ratio=1.0, settings=None, num_labels=3, **kwargs):
+    """The same run by our Trainer and by transformers'."""
+    settings, model = {"max_steps": 3, **(settings or {})}, partial(tiny_model, name, head, num_labels=num_labels)
+    ours = train(model(), arguments(tmp_path, token_ratio=ratio, **settings), rows, **kwargs)
+    plain = train(model(), arguments(tmp_path, seeking=False, **settings), rows, cls=Trainer, **kwargs)
+    return ours, plain
+
+
+def assert_equal_runs(ours, plain, allowed=FLOAT32_INSIDE):
+    assert worst_step(ours, plain) <= allowed
+    assert ours.losses == pytest.approx(plain.losses, rel=FLOAT32_INSIDE)
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(ours.parameters[name], parameter, rtol=allowed, atol=allowed)
+
+
+def shifting_loss(outputs, labels, num_items_in_batch=None):
+    """A loss of the user's own, on ordinary logits: it shifts by itself and divides by the number it is given."""
+    logits, target = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return (losses + 0.1 * losses**2).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_causal_lm(tmp_path, name, cut):
+    assert_equal_runs(*both(tmp_path, name, "causal_lm", ROWS, settings=CUTS[cut]))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_label_smoothing(tmp_path, cut):
+    settings = CUTS[cut] | {"label_smoothing_factor": 0.1}
+    assert_equal_runs(*both(tmp_path, "gpt2", "causal_lm", ROWS, settings=settings))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_loss_function_of_the_users_own(tmp_path, cut):
+    runs = both(tmp_path, "gpt2", "causal_lm", ROWS, settings=CUTS[cut], compute_loss_func=shifting_loss)
+    assert_equal_runs(*runs, allowed=EXACT)
+
+
+def pad_pairs(rows):
+    batch = pad_right([{"input_ids": row["input_ids"], "labels": row["target"]} for row in rows], padding=1)
+    shifted = batch["labels"].roll(1, 1).masked_fill(batch["labels"].roll(1, 1) == -100, 1)
+    shifted[:, 0] = 2  # BART's decoder_start_token_id; given, because transformers' label smoothing takes the labels away
+    return batch | {"decoder_input_ids": shifted}
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "smoothed"])
+def test_sequence_to_sequence(tmp_path, settings):
+    rows = [{"input_ids": a["input_ids"], "target": b["input_ids"]} for a, b in zip(text_rows(24), text_rows(24, seed=4))]
+    settings |= {"remove_unused_columns": False}
+    assert_equal_runs(*both(tmp_path, "bart", "seq2seq", rows, settings=settings, data_collator=pad_pairs))
+
+
+def test_masked_lm(tmp_path):
+    rows = [row | {"labels": [-100 if n % 3 else i for n, i in enumerate(row["input_ids"])]} for row in text_rows(24)]
+    assert_equal_runs(*both(tmp_path, "bert", "masked_lm", rows))
+
+
+def test_token_classification(tmp_path):
+    rows = [row | {"labels": [-100 if label < 0 else label % 3 for label in row["labels"]]} for row in text_rows(24)]
+    assert_equal_runs(*both(tmp_path, "bert", "token_classification", rows))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_sequence_classification(tmp_path, name, cut):
+    rows = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(text_rows(24))]
+    metric = load_metric("accuracy")
+
+    def accuracy(predicted):
+        return metric.compute(predictions=np.argmax(predicted.predictions, -1), references=predicted.label_ids)
+
+    settings = CUTS[cut] | {"eval_strategy": "steps", "eval_steps": 1}
+    collator = {"data_collator": lambda batch: pad_right(batch, padding=1)} if name == "bert" else {}
+    ours, plain = both(
+        tmp_path, name, "sequence_classification", rows, settings=settings, compute_metrics=accuracy, eval_dataset=rows, **collator
+    )
+    assert_equal_runs(ours, plain)
+    measured = [[e["eval_accuracy"] for e in r.trainer.state.log_history if "eval_accuracy" in e] for r in (ours, plain)]
+    assert measured[0] == measured[1] and len(measured[0]) == 3
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_question_answering(tmp_path, cut):
+    # of one length: the plain softmax over positions includes padding, through which nothing is learned here
+    texts = text_rows(24, shortest=9, longest=9)
+    rows = [{"input_ids": row["input_ids"], "start_positions": n % 3, "end_positions": 3} for n, row in enumerate(texts)]
+    assert_equal_runs(*both(tmp_path, "bert", "question_answering", rows, settings=CUTS[cut], num_labels=2))
+
+
+def test_fewer_tokens_are_noticed(tmp_path):
+    """Sibling: the comparison sees when some tokens are left out."""
+    ours, plain = both(tmp_path, "gpt2", "causal_lm", ROWS, ratio=0.7)
+    assert worst_step(ours, plain) > NOTICED
+    with pytest.raises(AssertionError):
+        assert_equal_runs(ours, plain)
