@@ -12,19 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_memtune.architectures import Architecture, Task
+from hf_memtune._compat import is_fake
+from hf_memtune.architectures import Task
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
-from hf_memtune.errors import MemTuneError
-from hf_memtune._compat import is_fake
 from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.forced import forced_tokens
 from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
 from hf_memtune.strategies.spans import Span
+from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
 from hf_memtune.strategies.token_scores import TokenScores
-
-LABEL_NAMES = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 class SeekingStep:
@@ -34,8 +33,8 @@ class SeekingStep:
         self.seeking, self.architecture, self.config = seeking, seeking.architecture, seeking.config
         self.label_smoothing, self.whole_logits, self.precomputed = label_smoothing, whole_logits, scores
         self.labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}
-        self.target = _targets(self.architecture, self.labels)
-        self.inputs = _model_inputs(self.architecture, inputs)
+        self.target = targets(self.architecture, self.labels)
+        self.inputs = model_inputs(self.architecture, inputs)
         self.selection: dict[str, Selection] = {}
         self.values: dict[str, Tensor] = {}
         self.tokens_seen: Tensor | int = 0
@@ -105,7 +104,11 @@ class SeekingStep:
                 values = self.seeking.scorer(scores.context(name)) if given is None else given
             self.values[name] = values
             labelled = self._labelled(name) if self.config.select_from == "labels" else None
-            chosen[name] = select(values, self.config.token_ratio, real, labelled, self._forced(name, rows))
+            first_last = self.config.kept_always == "first_last"
+            forced = forced_tokens(
+                self.architecture, rows, first_last, self.seeking.facts.is_causal, self.inputs.get("input_ids"), self.labels
+            )
+            chosen[name] = select(values, self.config.token_ratio, real, labelled, forced)
         return chosen
 
     def _inspect(self, call: BodyCall, scores: TokenScores) -> None:
@@ -123,37 +126,6 @@ class SeekingStep:
 
     def _labelled(self, stack: str) -> Tensor | None:
         return self.target != IGNORED if stack == "decoder" and self.target is not None else None
-
-    def _forced(self, stack: str, rows) -> Tensor | None:
-        """(B, T) bool: tokens the head cannot do without, and those `always_keep` names."""
-        forced = torch.zeros(rows.batch, rows.length, dtype=torch.bool, device=rows.positions.device)
-        positions = torch.arange(rows.length, device=forced.device)
-        if self.config.kept_always == "first_last":
-            real = rows.real if rows.real is not None else torch.ones_like(forced)
-            place_of = torch.where(real, positions, rows.length)
-            forced |= (place_of == place_of.amin(1, keepdim=True)) & real
-            forced |= (positions == (real * positions).amax(1, keepdim=True)) & real
-        elif self.architecture.task.loss_per_token:
-            return None
-        if self.architecture.task is Task.QUESTION_ANSWERING:
-            for name in ("start_positions", "end_positions"):
-                if name in self.labels:
-                    forced |= positions == self.labels[name].reshape(-1, 1)
-        if self.architecture.task is Task.SEQUENCE_CLASSIFICATION:
-            forced |= positions == self._pooled_position(rows)[:, None]
-        return forced
-
-    def _pooled_position(self, rows) -> Tensor:
-        """(B,) int64: where a classification head reads. Causal models: the last token that is not padding; others: the first."""
-        first = torch.zeros(rows.batch, dtype=torch.long, device=rows.positions.device)
-        padding = self.architecture.head_model.config.get_text_config().pad_token_id
-        ids = self.inputs.get("input_ids")
-        if not self.seeking.facts.is_causal:
-            return first
-        if ids is None or padding is None:
-            return first + rows.length - 1
-        positions = torch.arange(rows.length, device=ids.device)
-        return ((ids != padding) * positions).amax(1)
 
     def _focus_pass(self, call: BodyCall, store: KeyValueStore, context_output: Tensor | None):
         spans = {name: rows.kept(self.selection[name]) for name, rows in call.rows.items()}
@@ -232,37 +204,3 @@ def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> C
         return span.take(embedded if embedded.dim() == 3 else embedded[None])
 
     return run
-
-
-def _targets(architecture: Architecture, labels: dict[str, Tensor]) -> Tensor | None:
-    """(B, T) int64: the label of each position's own prediction, or None where the loss is not per token."""
-    if not architecture.task.loss_per_token or "labels" not in labels:
-        return None
-    if architecture.task is not Task.CAUSAL_LM:
-        return labels["labels"]
-    if "shift_labels" in labels:
-        return labels["shift_labels"]
-    return F.pad(labels["labels"][:, 1:], (0, 1), value=IGNORED)
-
-
-def _model_inputs(architecture: Architecture, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the model is called with while passes run: labels taken out where the loss is per token."""
-    if not architecture.task.loss_per_token:
-        return {k: v for k, v in inputs.items() if k not in LABEL_NAMES}
-    given = {k: v for k, v in inputs.items() if k not in (*LABEL_NAMES, "num_items_in_batch")}
-    model = architecture.head_model
-    if architecture.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
-        given["decoder_input_ids"] = _shifted_right(model, inputs.get("labels"))
-    return given
-
-
-def _shifted_right(model, labels: Tensor | None) -> Tensor:
-    """The decoder's input as the model makes it from labels."""
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None or labels is None:
-        why = "has no labels to make them from" if labels is None else "cannot make them from labels outside its own forward"
-        raise MemTuneError(
-            f"the batch has neither decoder_input_ids nor decoder_inputs_embeds, and {type(model).__name__} {why}: "
-            "put decoder_input_ids into the batch."
-        )
-    return shift(labels=labels)
