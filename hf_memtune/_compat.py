@@ -27,3 +27,13 @@ def with_values():
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def packed_mask_function(mask_function, positions, segments):
+    """The rule of a packed row, made as the installed transformers makes it, from that of a row that is one sequence."""
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        return masking_utils.packed_sequence_compatibility_function(mask_function, positions, segments)
+    # transformers < 5.23 keeps the row's own indices within a sequence; goes when 5.23 is the oldest supported version
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(segments))

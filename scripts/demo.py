@@ -10,8 +10,6 @@ import argparse
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -19,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from conditions import conditions
+
+ASSETS = Path(__file__).resolve().parents[1] / ".assets"
 SEED, BATCH, LEARNING_RATE, MAX_LENGTH, LORA_R, TOKEN_RATIO = 0, 4, 5e-4, 160, 8, 0.1
 TRACED_STEP = 1  # counted from 0: in the first one the optimizer makes its state, which belongs to no step
 SHARE = f"{TOKEN_RATIO:.0%}"
@@ -35,8 +35,8 @@ CAVEAT = (
     "Memory and time are of this machine and these short rows; longer rows widen the differences in memory."
 )
 
-NOTES = f"""<p>The same model, adapters, rows in the same order, optimizer and seed; only the method differs. The loss is that of all labelled
-tokens of rows held out, whatever tokens a method learns from.</p><p><strong>{CAVEAT}</strong></p>
+NOTES = f"""<p>The same model, adapters, rows in the same order, optimizer and seed; only the method differs. The loss is that of all
+labelled tokens of rows held out, whatever tokens a method learns from.</p><p><strong>{CAVEAT}</strong></p>
 <p><a href="tokens.html">Which tokens token seeking keeps of two held-out examples</a>, and why.</p>"""
 
 
@@ -72,8 +72,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each method (default: 30)")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows, for the loss (default: 48)")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 4 steps, 8 held-out rows")
-    parser.add_argument("--model", default=str(CHECKOUT / ".assets/models/smollm2-135m-instruct"), help="folder of a causal model")
-    parser.add_argument("--data", default=str(CHECKOUT / ".assets/data/alpaca/train.jsonl"), help="rows of instruction, input, output")
+    parser.add_argument("--model", default=str(ASSETS / "models/smollm2-135m-instruct"), help="folder of a causal model")
+    parser.add_argument("--data", default=str(ASSETS / "data/alpaca/train.jsonl"), help="rows of instruction, input, output")
     parser.add_argument("--out", default="out/demo", help="folder to write to (default: out/demo)")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -150,9 +150,8 @@ class Demo:
             self.write_token_maps(model, trainer)
         result = Result(name, [(0, self.loss_before)], settings=settings)
         self.fit(trainer, result)
-        self.console.print(
-            f"{name}: held-out loss {self.loss_before:.3f} to {result.held_out_losses[-1][1]:.3f}, {result.step_seconds:.2f} s a step"
-        )
+        fell = f"held-out loss {self.loss_before:.3f} to {result.held_out_losses[-1][1]:.3f}"
+        self.console.print(f"{name}: {fell}, {result.step_seconds:.2f} s a step")
         return result
 
     def trainer(self, model, settings: dict):
@@ -163,10 +162,10 @@ class Demo:
 
         every = max(1, self.options.steps // 3)
         arguments = MemEfficientTrainingArguments(
-            output_dir=str(self.out), max_steps=self.options.steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE,
-            per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=every, prediction_loss_only=True, save_strategy="no",
-            logging_strategy="no", memory_trace_steps=0, train_sampling_strategy="sequential", seed=SEED, disable_tqdm=True,
-            dataloader_pin_memory=False, **settings,
+            output_dir=str(self.out), max_steps=self.options.steps, learning_rate=LEARNING_RATE, seed=SEED,
+            per_device_train_batch_size=BATCH, per_device_eval_batch_size=8, train_sampling_strategy="sequential",
+            eval_strategy="steps", eval_steps=every, prediction_loss_only=True, save_strategy="no", logging_strategy="no",
+            memory_trace_steps=0, disable_tqdm=True, dataloader_pin_memory=False, **settings,
         )  # fmt: skip
         trainer = MemEfficientTrainer(
             model=model, args=arguments, train_dataset=self.train, eval_dataset=self.held_out,
@@ -179,8 +178,8 @@ class Demo:
         """Train, with a progress bar, and fill in the result."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, console=self.console) as progress:
+        name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        with Progress(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), note, console=self.console) as progress:
             bar = progress.add_task(result.name, total=self.options.steps, note="")
             watch = make_watch(result, lambda **news: progress.update(bar, **news))
             trainer.add_callback(watch)
@@ -215,25 +214,22 @@ class Demo:
         (self.out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return write_comparison_html(rows, self.out / "report.html", "Four ways to fine-tune one model", conditions, NOTES)
 
-    def conditions(self) -> dict[str, str]:
+    def conditions(self) -> dict:
         """Everything a reader needs to judge the numbers, or to measure them again."""
         import torch
-        import transformers
-
-        import hf_memtune
 
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return {
-            "model": f"{Path(self.options.model).name}, LoRA r={LORA_R} on all linear layers but the head, float32",
-            "data": f"{Path(self.options.data).parent.name}, prompts masked out, rows of {MAX_LENGTH} tokens at most",
-            "training": f"{self.options.steps} steps of {BATCH} rows, AdamW, learning rate {LEARNING_RATE} falling linearly, seed {SEED}",
-            "held-out loss": f"all labelled tokens of {len(self.held_out)} rows, a plain forward pass (mean over batches of 8 rows)",
-            "peak memory": "live bytes of all tensors that one training step makes (the second), above weights and optimizer state",
-            "seconds per step": "median of all steps but the first two, evaluations excluded",
-            "device": f"{device} ({platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads)",
-            "versions": f"hf_memtune {hf_memtune.__version__} at {commit()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}, Python {platform.python_version()}",
-        }
+        steps, rows = self.options.steps, len(self.held_out)
+        return conditions(
+            device=str(device),
+            threads=torch.get_num_threads(),
+            model=f"{Path(self.options.model).name}, LoRA r={LORA_R} on all linear layers but the head, float32",
+            data=f"{Path(self.options.data).parent.name}, prompts masked out, rows of {MAX_LENGTH} tokens at most",
+            training=f"{steps} steps of {BATCH} rows, AdamW, learning rate {LEARNING_RATE} falling linearly, seed {SEED}",
+            held_out_loss=f"all labelled tokens of {rows} rows, plain forward passes (mean over batches of 8 rows)",
+            peak_memory="live bytes of all tensors that the second training step makes, above weights and optimizer state",
+            seconds_a_step="median of all steps but the first two, evaluations excluded",
+        )
 
 
 def make_watch(result: Result, tell):
@@ -272,15 +268,6 @@ def make_watch(result: Result, tell):
             tell(note=f"held-out loss {metrics['eval_loss']:.3f}")
 
     return Watch()
-
-
-def commit() -> str:
-    """The commit of the checkout, marked where files differ from it; "no git" outside one."""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no git"
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ class ModelArguments(ModelSource):
     lora_dropout: float = _setting(0.0, "Probability, in [0, 1), with which an input of an adapter is dropped in training.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."},
+        metadata={
+            "help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."
+        },
     )
     load_in_4bit: bool = _setting(
         False,
@@ -105,7 +107,9 @@ class DataSource:
     max_length: int = _setting(
         1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
     )
-    instruction_column: str = _setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
+    instruction_column: str = _setting(
+        "instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out."
+    )
     input_column: str = _setting("input", "causal_lm: column of further text of the request, may be missing or empty.")
     output_column: str = _setting("output", "causal_lm: column of the wanted answer, the tokens that carry a label.")
     text_column: str | None = _setting(
@@ -140,7 +144,9 @@ class DataArguments(DataSource):
         "Fraction of the rows, in [0, 1), held out to measure the loss, the same rows for every seed; 0 holds out none. "
         "Without effect where eval_split is given.",
     )
-    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones after holding out. Default: all.")
+    max_train_rows: int | None = _setting(
+        None, "Train on this many rows at most, the first ones after holding out. Default: all."
+    )
     max_eval_rows: int | None = _setting(200, "Measure the held-out loss on this many rows at most.")
 
     def problems(self) -> list[str]:

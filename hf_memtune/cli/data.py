@@ -156,11 +156,13 @@ def instruction_row(row: dict, data: DataSource, tokenizer) -> dict:
     request = "\n\n".join(str(row[name]) for name in (data.instruction_column, data.input_column) if row.get(name))
     answer = str(row[data.output_column] or "")
     if tokenizer.chat_template is None:
-        prompt = [token for token in tokenizer(PLAIN_PROMPT.format(request=request))["input_ids"] if token != tokenizer.eos_token_id]
+        prompt = tokenizer(PLAIN_PROMPT.format(request=request))["input_ids"]
+        prompt = [token for token in prompt if token != tokenizer.eos_token_id]  # some tokenizers end every text
         rest = tokenizer(answer, add_special_tokens=False)["input_ids"]
         rest += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     else:
-        prompt, rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in _conversation(tokenizer, request, answer))
+        parts = _conversation(tokenizer, request, answer)
+        prompt, rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     return _cut(prompt + rest, len(prompt), data.max_length)
 
 

@@ -14,7 +14,8 @@ def load_tokenizer(model: ModelSource):
         raise ConfigError([f"model_name_or_path: no tokenizer in {model.model_name_or_path!r}: {error}"]) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ConfigError([f"model_name_or_path: the tokenizer of {model.model_name_or_path!r} has neither a padding nor an end token."])
+            wrong = f"the tokenizer of {model.model_name_or_path!r} has neither a padding nor an end token"
+            raise ConfigError([f"model_name_or_path: {wrong}; save it with one (tokenizer.pad_token = ...)."])
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -33,7 +34,8 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     try:
         loaded = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError([f"model_name_or_path: {model.model_name_or_path!r} cannot be loaded for {data.task}: {error}"]) from error
+        wrong = f"{model.model_name_or_path!r} cannot be loaded for {data.task}: {error}"
+        raise ConfigError([f"model_name_or_path: {wrong}"]) from error
     _check_length(loaded, data)
     if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
@@ -43,7 +45,8 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
 def _check_length(loaded, data: DataSource) -> None:
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and data.max_length > positions:
-        raise ConfigError([f"max_length: got {data.max_length} tokens, but the model has positions for {positions}. Set it to that or less."])
+        wrong = f"got {data.max_length} tokens, but the model has positions for {positions}"
+        raise ConfigError([f"max_length: {wrong}. Set it to that or less."])
 
 
 def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):

@@ -53,8 +53,8 @@ class Parser(HfArgumentParser):
     def _pieces(self, arguments: list[str], with_recipe: bool) -> Iterator[Piece]:
         first_flag = next((n for n, word in enumerate(arguments) if word.startswith("--")), len(arguments))
         recipes = arguments[: min(first_flag, 1)] if with_recipe else []
-        for word in arguments[len(recipes) : first_flag]:
-            self.problems.append(f"{word}: expected a flag (--name value)" + (" or one YAML file, first." if with_recipe else "."))
+        wanted = "a flag (--name value) or one YAML file, first" if with_recipe else "a flag (--name value)"
+        self.problems += [f"{word}: expected {wanted}." for word in arguments[len(recipes) : first_flag]]
         for recipe in recipes:
             yield from self._recipe(Path(recipe))
         bounds = [n for n, word in enumerate(arguments) if word.startswith("--")] + [len(arguments)]

@@ -31,8 +31,8 @@ class StepTimes(TrainerCallback):
 class Summary:
     """Numbers of one run. Bytes, seconds and tokens are those of this process; None where not measured.
 
-    held_out_*: before and after training, accuracy of classifiers alone. step_seconds: median. peak_bytes: with weights if on_device, else of the tensors
-    that one traced step makes. tokens_*: over all steps, 0 without token seeking.
+    held_out_*: before and after training, accuracy of classifiers alone. step_seconds: median. peak_bytes: with weights if
+    on_device, else of the tensors that one traced step makes. tokens_*: over all steps, 0 without token seeking.
     """
 
     steps: int
@@ -97,7 +97,8 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
         ("seconds per step", "not measured" if summary.step_seconds is None else f"{summary.step_seconds:.3g} (median)"),
     ]
     if summary.tokens_seen:
-        lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({summary.tokens_kept / summary.tokens_seen:.1%})"))
+        kept = summary.tokens_kept / summary.tokens_seen
+        lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({kept:.1%})"))
     if any(summary.held_out_accuracy):
         lines.append(("held-out accuracy", _before_and_after(summary.held_out_accuracy)))
     return [*lines, ("saved in", str(settings.training.output_dir))]
@@ -111,5 +112,6 @@ def _before_and_after(values: tuple[float | None, float | None]) -> str:
 def _peak(summary: Summary) -> str:
     if summary.peak_bytes is None:
         return "not measured (memory_trace_steps says when)"
-    what = "on the device, weights included" if summary.on_device else "tensors of a traced step, above weights and optimizer state"
+    traced = "tensors of a traced step, above weights and optimizer state"
+    what = "on the device, weights included" if summary.on_device else traced
     return f"{format_bytes(summary.peak_bytes)} ({what})"

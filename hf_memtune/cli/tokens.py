@@ -21,12 +21,16 @@ class Examples:
     _argument_group_name = "examples"
 
     text: str | None = field(
-        default=None, metadata={"help": "Text file, shown as one example all of whose tokens carry a label; in place of a data set."}
+        default=None,
+        metadata={"help": "Text file, shown as one example all of whose tokens carry a label; in place of a data set."},
     )
     index: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Rows of the data set to show, counted from 0; negative counts from the end."}
+        default_factory=lambda: [0],
+        metadata={"help": "Rows of the data set to show, counted from 0; negative counts from the end."},
     )
-    out: str = field(default="tokens.html", metadata={"help": "Page to write; the picture goes beside it, ending in .png."})
+    out: str = field(
+        default="tokens.html", metadata={"help": "Page to write; the picture goes beside it, ending in .png."}
+    )
 
     def problems(self) -> list[str]:
         found = []
@@ -35,6 +39,13 @@ class Examples:
         if Path(self.out).suffix not in (".html", ".htm"):
             found.append(f"out: got {self.out!r}, expected a name that ends in .html.")
         return found
+
+
+# Settings that decide what a map looks like, listed on top of it.
+SHOWN = (
+    "token_ratio", "token_scorer", "context_weight", "gradient_weight", "context_layer", "context_normalize",
+    "gradient_norm", "select_from", "always_keep",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -75,7 +86,8 @@ def parse(arguments: list[str]) -> Settings:
     parser = make_parser()
     namespace = parser.read(arguments, with_recipe=False)
     problems = parser.problems
-    model, examples, seeking = (build(kind, values_of(kind, namespace), problems) for kind in (ModelSource, Examples, TokenSeekingConfig))
+    kinds = (ModelSource, Examples, TokenSeekingConfig)
+    model, examples, seeking = (build(kind, values_of(kind, namespace), problems) for kind in kinds)
     data = DataSource(**values_of(DataSource, namespace))
     problems += _data_problems(data, namespace, parser.given)
     if not namespace.token_seeking:
@@ -138,7 +150,8 @@ def _chosen_rows(settings: Settings, tokenizer):
     classes = class_names(data, rows)
     chosen, dropped = tokenised(rows.select([number % len(rows) for number in index]), data, tokenizer, classes)
     if dropped:
-        raise ConfigError([f"max_length: {dropped} of the chosen rows have no labelled token within {data.max_length} tokens. Raise it."])
+        wrong = f"{dropped} of the chosen rows have no labelled token within {data.max_length} tokens"
+        raise ConfigError([f"max_length: {wrong}. Raise it."])
     return list(chosen), [f"row {number % len(rows)}" for number in index], classes
 
 
@@ -148,8 +161,8 @@ def write(maps: list, settings: Settings) -> tuple[Path, Path]:
 
     page = Path(settings.examples.out)
     page.parent.mkdir(parents=True, exist_ok=True)
-    shown = ("token_ratio", "token_scorer", "context_weight", "gradient_weight", "context_layer", "context_normalize", "select_from")
-    listed = {"model": Path(settings.model.model_name_or_path).name} | {name: getattr(settings.seeking, name) for name in shown}
+    listed = {"model": Path(settings.model.model_name_or_path).name}
+    listed |= {name: getattr(settings.seeking, name) for name in SHOWN}
     write_token_map_html(maps, page, listed)
     return page, Path(write_token_map_png(maps, page.with_suffix(".png"), listed))
 

@@ -65,13 +65,15 @@ def parse(arguments: list[str]) -> Settings:
     parser = make_parser()
     namespace = parser.read(arguments, with_recipe=True)
     problems = parser.problems
-    problems += [f"{name}: has no meaning here ({why}). Leave it out." for name, why in WITHOUT_MEANING.items() if name in parser.given]
+    idle = parser.given & WITHOUT_MEANING.keys()
+    problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
     kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments)
     built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
     if problems:
         raise ConfigError(problems)
     if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
-        raise ConfigError([f"eval_strategy: got {built.training.eval_strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
+        strategy = str(built.training.eval_strategy.value)
+        raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
     for message in [*built.model.ineffective(), *built.data.ineffective()]:
         warnings.warn(message, stacklevel=2)
     return built
@@ -118,7 +120,7 @@ def fit(trainer, settings: Settings):
 
 
 def held_out(trainer) -> dict[str, float]:
-    """eval_loss, and eval_accuracy of a classifier, over the held-out rows: all tokens, a plain forward pass. Empty without rows."""
+    """eval_loss, and eval_accuracy of a classifier, over the held-out rows: all tokens, plain forward. Empty without rows."""
     return {} if trainer.eval_dataset is None else trainer.evaluate()
 
 

@@ -75,7 +75,7 @@ class SeekingStep:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.architecture.base))
-            if self.precomputed is None and self.seeking.scorer.reads_model:
+            if self.inspection is not None or (self.precomputed is None and self.seeking.scorer.reads_model):
                 stack.enter_context(records.of_last_blocks(self.architecture))
             else:
                 records.context_modules = {}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, packed_sequence_compatibility_function
+from transformers.masking_utils import bidirectional_mask_function
 
+from hf_memtune._compat import packed_mask_function
 from hf_memtune.core.selection import Selection
 
 
@@ -71,7 +72,7 @@ def attention_mask(mask_function: Callable, queries: Span, keys: Span) -> Tensor
     rows = queries.rows
     if rows.segments is not None and mask_function is not bidirectional_mask_function:
         positions = rows.positions.expand(rows.batch, -1)
-        mask_function = packed_sequence_compatibility_function(mask_function, positions, rows.segments)
+        mask_function = packed_mask_function(mask_function, positions, rows.segments)
     device = queries.index.device
     batch = torch.arange(rows.batch, device=device)[:, None, None, None]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)

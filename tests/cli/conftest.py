@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem is are".split()
+WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem".split()
+WORDS += ["is", "are"]
 CHAT = (
     "{% for m in messages %}<bos> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<bos> assistant {% endif %}"

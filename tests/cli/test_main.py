@@ -39,7 +39,10 @@ def test_an_unknown_command_names_the_closest(capsys):
 
 @pytest.mark.parametrize(
     "command, expected",
-    [("train", ["--token_ratio", "--lora_r", "--dataset_name", "--learning_rate"]), ("tokens", ["--index", "--token_ratio", "--text"])],
+    [
+        ("train", ["--token_ratio", "--lora_r", "--dataset_name", "--learning_rate"]),
+        ("tokens", ["--token_ratio", "--index", "--text"]),
+    ],
 )
 def test_help_of_a_command_lists_its_settings(command, expected, capsys):
     with pytest.raises(SystemExit) as ended:

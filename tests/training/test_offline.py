@@ -122,8 +122,8 @@ def test_scores_are_those_the_step_would_take_with_the_first_weights(tmp_path, n
     assert len(run.trainer.compared) == 2
 
 
-def test_scores_of_pairs_do_not_depend_on_padding(tmp_path):
-    """Of a decoder without a mask of its own the padding shows in the labels alone."""
+def test_pairs_are_found_again_under_other_padding(tmp_path):
+    """Rows of the encoder and of the decoder are padded apart, and a decoder without a mask shows its padding in the labels alone."""
     rows = [a | {"labels": b["input_ids"]} for a, b in zip(ROWS, text_rows(16, seed=4))]
     run = once(tmp_path, rows=rows, model=tiny_model("bart", "seq2seq"), cls=Recording, learning_rate=0.0, per_device_eval_batch_size=3)
     for ours, theirs in run.trainer.compared:
