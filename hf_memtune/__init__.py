@@ -21,6 +21,7 @@ _EXPORTS = {
     "TokenSeeking": "strategies.token_seeking",
     "LiveBytes": "memory",
     "SavedBytes": "memory",
+    "MemEfficientArgumentsMixin": "training.arguments",
     "MemEfficientMixin": "training.trainer",
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",

@@ -37,3 +37,23 @@ def packed_mask_function(mask_function, positions, segments):
         return masking_utils.packed_sequence_compatibility_function(mask_function, positions, segments)
     # transformers < 5.23 keeps the row's own indices within a sequence; goes when 5.23 is the oldest supported version
     return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(segments))
+
+
+def is_quantised_kernel(module: torch.nn.Module) -> bool:
+    """Whether a module is one of bitsandbytes', which have no dropout, and for which evaluation mode is not innocent.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit weight for good at its first forward in evaluation mode, for an
+    operator without a derivative: from then on no gradient passes the layer, and none is missed.
+    """
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def make_4bit_differentiable(model: torch.nn.Module) -> None:
+    """Undo what `is_quantised_kernel` tells of, on every 4-bit weight that an evaluation has repacked."""
+    for module in model.modules():
+        if is_quantised_kernel(module):
+            weight = getattr(module, "weight", None)
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+                weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)

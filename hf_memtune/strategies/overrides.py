@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from hf_memtune._compat import is_quantised_kernel
+
 
 @contextmanager
 def instance_attribute(target: object, name: str, value: object) -> Iterator[None]:
@@ -31,7 +33,7 @@ def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout and activation checkpointing off, without losing which submodules were in training mode."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in module.modules() if m.training and not is_quantised_kernel(m)]
     for m in training:
         m.training = False
     try:

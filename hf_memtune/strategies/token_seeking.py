@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_memtune._compat import make_4bit_differentiable
 from hf_memtune.architectures import describe
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
@@ -87,6 +88,8 @@ class TokenSeeking:
         scores: scores computed earlier, (B, T) for each stack; without them the batch is scored now.
         """
         self.router  # raises when removed
+        if getattr(self.architecture.head_model, "is_loaded_in_4bit", False):
+            make_4bit_differentiable(self.architecture.head_model)
         return SeekingStep(self, inputs, label_smoothing, whole_logits, scores).open()
 
     def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = ()) -> SeekingStep:

@@ -112,6 +112,36 @@ def test_qlora_equals_the_twin_on_the_same_quantised_weights(quantised_llama, dt
     assert whole_error(taken.gradients, expected) <= tolerance(dtype)
 
 
+def dequantised(model):
+    """The same model with plain linears of the values that its 4-bit weights stand for: slow, and obviously differentiable."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
+            weight = module.weight
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.float32)
+            linear.weight = torch.nn.Parameter(dequantize_4bit(weight.data, weight.quant_state).float(), requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, linear)
+    return plain
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["fresh", "after an evaluation"])
+def test_gradients_pass_through_4bit_weights(quantised_llama, evaluated):
+    """Some kernels for 4-bit weights have no derivative, and a twin on the same weights would not notice."""
+    model = with_lora(quantised_llama(torch.float32))
+    batch = batch_for(model)
+    if evaluated:  # which may repack the weights
+        with torch.no_grad():
+            model.eval()(**batch)
+        model.train()
+    taken = take_step(model, batch, **SPREAD)
+    loss, expected = lora_twin(dequantised(model), batch, taken.kept)
+    assert abs(taken.loss - loss) <= 10 * tolerance(torch.float32) * loss
+    assert whole_error(taken.gradients, expected) <= 10 * tolerance(torch.float32)
+
+
 def test_qlora_with_checkpointing_gives_the_same_gradients(quantised_llama):
     model = with_lora(quantised_llama(torch.float32))
     batch = batch_for(model)
