@@ -6,7 +6,6 @@ Shape legend: N tokens, D hidden size, V classes.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hf_memtune._compat import chunked_linear_cross_entropy
 
@@ -25,67 +24,84 @@ def linear_loss(
     """Sum over tokens of the cross entropy of a linear head, a scalar; tokens with target -100 cost nothing, exactly 0.
 
     torch's `linear_cross_entropy` serves float32 and float64. It returns the loss in the dtype of its input and ignores
-    chunking with label smoothing, so half precision and smoothing go through chunks that are recomputed in backward,
-    whose loss is float32. Backward through torch's can run once: retain_graph=True does not help.
+    chunking with label smoothing, so half precision, autocast and smoothing go through `LinearLoss`, whose loss is float32.
+    Backward can run once: both form their gradients in forward and hand them over.
     """
     if target_N.numel() == 0:
         # connected to every parameter all the same: distributed training waits for the gradient of each
         bias_sum = 0 if bias_V is None else bias_V.sum()
         return (hidden_ND.sum() + weight_VD.reshape(-1)[:1].sum() + bias_sum) * 0
-    rows = logit_rows(weight_VD.shape[0])
     exact_scalar = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
     exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)
     if chunked_linear_cross_entropy is not None and exact_scalar and not label_smoothing:
-        return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, rows)
-    # the backward of cross_entropy holds logits, log-probabilities and their gradient at once
-    return _checkpointed_loss(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, max(16, rows // 2))
+        return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, logit_rows(weight_VD.shape[0]))
+    return LinearLoss.apply(hidden_ND, weight_VD, bias_V, target_N, label_smoothing)
 
 
-def _checkpointed_loss(hidden, weight, bias, target, label_smoothing, rows) -> Tensor:
-    def chunk_loss(hidden, target):
-        logits = F.linear(hidden, weight, bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(
-            logits, target, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing
-        )
+class LinearLoss(torch.autograd.Function):
+    """L = sum_n CE(W h_n + b, t_n), with label smoothing e over V classes.
 
-    pairs = zip(hidden.split(rows), target.split(rows))
-    losses = [
-        checkpoint(chunk_loss, *pair, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        for pair in pairs
-    ]
-    return torch.stack(losses).sum()
+    With p_n = softmax(W h_n + b) and q_n = (1 - e) onehot(t_n) + e / V, the residual is r_n = p_n - q_n, and
+        dL/dh_n = W^T r_n,    dL/dW = sum_n r_n h_n^T,    dL/db = sum_n r_n.
+    All are formed in forward, a chunk of tokens at a time, dL/dW in place: logits are made once, and there is one buffer of the
+    size of W, where autograd over chunks would have two. Backward scales them in place, so it can run once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, label_smoothing):
+        weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        hidden, losses = linear_loss_gradient(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        # scaled in place: a second backward finds them changed, and torch raises
+        hidden, weight, bias = (g if g is None else g.mul_(upstream) for g in ctx.saved_tensors)
+        return hidden, weight, bias, None, None
 
 
 @torch.no_grad()
 def linear_loss_gradient(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float = 0.0,
+    weight_gradient_VD: Tensor | None = None,
+    bias_gradient_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the summed cross entropy with respect to the hidden states, (N, D), and the loss of each token, (N,).
 
-    d(loss)/d(logits) = softmax(logits) - onehot(target), so the gradient is two products a chunk, without autograd.
-    Tokens with target -100 have gradient 0 and loss 0.
+    The gradients of weight and bias are added to the buffers given for them. Equations: `LinearLoss`. Tokens with target -100
+    have gradient 0 and loss 0.
     """
     gradient, losses = torch.zeros_like(hidden_ND), []
     rows = logit_rows(weight_VD.shape[0])
     for start in range(0, hidden_ND.shape[0], rows):
         target = target_N[start : start + rows]
         hidden = hidden_ND[start : start + rows].to(weight_VD.dtype)
-        residual, loss = _softmax_residual(F.linear(hidden, weight_VD, bias_V), target)
-        gradient[start : start + rows] = residual.to(weight_VD.dtype) @ weight_VD
+        residual, loss = _softmax_residual(F.linear(hidden, weight_VD, bias_V), target, label_smoothing)
+        residual = residual.to(weight_VD.dtype)
+        gradient[start : start + rows] = residual @ weight_VD
+        if weight_gradient_VD is not None:
+            weight_gradient_VD.addmm_(residual.T, hidden)
+        if bias_gradient_V is not None:
+            bias_gradient_V.add_(residual.sum(0))
         losses.append(loss)
         del residual  # or it would live on beside that of the next chunk
     return gradient, torch.cat(losses) if losses else hidden_ND.new_zeros(0)
 
 
-def _softmax_residual(work: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax - onehot of logits `work` (rows, V), in place and in float32 at least, and the loss of each row."""
+def _softmax_residual(work: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """softmax - target distribution of logits `work` (rows, V), in place and in float32 at least, and the loss of each row."""
     work = work if work.dtype == torch.float64 else work.float()
     chosen, labelled = target.clamp_min(0)[:, None], target != IGNORED
-    highest = work.amax(1, keepdim=True)
-    correct = work.gather(1, chosen) - highest
-    work = work.sub_(highest).exp_()
+    work = work.sub_(work.amax(1, keepdim=True))  # the loss does not change with a shift, and exp cannot overflow
+    expected = (1 - smoothing) * work.gather(1, chosen) + smoothing * work.mean(1, keepdim=True)
+    work = work.exp_()
     total = work.sum(1, keepdim=True)
-    loss = (total.log() - correct)[:, 0] * labelled
-    work.div_(total).scatter_add_(1, chosen, -torch.ones_like(correct)).mul_(labelled[:, None])
-    return work, loss
+    loss = (total.log() - expected)[:, 0] * labelled
+    work.div_(total).sub_(smoothing / work.shape[1]).scatter_add_(1, chosen, torch.full_like(expected, smoothing - 1))
+    return work.mul_(labelled[:, None]), loss

@@ -35,7 +35,7 @@ def forced_tokens(
 def _ends(rows: Rows, positions: Tensor) -> Tensor:
     """The first and the last real token of each row."""
     shape = (rows.batch, rows.length)
-    real = rows.real if rows.real is not None else torch.ones(shape, dtype=torch.bool, device=positions.device)
+    real = rows.scored if rows.scored is not None else torch.ones(shape, dtype=torch.bool, device=positions.device)
     first = torch.where(real, positions, rows.length).amin(1, keepdim=True)
     last = (real * positions).amax(1, keepdim=True)
     return real & ((positions == first) | (positions == last))

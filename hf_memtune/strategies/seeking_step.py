@@ -5,6 +5,7 @@ Shape legend: B rows of a batch, T tokens in a row, S selected tokens, D hidden 
 
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,8 @@ class SeekingStep:
 
     def _body(self, forward: Callable, *args, **kwargs):
         call = BodyCall(self.architecture, forward, args, kwargs)
+        if self._labels_are_rows:
+            call.rows["decoder"] = replace(call.rows["decoder"], labelled_until=_up_to_last_label(self.target))
         with forward_as(self.architecture.base, forward):
             scores, context_output = self._context_pass(call)
             self.selection = self._select(call, scores)
@@ -87,7 +90,7 @@ class SeekingStep:
                     output = call.forward(**call.at(spans)).last_hidden_state
                 if not self.architecture.task.loss_per_token:
                     outputs.append(output)
-        real, target = call.rows["decoder"].real, self.target
+        real, target = call.rows["decoder"].scored, self.target
         if target is not None and real is not None:  # padding is never kept: what it would predict must not sway the scores
             target = target.masked_fill(~real, IGNORED)
         scores = TokenScores(
@@ -99,7 +102,6 @@ class SeekingStep:
         chosen = {}
         for name, rows in call.rows.items():
             given = None if self.precomputed is None else self.precomputed[name]
-            real = rows.real if name == "encoder" or not self._labels_are_rows else self.target != IGNORED
             with torch.no_grad(), evaluating(self.architecture.base):
                 values = self.seeking.scorer(scores.context(name)) if given is None else given
             self.values[name] = values
@@ -108,7 +110,7 @@ class SeekingStep:
             forced = forced_tokens(
                 self.architecture, rows, first_last, self.seeking.facts.is_causal, self.inputs.get("input_ids"), self.labels
             )
-            chosen[name] = select(values, self.config.token_ratio, real, labelled, forced)
+            chosen[name] = select(values, self.config.token_ratio, rows.scored, labelled, forced)
         return chosen
 
     def _inspect(self, call: BodyCall, scores: TokenScores) -> None:
@@ -122,7 +124,8 @@ class SeekingStep:
     @property
     def _labels_are_rows(self) -> bool:
         """Whether padding of the decoder shows in its labels alone, as in the usual sequence-to-sequence batch."""
-        return self.architecture.is_encoder_decoder and self.inputs.get("decoder_attention_mask") is None
+        unmasked = self.architecture.is_encoder_decoder and self.inputs.get("decoder_attention_mask") is None
+        return unmasked and self.target is not None
 
     def _labelled(self, stack: str) -> Tensor | None:
         return self.target != IGNORED if stack == "decoder" and self.target is not None else None
@@ -187,7 +190,14 @@ class Inspected(Exception):
 
 
 def _real_tokens(rows) -> Tensor | int:
-    return rows.batch * rows.length if rows.real is None else rows.real.sum()
+    return rows.batch * rows.length if rows.scored is None else rows.scored.sum()
+
+
+def _up_to_last_label(target: Tensor) -> Tensor:
+    """(B, T) bool. A row without any label is taken whole."""
+    positions = torch.arange(target.shape[1], device=target.device)
+    last = torch.where(target != IGNORED, positions, -1).amax(1, keepdim=True)
+    return (positions <= last) | (last < 0)
 
 
 def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> Callable:

@@ -19,7 +19,8 @@ class Rows:
     """The rows that one stack of layers works on.
 
     real: (B, T) bool, or None where there is no padding. positions: (B or 1, T) int64. segments: (B, T) int64, the number
-    of the packed sequence a token belongs to, or None where a row is one sequence.
+    of the packed sequence a token belongs to, or None where a row is one sequence. labelled_until: (B, T) bool, the tokens up to
+    the last label, for rows whose padding shows in their labels alone: attention sees what comes after, scores do not.
     """
 
     batch: int
@@ -27,6 +28,12 @@ class Rows:
     real: Tensor | None
     positions: Tensor
     segments: Tensor | None
+    labelled_until: Tensor | None = None
+
+    @property
+    def scored(self) -> Tensor | None:
+        """(B, T) bool: the tokens that are scored and may be kept; None for all."""
+        return self.real if self.labelled_until is None else self.labelled_until
 
     def chunk(self, start: int, stop: int, visible: int | None = None) -> "Span":
         """Tokens [start, stop) of every row, seeing keys up to `visible` (default: up to their own end)."""

@@ -45,7 +45,7 @@ class TokenScores:
     def context(self, stack: str) -> SeekingContext:
         """What a scorer sees of one stack."""
         rows = self.call.rows[stack]
-        real = rows.real
+        real = rows.scored
         if real is None:
             real = torch.ones(rows.batch, rows.length, dtype=torch.bool, device=rows.positions.device)
         compute: dict[str, Callable[[], Tensor]] = {
@@ -67,7 +67,7 @@ class TokenScores:
 
         query = torch.cat(self.records.queries[stack], dim=2)
         key, _ = self.store.prefix(module, rows.length)
-        received, seen_by = attention_received(query, key, visible, real=rows.real, **call)
+        received, seen_by = attention_received(query, key, visible, real=rows.scored, **call)
         return received / seen_by.clamp_min(1) if self.config.context_normalize == "mean" else received
 
     @cached_property

@@ -168,7 +168,7 @@ class TokenMapCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
         if processing_class is None:
-            raise ConfigError(["TokenMapCallback: the trainer has no tokenizer to name the tokens. Pass processing_class=tokenizer."])
+            raise ConfigError(["TokenMapCallback: the trainer has no tokenizer. Pass processing_class=tokenizer."])
         self._draw(args, state, processing_class=processing_class, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):

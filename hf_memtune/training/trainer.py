@@ -46,12 +46,14 @@ class MemEfficientMixin:
     def _problems(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
         if not self.args.token_seeking:
-            return [] if token_scorer is None else ["token_scorer: got a function, but token_seeking is off. Set token_seeking=True."]
+            idle = "token_scorer: got a function, but token_seeking is off. Set token_seeking=True."
+            return [] if token_scorer is None else [idle]
         found, data = [], self.train_dataset
         if token_scorer is not None and self.args.token_scorer != "combined":
             found.append(f"token_scorer: got a function and args.token_scorer={self.args.token_scorer!r}. Leave one of them out.")
         if self.args.seek_schedule != "step" and data is not None and not hasattr(data, "__len__"):
-            found.append(f"seek_schedule: got {self.args.seek_schedule!r} with a data set without length, which may never end. Use 'step'.")
+            schedule = self.args.seek_schedule
+            found.append(f"seek_schedule: got {schedule!r} with a data set without length, which may never end. Use 'step'.")
         if self.args.n_gpu > 1:
             found.append(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel): token_seeking runs one process per GPU. Launch with "

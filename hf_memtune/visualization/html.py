@@ -90,7 +90,7 @@ def _span(token_map: TokenMap, i: int, hue: tuple[int, int, int], level: int | N
 
 
 # The chart: sizes in SVG units, of which the page shows as many as fit its width.
-_CHART_WIDTH, _CHART_HEIGHT, _LEFT, _BOTTOM = 1100, 170, 60, 32
+_CHART_WIDTH, _CHART_HEIGHT, _LEFT, _BOTTOM = 1100, 170, 76, 32
 
 
 def _chart(token_map: TokenMap, name: str, hue: tuple[int, int, int]) -> str:

@@ -42,7 +42,8 @@ def inputs_of(model, batch):
 
 
 def real_of(batch, stack="decoder", name=""):
-    return torch.ones_like(batch["labels"], dtype=torch.bool) if name == "bart" and stack == "decoder" else batch["attention_mask"].bool()
+    """Padding of a decoder shows in its labels alone."""
+    return batch["labels"] != -100 if name == "bart" and stack == "decoder" else batch["attention_mask"].bool()
 
 
 # -- context score ---------------------------------------------------------------------------------------------------
@@ -80,6 +81,20 @@ def test_context_score_is_the_column_sum_of_the_attention_matrix(name, chunk):
     for stack, seen in found.items():
         expected = column_sums(attention_weights(model, batch, -1, stack), real_of(batch, stack, name))
         torch.testing.assert_close(seen["context_score"], expected.to(dtype), **close(dtype, float32_inside=True))
+
+
+def test_padding_of_a_decoder_changes_nothing():
+    model, batch, dtype = scored_model("bart")
+    wider = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 5), value=-100)}
+    names = ("context_score", "gradient_score")
+    found, expected = (scores_seen(model, b, *names)["decoder"] for b in (wider, batch))
+    real = real_of(batch, name="bart")
+    for name in names:
+        torch.testing.assert_close(found[name][:, : real.shape[1]][real], expected[name][real], **close(dtype))
+    labels = batch["labels"].clone()
+    labels[:, 3] = (labels[:, 3] + 1) % 61
+    other = scores_seen(model, {**batch, "labels": labels}, *names)["decoder"]
+    assert not torch.allclose(other["gradient_score"][real], expected["gradient_score"][real])
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from hf_memtune import MemEfficientTrainer, StaleCacheError
 from hf_memtune.strategies.token_seeking import TokenSeeking
@@ -42,6 +43,12 @@ class Recording(MemEfficientTrainer):
             self.compared = []
         self.compared.append((self.seeking_callback.offline.lookup(inputs), self.seeking_callback.seeking.inspect(dict(inputs)).values))
         return super().training_step(model, inputs, *args)
+
+
+def adapted(seed, start=True):
+    model = llama()
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM"))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -131,11 +138,14 @@ def test_pairs_are_found_again_under_other_padding(tmp_path):
         torch.testing.assert_close(ours["encoder"][real], theirs["encoder"][real].float(), rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_scores_as_the_autocast_step(tmp_path):
-    run = once(tmp_path, bf16=True, learning_rate=0.0, cls=Recording)
-    plain = once(tmp_path / "plain", learning_rate=0.0, cls=Recording)
-    ours, theirs = run.trainer.compared[0][0]["decoder"], plain.trainer.compared[0][0]["decoder"]
-    assert not torch.equal(ours, theirs)
+def test_scores_are_taken_in_the_precision_of_training(tmp_path):
+    """An adapter's wrapper is what autocasts in training, and inspection goes past it."""
+
+    def scores(folder, **settings):
+        run = once(tmp_path / folder, model=adapted(1), learning_rate=0.0, cls=Recording, **settings)
+        return run.trainer.compared[0][0]["decoder"]
+
+    assert not torch.equal(scores("half", bf16=True), scores("full"))
 
 
 def test_training_on_once_scored_rows_is_training_by_the_step_at_first(tmp_path):
@@ -207,14 +217,14 @@ def test_a_resumed_run_without_its_scores_is_refused(tmp_path):
 
 
 def test_a_scoring_pass_does_not_change_what_training_draws(tmp_path):
-    """With and without a pass before it (the second run reads the file), and with generators that the collator uses too."""
+    """Generators that the collator uses are put back too."""
 
     def drawing(rows):
         random.random(), np.random.rand(), torch.rand(1)
         return pad_right(rows)
 
-    def run():
-        settings = {"seek_schedule": "once", "seek_cache_dir": str(tmp_path / "cache"), "max_steps": 4}
+    def run(schedule):
+        settings = {"seek_schedule": schedule, "max_steps": 4}
         settings |= {"accelerator_config": {"use_seedable_sampler": False}}  # the order of rows is drawn from torch's generator
         order = []
 
@@ -226,7 +236,9 @@ def test_a_scoring_pass_does_not_change_what_training_draws(tmp_path):
         train(llama(), arguments(tmp_path, **settings), ROWS, cls=Watching, data_collator=drawing)
         return order
 
-    assert run() == run()
+    drawn = run("step")
+    assert run("epoch") == run("once") == drawn
+    assert run("once") == drawn  # with a file to read
 
 
 def test_a_row_is_known_whatever_pads_it():
@@ -256,13 +268,5 @@ def test_a_fingerprint_sees_every_weight():
 
 def test_a_fresh_adapter_does_not_change_a_fingerprint():
     """LoRA's A is drawn anew in every run, and does nothing until B is trained."""
-    from peft import LoraConfig, get_peft_model
-
-    def adapted(seed, start=True):
-        torch.manual_seed(seed)
-        model = llama()
-        torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
-
     assert model_fingerprint(adapted(1)) == model_fingerprint(adapted(2))
     assert model_fingerprint(adapted(1, False)) != model_fingerprint(adapted(2, False))

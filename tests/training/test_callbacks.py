@@ -1,0 +1,224 @@
+"""The callbacks: what they install, what they measure, what they draw, and that none of them changes a run."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, Trainer, TrainerCallback
+
+from hf_memtune import ConfigError, LiveBytes, MemoryCallback, TokenMapCallback, TokenSeekingCallback, TokenSeekingConfig
+from hf_memtune.core.selection import Selection, budget
+from tests.strategies.tiny_models import tiny_model
+from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+
+ROWS = text_rows(24)
+CONFIG = TokenSeekingConfig(token_seeking=True, token_ratio=0.35)
+ORDER = {"train_sampling_strategy": "sequential"}
+
+
+def registered():
+    return [name for name in AttentionInterface._global_mapping if name.startswith("hf_memtune")]
+
+
+# -- token seeking -----------------------------------------------------------------------------------------------------
+
+
+class Watch(TrainerCallback):
+    """What is registered at each event of a run."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_begin(self, *args, **kwargs):
+        self.seen["step"] = registered()
+
+    def on_train_end(self, *args, **kwargs):
+        self.seen["end"] = registered()
+
+
+def test_seeking_is_installed_for_the_time_of_training(tmp_path):
+    callback, watch = TokenSeekingCallback(CONFIG), Watch()
+    assert not registered() and callback.seeking is None
+    train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer, callbacks=[callback, watch])
+    assert len(watch.seen["step"]) == 1 and not watch.seen["end"]
+    assert callback.seeking is None and not registered()
+    callback.remove()  # may be called again
+
+
+def test_a_scoring_pass_needs_a_trainer():
+    with pytest.raises(ConfigError, match="without a trainer"):
+        TokenSeekingCallback(TokenSeekingConfig(token_seeking=True, seek_schedule="epoch"))
+
+
+def test_a_trainer_of_ones_own_can_use_what_the_callback_installs(tmp_path):
+    """The whole of it in one method: no class of ours but the callback."""
+    callback = TokenSeekingCallback(TokenSeekingConfig(token_seeking=True, token_ratio=0.35, context_normalize="mean"))
+
+    class Mine(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with callback.seeking.step(inputs) as step:
+                outputs = model(**step.inputs)
+            return step.loss_sum(outputs) / step.kept_labels
+
+    mine = train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Mine, callbacks=[callback])
+    ours = train(llama(), arguments(tmp_path), ROWS)
+    assert mine.losses == pytest.approx(ours.losses, rel=1e-6)
+
+
+def test_last_selection_is_what_the_last_step_kept(tmp_path):
+    run = train(llama(), arguments(tmp_path, max_steps=3, **ORDER), ROWS)
+    selection = run.trainer.last_selection
+    assert type(selection) is Selection
+    assert selection.counts == tuple(budget(len(row["input_ids"]), 0.35) for row in ROWS[16:])
+    pairs = [row | {"labels": row["input_ids"]} for row in ROWS]
+    both = train(tiny_model("bart", "seq2seq"), arguments(tmp_path), pairs).trainer.last_selection
+    assert {name: type(value) for name, value in both.items()} == {"encoder": Selection, "decoder": Selection}
+    assert train(llama(), arguments(tmp_path, token_seeking=False, token_ratio=0.1, context_normalize="sum"), ROWS).trainer.last_selection is None
+
+
+def test_a_scorer_sees_what_is_documented(tmp_path):
+    seen = []
+
+    def nosy(context):
+        rows, length = context.attention_mask.shape
+        shapes = {name: tuple(getattr(context, name).shape) for name in ("input_ids", "labels", "context_score", "gradient_score", "token_loss")}
+        assert set(shapes.values()) == {(rows, length)}
+        assert context.last_hidden_state.shape == (rows, length, 32)
+        assert context.attention_mask.dtype == torch.bool and context.input_ids.dtype == torch.int64
+        assert (context.token_loss[:, :-1][context.labels[:, 1:] == -100] == 0).all()
+        assert context.context_score.dtype == context.gradient_score.dtype == context.token_loss.dtype == torch.float32
+        assert not torch.is_grad_enabled()
+        seen.append(length)
+        return context.token_loss
+
+    own = train(llama(), arguments(tmp_path), ROWS, token_scorer=nosy)
+    named = train(llama(), arguments(tmp_path, token_scorer="loss", context_normalize="sum"), ROWS)
+    assert len(seen) == 2 and same_parameters(own, named)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+KEYS = {"peak_memory_bytes", "resident_bytes", "step_seconds"}
+
+
+class Around(TrainerCallback):
+    """An independent trace of every step."""
+
+    def __init__(self):
+        self.peaks = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.live = LiveBytes()
+        self.live.__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        self.live.__exit__(None, None, None)
+        self.peaks.append(self.live.peak_bytes)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_logged_peak_is_that_of_the_traced_step(tmp_path, accumulation):
+    around = Around()
+    settings = {"max_steps": 5, "memory_trace_steps": 3, "gradient_accumulation_steps": accumulation, **ORDER}
+    # before the trainer's own callbacks, and so around them: the first mode entered has to be the last one left
+    trainer = trainer_for(llama(), arguments(tmp_path, **settings), text_rows(5 * 8 * accumulation))
+    trainer.callback_handler.callbacks.insert(0, around)
+    around.on_step_end, leave = lambda *args, **kwargs: None, around.on_step_end
+    trainer.add_callback(type("Leave", (TrainerCallback,), {"on_step_end": staticmethod(leave)})())
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "peak_memory_bytes" not in logs[0]  # nothing is traced yet
+    assert [entry["peak_memory_bytes"] for entry in logs[1:]] == [around.peaks[1]] * 3 + [around.peaks[4]]
+    assert around.peaks[1] != around.peaks[4]
+
+
+def test_logs_count_the_tokens(tmp_path):
+    run = train(llama(), arguments(tmp_path, max_steps=3, memory_trace_steps=1, logging_steps=2, **ORDER), ROWS)
+    (entry, *_) = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    lengths = [len(row["input_ids"]) for row in ROWS[:16]]
+    assert entry["tokens_seen"] == sum(lengths)
+    assert entry["tokens_kept"] == sum(budget(length, 0.35) for length in lengths)
+    assert entry.keys() >= KEYS
+    assert entry["resident_bytes"] > 2**26 and 0 < entry["step_seconds"] < 60
+
+
+def test_a_plain_trainer_logs_memory_too(tmp_path):
+    callback = MemoryCallback(trace_steps=2)
+    args = arguments(tmp_path, seeking=False, max_steps=3)
+    run = train(llama(), args, ROWS, cls=Trainer, callbacks=[callback])
+    logs = [entry for entry in run.trainer.state.log_history if "loss" in entry]
+    assert all(entry.keys() >= KEYS - {"peak_memory_bytes"} for entry in logs)
+    assert logs[1]["peak_memory_bytes"] > 0 and "tokens_kept" not in logs[1]
+    unmeasured = train(llama(), args, ROWS, cls=Trainer)
+    assert same_parameters(run, unmeasured)
+
+
+def test_fewer_tokens_take_less_memory(tmp_path):
+    rows = text_rows(8, shortest=60, longest=60)
+
+    def peak(**settings):
+        run = train(llama(), arguments(tmp_path, memory_trace_steps=1, max_steps=1, **settings), rows)
+        return next(e["peak_memory_bytes"] for e in run.trainer.state.log_history if "loss" in e)
+
+    off = {"token_seeking": False, "token_ratio": 0.1, "context_normalize": "sum"}
+    assert peak(token_ratio=0.1) < 0.6 * peak(**off)
+
+
+def test_tracing_does_not_change_a_run(tmp_path):
+    traced, untraced = (train(llama(), arguments(tmp_path, memory_trace_steps=n), ROWS) for n in (1, 0))
+    assert same_parameters(traced, untraced)
+
+
+def test_logging_outside_training_works(tmp_path):
+    trainer = trainer_for(llama(), arguments(tmp_path), ROWS)
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["resident_bytes"] > 0
+
+
+# -- token maps --------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """The least a tokenizer must do here."""
+
+    def decode(self, ids):
+        return " ".join(f"w{i}" for i in ids)
+
+
+def dropping():
+    """A model with dropout, so that a changed generator shows in the parameters."""
+    model = tiny_model("gpt2", dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+@pytest.mark.parametrize("scorer", [{"token_scorer": "combined"}, {"token_scorer": "random"}])
+def test_maps_are_written_and_training_draws_the_same(tmp_path, scorer):
+    config = TokenSeekingConfig(token_seeking=True, token_ratio=0.35, **scorer)
+    settings = {"max_steps": 5, "context_normalize": "sum", **scorer}
+
+    def run(folder, *callbacks):
+        torch.manual_seed(5)
+        return train(dropping(), arguments(tmp_path / folder, **settings), ROWS, callbacks=callbacks, processing_class=Words())
+
+    drawn = run("drawn", TokenMapCallback(ROWS[:2], pad_right, config, every_n_steps=2))
+    pages = sorted((tmp_path / "drawn/token_maps").iterdir())
+    assert [page.name for page in pages] == [f"step-{n:06d}.html" for n in (0, 2, 4)]
+    assert "w" + str(ROWS[0]["input_ids"][0]) in pages[1].read_text()
+    assert same_parameters(drawn, run("plain"))
+
+
+def test_maps_show_the_scores_of_a_function(tmp_path):
+    def by_position(seen):
+        return torch.arange(seen.attention_mask.shape[1]).expand(seen.attention_mask.shape)
+
+    folder = tmp_path / "elsewhere"
+    maps = TokenMapCallback(ROWS[:1], pad_right, CONFIG, every_n_steps=9, folder=str(folder), scorer=by_position)
+    train(llama(), arguments(tmp_path), ROWS, callbacks=[maps], processing_class=Words(), token_scorer=by_position)
+    (page,) = folder.iterdir()
+    assert "by_position" in page.read_text()
+
+
+def test_maps_without_a_tokenizer_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="processing_class"):
+        train(llama(), arguments(tmp_path), ROWS, callbacks=[TokenMapCallback(ROWS[:1], pad_right, CONFIG)])

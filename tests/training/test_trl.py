@@ -1,0 +1,103 @@
+"""The mixin on trl's SFTTrainer: the same strategies under its collator, its packing and its logs."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_memtune import ConfigError, MemEfficientArgumentsMixin, MemEfficientMixin
+from tests.strategies.tiny_models import VOCABULARY
+from tests.tolerances import NOTICED, RELATIVE
+from tests.training.runs import SEEKING, arguments, llama, text_rows, train, worst_step
+
+trl = pytest.importorskip("trl")
+tokenizers = pytest.importorskip("tokenizers")
+
+from dataclasses import dataclass  # noqa: E402
+
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+
+@dataclass
+class Arguments(MemEfficientArgumentsMixin, trl.SFTConfig):
+    pass
+
+
+class SeekingSFTTrainer(MemEfficientMixin, trl.SFTTrainer):
+    pass
+
+
+ROWS = Dataset.from_list(text_rows(16))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One word for each id of the tiny models."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    model = tokenizers.models.WordLevel(words, unk_token="w3")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), pad_token="w0", eos_token="w2", bos_token="w1")
+
+
+def sft(tmp_path, tokenizer, rows=ROWS, cls=SeekingSFTTrainer, seeking=True, **settings):
+    args_class = Arguments if seeking else trl.SFTConfig
+    extra = (SEEKING | {"memory_trace_steps": 1} if seeking else {}) | {"bf16": False}
+    args = arguments(tmp_path, seeking=False, cls=args_class, **(extra | settings))
+    return train(llama(), args, rows, cls=cls, data_collator=None, processing_class=tokenizer, eval_dataset=rows.select(range(4)))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_token_is_plain_sft(tmp_path, tokenizer, accumulation):
+    cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    ours = sft(tmp_path, tokenizer, token_ratio=1.0, **cut)
+    plain = sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer, **cut)
+    assert worst_step(ours, plain) <= RELATIVE[torch.float32]
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert ours.trainer.evaluate()["eval_loss"] == pytest.approx(plain.trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_third_of_the_tokens_trains_evaluates_and_logs(tmp_path, tokenizer):
+    run = sft(tmp_path, tokenizer, eval_strategy="steps", eval_steps=3, max_steps=6)
+    logs = run.trainer.state.log_history
+    first, last = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
+    assert len(run.losses) == 6 and last < first
+    entry = next(entry for entry in logs if "loss" in entry)
+    assert 0.3 < entry["tokens_kept"] / entry["tokens_seen"] < 0.5
+    assert entry["peak_memory_bytes"] > 0
+    assert run.trainer.last_selection.width < 16
+    assert run.trainer.seeking_callback.seeking is None
+
+
+def test_it_learns_as_under_the_plain_trainer(tmp_path, tokenizer):
+    under_sft = sft(tmp_path, tokenizer)
+    under_ours = train(llama(), arguments(tmp_path), list(ROWS))
+    assert worst_step(under_sft, under_ours) <= RELATIVE[torch.float32]
+
+
+def test_conversations_of_text(tmp_path, tokenizer):
+    """From prompt and completion to labels by trl itself."""
+    pairs = [{"prompt": "w7 w8 w9 ", "completion": " ".join(f"w{10 + (n * 3 + k) % 40}" for k in range(8))} for n in range(16)]
+    run = sft(tmp_path, tokenizer, rows=Dataset.from_list(pairs), select_from="labels")
+    assert len(run.losses) == 2 and all(loss > 0 for loss in run.losses)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.35])
+def test_packed_rows(tmp_path, tokenizer, ratio):
+    """Several texts in a row, told apart by positions that begin again: trl gives no mask."""
+    packed = {"packing": True, "max_length": 32, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    ours = sft(tmp_path, tokenizer, token_ratio=ratio, **packed)
+    plain = sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer, **packed)
+    if ratio == 1.0:
+        assert worst_step(ours, plain) <= RELATIVE[torch.float32]
+    else:
+        assert worst_step(ours, plain) > NOTICED
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5 if ratio == 1.0 else 0.5)
+
+
+def test_another_loss_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="loss_type"):
+        Arguments(str(tmp_path), token_seeking=True, loss_type="dft", report_to=[], bf16=False)
+
+
+def test_without_seeking_it_is_plain_sft_bit_for_bit(tmp_path, tokenizer):
+    off = {"token_seeking": False, "token_ratio": 0.1, "context_normalize": "sum"}
+    ours, plain = sft(tmp_path, tokenizer, **off), sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer)
+    assert ours.losses == plain.losses
