@@ -35,8 +35,8 @@ CAVEAT = (
     "Memory and time are of this machine and these short rows; longer rows widen the differences in memory."
 )
 
-NOTES = f"""<p>The same model, adapters, rows in the same order, optimizer and seed; only the method differs. The loss is that of all
-labelled tokens of rows held out, whatever tokens a method learns from.</p><p><strong>{CAVEAT}</strong></p>
+NOTES = f"""<p>The same model, adapters, rows in the same order, optimizer and seed; only the method differs. The loss is that of
+all labelled tokens of rows held out, whatever tokens a method learns from.</p><p><strong>{CAVEAT}</strong></p>
 <p><a href="tokens.html">Which tokens token seeking keeps of two held-out examples</a>, and why.</p>"""
 
 
