@@ -82,7 +82,8 @@ class MemoryCallback(TrainerCallback):
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
     `trace_steps` (storages that are older than the step, such as weights, are not in it). resident_bytes: the process.
-    step_seconds: mean of an optimizer step. tokens_seen, tokens_kept: since the last log, of this process.
+    step_seconds: mean of an optimizer step. tokens_seen, tokens_kept, and tokens_learned, the kept ones that carry a label (where
+    the loss is one of tokens): since the last log, of this process.
     """
 
     def __init__(self, trace_steps: int = 50):
@@ -94,10 +95,15 @@ class MemoryCallback(TrainerCallback):
         self._restart()
 
     def _restart(self) -> None:
-        self._steps, self._seconds, self._seen, self._kept = 0, 0.0, 0, 0
+        self._steps, self._seconds = 0, 0.0
+        self._seen: Tensor | int = 0
+        self._kept, self._learned = 0, None
 
-    def count_tokens(self, seen: Tensor | int, kept: int) -> None:
+    def count_tokens(self, seen: Tensor | int, kept: int, learned: Tensor | None = None) -> None:
+        """Add a step's counts; those on a device stay there until the next log."""
         self._seen, self._kept = self._seen + seen, self._kept + kept
+        if learned is not None:
+            self._learned = learned if self._learned is None else self._learned + learned
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.close()
@@ -132,6 +138,8 @@ class MemoryCallback(TrainerCallback):
             found["step_seconds"] = self._seconds / self._steps
         if self._kept:
             found |= {"tokens_seen": int(self._seen), "tokens_kept": int(self._kept)}
+        if self._learned is not None:
+            found["tokens_learned"] = int(self._learned)
         reset_peak_device_bytes(self._device)
         self._restart()
         return {name: value for name, value in found.items() if value is not None}

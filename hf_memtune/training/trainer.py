@@ -1,5 +1,6 @@
 """MemEfficientTrainer: transformers' Trainer, with the strategies that the arguments turn on."""
 
+import logging
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,8 @@ from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.strategies.seeking_step import SeekingStep
 from hf_memtune.training.callbacks import MemoryCallback, TokenSeekingCallback
 from hf_memtune.training.normalizer import RunningMean
+
+logger = logging.getLogger(__name__)
 
 
 class MemEfficientMixin:
@@ -140,11 +143,17 @@ class MemEfficientMixin:
         """Keep what this step selected, and count its tokens for the logs."""
         chosen = step.selection
         self.last_selection = chosen if len(chosen) > 1 else chosen["decoder"]
-        self.memory_callback.count_tokens(step.tokens_seen, sum(sum(s.counts) for s in chosen.values()))
+        learned = None if step.kept_target is None else step.kept_labels
+        self.memory_callback.count_tokens(step.tokens_seen, sum(sum(s.counts) for s in chosen.values()), learned)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             logs.update(self.memory_callback.since_last_log())
+            if logs.get("tokens_learned") == 0:
+                logger.warning(
+                    "no kept token carried a label since the last log, so nothing was learned: the scorer chose prompt tokens alone. "
+                    "Set select_from=labels, or raise token_ratio."
+                )
         super().log(logs, *args, **kwargs)
 
 

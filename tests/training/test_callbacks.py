@@ -114,6 +114,22 @@ class Around(TrainerCallback):
         self.peaks.append(self.live.peak_bytes)
 
 
+@pytest.mark.parametrize("pool, warns", [("all", True), ("labels", False)])
+def test_learning_from_nothing_is_not_silent(tmp_path, caplog, pool, warns):
+    """Prompts that take the whole budget leave a loss of 0 and no gradient."""
+    rows = [{**row, "labels": [-100] * (len(row["input_ids"]) - 1) + row["input_ids"][-1:]} for row in ROWS]
+
+    def first(seen):
+        return -torch.arange(seen.input_ids.shape[1]).expand(seen.input_ids.shape).float()
+
+    settings = {"max_steps": 2, "logging_steps": 2, "select_from": pool, "token_ratio": 0.1}
+    trainer = trainer_for(llama(), arguments(tmp_path, **settings), rows, token_scorer=first)
+    trainer.train()
+    (entry, *_) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert (entry["tokens_learned"] == 0) == warns
+    assert ("no kept token carried a label" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_logged_peak_is_that_of_the_traced_step(tmp_path, accumulation):
     around = Around()
@@ -136,6 +152,7 @@ def test_logs_count_the_tokens(tmp_path):
     lengths = [len(row["input_ids"]) for row in ROWS[:16]]
     assert entry["tokens_seen"] == sum(lengths)
     assert entry["tokens_kept"] == sum(budget(length, 0.35) for length in lengths)
+    assert 0 < entry["tokens_learned"] <= entry["tokens_kept"]
     assert entry.keys() >= KEYS
     assert entry["resident_bytes"] > 2**26 and 0 < entry["step_seconds"] < 60
 
