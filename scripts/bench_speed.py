@@ -51,7 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, after one untimed")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, each after an untimed one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--random_weights", help="name of hf_memtune.memory.shapes: time that shape with random weights instead")
@@ -121,17 +121,18 @@ def _methods(model: torch.nn.Module, batch: dict) -> dict[str, Callable[[], None
 
 
 def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Every turn each method does two steps, of which the second is timed: the first gets its memory from the system."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("Timing", total=(repeats + 1) * len(methods))
-        for turn in range(repeats + 1):
+        task = progress.add_task("Timing", total=repeats * len(methods))
+        for _ in range(repeats):
             for name, step in methods.items():
+                step()
                 _synchronise()
                 began = time.perf_counter()
                 step()
                 _synchronise()
-                if turn:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - began)
                 progress.advance(task)
     return seconds
 

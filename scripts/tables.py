@@ -61,7 +61,26 @@ def conditions_of(name: str) -> str:
     return "Conditions: " + ", ".join(f"{key} {value}" for key, value in found.items()) + "."
 
 
+def demo_table() -> str:
+    """What the last committed run of `make demo` printed."""
+    file = ROOT / "results" / "demo.json"
+    if not file.exists():
+        return "Not measured yet."
+    lines = ["| method | tokens kept | held-out loss before | after | peak MiB | seconds a step |", "|---|---:|---:|---:|---:|---:|"]
+    found = json.loads(file.read_text())
+    for row in found["results"]:
+        share = row["tokens_kept_share"]
+        kept = "all" if share is None else f"{100 * share:.1f} %"
+        lines.append(
+            f"| {row['method']} | {kept} | {row['loss_before']:.4f} | {row['loss_after']:.4f} | {_mib(row['peak_bytes'])} | "
+            f"{row['seconds_per_step']:.2f} |"
+        )
+    described = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["conditions"].items())
+    return "\n".join([*lines, "", f"{found['caveat']}", "", f"Conditions: {described}."])
+
+
 SECTIONS = {
+    "demo": demo_table,
     "memory-lora": lambda: memory_table("lora"),
     "memory-full": lambda: memory_table("full"),
     "memory-conditions": lambda: conditions_of("memory.jsonl"),
