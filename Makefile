@@ -36,8 +36,10 @@ test: $(STAMP) ## run the test suite (ARGS="-k ledger" for a part)
 assets: $(STAMP) ## fetch weights and data into .assets (NAMES="smollm2 alpaca ..."; done ones are skipped)
 	$(PY) scripts/assets/get_assets.py $(ASSETS) $(NAMES)
 
-bench: $(STAMP) ## measure memory and time, and write the result files
-	$(PY) scripts/bench.py $(ARGS)
+bench: assets ## measure memory and time, write the result files and the tables of README.md
+	$(PY) scripts/bench_memory.py
+	$(PY) scripts/bench_speed.py
+	$(PY) scripts/tables.py
 
 clean: ## remove build outputs and caches (keeps .venv, .assets and out)
 	rm -rf build dist .pytest_cache *.egg-info

@@ -43,17 +43,24 @@ def is_quantised_kernel(module: torch.nn.Module) -> bool:
     """Whether a module is one of bitsandbytes', which have no dropout, and for which evaluation mode is not innocent.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit weight for good at its first forward in evaluation mode, for an
-    operator without a derivative: from then on no gradient passes the layer, and none is missed.
+    operator without a derivative: from then on no gradient passes the layer, and none is missed. Its way back is not exact.
     """
     return type(module).__module__.startswith("bitsandbytes.")
 
 
-def make_4bit_differentiable(model: torch.nn.Module) -> None:
-    """Undo what `is_quantised_kernel` tells of, on every 4-bit weight that an evaluation has repacked."""
-    for module in model.modules():
-        if is_quantised_kernel(module):
-            weight = getattr(module, "weight", None)
-            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+def forbid_4bit_repacking(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Keep the 4-bit weights of a model as they are in evaluation mode. Returns the modules this changed."""
+    repacking = [
+        module
+        for module in model.modules()
+        if is_quantised_kernel(module) and vars(module).get("support_avx512bf16_for_cpu", False)
+    ]
+    for module in repacking:
+        module.support_avx512bf16_for_cpu = False
+    return repacking
 
-                weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)
+
+def has_repacked_4bit(model: torch.nn.Module) -> bool:
+    """Whether an evaluation has already repacked a 4-bit weight."""
+    weights = (getattr(module, "weight", None) for module in model.modules() if is_quantised_kernel(module))
+    return any(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in weights)

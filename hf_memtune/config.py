@@ -83,6 +83,11 @@ class TokenSeekingConfig:
         "Smaller: less memory, more kernel launches.",
     )
 
+    @classmethod
+    def of(cls, settings: "TokenSeekingConfig", **changed) -> "TokenSeekingConfig":
+        """These settings alone, out of arguments that have more fields, with some of them changed."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changed)
+
     def __post_init__(self):
         found = self.problems()
         if found:

@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -34,8 +33,10 @@ def main() -> None:
     arguments = _arguments()
     for train in arguments.train:
         model, batch = _model(arguments, train), _batch(arguments)
-        methods = _methods(model, batch)
-        seconds = _interleaved(methods, arguments.repeats)
+        installed = {name: _installed(model, settings) for name, settings in SEEKING.items()}
+        seconds = _interleaved(_methods(model, batch, installed), arguments.repeats)
+        for seeking in installed.values():
+            seeking.remove()
         plain = statistics.median(seconds["plain"])
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
@@ -89,7 +90,11 @@ def _batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _methods(model: torch.nn.Module, batch: dict) -> dict[str, Callable[[], None]]:
+def _installed(model: torch.nn.Module, settings: dict) -> TokenSeeking:
+    return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
+
+
+def _methods(model: torch.nn.Module, batch: dict, installed: dict[str, TokenSeeking]) -> dict[str, Callable[[], None]]:
     """A function a method, each doing one step on the same model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
@@ -107,17 +112,15 @@ def _methods(model: torch.nn.Module, batch: dict) -> dict[str, Callable[[], None
         plain()
         model.gradient_checkpointing_disable()
 
-    def seeking(settings: dict) -> Callable[[], None]:
-        installed = TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
-
+    def stepping(seeking: TokenSeeking) -> Callable[[], None]:
         def step() -> None:
-            with installed.step(batch) as running:
+            with seeking.step(batch) as running:
                 outputs = model(**running.inputs)
             finish(running.loss_sum(outputs) / running.kept_labels)
 
         return step
 
-    return {"plain": plain, "checkpointing": checkpointed, **{name: seeking(deepcopy(s)) for name, s in SEEKING.items()}}
+    return {"plain": plain, "checkpointing": checkpointed, **{name: stepping(s) for name, s in installed.items()}}
 
 
 def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

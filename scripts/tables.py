@@ -18,9 +18,14 @@ def rows_of(name: str) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def traced_rows() -> list[dict]:
+    """The measurements of memory that are published: of true shapes, not of a device."""
+    return [row for row in rows_of("memory.jsonl") if row["device"] == "traced"]
+
+
 def memory_table(train: str) -> str:
     """Peak bytes above weights, gradients and optimizer state, by model and row length; methods side by side."""
-    rows = [row for row in rows_of("memory.jsonl") if row["train"] == train and row["device"] == "traced"]
+    rows = [row for row in traced_rows() if row["train"] == train]
     measured = {(row["model"], row["tokens"], row["method"]): row["peak_bytes"] for row in rows}
     lines = [
         "| model | tokens | " + " | ".join(METHODS) + " |",
@@ -49,16 +54,16 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-def conditions_of(name: str) -> str:
-    """One line on what a file was measured with."""
-    rows = rows_of(name)
+def conditions_of(rows: list[dict]) -> str:
+    """One line on what the rows of a table were measured with; where they differ, every value."""
     if not rows:
         return "Not measured yet."
-    found = {key: value for key, value in rows[-1]["conditions"].items() if value is not None}
-    found.pop("lora_rank", None)
-    commits = sorted({row["conditions"]["commit"] for row in rows})
-    found["commit"] = ", ".join(commits)
-    return "Conditions: " + ", ".join(f"{key} {value}" for key, value in found.items()) + "."
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for key, value in row["conditions"].items():
+            if value is not None and key != "lora_rank" and str(value) not in found.setdefault(key, []):
+                found[key].append(str(value))
+    return "Conditions: " + ", ".join(f"{key} {' / '.join(values)}" for key, values in found.items()) + "."
 
 
 def demo_table() -> str:
@@ -83,9 +88,9 @@ SECTIONS = {
     "demo": demo_table,
     "memory-lora": lambda: memory_table("lora"),
     "memory-full": lambda: memory_table("full"),
-    "memory-conditions": lambda: conditions_of("memory.jsonl"),
+    "memory-conditions": lambda: conditions_of(traced_rows()),
     "speed": speed_table,
-    "speed-conditions": lambda: conditions_of("speed.jsonl"),
+    "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
 }
 
 

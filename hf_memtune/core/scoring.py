@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SCORE_CHUNK_ELEMENTS = 2**22  # attention weights alive at a time, in elements: 16 MiB in float32
+SCORE_CHUNK_ELEMENTS = 2**22  # attention weights alive at a time, in elements: 16 MiB in float32; 16 times that on a GPU
 
 VisibleRows = Callable[[int, int], tuple[Tensor | None, int]]
 """Maps query rows [start, stop) to (mask, keys): mask (B or 1, 1, R, keys) bool, or None where all of the first `keys` are seen."""
@@ -38,7 +38,8 @@ def attention_received(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     received = torch.zeros(rows, key.shape[2], dtype=dtype, device=query.device)
     seen_by = torch.zeros_like(received)
-    row_chunk = row_chunk or max(1, SCORE_CHUNK_ELEMENTS // (rows * heads * key.shape[2]))
+    budget = SCORE_CHUNK_ELEMENTS * (16 if query.is_cuda else 1)  # small chunks keep a GPU waiting for their launches
+    row_chunk = row_chunk or max(1, budget // (rows * heads * key.shape[2]))
     for start in range(0, length, row_chunk):
         stop = min(start + row_chunk, length)
         mask, keys = visible(start, stop)

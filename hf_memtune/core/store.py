@@ -13,13 +13,10 @@ class KeyValueStore:
     def __init__(self):
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._entries
-
     def write(self, key: int, keys: Tensor, values: Tensor, start: int, length: int) -> None:
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
-            self._entries[key] = (keys.detach(), values.detach())
+            self._entries[key] = tuple(_alone(part.detach()) for part in (keys, values))
             return
         if key not in self._entries:
             self._entries[key] = tuple(_empty(chunk, length) for chunk in (keys, values))
@@ -31,8 +28,10 @@ class KeyValueStore:
         keys, values = self._entries[key]
         return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 
-    def clear(self) -> None:
-        self._entries.clear()
+
+def _alone(part: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it is a view that would keep more alive (queries, of a fused projection)."""
+    return part if part.untyped_storage().nbytes() <= part.nbytes else part.clone()
 
 
 def _empty(chunk: Tensor, length: int) -> Tensor:

@@ -57,10 +57,8 @@ def trace_causal_lm_step(
             _set_attention(model, attention)
             installed, step = None, _plain_step(model, ids, fused_loss)
         weight_bytes, trained = _weights(model)
-        with LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
+        with _removing(installed), LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
             step().backward()
-        if installed is not None:
-            installed.remove()
         return TracedStep(live.peak_bytes, weight_bytes, sum(p.nbytes for p in trained), live.peak_entries)
 
 
@@ -90,10 +88,20 @@ def measure_causal_lm_step(
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step().backward()
+    with _removing(installed):
+        step().backward()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [])
+
+
+@contextmanager
+def _removing(installed: TokenSeeking | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if installed is not None:
+            installed.remove()
 
 
 def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:

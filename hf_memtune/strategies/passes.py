@@ -103,6 +103,11 @@ class Records:
         self.queries: dict[str, list[Tensor]] = {}
         self.calls: dict[str, tuple[int, Callable, dict]] = {}
 
+    def clear(self) -> None:
+        """Let go of what was recorded, before the focus pass needs the memory."""
+        self.hidden.clear()
+        self.queries.clear()
+
     def attention_call(self, running: ModelPass, module: nn.Module, query: Tensor, mask, kwargs: dict) -> None:
         stack = self.context_modules.get(id(module))
         if stack is None or running.places.is_cross(module):
@@ -153,6 +158,13 @@ def _attend_among(module, attention, kwargs, mask, stored, span: Span, query, ke
     key = place(stored[0], key, span.index, span.valid)
     value = place(stored[1], value, span.index, span.valid)
     return attention(module, query, key, value, mask, **kwargs)[0]
+
+
+class WholePass(ContextPass):
+    """All tokens at once, through a kernel that a pass can use, storing nothing."""
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        return attention(module, query, key, value, mask, **kwargs)
 
 
 class TailPass(ModelPass):

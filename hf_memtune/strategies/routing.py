@@ -45,6 +45,7 @@ class Router:
         self.architecture = architecture
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
+        self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
         AttentionInterface.register(self.name, self._attention)
         AttentionMaskInterface.register(self.name, self._mask)
 
@@ -72,7 +73,7 @@ class Router:
     @contextmanager
     def _routed(self, active: Pass) -> Iterator[None]:
         previous, self.active = self.active, active
-        names = [(c, c._attn_implementation_internal) for c in self.architecture.configs()]
+        names = [(c, c._attn_implementation_internal) for c in self._configs]
         for config, _ in names:
             config._attn_implementation_internal = self.name
         self._kernels = {id(c): name for c, name in names} if previous is None else self._kernels
@@ -108,8 +109,13 @@ class Router:
 
 
 def _additive(visible: Tensor, dtype: torch.dtype, hidden: float) -> Tensor:
-    """The mask the kernels add. Made once a pass: from a boolean one they would make it again in every layer."""
-    return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), hidden)
+    """The mask the kernels add. Made once a pass: from a boolean one they would make it again in every layer.
+
+    Its rows lie 8 elements apart or a multiple of that, without which CUDA's memory-efficient kernel copies it in every call.
+    """
+    keys = visible.shape[-1]
+    room = torch.full((*visible.shape[:-1], -(-keys // 8) * 8), hidden, dtype=dtype, device=visible.device)
+    return room[..., :keys].masked_fill_(visible, 0)
 
 
 def _enter_stack(active: Pass, name: str, module, args) -> None:

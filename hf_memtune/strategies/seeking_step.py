@@ -19,6 +19,7 @@ from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.forced import forced_tokens
 from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
@@ -42,6 +43,7 @@ class SeekingStep:
         self.inspection: dict[str, dict[str, Tensor]] | None = None
         self.kept_target: Tensor | None = None
         self.fused = seeking.facts.has_plain_head and not whole_logits
+        self._called = self._focusing = False
 
     # -- called by the model -------------------------------------------------------------------------------------
 
@@ -56,6 +58,9 @@ class SeekingStep:
             yield self
 
     def _body(self, forward: Callable, *args, **kwargs):
+        if self._called:
+            raise MemTuneError("the model was called twice within one step of token seeking: open a step for each call.")
+        self._called = True
         call = BodyCall(self.architecture, forward, args, kwargs)
         if self._labels_are_rows:
             call.rows["decoder"] = replace(call.rows["decoder"], labelled_until=_up_to_last_label(self.target))
@@ -66,7 +71,11 @@ class SeekingStep:
             if self.inspection is not None:
                 self._inspect(call, scores)
                 raise Inspected
-            scores.records.hidden.clear(), scores.records.queries.clear()
+            scores.records.clear()
+            # autocast keeps the casts of weights that the context pass made without gradient, and some versions of torch (2.9 and
+            # 2.10 for certain) then use them where a gradient is wanted
+            torch.clear_autocast_cache()
+            self._focusing = True
             return self._focus_pass(call, scores.store, context_output)
 
     def _context_pass(self, call: BodyCall) -> tuple[TokenScores, Tensor | None]:
@@ -151,7 +160,7 @@ class SeekingStep:
 
     def _fused_loss(self, forward: Callable, hidden: Tensor) -> Tensor:
         """In place of the head: the summed loss of the kept, labelled tokens, a scalar. While scores run, the head itself."""
-        if not self.selection:
+        if not self._focusing:
             return forward(hidden)
         head = self.architecture.output_head
         labelled = self.kept_target != IGNORED

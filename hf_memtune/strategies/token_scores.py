@@ -21,7 +21,7 @@ from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import forward_as
-from hf_memtune.strategies.passes import Records, TailPass
+from hf_memtune.strategies.passes import Records, TailPass, WholePass
 from hf_memtune.strategies.spans import attention_mask
 from hf_memtune.strategies.tail import only_last_block
 
@@ -104,10 +104,10 @@ class TokenScores:
                     part.narrow(2, 0, start).add_(prefix)
         return {"decoder": torch.cat(gradient[::-1], dim=1)}
 
-    def _tail_chunk(self, span, hidden: Tensor) -> tuple[TailPass, Tensor]:
+    def _tail_chunk(self, span, hidden: Tensor, differentiable: bool = True) -> tuple[TailPass, Tensor]:
         tail = TailPass({"decoder": span}, self.store, self.seeking.places)
         layers = self.architecture.decoder.layers
-        with torch.enable_grad(), self.seeking.running(tail), only_last_block(layers, hidden):
+        with torch.set_grad_enabled(differentiable), self.seeking.running(tail), only_last_block(layers, hidden):
             return tail, self.call.forward(**self.call.at({"decoder": span})).last_hidden_state
 
     def _whole_gradient(self) -> dict[str, Tensor]:
@@ -125,24 +125,27 @@ class TokenScores:
 
     def _whole_body(self, leaves: dict[str, Tensor]) -> Callable:
         """The model's body from the inputs of its last blocks on, called like the body."""
-        arguments = self.call.arguments | self.call.at({name: rows.whole() for name, rows in self.call.rows.items()})
-        if self.call.rows["decoder"].segments is not None:
-            arguments.pop("attention_mask")  # packed rows are told from positions, and only where there is no mask
+        whole = self._whole_pass()
+        arguments = self.call.arguments | self.call.at(whole.spans)
         if self.architecture.is_encoder_decoder:
             arguments["encoder_outputs"] = (self._encoder_output(leaves),)
 
         def body(*args, **kwargs):
-            with only_last_block(self.architecture.decoder.layers, leaves["decoder"]):
+            with self.seeking.running(whole), only_last_block(self.architecture.decoder.layers, leaves["decoder"]):
                 return self.call.forward(**arguments)
 
         return body
+
+    def _whole_pass(self) -> WholePass:
+        spans = {name: rows.whole() for name, rows in self.call.rows.items()}
+        return WholePass(spans, self.store, self.seeking.places, Records({}), self.seeking.kernel_knows_causal)
 
     def _encoder_output(self, leaves: dict[str, Tensor]) -> Tensor:
         """The encoder's last block, from its recorded input, so that the decoder's gradient reaches it."""
         layers, encoder = self.architecture.stacks["encoder"].layers, self.architecture.stacks["encoder"].module
         wanted = ("input_ids", "attention_mask", "inputs_embeds")
         arguments = {k: v for k, v in self.call.arguments.items() if k in wanted}
-        with only_last_block(layers, leaves["encoder"]):
+        with self.seeking.running(self._whole_pass()), only_last_block(layers, leaves["encoder"]):
             return encoder(**arguments).last_hidden_state
 
     def _loss_gradient(self, hidden: Tensor, start: int) -> Tensor:
@@ -212,7 +215,8 @@ class TokenScores:
                 return self._whole_body(leaves)().last_hidden_state
         with torch.no_grad():
             for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):
-                parts.append(self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden)[1].detach())
+                span = rows.chunk(start, start + hidden.shape[1])
+                parts.append(self._tail_chunk(span, hidden.detach(), differentiable=False)[1])
         return torch.cat(parts, dim=1)
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune._compat import make_4bit_differentiable
+from hf_memtune._compat import forbid_4bit_repacking, has_repacked_4bit
 from hf_memtune.architectures import describe
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.strategies.passes import Places
 from hf_memtune.strategies.routing import Router
 from hf_memtune.strategies.seeking_step import Inspected, SeekingStep
@@ -42,7 +42,13 @@ class TokenSeeking:
         self.scorer = resolve_scorer(config, scorer)
         self.context_modules = self._context_modules()
         self.places = Places(self.architecture)
+        if has_repacked_4bit(model):
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: its 4-bit weights were repacked by an evaluation on the CPU, and no gradient passes them any "
+                "more. Load the model again, and make the trainer (or this object) before the first evaluation."
+            )
         self._router: Router | None = Router(self.architecture)
+        self._forbidden = forbid_4bit_repacking(model)
         try:
             self.facts = verify(self, check)
         except BaseException:
@@ -88,8 +94,6 @@ class TokenSeeking:
         scores: scores computed earlier, (B, T) for each stack; without them the batch is scored now.
         """
         self.router  # raises when removed
-        if getattr(self.architecture.head_model, "is_loaded_in_4bit", False):
-            make_4bit_differentiable(self.architecture.head_model)
         return SeekingStep(self, inputs, label_smoothing, whole_logits, scores).open()
 
     def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = ()) -> SeekingStep:
@@ -108,6 +112,8 @@ class TokenSeeking:
         if self._router is not None:
             self._router.close()
             self._router = None
+            for module in self._forbidden:
+                module.support_avx512bf16_for_cpu = True
 
 
 def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Scorer:

@@ -5,14 +5,14 @@ give the hidden states that a plain forward has at those tokens.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_memtune._compat import with_values
+from hf_memtune._compat import is_fake, with_values
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
@@ -55,8 +55,9 @@ class _ProbingPass(ContextPass):
 
     def build(self, mask_function, queries, keys):
         if self.stack == "decoder" and queries is keys:
-            with with_values():
-                index, zero = torch.arange(PROBE_TOKENS), torch.zeros(1, 1, dtype=torch.long)
+            device = queries.index.device
+            with with_values() if is_fake(queries.index) else nullcontext():
+                index, zero = torch.arange(PROBE_TOKENS, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
                 seen = mask_function(zero, zero, index[:, None], index[None])
                 self.looks_ahead |= bool((seen & (index[None] > index[:, None])).any())
         return super().build(mask_function, queries, keys)

@@ -22,7 +22,7 @@ _UNSUPPORTED = {
 
 @dataclass
 class MemEfficientArgumentsMixin(TokenSeekingConfig):
-    """The fields of hf_memtune, to add to any TrainingArguments: `class Mine(MemEfficientArgumentsMixin, SFTConfig)`.
+    """The fields of hf_memtune, to add to any TrainingArguments: `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`.
 
     Raises ConfigError with every problem at once, before anything is loaded.
     """

@@ -119,6 +119,8 @@ class MemoryCallback(TrainerCallback):
             self._tracer.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)  # or the launches would be timed, not the work
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
         self.close()
@@ -173,6 +175,8 @@ class TokenMapCallback(TrainerCallback):
     ):
         self.examples, self.collator, self.config, self.scorer = list(examples), collator, config, scorer
         self.every_n_steps, self.folder = every_n_steps, folder
+        if every_n_steps < 1 or not self.examples:
+            raise ConfigError([f"TokenMapCallback: got every_n_steps={every_n_steps} and {len(self.examples)} examples, expected 1 or more."])
 
     def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
         if processing_class is None:

@@ -1,6 +1,5 @@
 """Token maps of a batch: what the scores say of each token, and which are kept."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def token_maps(
     Shows the context, gradient and combined scores whatever the scorer, which decides what is kept. Of an encoder-decoder
     model the decoder is shown. The model is left as it was.
     """
-    seeking = TokenSeeking(model, replace(config, token_seeking=True, seek_schedule="step"), scorer)
+    seeking = TokenSeeking(model, TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step"), scorer)
     try:
         step = seeking.inspect(batch, scores=("context_score", "gradient_score"))
     finally:

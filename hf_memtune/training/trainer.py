@@ -1,12 +1,12 @@
 """MemEfficientTrainer: transformers' Trainer, with the strategies that the arguments turn on."""
 
 import logging
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures import describe
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
@@ -30,10 +30,11 @@ class MemEfficientMixin:
 
     def __init__(self, *args, token_scorer: TokenScorer | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._opened = False
         if not isinstance(self.args, TokenSeekingConfig):
             raise ConfigError([
                 f"args: got {type(self.args).__name__}, which lacks the fields of hf_memtune. Expected "
-                "MemEfficientTrainingArguments, or a class made as `class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
+                "MemEfficientTrainingArguments, or a dataclass made as `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
             ])
         self.last_selection: Selection | dict[str, Selection] | None = None
         self._mean, self._in_step = RunningMean(), False
@@ -52,6 +53,8 @@ class MemEfficientMixin:
             idle = "token_scorer: got a function, but token_seeking is off. Set token_seeking=True."
             return [] if token_scorer is None else [idle]
         found, data = [], self.train_dataset
+        if token_scorer is not None and not callable(token_scorer):
+            found.append(f"token_scorer: got {token_scorer!r}, expected a function. Names go to args.token_scorer.")
         if token_scorer is not None and self.args.token_scorer != "combined":
             found.append(f"token_scorer: got a function and args.token_scorer={self.args.token_scorer!r}. Leave one of them out.")
         if self.args.seek_schedule != "step" and data is not None and not hasattr(data, "__len__"):
@@ -72,7 +75,8 @@ class MemEfficientMixin:
     def _prepare_seeking(self, token_scorer: TokenScorer | None) -> None:
         if describe(self.model).task.loss_per_token:
             self.loss_is_scaled_for_ga = True  # by the count of kept, labelled tokens: see normalizer.py
-        config = TokenSeekingConfig(**{f.name: getattr(self.args, f.name) for f in fields(TokenSeekingConfig)})
+        forbid_4bit_repacking(self.model)  # for good: an evaluation before or between trainings must not spoil the weights
+        config = TokenSeekingConfig.of(self.args)
         self.seeking_callback = TokenSeekingCallback(config, token_scorer, trainer=self)
         self.add_callback(self.seeking_callback)
 
@@ -97,12 +101,18 @@ class MemEfficientMixin:
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        self._in_step, self._reported = True, None
+        self._in_step, self._opened, self._reported, self._returned = True, False, None, None
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_step = False
-        return loss if self._reported is None else self._reported.to(loss.dtype)
+        if self.args.token_seeking and not self._opened:
+            raise MemTuneError(
+                f"{type(self).__name__}.compute_loss called the model past token seeking, which so did nothing. Call "
+                "super().compute_loss in it, or pass compute_loss_func."
+            )
+        # whatever a subclass has added to the loss stays in what is reported
+        return loss if self._reported is None else loss + (self._reported - self._returned).to(loss.dtype)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         seeking = self.seeking_callback.seeking if self.seeking_callback is not None and self._in_step else None
@@ -121,6 +131,8 @@ class MemEfficientMixin:
             outputs = model(**step.inputs)
         self._note(step)
         loss = self._kept_loss(step, outputs)
+        if step.fused:
+            outputs.logits = None  # there are none: in their place came the loss
         return (loss, outputs) if return_outputs else loss
 
     def _kept_loss(self, step: SeekingStep, outputs) -> Tensor:
@@ -137,11 +149,12 @@ class MemEfficientMixin:
             loss_sum = step.loss_sum(outputs)
             loss = loss_sum / divisor
         self._reported = self._mean.report(loss_sum * processes)
+        self._returned = loss.detach() * processes
         return loss * processes
 
     def _note(self, step: SeekingStep) -> None:
         """Keep what this step selected, and count its tokens for the logs."""
-        chosen = step.selection
+        chosen, self._opened = step.selection, True
         self.last_selection = chosen if len(chosen) > 1 else chosen["decoder"]
         learned = None if step.kept_target is None else step.kept_labels
         self.memory_callback.count_tokens(step.tokens_seen, sum(sum(s.counts) for s in chosen.values()), learned)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.memory import SavedBytes
 from hf_memtune.strategies import passes
 from tests.strategies.stepping import assert_equal_step, has_float32_inside, model_and_batch, seeking_on, take_step, token_twin
@@ -127,19 +128,37 @@ def dequantised(model):
     return plain
 
 
-@pytest.mark.parametrize("evaluated", [False, True], ids=["fresh", "after an evaluation"])
+@pytest.mark.parametrize("evaluated", [False, True], ids=["fresh", "with an evaluation"])
 def test_gradients_pass_through_4bit_weights(quantised_llama, evaluated):
     """Some kernels for 4-bit weights have no derivative, and a twin on the same weights would not notice."""
-    model = with_lora(quantised_llama(torch.float32))
+    model = with_lora(quantised_llama(torch.float32)).eval()  # as peft hands it over
+    plain = dequantised(model)
     batch = batch_for(model)
-    if evaluated:  # which may repack the weights
+    seeking = seeking_on(model, **SPREAD)
+    if evaluated:
         with torch.no_grad():
             model.eval()(**batch)
-        model.train()
-    taken = take_step(model, batch, **SPREAD)
-    loss, expected = lora_twin(dequantised(model), batch, taken.kept)
-    assert abs(taken.loss - loss) <= 10 * tolerance(torch.float32) * loss
-    assert whole_error(taken.gradients, expected) <= 10 * tolerance(torch.float32)
+    model.train()
+    with seeking.step(batch) as step:
+        outputs = model(**step.inputs)
+    found = gradients(model, step.loss_sum(outputs) / step.kept_labels)
+    seeking.remove()
+    kept = {name: selection.kept_mask() for name, selection in step.selection.items()}
+    _, expected = lora_twin(plain.train(), batch, kept)
+    assert whole_error(found, expected) <= 10 * tolerance(torch.float32)
+
+
+def test_weights_that_an_evaluation_has_repacked_are_refused(quantised_llama):
+    model = quantised_llama(torch.bfloat16)
+    layers = [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
+    if not layers:
+        pytest.skip("bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only")
+    seeking_on(model).remove()
+    assert all(module.support_avx512bf16_for_cpu for module in layers)  # removed without a trace
+    with torch.no_grad():
+        model.eval()(**batch_for(model))
+    with pytest.raises(UnsupportedModelError, match="repacked"):
+        seeking_on(model)
 
 
 def test_qlora_with_checkpointing_gives_the_same_gradients(quantised_llama):
@@ -379,3 +398,40 @@ def test_selecting_from_labels_spends_the_budget_on_them():
     assert (target[kept] != -100).all()
     loss, expected = token_twin(model, batch, kept={"decoder": kept}, head="causal_lm")
     assert_equal_step(taken, loss, expected, dtype)
+
+
+# -- misuse and old versions -------------------------------------------------------------------------------------------
+
+
+def test_casts_made_without_gradient_are_not_reused():
+    """Autocast keeps casts of weights; torch 2.9 reuses those of the context pass in the focus pass, which then has no gradient."""
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+    cleared = []
+    original = torch.clear_autocast_cache
+    torch.clear_autocast_cache = lambda: (cleared.append(True), original())
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            taken = take_step(model, batch, **SPREAD)
+    finally:
+        torch.clear_autocast_cache = original
+    assert cleared
+    assert taken.gradients.keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_a_second_call_within_a_step_is_refused():
+    model, batch, _ = model_and_batch("llama")
+    seeking = seeking_on(model)
+    with pytest.raises(MemTuneError, match="twice"), seeking.step(batch) as step:
+        model(**step.inputs)
+        model(**step.inputs)
+    seeking.remove()
+
+
+@pytest.mark.parametrize("scorer", ["combined", "context", "gradient", "random", "loss"])
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_every_score_can_be_looked_at_whatever_the_scorer(name, scorer):
+    model, batch, _ = model_and_batch(name)
+    seeking = seeking_on(model, token_scorer=scorer)
+    step = seeking.inspect(batch, ("context_score", "gradient_score", "token_loss"))
+    seeking.remove()
+    assert all(score.shape == batch["input_ids"].shape for score in step.inspection["decoder"].values())
