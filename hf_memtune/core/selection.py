@@ -91,19 +91,16 @@ def select(
 
 
 def _counts(rows, length, ratio, real, candidates, forced) -> list[int]:
-    """One transfer from the device for all three counts, since each one would make a GPU wait."""
-    everything = [torch.full((rows,), length)] if real is None else [real.sum(1).cpu()]
-    reals = [length] * rows if real is None else everything[0].tolist()
-    if candidates is None and forced is None:
-        return [budget(n, ratio) if n else 1 for n in reals]
-    allowed = candidates if candidates is not None else torch.ones(rows, length, dtype=torch.bool)
-    if real is not None:
-        allowed = allowed & real.to(allowed.device)
-    eligible = allowed.sum(1).tolist()
-    required = [0] * rows if forced is None else forced.sum(1).tolist()
-    if forced is not None:
-        outside = (forced & ~allowed.to(forced.device)).sum(1).tolist()
-        eligible = [e + o if e else e for e, o in zip(eligible, outside)]
+    """Tokens to keep of each row. All sums come from the device in one transfer, since each one makes a GPU wait."""
+    given = [mask for mask in (real, candidates, forced) if mask is not None]
+    if not given:
+        return [budget(length, ratio)] * rows
+    everything = torch.ones_like(given[0])
+    real = everything if real is None else real
+    allowed = real if candidates is None else candidates & real
+    forced = ~everything if forced is None else forced
+    sums = torch.stack([real.sum(1), allowed.sum(1), forced.sum(1), (forced & ~allowed).sum(1)])
     return [
-        max(min(budget(n, ratio), e) if e else 1, f, 1) for n, e, f in zip(reals, eligible, required)
+        max(min(budget(tokens, ratio), eligible + outside) if eligible else 1, required, 1)
+        for tokens, eligible, required, outside in zip(*sums.tolist())
     ]

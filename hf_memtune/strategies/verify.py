@@ -158,7 +158,7 @@ def _explained(architecture: Architecture) -> Iterator[None]:
     """A model that does not let its attention be routed fails somewhere inside: say what that means."""
     try:
         yield
-    except MemTuneError:
+    except (MemTuneError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}") from error

@@ -62,7 +62,9 @@ def test_half_precision_does_not_hide_a_mixer_beside_attention(dtype):
 def test_no_precision_leads_to_a_false_refusal(dtype):
     for name in ("llama", "gemma2", "bert", "bart"):
         model, _, _ = model_and_batch(name, dtype=dtype)
-        seeking_on(model).remove()
+        seeking = seeking_on(model)
+        assert seeking.facts.tail_problem is None
+        seeking.remove()
 
 
 # -- parts that are missing or in the way ----------------------------------------------------------------------------

@@ -155,7 +155,8 @@ def test_training_on_once_scored_rows_is_training_by_the_step_at_first(tmp_path)
 
 
 def test_the_last_rows_are_scored_when_training_drops_them(tmp_path):
-    once(tmp_path, rows=text_rows(19), dataloader_drop_last=True, num_train_epochs=3, max_steps=-1)
+    run = once(tmp_path, rows=text_rows(19), dataloader_drop_last=True, num_train_epochs=3, max_steps=-1)
+    assert run.trainer.state.global_step == 3 * (19 // run.trainer.args.train_batch_size)
 
 
 def test_rows_that_change_as_they_are_read_are_refused(tmp_path):
