@@ -7,6 +7,7 @@ saving included, the model is as it was.
 
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,13 +47,14 @@ class Router:
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
-        AttentionInterface.register(self.name, self._attention)
-        AttentionMaskInterface.register(self.name, self._mask)
+        # weakly, and with a finalizer: the interfaces live as long as the process, and must not keep a dropped model alive
+        AttentionInterface.register(self.name, _weakly(self._attention))
+        AttentionMaskInterface.register(self.name, _weakly(self._mask))
+        self._unregister = weakref.finalize(self, _unregister, self.name)
 
     def close(self) -> None:
         """Take the two functions out of the interfaces again."""
-        AttentionInterface._global_mapping.pop(self.name, None)
-        AttentionMaskInterface._global_mapping.pop(self.name, None)
+        self._unregister()
 
     @contextmanager
     def running(self, active: Pass) -> Iterator[None]:
@@ -106,6 +108,21 @@ class Router:
     def _mask(self, *args, mask_function, config, dtype=torch.float32, **kwargs):
         hidden = -torch.inf if self.kernel(config) == "sdpa" else torch.finfo(dtype).min
         return self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden))
+
+
+def _weakly(method: Callable) -> Callable:
+    """A function that calls a bound method without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args, **kwargs):
+        return reference()(*args, **kwargs)
+
+    return call
+
+
+def _unregister(name: str) -> None:
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype, hidden: float) -> Tensor:

@@ -1,6 +1,8 @@
 """Between steps, after errors and after `remove()`, the model is the one it was: nothing set, hooked, renamed or registered."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -224,3 +226,15 @@ def test_a_leak_is_noticed(leak):
     assert traces(model) == traces(untouched)
     leak(model)
     assert traces(model) != traces(untouched)
+
+
+def test_a_dropped_strategy_keeps_no_model_alive():
+    """Forgetting remove() must not pin a model in transformers' interfaces for the rest of the process."""
+    model, *_ = model_and_batch("llama")
+    seeking = seeking_on(model)
+    name, alive = seeking.router.name, weakref.ref(model)
+    assert name in AttentionInterface._global_mapping
+    del model, seeking
+    gc.collect()
+    assert alive() is None
+    assert name not in AttentionInterface._global_mapping and name not in AttentionMaskInterface._global_mapping
