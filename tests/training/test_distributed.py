@@ -20,8 +20,9 @@ EXACT = RELATIVE[torch.float64]
 def two_processes(tmp_path_factory):
     """What two processes found, and where."""
     folder = tmp_path_factory.mktemp("two")
-    # what `accelerate launch` runs; its own --cpu starts a single process
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # --multi_gpu is accelerate's word for several processes, and its --cpu starts a single one; the script itself asks for CPUs
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, distributed_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
