@@ -1,6 +1,6 @@
 """hf_memtune: fine-tune transformers in a fraction of the memory, by changing one word.
 
-A *strategy* (token seeking) is applied to any transformers model through data about its *architecture*, driven by flat
+A *strategy* (exact streaming, token seeking) is applied to any transformers model through data about its *architecture*, driven by flat
 settings, and seen through one memory *ledger*. Names below load when first used: importing this package changes nothing.
 """
 
@@ -14,10 +14,12 @@ _EXPORTS = {
     "StaleCacheError": "errors",
     "TokenScoreError": "errors",
     "UnsupportedModelError": "errors",
+    "StreamingConfig": "config",
     "TokenSeekingConfig": "config",
     "SeekingContext": "core.scorers",
     "register_scorer": "core.scorers",
     "Selection": "core.selection",
+    "Streaming": "strategies.streaming",
     "TokenSeeking": "strategies.token_seeking",
     "LiveBytes": "memory",
     "SavedBytes": "memory",
@@ -26,6 +28,7 @@ _EXPORTS = {
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
     "MemoryCallback": "training.callbacks",
+    "StreamingCallback": "training.callbacks",
     "TokenMapCallback": "training.callbacks",
     "TokenSeekingCallback": "training.callbacks",
 }

@@ -1,17 +1,24 @@
 """Settings of every strategy, as flat dataclass fields: they become CLI flags and YAML keys under the same names.
 
-Each help text says the unit and what a larger value does. `problems()` lists everything that cannot work.
+Each help text says the unit and what a larger value does. `problems()` lists everything that cannot work. A setting that a preset
+may fill is None until it is given, and is filled when the settings are made: see presets.py.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from hf_memtune.errors import ConfigError
+from hf_memtune.presets import PRESET_NAMES, PRESETS, described_default, preset_values
 
 GRADIENT_NORMS = ("l2", "l1", "sum")
 CONTEXT_NORMALIZERS = ("sum", "mean")
 SELECTION_POOLS = ("all", "labels")
 ALWAYS_KEPT = ("none", "first_last")
 SCHEDULES = ("step", "epoch", "once")
+SELECTIONS = ("top", "sample")
+TOKEN_GRADIENTS = ("cut", "stream", "skip")
+# A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
+STREAM_CHUNKS = {"stream": 512, "skip": 64}
 
 
 def _setting(default, help_text: str, choices=None):
@@ -21,55 +28,132 @@ def _setting(default, help_text: str, choices=None):
     return field(default=default, metadata=metadata)
 
 
+def _filled(name: str, help_text: str, choices=None):
+    """A setting that a preset may fill."""
+    return _setting(None, f"{help_text} {described_default(name)}", choices)
+
+
 @dataclass
-class TokenSeekingConfig:
-    """Settings of token seeking and ditching (TokenSeek, arXiv 2601.19739; TokenTune, arXiv 2501.18824)."""
+class StreamingConfig:
+    """Settings of exact streaming: backward of a causal model in chunks of its rows."""
+
+    sequence_chunk_size: int | None = _setting(
+        None,
+        "Exact streaming backward of causal models: forward in chunks of this many tokens of each row, backward from the last "
+        "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
+        "Smaller: less memory, more kernel launches. A size larger than the row is plain training. Default: off.",
+    )
+
+    @classmethod
+    def of(cls, settings: "StreamingConfig") -> "StreamingConfig":
+        """These settings alone, out of arguments that have more fields."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
+    @property
+    def streams(self) -> bool:
+        """Whether backward goes through the rows in chunks."""
+        return self.sequence_chunk_size is not None
+
+    @property
+    def stream_chunk_size(self) -> int | None:
+        """Tokens of each row in a chunk of streaming, or None where nothing streams."""
+        return self.sequence_chunk_size if self.streams else None
+
+    def __post_init__(self):
+        found = self.problems()
+        if found:
+            raise ConfigError(found)
+
+    def problems(self) -> list[str]:
+        """Every value that cannot work, as one message each: setting, got, expected."""
+        size = self.sequence_chunk_size
+        if size is None or size >= 1:
+            return []
+        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more, or none to turn streaming off."]
+
+
+@dataclass
+class TokenSeekingConfig(StreamingConfig):
+    """Settings of token seeking and ditching (TokenSeek, arXiv 2601.19739; TokenTune, arXiv 2501.18824).
+
+    Settings filled from a preset are made concrete when the object is. `of` carries over which of them were given, so a changed
+    `preset` or `token_scorer` fills the others anew; dataclasses.replace hands every value on as it is.
+    """
 
     token_seeking: bool = _setting(
         False, "Backpropagate through the best-scored tokens of each instance only; every token is still seen forward."
     )
-    token_ratio: float = _setting(
-        0.1,
+    preset: str | None = _setting(
+        None,
+        "Published method whose settings fill those that are not given: tokenseek (TokenSeek, scored once before training) or "
+        "tokentune (TokenTune, random tokens). Default: none, the library's own choices.",
+        PRESET_NAMES,
+    )
+    token_ratio: float | None = _filled(
+        "token_ratio",
         "Fraction of the real (not padding) tokens of each instance to keep, in (0, 1], rounded up, at least 1 token. "
         "Larger: gradients nearer to those of plain training, more memory, slower.",
     )
-    token_scorer: str = _setting(
-        "combined",
+    token_scorer: str | None = _filled(
+        "token_scorer",
         "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient, random "
         "(TokenTune), loss (of the token's own prediction), or a registered name.",
     )
-    context_weight: float = _setting(
-        1.0, "Alpha of eq. 5, no unit: weight of log(attention received) in the combined score. 0 leaves it out."
+    context_weight: float | None = _filled(
+        "context_weight",
+        "Alpha of eq. 5, no unit: weight of log(attention received) in the combined score. 0 leaves it out.",
     )
-    gradient_weight: float = _setting(
-        1.0, "Beta of eq. 5, no unit: weight of the gradient score, scaled to [0, 1] per instance. 0 leaves it out."
+    gradient_weight: float | None = _filled(
+        "gradient_weight",
+        "Beta of eq. 5, no unit: weight of the gradient score, scaled to [0, 1] per instance. 0 leaves it out.",
     )
-    context_layer: int = _setting(
-        -1, "Layer whose attention is the context score, counted from 0; negative counts from the last layer."
+    context_layer: int | None = _filled(
+        "context_layer",
+        "Layer whose attention is the context score, counted from 0; negative counts from the last layer.",
     )
-    context_normalize: str = _setting(
-        "sum",
+    context_normalize: str | None = _filled(
+        "context_normalize",
         "sum: attention a token receives from all rows, as in the paper, which favours early positions; mean: divided "
         "by the number of rows that can see the token.",
         CONTEXT_NORMALIZERS,
     )
-    gradient_norm: str = _setting(
-        "l2", "How the gradient at a token is accumulated over the hidden dimension: l2, l1, or signed sum.", GRADIENT_NORMS
+    gradient_norm: str | None = _filled(
+        "gradient_norm",
+        "How the gradient at a token is accumulated over the hidden dimension: l2, l1, or signed sum.",
+        GRADIENT_NORMS,
     )
-    select_from: str = _setting(
-        "all",
+    select_from: str | None = _filled(
+        "select_from",
         "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens "
         "then take none of the budget).",
         SELECTION_POOLS,
     )
-    always_keep: str | None = _setting(
-        None,
-        "Tokens kept whatever their score, out of the budget: none, or first_last (the first and the last real token). "
-        "Default: first_last for token_scorer=random, as in TokenTune, else none.",
+    token_selection: str | None = _filled(
+        "token_selection",
+        "How scores choose. top: the highest, as in the papers. sample: drawn without replacement with probability growing with "
+        "the score, each kept token's loss weighted by the inverse of its inclusion probability, so that the expected loss "
+        "gradient is that of all labelled tokens.",
+        SELECTIONS,
+    )
+    token_gradient: str | None = _filled(
+        "token_gradient",
+        "What the gradient of the kept tokens flows through. cut: keys and values of the other tokens are constants, as in the "
+        "papers. stream: the exact gradient through all keys and values, by streaming. skip: streaming in which tokens without "
+        "loss whose incoming key and value gradient is below skip_threshold of the row's total are not recomputed.",
+        TOKEN_GRADIENTS,
+    )
+    skip_threshold: float = _setting(
+        0.01,
+        "token_gradient=skip: share, in [0, 1], of the key and value gradient of a row below which tokens without loss are left "
+        "out of backward. Larger: faster, further from the exact gradient. 0 leaves out nothing.",
+    )
+    always_keep: str | None = _filled(
+        "always_keep",
+        "Tokens kept whatever their score, out of the budget: none, or first_last (the first and the last real token).",
         ALWAYS_KEPT,
     )
-    seek_schedule: str = _setting(
-        "step",
+    seek_schedule: str | None = _filled(
+        "seek_schedule",
         "When tokens are scored: step (every step, with the model as it is), epoch (one pass over the data set before "
         "each epoch), once (one pass before training, the paper's offline seeking, kept on disk and reused).",
         SCHEDULES,
@@ -85,13 +169,46 @@ class TokenSeekingConfig:
 
     @classmethod
     def of(cls, settings: "TokenSeekingConfig", **changed) -> "TokenSeekingConfig":
-        """These settings alone, out of arguments that have more fields, with some of them changed."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changed)
+        """These settings alone, out of arguments that have more fields, with some of them changed.
+
+        What was not given there is filled again, so that it follows a changed preset.
+        """
+        values = {f.name: getattr(settings, f.name) for f in fields(cls)}
+        unset = dict.fromkeys(PRESETS[None].keys() - settings.given)
+        return cls(**values | unset | changed)
 
     def __post_init__(self):
-        found = self.problems()
-        if found:
-            raise ConfigError(found)
+        self._fill()
+        super().__post_init__()
+
+    def _fill(self) -> None:
+        """Fill in what was not given, and remember with what."""
+        values = preset_values(self.preset)
+        left_out = {name for name in values if getattr(self, name) is None}
+        if all(values[name] is None for name in left_out):
+            # nothing was left out: a copy of settings that are filled already, where what equals a default is one
+            left_out = {name for name in values if getattr(self, name) == values[name]}
+        self._filled = {name: values[name] for name in left_out}
+        for name, value in self._filled.items():
+            setattr(self, name, value)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings a preset may fill that were given, or changed since, even to what would be filled in."""
+        kept = {name for name, value in self._filled.items() if getattr(self, name) == value}
+        return frozenset(PRESETS[None].keys() - kept)
+
+    @property
+    def streams(self) -> bool:
+        """Whether backward goes through the rows in chunks."""
+        return self.token_gradient in STREAM_CHUNKS if self.token_seeking else super().streams
+
+    @property
+    def stream_chunk_size(self) -> int | None:
+        """Tokens of each row in a chunk of streaming, or None where nothing streams."""
+        if not self.streams or self.sequence_chunk_size is not None:
+            return super().stream_chunk_size
+        return STREAM_CHUNKS[self.token_gradient]
 
     @property
     def kept_always(self) -> str:
@@ -99,20 +216,37 @@ class TokenSeekingConfig:
         return self.always_keep or ("first_last" if self.token_scorer == "random" else "none")
 
     def problems(self) -> list[str]:
-        """Every value that cannot work, as one message each: setting, got, expected."""
-        checks = [
+        found = [
+            f"{name}: got {getattr(self, name)!r}, expected {wanted}."
+            for holds, name, wanted in [*self._ranges(), *self._choices()]
+            if not holds
+        ]
+        return super().problems() + found + self._impossible_combinations()
+
+    def _ranges(self) -> list[tuple[bool, str, str]]:
+        return [
             (0 < self.token_ratio <= 1, "token_ratio", "a fraction in (0, 1], such as 0.1 for a tenth of the tokens"),
             (self.context_weight >= 0, "context_weight", "0 or more"),
             (self.gradient_weight >= 0, "gradient_weight", "0 or more"),
+            (0 <= self.skip_threshold <= 1, "skip_threshold", "a share in [0, 1], such as 0.01 for a hundredth"),
             (self.context_chunk_size >= 1, "context_chunk_size", "1 token or more"),
-            (self.context_normalize in CONTEXT_NORMALIZERS, "context_normalize", f"one of {CONTEXT_NORMALIZERS}"),
-            (self.gradient_norm in GRADIENT_NORMS, "gradient_norm", f"one of {GRADIENT_NORMS}"),
-            (self.select_from in SELECTION_POOLS, "select_from", f"one of {SELECTION_POOLS}"),
-            (self.always_keep in (None, *ALWAYS_KEPT), "always_keep", f"one of {ALWAYS_KEPT}"),
-            (self.seek_schedule in SCHEDULES, "seek_schedule", f"one of {SCHEDULES}"),
         ]
-        found = [f"{name}: got {getattr(self, name)!r}, expected {wanted}." for holds, name, wanted in checks if not holds]
-        return found + self._impossible_combinations()
+
+    def _choices(self) -> list[tuple[bool, str, str]]:
+        allowed = {
+            "preset": (None, *PRESET_NAMES),
+            "context_normalize": CONTEXT_NORMALIZERS,
+            "gradient_norm": GRADIENT_NORMS,
+            "select_from": SELECTION_POOLS,
+            "token_selection": SELECTIONS,
+            "token_gradient": TOKEN_GRADIENTS,
+            "always_keep": (None, *ALWAYS_KEPT),
+            "seek_schedule": SCHEDULES,
+        }
+        return [
+            (getattr(self, name) in choices, name, f"one of {tuple(c for c in choices if c is not None)}")
+            for name, choices in allowed.items()
+        ]
 
     def _impossible_combinations(self) -> list[str]:
         found = []
@@ -122,30 +256,40 @@ class TokenSeekingConfig:
                 "Raise one of them, or choose token_scorer=random."
             )
         if self.token_scorer == "random" and self.seek_schedule != "step":
+            origin = "" if "seek_schedule" in self.given or self.preset is None else f" of preset={self.preset}"
             found.append(
-                f"seek_schedule: got {self.seek_schedule!r} with token_scorer=random, expected 'step': a random choice needs "
-                "no pass over the data set, and TokenTune draws it anew each step."
+                f"seek_schedule: got {self.seek_schedule!r}{origin} with token_scorer=random, expected 'step': a random choice "
+                "needs no pass over the data set, and TokenTune draws it anew each step."
             )
         return found
 
     def ineffective(self) -> list[str]:
-        """Settings that were changed but have no effect under the others, for a warning: nothing is ignored in silence."""
-        changed = {f.name for f in fields(TokenSeekingConfig) if getattr(self, f.name) != f.default}
-        changed.discard("token_seeking")
+        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
+        given = self.given | {f.name for f in fields(TokenSeekingConfig) if self._differs(f)}
         if not self.token_seeking:
-            return [f"{name} has no effect without token_seeking" for name in sorted(changed)]
-        reads_context = self.token_scorer not in ("gradient", "random", "loss")
-        reads_gradient = self.token_scorer not in ("context", "random", "loss")
-        idle = {
-            "context_weight": self.token_scorer != "combined",
-            "gradient_weight": self.token_scorer != "combined",
-            "context_layer": not reads_context,
-            "context_normalize": not reads_context,
-            "gradient_norm": not reads_gradient,
-            "seek_cache_dir": self.seek_schedule != "once",
-        }
+            idle = given - {"token_seeking", "sequence_chunk_size"}
+            return [f"{name} has no effect without token_seeking" for name in sorted(idle)]
         return [
-            f"{name} has no effect with token_scorer={self.token_scorer}, seek_schedule={self.seek_schedule}"
-            for name in sorted(changed)
-            if idle.get(name)
+            f"{name} has no effect with {reason}={getattr(self, reason)}"
+            for name, reason in sorted(self._idle().items())
+            if name in given
         ]
+
+    def _differs(self, setting) -> bool:
+        return setting.name not in PRESETS[None] and getattr(self, setting.name) != setting.default
+
+    def _idle(self) -> dict[str, str]:
+        """Names of the settings that are not read, each with the setting because of which it is not."""
+        scorer, found = self.token_scorer, {}
+        if scorer != "combined":
+            found |= dict.fromkeys(("context_weight", "gradient_weight"), "token_scorer")
+        if scorer in ("gradient", "random", "loss"):
+            found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
+        if scorer in ("context", "random", "loss"):
+            found["gradient_norm"] = "token_scorer"
+        if self.seek_schedule != "once":
+            found["seek_cache_dir"] = "seek_schedule"
+        if self.token_gradient != "skip":
+            found["skip_threshold"] = "token_gradient"
+        found["context_chunk_size" if self.streams else "sequence_chunk_size"] = "token_gradient"
+        return found

@@ -29,11 +29,19 @@ class Piece(NamedTuple):
     origin: str
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not None beside a text that says what no value stands for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is None and "Default: " in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 class Parser(HfArgumentParser):
     """Parses dataclasses piece by piece, and remembers which settings were given."""
 
     def __init__(self, kinds: list[type], **options):
-        super().__init__(kinds, allow_abbrev=False, exit_on_error=False, **options)
+        super().__init__(kinds, allow_abbrev=False, exit_on_error=False, formatter_class=Help, **options)
         self.problems: list[str] = []
         self.given: set[str] = set()
 

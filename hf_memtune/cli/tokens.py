@@ -44,7 +44,7 @@ class Examples:
 # Settings that decide what a map looks like, listed on top of it.
 SHOWN = (
     "token_ratio", "token_scorer", "context_weight", "gradient_weight", "context_layer", "context_normalize",
-    "gradient_norm", "select_from", "always_keep",
+    "gradient_norm", "select_from", "token_selection", "always_keep",
 )  # fmt: skip
 
 

@@ -26,12 +26,15 @@ class Selection:
         False: they run through the model to make the batch rectangular, and nothing of them is used or learned from.
     counts: tokens kept, a Python number for each row.
     length: T.
+    weight: (B, S) float32, one over the probability with which each kept token was drawn (`sampling.sample`), finite, and 1 at
+        fillers; None, where tokens were not drawn but chosen, stands for 1 everywhere.
     """
 
     index: Tensor
     valid: Tensor
     counts: tuple[int, ...]
     length: int
+    weight: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -72,7 +75,7 @@ def select(
     forced: (B, T) bool, kept whatever their score. They count towards the budget, and enlarge it if they alone exceed it.
     """
     rows, length = scores.shape
-    counts = _counts(rows, length, ratio, real, candidates, forced)
+    counts = kept_counts(rows, length, ratio, real, candidates, forced)
     tier = torch.zeros_like(scores, dtype=torch.int8)
     if real is not None:
         tier += real.to(torch.int8)
@@ -84,14 +87,29 @@ def select(
     order = scores.argsort(dim=1, descending=True, stable=True)
     if any(mask is not None for mask in (real, candidates, forced)):
         order = order.gather(1, tier.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    width = max(counts)
-    kept = torch.tensor(counts, device=scores.device)[:, None]
-    index, position = order[:, :width].sort(dim=1)
-    return Selection(index, position < kept, tuple(counts), length)
+    return first_of(order, counts)
 
 
-def _counts(rows, length, ratio, real, candidates, forced) -> list[int]:
-    """Tokens to keep of each row. All sums come from the device in one transfer, since each one makes a GPU wait."""
+def first_of(order: Tensor, counts: list[int]) -> Selection:
+    """Keep the first `counts[b]` tokens of row b of `order`, (B, T) int64, its rows permutations; the next ones are fillers."""
+    kept = torch.tensor(counts, device=order.device)[:, None]
+    index, position = order[:, : max(counts)].sort(dim=1)
+    return Selection(index, position < kept, tuple(counts), order.shape[1])
+
+
+def kept_counts(
+    rows: int,
+    length: int,
+    ratio: float,
+    real: Tensor | None,
+    candidates: Tensor | None,
+    forced: Tensor | None,
+    beside_forced: int = 0,
+) -> list[int]:
+    """Tokens to keep of each row; masks as in `select`. All sums come from the device in one transfer: each makes a GPU wait.
+
+    beside_forced: where other tokens are eligible, keep at least so many of them, whatever the forced ones leave of the budget.
+    """
     given = [mask for mask in (real, candidates, forced) if mask is not None]
     if not given:
         return [budget(length, ratio)] * rows
@@ -101,6 +119,7 @@ def _counts(rows, length, ratio, real, candidates, forced) -> list[int]:
     forced = ~everything if forced is None else forced
     sums = torch.stack([real.sum(1), allowed.sum(1), forced.sum(1), (forced & ~allowed).sum(1)])
     return [
-        max(min(budget(tokens, ratio), eligible + outside) if eligible else 1, required, 1)
+        max(min(budget(tokens, ratio), union) if eligible else 1, min(required + beside_forced, union), 1)
         for tokens, eligible, required, outside in zip(*sums.tolist())
+        for union in [eligible + outside]  # candidates and forced tokens together
     ]

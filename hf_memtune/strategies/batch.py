@@ -68,9 +68,16 @@ class BodyCall:
         prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
         return self.arguments.get(f"{prefix}input_ids")
 
-    def at(self, spans: dict[str, Span]) -> dict[str, Any]:
-        """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole."""
-        arguments = {"use_cache": False}
+    def encoder_arguments(self) -> dict[str, Any]:
+        """The arguments of an encoder-decoder model's body that are its encoder's."""
+        return {k: v for k, v in self.arguments.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
+
+    def at(self, spans: dict[str, Span], encoded: Tensor | None = None) -> dict[str, Any]:
+        """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole.
+
+        encoded: the output (B, T, D) of an encoder that shall not run again.
+        """
+        arguments = {"use_cache": False} if encoded is None else {"use_cache": False, "encoder_outputs": (encoded,)}
         for name, value in self.arguments.items():
             if name in ("use_cache", "past_key_values", "encoder_outputs") or name.endswith("attention_mask"):
                 continue

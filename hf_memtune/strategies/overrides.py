@@ -1,7 +1,7 @@
 """Temporary changes to instances: every one is a context manager that puts back exactly what was there."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
@@ -41,6 +41,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def not_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Activation checkpointing off, with all else, dropout too, as it is."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if vars(part).get("gradient_checkpointing"):
+                stack.enter_context(instance_attribute(part, "gradient_checkpointing", False))
+        yield
 
 
 @contextmanager

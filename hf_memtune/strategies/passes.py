@@ -1,4 +1,4 @@
-"""The passes of a step through a model's attention: context (store keys and values), tail (last block), focus (kept tokens).
+"""The passes of a step through a model's attention: context (store keys and values), focus (kept tokens), stream (chunks).
 
 Shape legend: B rows, H query heads, K key heads, T tokens in a row, S tokens of the pass, C channels of a head.
 """
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from hf_memtune.architectures import Architecture, tables
+from hf_memtune.core.owed import Live, OwedGradients
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.spans import Span, attention_mask
@@ -66,21 +67,29 @@ class ModelPass:
         return rules[-1]
 
 
-class ContextPass(ModelPass):
-    """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
+class ChunkPass(ModelPass):
+    """All tokens of a chunk of every row; no mask is made where the kernel needs none."""
 
-    def __init__(self, spans, store, places, records: "Records", kernel_knows_causal: bool):
+    def __init__(self, spans, store, places, kernel_knows_causal: bool):
         super().__init__(spans, store, places)
-        self.records, self.kernel_knows_causal = records, kernel_knows_causal
+        self.kernel_knows_causal = kernel_knows_causal
 
     def build(self, mask_function, queries, keys):
         if queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
             if mask_function is bidirectional_mask_function:
                 return None
-            whole = queries.index.shape[1] == keys.rows.length
-            if mask_function is causal_mask_function and whole and self.kernel_knows_causal:
+            from_the_first = queries.start == 0 and queries.index.shape[1] == keys.visible
+            if mask_function is causal_mask_function and from_the_first and self.kernel_knows_causal:
                 return None
         return attention_mask(mask_function, queries, keys)
+
+
+class ContextPass(ChunkPass):
+    """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
+
+    def __init__(self, spans, store, places, records: "Records", kernel_knows_causal: bool):
+        super().__init__(spans, store, places, kernel_knows_causal)
+        self.records = records
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         keys = self.spans[self.places.key_stack(module)]
@@ -95,10 +104,11 @@ class Records:
 
     hidden: chunks (B, chunk, D) of the last block's input. queries: chunks (B, H, chunk, C) after rotary embedding.
     calls: of the context layer, its attention module's id, its mask rule, and its scaling, softcap and sinks.
+    wanted: False where nothing will be scored, and so nothing is recorded.
     """
 
-    def __init__(self, context_modules: dict[int, str]):
-        self.context_modules = context_modules
+    def __init__(self, context_modules: dict[int, str], wanted: bool = True):
+        self.context_modules, self.wanted = context_modules if wanted else {}, wanted
         self.hidden: dict[str, list[Tensor]] = {}
         self.queries: dict[str, list[Tensor]] = {}
         self.calls: dict[str, tuple[int, Callable, dict]] = {}
@@ -160,21 +170,32 @@ def _attend_among(module, attention, kwargs, mask, stored, span: Span, query, ke
     return attention(module, query, key, value, mask, **kwargs)[0]
 
 
-class WholePass(ContextPass):
+class WholePass(ChunkPass):
     """All tokens at once, through a kernel that a pass can use, storing nothing."""
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         return attention(module, query, key, value, mask, **kwargs)
 
 
-class TailPass(ModelPass):
-    """One chunk of the last block, with gradient to its input and to the keys and values of the tokens before it."""
+class StreamPass(ChunkPass):
+    """One chunk of every row, or some tokens of it, with gradient, among the stored keys and values of the tokens before.
+
+    Nothing of the stored is copied or saved: see `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
+    yet, because no context pass came by. Attention to and inside a bidirectional encoder is the model's own.
+    """
+
+    def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False):
+        super().__init__(spans, store, places, kernel_knows_causal)
+        span = spans["decoder"]
+        start = span.start if span.selection is None else span.chunk_start
+        index = None if span.selection is None else span.index
+        self.owed, self.stores, self.live = owed, stores, Live(start, span.visible, index, span.valid)
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
-        start, self.key = self.spans["decoder"].start, id(module)
-        self.prefix = tuple(part.detach().requires_grad_() for part in self.store.prefix(id(module), start))
-        self.live = (key, value)
-        key, value = (torch.cat([old, new], dim=2) for old, new in zip(self.prefix, self.live))
+        if self.places.key_stack(module) == "encoder":
+            return attention(module, query, key, value, mask, **kwargs)
+        if self.stores:
+            self.store.write(id(module), key, value, self.live.start, self.live.stop)
+        stored = self.store.prefix(id(module), self.live.stop)
+        key, value = self.owed.attach(id(module), (key, value), stored, self.live)
         return attention(module, query, key, value, mask, **kwargs)
-
-

@@ -1,115 +1,91 @@
-"""One training step of token seeking: context pass, selection, focus pass, inside one call of the model.
+"""One training step of token seeking: context pass, selection, and then the kept tokens, inside calls of the model.
 
 Shape legend: B rows of a batch, T tokens in a row, S selected tokens, D hidden size, V classes.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Task
-from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.core.loss import IGNORED
+from hf_memtune.core.sampling import sample
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.strategies.batch import BodyCall
-from hf_memtune.errors import MemTuneError
+from hf_memtune.strategies.chunk_stream import ChunkStream
+from hf_memtune.strategies.context import context_pass
 from hf_memtune.strategies.forced import forced_tokens
-from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
-from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
-from hf_memtune.strategies.spans import Span
-from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
+from hf_memtune.strategies.model_step import ModelStep
+from hf_memtune.strategies.overrides import evaluating
+from hf_memtune.strategies.passes import FocusPass, Records
+from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.token_scores import TokenScores
 
 
-class SeekingStep:
+class SeekingStep(ModelStep):
     """The state of one step. Made by `TokenSeeking.step`; `selection` is filled in when the model is called."""
 
     def __init__(self, seeking: Any, inputs: dict[str, Any], label_smoothing: float, whole_logits: bool, scores=None):
-        self.seeking, self.architecture, self.config = seeking, seeking.architecture, seeking.config
-        self.label_smoothing, self.whole_logits, self.precomputed = label_smoothing, whole_logits, scores
-        self.labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}
-        self.target = targets(self.architecture, self.labels)
-        self.inputs = model_inputs(self.architecture, inputs)
+        super().__init__(seeking, inputs, label_smoothing, whole_logits)
+        self.seeking, self.precomputed = seeking, scores
         self.selection: dict[str, Selection] = {}
         self.values: dict[str, Tensor] = {}
         self.tokens_seen: Tensor | int = 0
         self.inspection: dict[str, dict[str, Tensor]] | None = None
-        self.kept_target: Tensor | None = None
-        self.fused = seeking.facts.has_plain_head and not whole_logits
-        self._called = self._focusing = False
+        self._passed: dict[int, Tensor] = {}  # by chunk, the gradient mass of tokens whose turn has come, (B, 1)
 
-    # -- called by the model -------------------------------------------------------------------------------------
-
-    @contextmanager
-    def open(self):
-        """While open, the model's body runs the passes of this step, and its linear head gives the summed loss."""
-        base, head = self.architecture.base, self.architecture.output_head
-        with ExitStack() as stack:
-            stack.enter_context(forward_as(base, partial(self._body, base.forward)))
-            if self.fused:
-                stack.enter_context(forward_as(head, partial(self._fused_loss, head.forward)))
-            yield self
-
-    def _body(self, forward: Callable, *args, **kwargs):
-        if self._called:
-            raise MemTuneError("the model was called twice within one step of token seeking: open a step for each call.")
-        self._called = True
-        call = BodyCall(self.architecture, forward, args, kwargs)
+    def begin(self, call: BodyCall) -> None:
         if self._labels_are_rows:
             call.rows["decoder"] = replace(call.rows["decoder"], labelled_until=_up_to_last_label(self.target))
-        with forward_as(self.architecture.base, forward):
-            scores, context_output = self._context_pass(call)
-            self.selection = self._select(call, scores)
-            self.tokens_seen = sum(_real_tokens(rows) for rows in call.rows.values())
-            if self.inspection is not None:
-                self._inspect(call, scores)
-                raise Inspected
-            scores.records.clear()
-            # autocast keeps the casts of weights that the context pass made without gradient, and some versions of torch (2.9 and
-            # 2.10 for certain) then use them where a gradient is wanted
-            torch.clear_autocast_cache()
-            self._focusing = True
-            return self._focus_pass(call, scores.store, context_output)
+        if self.config.streams:
+            self.stream = ChunkStream(self.seeking, call, self.config.stream_chunk_size, self._wanted if self._skips else None)
+        scores = self._score(call)
+        self.selection = self._select(call, scores)
+        self.tokens_seen = sum(rows.real_tokens() for rows in call.rows.values())
+        if self.inspection is not None:
+            self._inspect(call, scores)
+            raise Inspected
+        scores.records.clear()
+        self._store = scores.store
+        if self.stream is not None:
+            self._begin_stream(self.selection["decoder"])
 
-    def _context_pass(self, call: BodyCall) -> tuple[TokenScores, Tensor | None]:
-        """All tokens, without gradient. Returns the scores to come, and the last hidden state (B, T, D) if the head needs it."""
+    def next_turn(self, call: BodyCall):
+        if self.stream is None:
+            return self._focus_pass(call, self._store, self._context_output)
+        return self.stream_turn(self.learned_target, self._weight)
+
+    def _score(self, call: BodyCall) -> TokenScores:
+        """The pass over all tokens without gradient, and the scores to come of it."""
         length = call.rows["decoder"].length
-        chunk = min(self.config.context_chunk_size, length) if self.seeking.facts.is_causal else length
-        records, store = Records(self.seeking.context_modules), KeyValueStore()
-        outputs = []
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(evaluating(self.architecture.base))
-            if self.inspection is not None or (self.precomputed is None and self.seeking.scorer.reads_model):
-                stack.enter_context(records.of_last_blocks(self.architecture))
-            else:
-                records.context_modules = {}
-            for start in range(0, length, chunk):
-                spans = {name: rows.whole() for name, rows in call.rows.items()}
-                spans["decoder"] = call.rows["decoder"].chunk(start, min(start + chunk, length))
-                running = ContextPass(spans, store, self.seeking.places, records, self.seeking.kernel_knows_causal)
-                with self.seeking.running(running):
-                    output = call.forward(**call.at(spans)).last_hidden_state
-                if not self.architecture.task.loss_per_token:
-                    outputs.append(output)
+        causal = self.seeking.facts.is_causal or self.stream is not None
+        chunk = min(self.config.stream_chunk_size or self.config.context_chunk_size, length) if causal else length
+        reads = self.inspection is not None or (self.precomputed is None and self.seeking.scorer.reads_model)
+        records = Records(self.seeking.context_modules, wanted=reads)
+        per_row = not self.architecture.task.loss_per_token
+        if self.stream is None:
+            store, chunks = KeyValueStore(), range(-(-length // chunk))
+            found = context_pass(self.seeking, call, store, records, chunk, chunks, keep_output=per_row)
+        else:
+            store, found = self.stream.store, self.stream.store_context(records, last_too=True)
+        self._context_output = found
         real, target = call.rows["decoder"].scored, self.target
         if target is not None and real is not None:  # padding is never kept: what it would predict must not sway the scores
             target = target.masked_fill(~real, IGNORED)
-        scores = TokenScores(
+        return TokenScores(
             self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, target
         )
-        return scores, torch.cat(outputs, dim=1) if outputs else None
 
     def _select(self, call: BodyCall, scores: TokenScores) -> dict[str, Selection]:
         chosen = {}
+        choose = sample if self.config.token_selection == "sample" else select
         for name, rows in call.rows.items():
+            if self.stream is not None and name != "decoder":
+                continue  # its tokens have no loss, and the gradient through all of them is exact
             given = None if self.precomputed is None else self.precomputed[name]
             with torch.no_grad(), evaluating(self.architecture.base):
                 values = self.seeking.scorer(scores.context(name)) if given is None else given
@@ -119,13 +95,13 @@ class SeekingStep:
             forced = forced_tokens(
                 self.architecture, rows, first_last, self.seeking.facts.is_causal, self.inputs.get("input_ids"), self.labels
             )
-            chosen[name] = select(values, self.config.token_ratio, rows.scored, labelled, forced)
+            chosen[name] = choose(values, self.config.token_ratio, rows.scored, labelled, forced)
         return chosen
 
     def _inspect(self, call: BodyCall, scores: TokenScores) -> None:
         """Fill `inspection` with the asked-for scores of every stack, (B, T) each, and which tokens are real."""
         with torch.no_grad(), evaluating(self.architecture.base):
-            for stack in call.rows:
+            for stack in self.selection:
                 seen = scores.context(stack)
                 self.inspection[stack] = {name: getattr(seen, name) for name in self.inspection[stack]}
                 self.inspection[stack]["real"] = seen.attention_mask
@@ -143,12 +119,10 @@ class SeekingStep:
         spans = {name: rows.kept(self.selection[name]) for name, rows in call.rows.items()}
         decoder = self.selection["decoder"]
         if self.target is not None:
-            self.kept_target = decoder.gather(self.target, fill=IGNORED)
-        pairs = [
-            (module, positions_at(module.forward, call, spans[stack], stack))
-            for stack, module in self.architecture.position_modules.items()
-        ]
-        with self.seeking.running(FocusPass(spans, store, self.seeking.places)), forwards_as(pairs):
+            self.turn_target = self.learned_target = decoder.gather(self.target, fill=IGNORED)
+            self.turn_weight = decoder.weight
+        focus = FocusPass(spans, store, self.seeking.places)
+        with self.seeking.running(focus), at_positions(self.architecture, call, spans):
             output = call.forward(**call.at(spans))
         if context_output is not None:  # a pooled head: it sees every token, the unselected ones as constants
             valid = decoder.valid if decoder.is_ragged else None
@@ -158,48 +132,53 @@ class SeekingStep:
             output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, 1))
         return output
 
-    def _fused_loss(self, forward: Callable, hidden: Tensor) -> Tensor:
-        """In place of the head: the summed loss of the kept, labelled tokens, a scalar. While scores run, the head itself."""
-        if not self._focusing:
-            return forward(hidden)
-        head = self.architecture.output_head
-        labelled = self.kept_target != IGNORED
-        if is_fake(hidden):
-            hidden, target = hidden.flatten(0, 1), self.kept_target.flatten()
-        else:
-            hidden, target = hidden[labelled], self.kept_target[labelled]
-        return linear_loss(hidden, head.weight, head.bias, target, self.label_smoothing)
-
-    # -- called by the trainer -----------------------------------------------------------------------------------
+    # -- a stream
 
     @property
-    def kept_labels(self) -> Tensor:
-        """Number of kept tokens that carry a label, an int64 scalar tensor."""
-        return (self.kept_target != IGNORED).sum()
+    def _skips(self) -> bool:
+        return self.config.token_gradient == "skip"
 
-    def loss_sum(self, outputs) -> Tensor:
-        """Summed loss of the kept, labelled tokens, from what the model returned: a scalar, 0 where none is labelled."""
-        if self.fused:
-            return outputs.logits
-        logits, target = outputs.logits, self.kept_target
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=self.label_smoothing
-        )
+    def _begin_stream(self, selection: Selection) -> None:
+        """The loss is that of the kept tokens; the gradient goes through all, or through those that matter."""
+        self.learned_target = self.target.masked_fill(~selection.kept_mask(), IGNORED)
+        self._weight = None
+        if selection.weight is not None:
+            zeros = torch.zeros(self.target.shape, dtype=selection.weight.dtype, device=self.target.device)
+            self._weight = zeros.scatter(1, selection.index, selection.weight)
+        self.stream.skip(first_turn=True)
 
-    def shiftable_labels(self) -> Tensor:
-        """Labels for a loss function that shifts them itself: (B, S + 1), to go with the S + 1 logits of `whole_logits`."""
-        if self.architecture.task is not Task.CAUSAL_LM:
-            return self.kept_target
-        return F.pad(self.kept_target, (1, 0), value=IGNORED)
+    def _wanted(self, start: int, stop: int, mass: Tensor | None) -> Tensor:
+        """(B, stop - start) bool: tokens with a loss, and those whose keys and values are owed more than the threshold."""
+        wanted = self.learned_target[:, start:stop] != IGNORED
+        if mass is None:
+            return wanted
+        self._passed[start] = mass[:, start:].sum(1, keepdim=True)
+        total = mass[:, :start].sum(1, keepdim=True) + sum(self._passed.values())
+        return wanted | (mass[:, start:] > self.config.skip_threshold * total)
+
+    # -- called by whoever trains
+
+    @property
+    def loss_tokens(self) -> Tensor:
+        """The kept labels; of a sample, whose weights make it stand for all tokens, all labels."""
+        if self.config.token_selection != "sample" or not self.architecture.task.loss_per_token:
+            return super().loss_tokens
+        real = self._call.rows["decoder"].scored
+        labelled = self.target != IGNORED
+        return (labelled if real is None else labelled & real).sum().clamp_min(1)
+
+    def token_counts(self) -> dict[str, Tensor | int]:
+        """Tokens of this step, for the logs: real ones, kept ones, those learned from, and those that ran with gradient in a stream."""
+        found = {"seen": self.tokens_seen, "kept": sum(sum(s.counts) for s in self.selection.values())}
+        if self.learned_target is not None:
+            found["learned"] = self.kept_labels
+        if self.stream is not None:
+            found["recomputed"] = self.stream.tokens_run
+        return found
 
 
 class Inspected(Exception):
     """Ends a call of the model whose scores alone were wanted."""
-
-
-def _real_tokens(rows) -> Tensor | int:
-    return rows.batch * rows.length if rows.scored is None else rows.scored.sum()
 
 
 def _up_to_last_label(target: Tensor) -> Tensor:
@@ -207,19 +186,3 @@ def _up_to_last_label(target: Tensor) -> Tensor:
     positions = torch.arange(target.shape[1], device=target.device)
     last = torch.where(target != IGNORED, positions, -1).amax(1, keepdim=True)
     return (positions <= last) | (last < 0)
-
-
-def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> Callable:
-    """Position embeddings of the kept tokens, from a module that numbers the tokens it is given, or their shape, itself."""
-
-    def run(given: Tensor | tuple | None, *args, **kwargs) -> Tensor:
-        shape = (span.rows.batch, span.rows.length)
-        ids = call.input_ids(stack)
-        if isinstance(given, tuple):  # torch.Size is one
-            whole = torch.Size(shape)
-        else:
-            whole = ids if ids is not None else torch.zeros(shape, dtype=torch.long, device=span.index.device)
-        embedded = forward(whole)
-        return span.take(embedded if embedded.dim() == 3 else embedded[None])
-
-    return run

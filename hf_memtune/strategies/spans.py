@@ -35,6 +35,10 @@ class Rows:
         """(B, T) bool: the tokens that are scored and may be kept; None for all."""
         return self.real if self.labelled_until is None else self.labelled_until
 
+    def real_tokens(self) -> Tensor | int:
+        """Number of tokens that are scored."""
+        return self.batch * self.length if self.scored is None else self.scored.sum()
+
     def chunk(self, start: int, stop: int, visible: int | None = None) -> "Span":
         """Tokens [start, stop) of every row, seeing keys up to `visible` (default: up to their own end)."""
         index = torch.arange(start, stop, device=self.positions.device)[None]
@@ -47,16 +51,25 @@ class Rows:
         """The selected tokens of every row, seeing all keys their mask allows."""
         return Span(self, selection.index, self.length, selection=selection)
 
+    def kept_of_chunk(self, selection: Selection, start: int, stop: int) -> "Span":
+        """The selected tokens of [start, stop), seeing keys up to `stop`."""
+        return Span(self, selection.index, stop, selection=selection, chunk_start=start)
+
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `index` (B or 1, S) of `rows`; keys [0, visible) exist for them."""
+    """Tokens `index` (B or 1, S) of `rows`; keys [0, visible) exist for them.
+
+    start: of contiguous tokens, the first. selection: where they are chosen, from the chunk that begins at `chunk_start`, or from
+    the whole row.
+    """
 
     rows: Rows
     index: Tensor
     visible: int
     start: int | None = None
     selection: Selection | None = None
+    chunk_start: int | None = None
 
     @property
     def valid(self) -> Tensor | None:

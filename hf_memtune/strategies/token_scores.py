@@ -15,13 +15,14 @@ from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows
+from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.scorers import SeekingContext
 from hf_memtune.core.scoring import attention_received, gradient_magnitude
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import forward_as
-from hf_memtune.strategies.passes import Records, TailPass, WholePass
+from hf_memtune.strategies.passes import Records, StreamPass, WholePass
 from hf_memtune.strategies.spans import attention_mask
 from hf_memtune.strategies.tail import only_last_block
 
@@ -87,28 +88,21 @@ class TokenScores:
 
     def _streamed_gradient(self) -> dict[str, Tensor]:
         """Chunks from last to first: what later chunks owe to a chunk's keys and values is complete when its turn comes."""
-        rows = self.call.rows["decoder"]
-        gradient, owed = [], None
+        rows, gradient, owed = self.call.rows["decoder"], [], OwedGradients()
         chunks = list(zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]))
         for start, hidden in reversed(chunks):
             hidden = hidden.requires_grad_()
-            tail, output = self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden)
+            output = self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden, owed)
             cotangent = self._loss_gradient(output.detach(), start)
-            if owed is None:
-                owed = tuple(torch.zeros_like(part) for part in self.store.prefix(tail.key, rows.length))
-            due = tuple(part.narrow(2, start, hidden.shape[1]) for part in owed)
-            found = torch.autograd.grad((output, *tail.live), (hidden, *tail.prefix), (cotangent, *due), allow_unused=True)
-            gradient.append(found[0])
-            for part, prefix in zip(owed, found[1:]):
-                if start and prefix is not None:
-                    part.narrow(2, 0, start).add_(prefix)
+            gradient += torch.autograd.grad(output, hidden, cotangent)
         return {"decoder": torch.cat(gradient[::-1], dim=1)}
 
-    def _tail_chunk(self, span, hidden: Tensor, differentiable: bool = True) -> tuple[TailPass, Tensor]:
-        tail = TailPass({"decoder": span}, self.store, self.seeking.places)
+    def _tail_chunk(self, span, hidden: Tensor, owed: OwedGradients) -> Tensor:
+        """(B, chunk, D): the last block's output for a chunk, differentiable where its input is."""
+        tail = StreamPass({"decoder": span}, self.store, self.seeking.places, self.seeking.kernel_knows_causal, owed)
         layers = self.architecture.decoder.layers
-        with torch.set_grad_enabled(differentiable), self.seeking.running(tail), only_last_block(layers, hidden):
-            return tail, self.call.forward(**self.call.at({"decoder": span})).last_hidden_state
+        with torch.set_grad_enabled(hidden.requires_grad), self.seeking.running(tail), only_last_block(layers, hidden):
+            return self.call.forward(**self.call.at({"decoder": span})).last_hidden_state
 
     def _whole_gradient(self) -> dict[str, Tensor]:
         """The last block on all tokens at once, through the model's own attention."""
@@ -138,15 +132,13 @@ class TokenScores:
 
     def _whole_pass(self) -> WholePass:
         spans = {name: rows.whole() for name, rows in self.call.rows.items()}
-        return WholePass(spans, self.store, self.seeking.places, Records({}), self.seeking.kernel_knows_causal)
+        return WholePass(spans, self.store, self.seeking.places, self.seeking.kernel_knows_causal)
 
     def _encoder_output(self, leaves: dict[str, Tensor]) -> Tensor:
         """The encoder's last block, from its recorded input, so that the decoder's gradient reaches it."""
         layers, encoder = self.architecture.stacks["encoder"].layers, self.architecture.stacks["encoder"].module
-        wanted = ("input_ids", "attention_mask", "inputs_embeds")
-        arguments = {k: v for k, v in self.call.arguments.items() if k in wanted}
         with self.seeking.running(self._whole_pass()), only_last_block(layers, leaves["encoder"]):
-            return encoder(**arguments).last_hidden_state
+            return encoder(**self.call.encoder_arguments()).last_hidden_state
 
     def _loss_gradient(self, hidden: Tensor, start: int) -> Tensor:
         """d(summed loss)/d(last hidden state) for one chunk, (B, chunk, D); keeps the token losses on the way."""
@@ -213,10 +205,8 @@ class TokenScores:
                 if self.architecture.is_encoder_decoder and stack == "encoder":
                     return self._encoder_output(leaves)
                 return self._whole_body(leaves)().last_hidden_state
-        with torch.no_grad():
-            for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):
-                span = rows.chunk(start, start + hidden.shape[1])
-                parts.append(self._tail_chunk(span, hidden.detach(), differentiable=False)[1])
+        for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):
+            parts.append(self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden.detach(), OwedGradients()))
         return torch.cat(parts, dim=1)
 
 

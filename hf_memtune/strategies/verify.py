@@ -18,9 +18,9 @@ from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
-from hf_memtune.strategies.overrides import evaluating, forward_as, forwards_as
+from hf_memtune.strategies.overrides import evaluating, forward_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
-from hf_memtune.strategies.seeking_step import positions_at
+from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.token_scores import TokenScores
 
 PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
@@ -33,12 +33,13 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, tor
 class Facts:
     """What the probe found.
 
-    is_causal: no token looks at a later one. has_plain_head: the logits are the linear head's output. head_reads_body: that head
+    is_causal: no token looks at a later one. decoder_is_causal: none of the decoder's does. has_plain_head: the logits are the linear head's output. head_reads_body: that head
     is given what the body returns (masked language models transform it first). body_output: the class of what the model's body
     returns. tail_problem: why the last block cannot run alone, which the gradient score needs, or None where it can.
     """
 
     is_causal: bool
+    decoder_is_causal: bool
     has_plain_head: bool
     head_reads_body: bool
     body_output: type
@@ -86,12 +87,12 @@ def verify(seeking: Any, check: bool = True) -> Facts:
         full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
         if check:
             _compare(seeking, call, store, full)
-        tail_problem = _tail_problem(seeking, call, store, records, full) if check else None
-        if tail_problem and seeking.scorer.runs_last_block:
+        tail_problem = _tail_problem(seeking, call, store, records, full) if check and seeking.scorer is not None else None
+        if tail_problem and seeking.scorer is not None and seeking.scorer.runs_last_block:
             raise UnsupportedModelError(tail_problem)
         plain_head, reads_body = _head_facts(architecture, call, body_output)
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
-    return Facts(is_causal, plain_head, reads_body, body_output, tail_problem)
+    return Facts(is_causal, not probing.looks_ahead, plain_head, reads_body, body_output, tail_problem)
 
 
 def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
@@ -118,8 +119,8 @@ def _compare(seeking: Any, call: BodyCall, store: KeyValueStore, full: Tensor) -
     index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
     spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
-    pairs = [(m, positions_at(m.forward, call, spans[s], s)) for s, m in architecture.position_modules.items()]
-    with _explained(architecture), seeking.running(FocusPass(spans, store, seeking.places)), forwards_as(pairs):
+    focus = FocusPass(spans, store, seeking.places)
+    with _explained(architecture), seeking.running(focus), at_positions(architecture, call, spans):
         kept = architecture.base(**call.at(spans)).last_hidden_state
     deviation = _deviation(kept, selection.gather(full))
     if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.config import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 
@@ -35,15 +35,33 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         },
     )
 
+    full_loss_rows: int = field(
+        default=8,
+        metadata={
+            "help": "Rows of the evaluation set, the first ones, whose loss over all tokens is logged as full_loss at every log of "
+            "training with token_seeking, to notice when it rises while the loss of the kept tokens falls. Without an evaluation "
+            "set: the rows of the last training batch. Costs a forward pass of these rows at every log. 0 turns it off."
+        },
+    )
+
     def __post_init__(self):
-        found = [*self.problems(), *self._unknown_scorer(), *self._unsupported_with_seeking()]
-        if self.memory_trace_steps < 0:
-            found.append(f"memory_trace_steps: got {self.memory_trace_steps}, expected 0 or more optimizer steps.")
+        self._fill()
+        found = [*self.problems(), *self._unknown_scorer(), *self._unsupported()]
+        for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
+            if getattr(self, name) < 0:
+                found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
         if found:
             raise ConfigError(found)
-        super(TokenSeekingConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
+        super(StreamingConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
         for message in self.ineffective():
             warnings.warn(message, stacklevel=3)
+
+    def ineffective(self) -> list[str]:
+        found = super().ineffective()
+        default = MemEfficientArgumentsMixin.full_loss_rows
+        if not self.token_seeking and self.full_loss_rows != default:
+            found.append("full_loss_rows has no effect without token_seeking")
+        return found
 
     def _unknown_scorer(self) -> list[str]:
         if not self.token_seeking or self.token_scorer in scorer_names():
@@ -53,17 +71,18 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
             "hf_memtune.register_scorer before."
         ]
 
-    def _unsupported_with_seeking(self) -> list[str]:
-        """Training arguments under which token seeking has not been shown to be exact."""
-        if not self.token_seeking:
+    def _unsupported(self) -> list[str]:
+        """Training arguments under which the strategy that is on has not been shown to be exact."""
+        if not (self.token_seeking or self.streams):
             return []
+        strategy = "token_seeking" if self.token_seeking else "sequence_chunk_size"
         found = [
-            f"{name}: got {getattr(self, name)!r} with token_seeking, which does not support it; {remedy}."
+            f"{name}: got {getattr(self, name)!r} with {strategy}, which does not support it; {remedy}."
             for name, remedy in _UNSUPPORTED.items()
             if getattr(self, name, None)
         ]
         if getattr(self, "loss_type", "nll") not in ("nll", "chunked_nll"):  # of trl's SFTConfig
-            found.append(f"loss_type: got {self.loss_type!r} with token_seeking, whose loss is the usual one; leave it out.")
+            found.append(f"loss_type: got {self.loss_type!r} with {strategy}, whose loss is the usual one; leave it out.")
         return found
 
 

@@ -9,20 +9,42 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.config import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
+from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
 from hf_memtune.training.offline import OfflineScores
 from hf_memtune.training.rng import preserved_rng
 
 
+class StreamingCallback(TrainerCallback):
+    """Installs exact streaming at the start of training and removes it at its end. `strategy` is what is installed, or None."""
+
+    def __init__(self, config: StreamingConfig):
+        self.config = config
+        self.strategy: Streaming | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.remove()  # training begins again where a batch size that did not fit was halved
+        self.strategy = Streaming(model, self.config)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the strategy off the model. May be called twice."""
+        if self.strategy is not None:
+            self.strategy.remove()
+        self.strategy = None
+
+
 class TokenSeekingCallback(TrainerCallback, ExportableState):
     """Installs token seeking at the start of training and removes it at its end.
 
-    `seeking` is the installed strategy, or None. MemEfficientTrainer adds this callback by itself, uses what it installs, and
-    removes it when training fails. Under another Trainer it changes nothing until that Trainer opens `seeking.step`.
+    `strategy` is what is installed, or None. MemEfficientTrainer adds this callback by itself, uses what it installs, and
+    removes it when training fails. Under another Trainer it changes nothing until that Trainer opens `strategy.step`.
     trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set go through its data loader.
     """
 
@@ -30,22 +52,22 @@ class TokenSeekingCallback(TrainerCallback, ExportableState):
         if config.seek_schedule != "step" and trainer is None:
             raise ConfigError([f"seek_schedule: got {config.seek_schedule!r} without a trainer, whose data it passes over."])
         self.config, self.scorer, self.trainer = config, scorer, trainer
-        self.seeking: TokenSeeking | None = None
+        self.strategy: TokenSeeking | None = None
         self.offline: OfflineScores | None = None
         self._resumed_file: Path | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.remove()  # training begins again where a batch size that did not fit was halved
-        self.seeking = TokenSeeking(model, self.config, self.scorer)
+        self.strategy = TokenSeeking(model, self.config, self.scorer)
         self._resumed_file = _scores_file(state) if state.global_step else None
         if self.config.seek_schedule == "once":
-            self.offline = OfflineScores(self.seeking, self.trainer)
+            self.offline = OfflineScores(self.strategy, self.trainer)
             self.offline.load_or_score() if self._resumed_file is None else self.offline.resume(self._resumed_file)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.config.seek_schedule == "epoch":
             file, self._resumed_file = self._resumed_file, None
-            self.offline = OfflineScores(self.seeking, self.trainer)
+            self.offline = OfflineScores(self.strategy, self.trainer)
             if file is not None and state.epoch % 1:  # in the middle of an epoch: its scores are those of its beginning
                 self.offline.resume(file)
             else:
@@ -56,9 +78,9 @@ class TokenSeekingCallback(TrainerCallback, ExportableState):
 
     def remove(self) -> None:
         """Take the strategy off the model. May be called twice."""
-        if self.seeking is not None:
-            self.seeking.remove()
-        self.seeking = self.offline = None
+        if self.strategy is not None:
+            self.strategy.remove()
+        self.strategy = self.offline = None
 
     def offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor] | None:
         """Scores computed earlier for the rows of a batch, by stack, (B, T) each; None where the step scores by itself."""
@@ -82,8 +104,8 @@ class MemoryCallback(TrainerCallback):
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
     `trace_steps` (storages that are older than the step, such as weights, are not in it). resident_bytes: the process.
-    step_seconds: mean of an optimizer step. tokens_seen, tokens_kept, and tokens_learned, the kept ones that carry a label (where
-    the loss is one of tokens): since the last log, of this process.
+    step_seconds: mean of an optimizer step. tokens_seen, tokens_kept, tokens_learned, the kept ones that carry a label (where
+    the loss is one of tokens), and tokens_recomputed, those that ran with gradient in a stream: since the last log, of this process.
     """
 
     def __init__(self, trace_steps: int = 50):
@@ -96,14 +118,12 @@ class MemoryCallback(TrainerCallback):
 
     def _restart(self) -> None:
         self._steps, self._seconds = 0, 0.0
-        self._seen: Tensor | int = 0
-        self._kept, self._learned = 0, None
+        self._tokens: dict[str, Tensor | int] = {}
 
-    def count_tokens(self, seen: Tensor | int, kept: int, learned: Tensor | None = None) -> None:
-        """Add a step's counts; those on a device stay there until the next log."""
-        self._seen, self._kept = self._seen + seen, self._kept + kept
-        if learned is not None:
-            self._learned = learned if self._learned is None else self._learned + learned
+    def count_tokens(self, **counts: Tensor | int) -> None:
+        """Add a step's counts (seen, kept, learned, recomputed); those on a device stay there until the next log."""
+        for name, count in counts.items():
+            self._tokens[name] = self._tokens.get(name, 0) + count
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.close()
@@ -138,10 +158,7 @@ class MemoryCallback(TrainerCallback):
         found = {"peak_memory_bytes": peak if peak is not None else self._traced_bytes, "resident_bytes": resident_bytes()}
         if self._steps:
             found["step_seconds"] = self._seconds / self._steps
-        if self._kept:
-            found |= {"tokens_seen": int(self._seen), "tokens_kept": int(self._kept)}
-        if self._learned is not None:
-            found["tokens_learned"] = int(self._learned)
+        found |= {f"tokens_{name}": int(count) for name, count in self._tokens.items()}
         reset_peak_device_bytes(self._device)
         self._restart()
         return {name: value for name, value in found.items() if value is not None}

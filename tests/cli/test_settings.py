@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_memtune.cli import train
+from hf_memtune.cli import tokens, train
 from hf_memtune.errors import ConfigError
+from tests.cli.conftest import ROOT
 
 NEEDED = ["--model", "m", "--dataset", "d"]
 
@@ -48,6 +49,28 @@ def test_values_of_a_recipe_have_the_types_of_their_flags(tmp_path):
     assert training.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
+def test_a_preset_of_a_recipe_fills_what_neither_it_nor_a_flag_gives(tmp_path):
+    file = recipe(tmp_path, "token_seeking: true\npreset: tokenseek\ntoken_ratio: null\ncontext_weight: 2.0\n")
+    training = train.parse([file, "--token_selection", "sample", *NEEDED]).training
+    assert (training.seek_schedule, training.token_ratio, training.token_scorer) == ("once", 0.1, "combined")
+    assert (training.context_weight, training.token_selection) == (2.0, "sample")
+    assert training.given == {"context_weight", "token_selection"}
+
+
+def test_the_recipe_of_streaming_turns_it_on():
+    training = train.parse([str(ROOT / "configs" / "lm" / "stream.yaml")]).training
+    assert (training.streams, training.stream_chunk_size, training.token_seeking) == (True, 512, False)
+    assert not train.parse([str(ROOT / "configs" / "lm" / "plain.yaml")]).training.streams
+
+
+@pytest.mark.parametrize("command", [train, tokens])
+def test_help_says_what_no_value_stands_for(command):
+    shown = " ".join(command.make_parser().format_help().split())
+    assert "Default: step (presets: tokenseek: once, tokentune: step). --seek_cache_dir" in shown
+    assert "kernel launches. (default: 512)" in shown  # a default that argparse knows is shown as ever
+    assert "what transformers chooses for the model. (default: None)" not in shown
+
+
 def test_hyphens_in_flags_and_negative_numbers_work():
     training = train.parse([*NEEDED, "--token-seeking", "--context-layer", "-1", "--learning_rate=1e-3"]).training
     assert (training.context_layer, training.learning_rate) == (-1, 1e-3)
@@ -82,6 +105,9 @@ def test_every_problem_is_reported_at_once(tmp_path):
         ("- token_ratio\n", "expected lines of `name: value`"),
         ("token_ratio: [0.1\n", "not a YAML file"),
         ("seek_schedule: daily\n", "seek_schedule: invalid choice: 'daily'"),
+        ("preset: paper\n", "preset: invalid choice: 'paper'"),
+        ("sequence_chunk_size: 0\n", "sequence_chunk_size: got 0"),
+        ("sequence_chunk_size: 64\nneftune_noise_alpha: 5\n", "neftune_noise_alpha: got 5.0 with sequence_chunk_size"),
         ("task: regression\n", "task: invalid choice: 'regression'"),
         ("load_in_4bit: true\n", "load_in_4bit: 4-bit weights are frozen"),
         ("eval_strategy: epoch\neval_fraction: 0\n", "eval_strategy: got"),
@@ -121,6 +147,8 @@ def test_a_second_recipe_is_a_problem(tmp_path):
         (["--eval_split", "test", "--eval_fraction", "0.2"], "eval_fraction has no effect with eval_split"),
         (["--eval_fraction", "0", "--max_eval_rows", "9"], "max_eval_rows has no effect with eval_fraction=0"),
         (["--token_ratio", "0.2"], "token_ratio has no effect without token_seeking"),
+        (["--preset", "tokenseek"], "preset has no effect without token_seeking"),
+        (["--token_seeking", "--sequence_chunk_size", "64"], "sequence_chunk_size has no effect with token_gradient=cut"),
     ],
 )
 def test_a_setting_without_effect_is_warned_of(flags, expected):

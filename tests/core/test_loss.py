@@ -20,14 +20,20 @@ def problem(tokens=37, size=16, classes=53, dtype=torch.float64, bias=True, igno
     return hidden, weight, torch.randn(classes, dtype=dtype, requires_grad=True) if bias else None, target
 
 
-def plain(hidden, weight, bias, target, label_smoothing=0.0):
+def token_weights(tokens=37):
+    """Weights of tokens as a draw makes them, float32, with one that is 0."""
+    return (3 * torch.rand(tokens, generator=torch.Generator().manual_seed(1))).index_fill(0, torch.tensor([2]), 0)
+
+
+def plain(hidden, weight, bias, target, label_smoothing=0.0, token_weight_N=None):
     logits = F.linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    return losses.sum() if token_weight_N is None else (losses * token_weight_N).sum()
 
 
-def with_gradients(function, hidden, weight, bias, target, **options):
-    value = function(hidden, weight, bias, target, **options)
+def with_gradients(function, hidden, weight, bias, target, *more, **options):
+    value = function(hidden, weight, bias, target, *more, **options)
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
     return value.detach(), *torch.autograd.grad(value, leaves)
 
@@ -49,11 +55,12 @@ def test_loss_and_gradients_are_those_of_the_logits(chunked, dtype, bias, smooth
         assert (ours - theirs).norm() <= RELATIVE[dtype] * theirs.norm()
 
 
-def test_half_precision_is_as_near_to_float64_as_the_plain_loss(chunked):
+@pytest.mark.parametrize("weights", [None, token_weights()], ids=["plain sum", "weighted"])
+def test_half_precision_is_as_near_to_float64_as_the_plain_loss(chunked, weights):
     """No tuned tolerance: our error may not exceed that of the plain computation in the same dtype."""
-    half = problem(dtype=torch.bfloat16)
-    exact = with_gradients(plain, *[t.detach().double().requires_grad_() for t in half[:3]], half[3])
-    found, theirs = with_gradients(linear_loss, *half), with_gradients(plain, *half)
+    half, options = problem(dtype=torch.bfloat16), {"token_weight_N": weights}
+    exact = with_gradients(plain, *[t.detach().double().requires_grad_() for t in half[:3]], half[3], **options)
+    found, theirs = with_gradients(linear_loss, *half, **options), with_gradients(plain, *half, **options)
     assert found[0].dtype == torch.float32
     for ours, plainly, true in zip(found, theirs, exact):
         assert (ours.double() - true).norm() <= 1.05 * (plainly.double() - true).norm() + 1e-3 * true.norm()
@@ -76,12 +83,13 @@ def finite_differences(function, tensors, step=1e-6):
     return found
 
 
+@pytest.mark.parametrize("weights", [None, token_weights(5)], ids=["plain sum", "weighted"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradients_are_the_slopes_of_the_loss(chunked, smoothing):
+def test_gradients_are_the_slopes_of_the_loss(chunked, smoothing, weights):
     *tensors, target = problem(tokens=5, size=3, classes=4)
 
     def loss(*tensors):
-        return LinearLoss.apply(*tensors, target, smoothing)
+        return LinearLoss.apply(*tensors, target, smoothing, weights)
 
     gradients = torch.autograd.grad(loss(*tensors), tensors)
     for gradient, slope in zip(gradients, finite_differences(loss, [t.detach() for t in tensors]), strict=True):
@@ -118,6 +126,66 @@ def test_another_target_is_noticed(chunked):
     assert all((ours - theirs).norm() > NOTICED * theirs.norm() for ours, theirs in zip(found, wrong))
 
 
+# -- token weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_loss_and_gradients_are_those_of_the_weighted_logits(chunked, dtype, bias, smoothing):
+    tensors, weights = problem(dtype=dtype, bias=bias), token_weights()
+    found = with_gradients(linear_loss, *tensors, label_smoothing=smoothing, token_weight_N=weights)
+    expected = with_gradients(plain, *tensors, label_smoothing=smoothing, token_weight_N=weights)
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).norm() <= RELATIVE[dtype] * theirs.norm()
+
+
+@pytest.mark.parametrize("wrong", [None, token_weights().roll(1)], ids=["none", "of other tokens"])
+def test_other_weights_are_noticed(chunked, wrong):
+    tensors = problem()
+    found = with_gradients(linear_loss, *tensors, token_weight_N=token_weights())
+    others = with_gradients(plain, *tensors, token_weight_N=wrong)
+    assert all((ours - theirs).norm() > NOTICED * theirs.norm() for ours, theirs in zip(found, others))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_one_change_nothing(chunked, dtype):
+    *tensors, target = problem(dtype=dtype)
+    found = with_gradients(LinearLoss.apply, *tensors, target, 0.0, torch.ones(37))
+    expected = with_gradients(LinearLoss.apply, *tensors, target, 0.0)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_of_weight_zero_costs_nothing(chunked, dtype):
+    hidden, weight, bias, target = problem(dtype=dtype, ignored=0)
+    _, gradient, *_ = with_gradients(linear_loss, hidden, weight, bias, target, token_weight_N=token_weights())
+    assert (gradient[2] == 0).all() and (gradient[3] != 0).any()
+
+
+def test_weights_are_constants():
+    *tensors, target = problem()
+    weights = token_weights().requires_grad_()
+    linear_loss(*tensors, target, token_weight_N=weights).backward()
+    assert weights.grad is None and tensors[0].grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_tokens_have_no_weights_and_still_a_gradient(dtype):
+    tensors = problem(tokens=0, dtype=dtype)
+    value, *gradients = with_gradients(linear_loss, *tensors, token_weight_N=torch.zeros(0))
+    assert value == 0 and len(gradients) == 3 and all((g == 0).all() for g in gradients)
+
+
+def test_weights_work_under_autocast(chunked):
+    tensors, weights = problem(dtype=torch.float32), token_weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(linear_loss, *tensors, token_weight_N=weights)
+    expected = with_gradients(plain, *tensors, token_weight_N=weights)
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).norm() <= RELATIVE[torch.bfloat16] * theirs.norm()
+
+
 # -- the gradient without autograd -----------------------------------------------------------------------------------
 
 
@@ -133,10 +201,21 @@ def test_the_gradient_without_autograd_is_autograds(chunked, dtype, bias):
     assert (losses[target == IGNORED] == 0).all() and (gradient[target == IGNORED] == 0).all()
 
 
+def test_weights_scale_the_gradient_and_not_the_token_losses(chunked):
+    hidden, weight, bias, target = problem()
+    buffers = torch.zeros_like(weight), torch.zeros_like(bias)
+    gradient, losses = linear_loss_gradient(hidden, weight, bias, target, 0.0, *buffers, token_weights())
+    plainly, unweighted = linear_loss_gradient(hidden, weight, bias, target)
+    expected = with_gradients(plain, hidden, weight, bias, target, token_weight_N=token_weights())[1:]
+    assert losses.equal(unweighted)
+    torch.testing.assert_close((gradient, *buffers), tuple(expected), **close(torch.float64))
+    assert (gradient - plainly).norm() > NOTICED * plainly.norm()
+
+
 def test_the_gradient_leaves_its_arguments_alone(chunked):
-    tensors = problem()
+    tensors = *problem(), token_weights()
     before = [t.detach().clone() for t in tensors]
-    linear_loss_gradient(*tensors)
+    linear_loss_gradient(*tensors[:4], token_weight_N=tensors[4])
     assert all(torch.equal(t, b) for t, b in zip(tensors, before))
 
 

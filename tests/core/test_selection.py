@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_memtune.core.selection import Selection, budget, select
+from hf_memtune.core.selection import Selection, budget, kept_counts, select
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,15 @@ def test_gather_fills_what_is_not_chosen():
 
 def test_a_tie_goes_to_the_earlier_token():
     assert select(torch.zeros(1, 6), 0.5).index.tolist() == [[0, 1, 2]]
+
+
+def test_chosen_tokens_carry_no_weight():
+    """They estimate nothing but themselves; a draw does (test_sampling)."""
+    assert select(torch.rand(2, 6), 0.5).weight is None
+
+
+def test_the_budget_may_be_asked_to_reach_beside_the_forced_tokens():
+    forced = torch.tensor([[True, True, False, False], [True, False, False, False], [True] * 4])
+    assert kept_counts(3, 4, 0.25, None, None, forced) == [2, 1, 4]
+    assert kept_counts(3, 4, 0.25, None, None, forced, beside_forced=1) == [3, 2, 4]
+    assert kept_counts(3, 4, 0.25, None, forced, forced, beside_forced=1) == [2, 1, 4]  # nothing else may be kept

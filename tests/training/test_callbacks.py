@@ -37,11 +37,11 @@ class Watch(TrainerCallback):
 def test_seeking_is_installed_for_the_time_of_training(tmp_path):
     callback, watch = TokenSeekingCallback(CONFIG), Watch()
     before = registered()  # of whatever ran before in this process
-    assert callback.seeking is None
+    assert callback.strategy is None
     train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer, callbacks=[callback, watch])
     assert len(set(watch.seen["step"]) - set(before)) == 1
     assert not set(watch.seen["end"]) - set(before)
-    assert callback.seeking is None and not set(registered()) - set(before)
+    assert callback.strategy is None and not set(registered()) - set(before)
     callback.remove()  # may be called again
 
 
@@ -56,7 +56,7 @@ def test_a_trainer_of_ones_own_can_use_what_the_callback_installs(tmp_path):
 
     class Mine(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            with callback.seeking.step(inputs) as step:
+            with callback.strategy.step(inputs) as step:
                 outputs = model(**step.inputs)
             return step.loss_sum(outputs) / step.kept_labels
 

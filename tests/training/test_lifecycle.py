@@ -97,7 +97,7 @@ def test_restored_callbacks_do_not_replace_ours(tmp_path):
     whole = train(llama(), arguments(tmp_path, save_strategy="steps", save_steps=2, **settings), ROWS)
     resumed = train(llama(seed=9), arguments(tmp_path, **settings), ROWS, resume=str(tmp_path / "checkpoint-2"))
     assert same_parameters(resumed, whole)
-    assert resumed.trainer.seeking_callback in resumed.trainer.callback_handler.callbacks
+    assert resumed.trainer.strategy_callback in resumed.trainer.callback_handler.callbacks
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path, failure, accumula
         trainer.train()
     assert traces(model) == before
     assert torch.equal(model(**batch).logits, expected)
-    assert trainer.seeking_callback.seeking is None
+    assert trainer.strategy_callback.strategy is None
 
 
 def test_a_trace_left_on_is_seen(tmp_path):
@@ -190,7 +190,7 @@ def test_a_trace_left_on_is_seen(tmp_path):
         assert traces(model) != before
     finally:
         trainer.memory_callback.close()
-        trainer.seeking_callback.remove()
+        trainer.strategy_callback.remove()
     assert traces(model) == before
 
 

@@ -1,8 +1,10 @@
 """Settings: documented, parsed from flags, and refused all at once, before a model is loaded."""
 
 import argparse
+import copy
+import pickle
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch.utils.data import IterableDataset
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, MemTuneError, TokenSeekingConfig, register_scorer
+from hf_memtune.config import STREAM_CHUNKS, StreamingConfig
 from hf_memtune.core import scorers
+from hf_memtune.presets import PRESET_NAMES, PRESETS, preset_values
 from tests.training.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(8)
@@ -50,15 +54,30 @@ def test_flags_are_parsed(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--token_seeking", "--token_ratio", "0.2", "--token_scorer", "gradient"]
     flags += ["--gradient_norm", "l1", "--select_from", "labels", "--always_keep", "first_last", "--seek_schedule", "once"]
     flags += ["--seek_cache_dir", str(tmp_path), "--context_chunk_size", "64", "--memory_trace_steps", "7", "--use_cpu", "true"]
+    flags += ["--token_selection", "sample", "--full_loss_rows", "4"]
     (args,) = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses(flags)
     found = [args.token_seeking, args.token_ratio, args.token_scorer, args.gradient_norm, args.select_from, args.always_keep]
     assert found == [True, 0.2, "gradient", "l1", "labels", "first_last"]
     assert [args.seek_schedule, args.context_chunk_size, args.memory_trace_steps] == ["once", 64, 7]
+    assert [args.token_selection, args.full_loss_rows] == ["sample", 4]
     (args,) = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
-    assert not args.token_seeking and args.always_keep is None
+    assert not args.token_seeking and args.always_keep is None and not args.given
 
 
-@pytest.mark.parametrize("flag", ["--gradient_norm", "--context_normalize", "--select_from", "--always_keep", "--seek_schedule"])
+def test_flags_of_streaming_are_parsed(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--sequence_chunk_size", "128", "--use_cpu", "true"]
+    (args,) = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses(flags)
+    assert (args.sequence_chunk_size, args.streams, args.stream_chunk_size) == (128, True, 128)
+    flags = ["--output_dir", str(tmp_path), "--token_seeking", "--token_gradient", "skip", "--skip_threshold", "0.2"]
+    (args,) = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses([*flags, "--use_cpu", "true"])
+    assert (args.token_gradient, args.skip_threshold, args.streams) == ("skip", 0.2, True)
+
+
+CHOICES = ["--gradient_norm", "--context_normalize", "--select_from", "--always_keep", "--seek_schedule"]
+CHOICES += ["--preset", "--token_selection", "--token_gradient"]
+
+
+@pytest.mark.parametrize("flag", CHOICES)
 def test_flags_with_choices_name_them(flag, capsys):
     with pytest.raises(SystemExit):
         HfArgumentParser(MemEfficientTrainingArguments).parse_args(["--output_dir", "x", flag, "wrong"])
@@ -80,6 +99,11 @@ WRONG = {
     "context_weight": -1.0,
     "gradient_weight": -0.5,
     "context_chunk_size": 0,
+    "sequence_chunk_size": 0,
+    "skip_threshold": 1.5,
+    "preset": "paper",
+    "token_selection": "bottom",
+    "token_gradient": "none",
     "context_normalize": "max",
     "gradient_norm": "l3",
     "select_from": "prompt",
@@ -94,14 +118,27 @@ def test_an_impossible_value_is_refused(name):
     assert problem.startswith(f"{name}: got {WRONG[name]!r}, expected ")
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_settings_of_streaming_alone_are_checked_too(size):
+    assert named(problems(StreamingConfig, sequence_chunk_size=size)) == ["sequence_chunk_size"]
+    assert StreamingConfig(sequence_chunk_size=1).streams and not StreamingConfig().streams
+
+
+@pytest.mark.parametrize("share, works", [(-0.01, False), (0.0, True), (1.0, True), (1.01, False), (float("nan"), False)])
+def test_a_threshold_is_a_share(share, works):
+    settings = {"skip_threshold": share}
+    assert TokenSeekingConfig(**settings) if works else named(problems(TokenSeekingConfig, **settings)) == ["skip_threshold"]
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.01, 10, float("nan")])
 def test_a_ratio_is_a_fraction(ratio):
     assert named(problems(TokenSeekingConfig, token_ratio=ratio)) == ["token_ratio"]
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
-    wrong = WRONG | {"token_seeking": True, "token_scorer": "nonsense", "memory_trace_steps": -1}
-    expected = sorted([*WRONG, "token_scorer", "memory_trace_steps", "use_liger_kernel", "neftune_noise_alpha"])
+    ours = {"token_scorer": "nonsense", "memory_trace_steps": -1, "full_loss_rows": -1}
+    wrong = WRONG | ours | {"token_seeking": True}
+    expected = sorted([*WRONG, *ours, "use_liger_kernel", "neftune_noise_alpha"])
     assert named(problems(arguments, tmp_path, use_liger_kernel=True, neftune_noise_alpha=5.0, **wrong)) == expected
 
 
@@ -111,6 +148,9 @@ def test_combinations_that_cannot_work():
     assert TokenSeekingConfig(token_scorer="random", **both)
     for schedule in ("epoch", "once"):
         assert named(problems(TokenSeekingConfig, token_scorer="random", seek_schedule=schedule)) == ["seek_schedule"]
+    # what nobody typed is named with its origin
+    assert "'once' of preset=tokenseek" in problems(TokenSeekingConfig, token_scorer="random", preset="tokenseek")[0]
+    assert "preset" not in problems(TokenSeekingConfig, token_scorer="random", seek_schedule="once")[0]
 
 
 UNSUPPORTED = {
@@ -122,15 +162,19 @@ UNSUPPORTED = {
 }
 
 
+STRATEGIES = [{"token_seeking": True}, {"sequence_chunk_size": 64}]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: next(iter(strategy)))
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_seeking_does_not_support_is_refused_before_anything_is_set_up(tmp_path, name, monkeypatch):
+def test_what_a_strategy_does_not_support_is_refused_before_anything_is_set_up(tmp_path, name, strategy, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: pytest.fail("set up already"))
-    (problem,) = problems(MemEfficientTrainingArguments, str(tmp_path), token_seeking=True, **{name: UNSUPPORTED[name]})
-    assert problem.startswith(name) and "does not support" in problem
+    (problem,) = problems(MemEfficientTrainingArguments, str(tmp_path), **strategy, **{name: UNSUPPORTED[name]})
+    assert problem.startswith(name) and f"with {next(iter(strategy))}, which does not support it" in problem
 
 
-def test_they_are_allowed_without_seeking(tmp_path):
-    assert arguments(tmp_path, token_seeking=False, token_ratio=0.1, context_normalize="sum", neftune_noise_alpha=5.0)
+def test_they_are_allowed_without_a_strategy(tmp_path):
+    assert MemEfficientTrainingArguments(str(tmp_path), report_to=[], neftune_noise_alpha=5.0)
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
@@ -142,6 +186,127 @@ def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, name):
     assert "accelerate is configured" in trainer._problems(None)[0]
 
 
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "token_ratio": 0.3, "token_scorer": "context", "context_weight": 2.0, "gradient_weight": 0.5, "context_layer": 0,
+    "context_normalize": "mean", "gradient_norm": "l1", "select_from": "labels", "always_keep": "first_last",
+    "seek_schedule": "epoch", "token_selection": "sample", "token_gradient": "skip",
+}  # fmt: skip
+
+
+def filled(settings) -> dict:
+    return {name: getattr(settings, name) for name in PRESETS[None]}
+
+
+def test_the_table_has_a_row_for_every_setting_that_can_be_left_out():
+    ours = {f.name: f.metadata["help"] for f in fields(TokenSeekingConfig)}
+    assert PRESETS[None].keys() == OTHER.keys() == {name for name, text in ours.items() if "(presets: tokenseek" in text}
+    assert all(PRESETS[name].keys() <= PRESETS[None].keys() for name in PRESET_NAMES)
+
+
+def test_the_presets_are_those_of_the_papers():
+    """The table says so; here the numbers of the papers stand a second time."""
+    seek = TokenSeekingConfig(token_seeking=True, preset="tokenseek")
+    assert (seek.token_scorer, seek.context_weight, seek.gradient_weight) == ("combined", 1.0, 1.0)
+    assert (seek.context_layer, seek.context_normalize, seek.gradient_norm) == (-1, "sum", "l2")
+    assert (seek.token_ratio, seek.select_from, seek.seek_schedule, seek.kept_always) == (0.1, "all", "once", "none")
+    tune = TokenSeekingConfig(token_seeking=True, preset="tokentune")
+    assert (tune.token_scorer, tune.token_ratio, tune.kept_always) == ("random", 0.1, "first_last")
+    assert (tune.seek_schedule, tune.select_from) == ("step", "all")
+    assert all((paper.token_selection, paper.token_gradient) == ("top", "cut") for paper in (seek, tune))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_given_wins_over_a_preset(preset, name):
+    if (preset, name) == ("tokentune", "seek_schedule"):
+        pytest.skip("a random choice has one schedule")
+    settings = TokenSeekingConfig(preset=preset, **{name: OTHER[name]})
+    assert filled(settings) == preset_values(preset) | {name: OTHER[name]} and settings.given == {name}
+    assert filled(TokenSeekingConfig(preset=preset)) == preset_values(preset)
+
+
+def test_what_is_given_wins_even_where_it_is_the_librarys_own():
+    settings = TokenSeekingConfig(preset="tokenseek", seek_schedule=PRESETS[None]["seek_schedule"])
+    assert settings.seek_schedule == "step" != TokenSeekingConfig(preset="tokenseek").seek_schedule
+    assert settings.given == {"seek_schedule"}
+
+
+def again(settings):
+    return type(settings)(**{f.name: getattr(settings, f.name) for f in fields(settings)})
+
+
+COPIES = {"of": TokenSeekingConfig.of, "replace": replace, "again": again, "copy": copy.deepcopy}
+COPIES["pickle"] = lambda settings: pickle.loads(pickle.dumps(settings))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_has_the_same_settings_and_the_same_of_them_given(copied, preset):
+    for given in ({}, {"token_ratio": 0.3}, {"select_from": "labels", "context_weight": 2.0}):
+        settings = TokenSeekingConfig(preset=preset, **given)
+        found = copied(copied(settings))
+        assert found == settings and found.given == given.keys()
+    assert copied(TokenSeekingConfig(preset=preset)) != copied(TokenSeekingConfig(preset=preset, token_ratio=0.3))
+
+
+@pytest.mark.parametrize("copied", [copied for name, copied in COPIES.items() if name not in ("replace", "again")])
+def test_what_was_given_as_it_would_be_filled_stays_given(copied):
+    assert copied(TokenSeekingConfig(token_ratio=0.1)).given == {"token_ratio"}
+    assert replace(TokenSeekingConfig(token_ratio=0.1)).given == set()  # values alone do not say who chose them
+
+
+def test_a_changed_preset_fills_what_was_not_given():
+    settings = TokenSeekingConfig.of(TokenSeekingConfig(token_ratio=0.3), preset="tokentune")
+    assert (settings.token_ratio, settings.token_scorer, settings.always_keep) == (0.3, "random", "first_last")
+    settings = TokenSeekingConfig.of(TokenSeekingConfig(preset="tokentune"), preset=None)
+    assert filled(settings) == preset_values(None)
+
+
+def test_what_is_set_later_is_given():
+    settings = TokenSeekingConfig()
+    settings.token_ratio = 0.5
+    assert settings.given == {"token_ratio"} and TokenSeekingConfig.of(settings, preset="tokentune").token_ratio == 0.5
+
+
+def test_training_arguments_are_filled_and_made_again_from_their_dict(tmp_path):
+    args = arguments(tmp_path, preset="tokentune", token_ratio=0.2)
+    assert (args.token_scorer, args.token_ratio, args.context_normalize) == ("random", 0.2, "mean")
+    assert TokenSeekingConfig.of(args).given == args.given == {"token_ratio", "context_normalize"}
+    ours = {name: value for name, value in args.to_dict().items() if name in OURS}
+    made = MemEfficientTrainingArguments(str(tmp_path), report_to=[], **ours)
+    assert TokenSeekingConfig.of(made) == TokenSeekingConfig.of(args) != TokenSeekingConfig.of(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_preset_is_a_flag(tmp_path, preset):
+    flags = ["--output_dir", str(tmp_path), "--token_seeking", "--preset", preset, "--token_ratio", "0.2", "--use_cpu", "true"]
+    (args,) = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses(flags)
+    assert filled(args) == preset_values(preset) | {"token_ratio": 0.2}
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, size",
+    [
+        ({}, None),
+        ({"sequence_chunk_size": 100}, 100),
+        ({"token_gradient": "stream"}, None),  # token seeking is off
+        ({"token_seeking": True}, None),
+        ({"token_seeking": True, "sequence_chunk_size": 100}, None),
+        ({"token_seeking": True, "token_gradient": "stream"}, STREAM_CHUNKS["stream"]),
+        ({"token_seeking": True, "token_gradient": "skip"}, STREAM_CHUNKS["skip"]),
+        ({"token_seeking": True, "token_gradient": "skip", "sequence_chunk_size": 100}, 100),
+    ],
+)
+def test_what_streams_and_in_which_chunks(settings, size):
+    found = TokenSeekingConfig(**settings)
+    assert (found.streams, found.stream_chunk_size) == (size is not None, size)
+
+
 # -- what has no effect ------------------------------------------------------------------------------------------------
 
 IDLE = [
@@ -149,6 +314,10 @@ IDLE = [
     ({"token_scorer": "context"}, {"gradient_weight": 2.0, "gradient_norm": "l1"}),
     ({"token_scorer": "gradient"}, {"context_weight": 2.0, "context_layer": 0, "context_normalize": "mean"}),
     ({"seek_schedule": "epoch"}, {"seek_cache_dir": "x"}),
+    ({"token_gradient": "cut"}, {"sequence_chunk_size": 64, "skip_threshold": 0.1}),
+    ({"token_gradient": "stream", "sequence_chunk_size": 64}, {"context_chunk_size": 64, "skip_threshold": 0.1}),
+    ({"token_gradient": "skip", "skip_threshold": 0.1}, {"context_chunk_size": 64}),
+    ({"preset": "tokentune"}, {"context_weight": 1.0, "gradient_norm": "l2"}),  # given, if only what it would be anyway
 ]
 
 
@@ -167,8 +336,11 @@ def test_a_setting_without_effect_is_warned_of(tmp_path, settings, idle):
 
 
 def test_everything_but_the_switch_is_idle_without_seeking(tmp_path):
-    changed = {"token_ratio": 0.2, "select_from": "labels", "seek_schedule": "epoch"}
-    assert warned(MemEfficientTrainingArguments, str(tmp_path), report_to=[], **changed) == sorted(changed)
+    changed = {"token_ratio": 0.2, "select_from": "labels", "seek_schedule": "epoch", "preset": "tokenseek", "full_loss_rows": 4}
+    make = MemEfficientTrainingArguments
+    assert warned(make, str(tmp_path), report_to=[], **changed) == sorted(changed)
+    assert warned(make, str(tmp_path), report_to=[], token_ratio=PRESETS[None]["token_ratio"]) == ["token_ratio"]
+    assert warned(make, str(tmp_path), report_to=[], sequence_chunk_size=64) == warned(make, str(tmp_path), report_to=[]) == []
 
 
 # -- scorers and the trainer -------------------------------------------------------------------------------------------

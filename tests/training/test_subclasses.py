@@ -37,7 +37,7 @@ def losses(run):
 
 
 def test_a_loss_that_goes_past_token_seeking_is_an_error(tmp_path):
-    with pytest.raises(MemTuneError, match="Direct.compute_loss called the model past token seeking"):
+    with pytest.raises(MemTuneError, match="Direct.compute_loss called the model past the strategy that is on"):
         train(llama(), arguments(tmp_path, **ORDER), ROWS, cls=Direct)
     without = arguments(tmp_path, **ORDER)
     without.token_seeking = False

@@ -63,7 +63,7 @@ def test_a_third_of_the_tokens_trains_evaluates_and_logs(tmp_path, tokenizer):
     assert 0.3 < entry["tokens_kept"] / entry["tokens_seen"] < 0.5
     assert entry["peak_memory_bytes"] > 0
     assert run.trainer.last_selection.width < 16
-    assert run.trainer.seeking_callback.seeking is None
+    assert run.trainer.strategy_callback.strategy is None
 
 
 def test_it_learns_as_under_the_plain_trainer(tmp_path, tokenizer):

@@ -1,0 +1,110 @@
+"""What later tokens owe to the keys and values of earlier ones: the link between the chunks of a streamed backward pass.
+
+Shape legend: B rows, K key heads, T tokens in a row, S tokens of a chunk that run, C channels of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Live:
+    """The tokens of a chunk that run with gradient: all of [start, stop), or `index` (B, S) among them where `valid` (B, S)."""
+
+    start: int
+    stop: int
+    index: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class OwedGradients:
+    """dL/dK and dL/dV of every attention module, from the chunks that went backward so far.
+
+    dtype: what sums are kept in; None: as the gradients come.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        self.dtype = dtype
+        self._sums: dict[tuple[int, str], Tensor] = {}
+
+    def attach(self, key: int, live: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], tokens: Live):
+        """Stored keys and values (B, K, stop, C) through which gradients reach those of the live tokens, (B, K, S, C) each."""
+        parts = zip(("key", "value"), live, stored)
+        return tuple(Streamed.apply(mine, whole, self, (key, name), tokens) for name, mine, whole in parts)
+
+    def settle(self, key: tuple[int, str], gradient: Tensor, tokens: Live) -> Tensor:
+        """Book what a chunk found, (B, K, stop, C), for the tokens before it; returns what all chunks found for its own tokens."""
+        start, length = tokens.start, tokens.stop - tokens.start
+        own, owed = gradient.narrow(2, start, length), self._sums.get(key)
+        if owed is not None:
+            own = (owed.narrow(2, start, length) + own).to(gradient.dtype)
+        if start and owed is None:
+            self._sums[key] = gradient.narrow(2, 0, start).to(self.dtype or gradient.dtype, copy=True)
+        elif start:
+            owed.narrow(2, 0, start).add_(gradient.narrow(2, 0, start))
+        else:
+            self._sums.pop(key, None)  # the first chunk: nothing is before it
+        return own if tokens.index is None else _at(own, tokens)
+
+    def mass(self, stop: int) -> Tensor | None:
+        """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""
+        squares = [s.narrow(2, 0, stop).float().square().sum((1, 3)) for s in self._sums.values() if s.shape[2] >= stop]
+        return torch.stack(squares).sum(0).sqrt() if squares else None
+
+
+def _at(own: Tensor, tokens: Live) -> Tensor:
+    """What of (B, K, chunk, C) belongs to the live tokens: (B, K, S, C), 0 at fillers."""
+    rows, heads, _, channels = own.shape
+    index = (tokens.index - tokens.start)[:, None, :, None].expand(rows, heads, -1, channels)
+    taken = own.gather(2, index)
+    return taken if tokens.valid is None else taken.masked_fill(~tokens.valid[:, None, :, None], 0)
+
+
+class Streamed(torch.autograd.Function):
+    """Keys (or values) of all tokens up to a chunk's end, as a function of those of the chunk's own tokens.
+
+    K = [K_before, K_own], where the stored K_own equals the live one: forward is the identity on what is stored, and no copy of it
+    is made or saved. For a loss that is the sum over chunks c of L_c, and chunks going backward from the last,
+        dL/dK_own = sum over c >= own of dL_c/dK_own = gradient of this chunk + what later chunks owe,
+    which is complete when the chunk's turn comes; what it finds for K_before is added to what is owed there.
+    """
+
+    @staticmethod
+    def forward(ctx, live, stored, owed, key, tokens):
+        ctx.owed, ctx.key, ctx.tokens = owed, key, tokens
+        return stored.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.owed.settle(ctx.key, gradient, ctx.tokens), None, None, None, None
+
+
+class Due(torch.autograd.Function):
+    """A scalar 0 whose gradient with respect to `hidden` is `cotangent`, whatever it is multiplied by.
+
+    It stands for a loss that was computed, and scaled, before: backward from here goes on where that one stopped.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, cotangent):
+        ctx.save_for_backward(cotangent)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0], None
+
+
+class Joined(torch.autograd.Function):
+    """The identity, whose backward adds what is owed to its input from elsewhere."""
+
+    @staticmethod
+    def forward(ctx, value, owed):
+        ctx.owed = owed
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient if ctx.owed is None else gradient + ctx.owed), None

@@ -1,0 +1,151 @@
+"""The exact backward pass of a causal model in a stream: chunks of tokens, each recomputed with gradient, from the last to the first.
+
+1. The context pass runs the chunks from first to last without gradient and stores keys and values.
+2. Each chunk then runs again, with gradient, from the last to the first. Its queries attend to what is stored; what it finds for the
+   keys and values of the tokens before it is booked as owed to them (`core.owed`), and enters when their chunk's turn comes.
+
+The activations of one chunk are alive at a time. Cost: a forward pass more than plain training, less the last chunk's.
+Shape legend: B rows of a batch, T tokens in a row, S tokens of a turn, D hidden size.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_memtune.core.owed import Joined, OwedGradients
+from hf_memtune.core.rng import RandomTape
+from hf_memtune.core.selection import Selection
+from hf_memtune.core.store import KeyValueStore
+from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.context import context_pass
+from hf_memtune.strategies.overrides import forward_as
+from hf_memtune.strategies.passes import Records, StreamPass
+from hf_memtune.strategies.positions import at_positions
+from hf_memtune.strategies.spans import Span
+
+Wanted = Callable[[int, int, Tensor | None], Tensor]
+"""Maps a chunk [start, stop) and what is owed to its tokens' keys and values, (B, stop) or None, to which of them run: (B, stop - start) bool."""
+
+
+def chunk_count(length: int, chunk: int) -> int:
+    return math.ceil(length / chunk)
+
+
+class ChunkStream:
+    """One batch on its way through the model. `run` is to be called `chunk_count` times, or less where tokens are skipped.
+
+    wanted: which tokens of a chunk run at all; None: all of them (exact).
+    """
+
+    def __init__(self, strategy: Any, call: BodyCall, chunk: int, wanted: Wanted | None = None):
+        self.strategy, self.call, self.chunk, self.wanted = strategy, call, chunk, wanted
+        self.rows = call.rows["decoder"]
+        self.store, self.owed = KeyValueStore(), OwedGradients()
+        self.tape = RandomTape(self.rows.positions.device)
+        self.tokens_run = 0
+        self._next, self._stored = chunk_count(self.rows.length, chunk) - 1, 0
+        self._encoded: Tensor | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._next < 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next chunk to run is the first of the row, with which the batch is done."""
+        return self._next == 0
+
+    def store_context(self, records: Records, last_too: bool = False, keep_output: bool = False) -> Tensor | None:
+        """The context pass. The last chunk needs none, since it stores its keys and values itself, unless `last_too`."""
+        self._encode()
+        self._stored = self._next + int(last_too)
+        found = context_pass(
+            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self._encoded
+        )
+        if last_too:
+            self.tape.record("after")
+        return found
+
+    def skip(self, first_turn: bool = False) -> None:
+        """Pass over chunks of which no token is wanted. The row's first chunk always runs: processes meet there."""
+        while self.wanted is not None and self._next > int(first_turn) and not bool(self._wanted_of_next().any()):
+            self._next -= 1
+
+    def run(self) -> tuple[Span, Any]:
+        """Run the next chunk with gradient. Returns its tokens, and what the body gave for them."""
+        number, self._next = self._next, self._next - 1
+        stores = number >= self._stored
+        span = self._span(number)
+        self.tape.replay(number)
+        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        running = StreamPass(
+            {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span},
+            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores,
+        )
+        output = self._forward(running, is_last=number == 0)
+        if stores:
+            self.tape.record("after")
+        if number == 0:
+            self.tape.replay("after")
+        self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
+        return span, output
+
+    def _forward(self, running: StreamPass, is_last: bool):
+        architecture = self.strategy.architecture
+        with ExitStack() as stack:
+            if architecture.is_encoder_decoder and is_last:  # it goes backward once, with what all chunks owe to its output
+                encoder = architecture.stacks["encoder"].module
+                stack.enter_context(forward_as(encoder, self._joining(encoder.forward)))
+            stack.enter_context(at_positions(architecture, self.call, running.spans))
+            stack.enter_context(self.strategy.running(running))
+            return self.call.forward(**self.call.at(running.spans, None if is_last else self._encoded))
+
+    def _encode(self) -> None:
+        """The encoder's output, without gradient, for all chunks but the last to run."""
+        architecture = self.strategy.architecture
+        if not architecture.is_encoder_decoder or self.is_last:
+            return
+        self.tape.record("encoder")
+        spans = {name: rows.whole() for name, rows in self.call.rows.items()}
+        running = StreamPass(spans, self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed)
+        with torch.no_grad(), self.strategy.running(running):
+            encoded = architecture.stacks["encoder"].module(**self.call.encoder_arguments()).last_hidden_state
+        self._encoded = encoded.requires_grad_()
+
+    def _joining(self, forward: Callable) -> Callable:
+        def run(*args, **kwargs):
+            self.tape.replay("encoder")
+            output = forward(*args, **kwargs)
+            if self._encoded is not None:
+                output.last_hidden_state = Joined.apply(output.last_hidden_state, self._encoded.grad)
+                self._encoded = None
+            self.tape.replay(0)
+            return output
+
+        return run
+
+    # -- which tokens of a chunk run
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        return number * self.chunk, min((number + 1) * self.chunk, self.rows.length)
+
+    def _wanted_of_next(self) -> Tensor:
+        start, stop = self._bounds(self._next)
+        return self.wanted(start, stop, self.owed.mass(stop))
+
+    def _span(self, number: int) -> Span:
+        start, stop = self._bounds(number)
+        if self.wanted is None:
+            return self.rows.chunk(start, stop)
+        kept = self.wanted(start, stop, self.owed.mass(stop))
+        counts = kept.sum(1).tolist()
+        if min(counts) == stop - start:
+            return self.rows.chunk(start, stop)
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
+        index = order.sort(dim=1).values
+        selection = Selection(index + start, kept.gather(1, index), tuple(counts), self.rows.length)
+        return self.rows.kept_of_chunk(selection, start, stop)

@@ -1,0 +1,49 @@
+"""The pass over all tokens without gradient, chunk by chunk, that leaves keys and values behind for the passes after it."""
+
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_memtune.core.rng import RandomTape
+from hf_memtune.core.store import KeyValueStore
+from hf_memtune.strategies.batch import BodyCall
+from hf_memtune.strategies.overrides import evaluating, not_checkpointing
+from hf_memtune.strategies.passes import ContextPass, Records
+from hf_memtune.strategies.positions import at_positions
+
+
+def context_pass(
+    strategy: Any,
+    call: BodyCall,
+    store: KeyValueStore,
+    records: Records,
+    chunk: int,
+    chunks: range,
+    tape: RandomTape | None = None,
+    keep_output: bool = False,
+    encoded: Tensor | None = None,
+) -> Tensor | None:
+    """Run the chunks with these numbers, each `chunk` tokens of every row, storing keys and values.
+
+    tape: dropout stays on, and the random state at the beginning of each chunk is kept on it, for a pass that runs the chunk
+    again; without one, dropout is off. encoded: the output of the encoder, where there is one and it is known. Returns the last hidden states (B, tokens of all chunks, D) if they are to be kept.
+    """
+    length, outputs = call.rows["decoder"].length, []
+    base = strategy.architecture.base
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(not_checkpointing(base) if tape else evaluating(base))
+        stack.enter_context(records.of_last_blocks(strategy.architecture) if records.wanted else nullcontext())
+        for number in chunks:
+            if tape is not None:
+                tape.record(number)
+            spans = {name: rows.whole() for name, rows in call.rows.items()}
+            spans["decoder"] = call.rows["decoder"].chunk(number * chunk, min((number + 1) * chunk, length))
+            running = ContextPass(spans, store, strategy.places, records, strategy.kernel_knows_causal)
+            with strategy.running(running), at_positions(strategy.architecture, call, spans):
+                output = call.forward(**call.at(spans, encoded)).last_hidden_state
+            if keep_output:
+                outputs.append(output)
+    return torch.cat(outputs, dim=1) if outputs else None

@@ -1,0 +1,46 @@
+"""Exact gradients in a stream, for any causal transformers model: near the memory of inference, at the cost of checkpointing.
+
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=512))
+    with streaming.step(batch) as step:
+        for _ in step.turns():
+            outputs = model(**step.inputs)
+            (step.loss_sum(outputs) / step.loss_tokens).backward()
+    ...
+    streaming.remove()
+
+The gradients of all parameters equal those of plain backpropagation. Alive at a time: the weights, keys and values of all tokens,
+what is owed to them, and the activations of one chunk.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from hf_memtune.config import StreamingConfig
+from hf_memtune.errors import ConfigError
+from hf_memtune.strategies.installed import InstalledStrategy
+from hf_memtune.strategies.streaming_step import StreamingStep
+
+
+class Streaming(InstalledStrategy):
+    """Exact streaming on one model, until `remove()`. Between steps nothing of the model is changed.
+
+    model: a causal transformers model with a head, an encoder-decoder model (its decoder streams), or a PEFT model around one.
+    Raises ConfigError and UnsupportedModelError before the model is touched.
+    """
+
+    def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True):
+        if config.sequence_chunk_size is None:
+            raise ConfigError(["sequence_chunk_size: got None, expected the tokens of a chunk, such as 512."])
+        super().__init__(model, config, check)
+
+    def step(
+        self, inputs: dict[str, Any], label_smoothing: float = 0.0, whole_logits: bool = False
+    ) -> AbstractContextManager[StreamingStep]:
+        """Open one step for a batch. Inside it, each of the step's `turns` calls the model (wrapped or not) with `step.inputs`.
+
+        whole_logits: return logits instead of fusing head and loss (for loss functions of one's own).
+        """
+        self.router  # raises when removed
+        return StreamingStep(self, inputs, label_smoothing, whole_logits).open()

@@ -1,0 +1,140 @@
+"""Noticing when training on the kept tokens makes the loss of all tokens worse.
+
+The logged loss of token seeking is that of the tokens it chose, and can fall while the loss that counts, that of all tokens,
+rises: the gradient is another one. So the loss of all tokens of a few fixed rows is measured beside it.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
+from statistics import mean, variance
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from hf_memtune.architectures import Architecture, describe
+from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.strategies.overrides import evaluating, forward_as
+from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
+from hf_memtune.training.rng import preserved_rng
+
+WINDOW = 5  # logs: a mean of fewer has a standard error that is itself mostly chance
+ERRORS = 2.0  # standard errors that a mean has to move by, up or down: about one chance in thirty in noise, for each of the two
+IN_A_ROW = 2  # windows overlap from log to log and a run has many of them: one that stands out alone is common by chance
+
+
+@final
+class FullLossGuard:
+    """Compares two losses, log by log: of the kept tokens and of all tokens.
+
+    It warns when, from the last-but-one to the last WINDOW logs, the mean loss of all tokens rose and that of the kept tokens
+    fell, each by more than ERRORS standard errors of the difference, at IN_A_ROW logs. After a warning it starts anew.
+    """
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self) -> None:
+        self._kept, self._full = deque(maxlen=2 * WINDOW), deque(maxlen=2 * WINDOW)
+        self._parted = 0
+
+    def add(self, kept_loss: float, full_loss: float) -> str | None:
+        """Take in the losses of one log. Returns a warning, or None."""
+        self._kept.append(kept_loss)
+        self._full.append(full_loss)
+        self._parted = self._parted + 1 if rose(self._full) and rose([-loss for loss in self._kept]) else 0
+        if self._parted < IN_A_ROW:
+            return None
+        message = self._message()
+        self._restart()
+        return message
+
+    def _message(self) -> str:
+        before, now = (mean(half) for half in _halves(self._full))
+        return (
+            f"full_loss, the loss of all tokens, rose from {before:.4f} to {now:.4f} (means of {WINDOW} logs) while the loss of "
+            "the kept tokens fell: what is learned from them does not serve the others. Raise token_ratio, set select_from=labels or "
+            "token_selection=sample, or lower learning_rate."
+        )
+
+
+def rose(losses: Iterable[float]) -> bool:
+    """Whether the second half of 2 * WINDOW values lies above the first by more than ERRORS standard errors of the difference."""
+    if len(losses := list(losses)) < 2 * WINDOW:
+        return False
+    before, now = _halves(losses)
+    error = ((variance(before) + variance(now)) / WINDOW) ** 0.5
+    return mean(now) - mean(before) > ERRORS * error
+
+
+def _halves(losses: Iterable[float]) -> tuple[list[float], list[float]]:
+    return list(losses)[:WINDOW], list(losses)[WINDOW:]
+
+
+def full_loss(model: nn.Module, batches: Iterable[dict[str, Any]], linear_head: nn.Linear | None = None) -> float:
+    """Mean loss over all labelled tokens of the batches (rows, for heads with one loss a row); nan where nothing is labelled.
+
+    Plain forwards in evaluation mode, without gradient; the model and the random numbers that come next are left as they were.
+    model: a transformers model that makes its own loss, or a PEFT model around one, without a pass of token seeking open.
+    linear_head: the head whose output the model returns untouched, where there is one; its logits are then never whole.
+    """
+    architecture, total, count = describe(model), 0.0, 0
+    with torch.no_grad(), evaluating(model), preserved_rng(next(model.parameters()).device):
+        for batch in batches:
+            weight, target = _weight(architecture, batch)
+            if weight:
+                total += _loss_sum(model, architecture, batch, target, weight, linear_head)
+                count += weight
+    return total / count if count else float("nan")
+
+
+def _weight(architecture: Architecture, batch: dict[str, Any]) -> tuple[int, Tensor | None]:
+    """What the loss of a batch is a mean over: its labelled tokens, or its rows. And the label of each position, or None."""
+    labels = {name: batch[name] for name in LABEL_NAMES if batch.get(name) is not None}
+    target = targets(architecture, labels)
+    if target is not None:
+        return int((target != IGNORED).sum()), target
+    return len(next(iter(labels.values()), ())), None
+
+
+def _loss_sum(model, architecture: Architecture, batch: dict[str, Any], target, weight: int, head: nn.Linear | None) -> float:
+    knows_cache = "use_cache" in inspect.signature(type(architecture.head_model).forward).parameters
+    given = batch | ({"use_cache": False} if knows_cache else {})  # nothing is generated: keys and values need not stay
+    if head is None or target is None:
+        return float(model(**given).loss) * weight
+    with forward_as(head, partial(_head_loss, head, target)):
+        return float(model(**model_inputs(architecture, given)).logits)
+
+
+def _head_loss(head: nn.Linear, target: Tensor, hidden: Tensor) -> Tensor:
+    labelled = target != IGNORED
+    return linear_loss(hidden[labelled], head.weight, head.bias, target[labelled])
+
+
+def first_batches(dataset, count: int, collate: Callable, device: torch.device) -> list[dict[str, Any]]:
+    """The first rows of a data set (of the first one, of several by name), each a batch of its own: one row's states at a time.
+
+    Collated once and for all, because a collator may draw (masked language modelling): what is measured must stay the same.
+    """
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    with preserved_rng(device):
+        rows = (dataset[n] for n in range(min(count, len(dataset)))) if sized else islice(dataset, count)
+        return [collate([row]) for row in rows]
+
+
+def rows_of(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first rows of a collated batch, each a batch of its own; what has not one entry a row is shared by all."""
+    size = len(next(batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None))
+    if size == 1:  # packed rows come with boundaries, which are no rows
+        return [batch] if count else []
+
+    def row(number: int, value):
+        per_row = torch.is_tensor(value) and value.dim() > 0 and len(value) == size
+        return value[number : number + 1] if per_row else value
+
+    return [{name: row(number, value) for name, value in batch.items()} for number in range(min(count, size))]
