@@ -68,7 +68,7 @@ def _measure(row: dict, device: str) -> dict:
     options = dict(METHODS.get(row["method"], {}))
     if row["method"].startswith("seeking"):
         ratio = float(row["method"].split()[1])
-        options = {"checkpointing": True, "seeking": TokenSeekingConfig(token_seeking=True, token_ratio=ratio)}
+        options = {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, token_ratio=ratio)}
     config, rank = SHAPES[row["model"]](), 8 if row["train"] == "lora" else None
     began = time.perf_counter()
     described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, scorer="combined", attention="sdpa")

@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.config import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.memory.live import Entry, LiveBytes
+from hf_memtune.strategies.installed import InstalledStrategy
+from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
 
 
@@ -38,27 +40,26 @@ def trace_causal_lm_step(
     lora_rank: int | None = 8,
     checkpointing: bool = False,
     fused_loss: bool = False,
-    seeking: TokenSeekingConfig | None = None,
+    strategy: StreamingConfig | None = None,
 ) -> TracedStep:
     """Forward and backward of a causal language model on (rows, tokens) without padding, every token labelled.
 
     lora_rank: LoRA of that rank on all linears but the head, adapters in `dtype`; None trains everything. fused_loss: the head's
-    logits in chunks, recomputed (what the best rivals do). seeking: token seeking with these settings (fuses the loss itself).
+    logits in chunks, recomputed (what the best rivals do). strategy: settings of exact streaming, or of token seeking (both fuse
+    the loss themselves).
     Attention is torch's SDPA, without a mask where the model's own code would need none.
     """
     model = _meta_model(config, dtype, lora_rank, checkpointing)
     with FakeTensorMode(), _maskless_sdpa() as attention:
         _materialise(model, dtype, torch.device("cpu"))
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        if seeking is not None:
-            installed = TokenSeeking(model, seeking, check=False)
-            step = _seeking_step(model, ids, installed)
-        else:
+        installed = _install(model, strategy, check=False)
+        if installed is None:
             _set_attention(model, attention)
-            installed, step = None, _plain_step(model, ids, fused_loss)
+        step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
         weight_bytes, trained = _weights(model)
         with _removing(installed), LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
-            step().backward()
+            step()
         return TracedStep(live.peak_bytes, weight_bytes, sum(p.nbytes for p in trained), live.peak_entries)
 
 
@@ -71,7 +72,7 @@ def measure_causal_lm_step(
     lora_rank: int | None = 8,
     checkpointing: bool = False,
     fused_loss: bool = False,
-    seeking: TokenSeekingConfig | None = None,
+    strategy: StreamingConfig | None = None,
 ) -> TracedStep:
     """The step of `trace_causal_lm_step` with random weights on a CUDA device, its bytes told by the allocator.
 
@@ -80,8 +81,8 @@ def measure_causal_lm_step(
     model = _meta_model(config, dtype, lora_rank, checkpointing)
     _materialise(model, dtype, device)
     ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
-    installed = None if seeking is None else TokenSeeking(model, seeking)
-    step = _plain_step(model, ids, fused_loss) if installed is None else _seeking_step(model, ids, installed)
+    installed = _install(model, strategy)
+    step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
     weight_bytes, trained = _weights(model)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -89,14 +90,21 @@ def measure_causal_lm_step(
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with _removing(installed):
-        step().backward()
+        step()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [])
 
 
+def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = True) -> InstalledStrategy | None:
+    if strategy is None:
+        return None
+    kind = TokenSeeking if isinstance(strategy, TokenSeekingConfig) else Streaming
+    return kind(model, strategy, check=check)
+
+
 @contextmanager
-def _removing(installed: TokenSeeking | None) -> Iterator[None]:
+def _removing(installed: InstalledStrategy | None) -> Iterator[None]:
     try:
         yield
     finally:
@@ -127,24 +135,24 @@ def _trainable(model: nn.Module, lora_rank: int | None, checkpointing: bool) -> 
     return model.train()
 
 
-def _seeking_step(model: nn.Module, ids: Tensor, seeking: TokenSeeking) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        with seeking.step({"input_ids": ids, "labels": ids}) as running:
-            outputs = model(**running.inputs)
-        return running.loss_sum(outputs) / running.kept_labels
+def _strategy_step(model: nn.Module, ids: Tensor, installed: InstalledStrategy) -> Callable[[], None]:
+    def step() -> None:
+        with installed.step({"input_ids": ids, "labels": ids}) as running:
+            for _ in running.turns():
+                (running.loss_sum(model(**running.inputs)) / running.loss_tokens).backward()
 
     return step
 
 
-def _plain_step(model: nn.Module, ids: Tensor, fused_loss: bool) -> Callable[[], Tensor]:
-    def step() -> Tensor:
+def _plain_step(model: nn.Module, ids: Tensor, fused_loss: bool) -> Callable[[], None]:
+    def step() -> None:
         if not fused_loss:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
+            return model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         hidden = causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         target = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
         head = causal_lm.get_output_embeddings()
-        return linear_loss(hidden.flatten(0, 1), head.weight, head.bias, target.flatten()) / target.numel()
+        (linear_loss(hidden.flatten(0, 1), head.weight, head.bias, target.flatten()) / target.numel()).backward()
 
     return step
 

@@ -56,7 +56,7 @@ def test_plain_training_saves_more_than_keeping_every_token():
 def test_llama_1b_with_lora_keeps_its_promise(tokens, limit_mib):
     """bf16, LoRA on all linears, one row, a tenth of the tokens, activation checkpointing: above weights and optimizer state."""
     seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1)
-    traced = trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), tokens, checkpointing=True, seeking=seeking)
+    traced = trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), tokens, checkpointing=True, strategy=seeking)
     assert traced.peak_bytes <= limit_mib * MIB
 
 
@@ -71,7 +71,7 @@ def test_keys_and_values_are_most_of_what_grows_with_the_row():
     config = SHAPES["Qwen2.5-0.5B"]()
     seeking = TokenSeekingConfig(token_seeking=True, token_scorer="random", always_keep="none")
     short, long = (
-        trace_causal_lm_step(config, tokens, checkpointing=True, seeking=seeking).peak_bytes for tokens in (2048, 4096)
+        trace_causal_lm_step(config, tokens, checkpointing=True, strategy=seeking).peak_bytes for tokens in (2048, 4096)
     )
     stored = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 2 * 2048
     assert stored <= long - short <= 4 * stored
