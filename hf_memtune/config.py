@@ -43,6 +43,12 @@ class StreamingConfig:
         "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
         "Smaller: less memory, more kernel launches. A size larger than the row is plain training. Default: off.",
     )
+    kv_offload: bool = _setting(
+        False,
+        "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
+        "gradients summed for them, in pinned host memory, with those of two layers at most on the GPU. Memory of the GPU then hardly "
+        "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
+    )
 
     @classmethod
     def of(cls, settings: "StreamingConfig") -> "StreamingConfig":
@@ -70,6 +76,10 @@ class StreamingConfig:
         if size is None or size >= 1:
             return []
         return [f"sequence_chunk_size: got {size!r}, expected 1 token or more, or none to turn streaming off."]
+
+    def ineffective(self) -> list[str]:
+        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
+        return ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
 
 
 @dataclass
@@ -264,11 +274,10 @@ class TokenSeekingConfig(StreamingConfig):
         return found
 
     def ineffective(self) -> list[str]:
-        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
         given = self.given | {f.name for f in fields(TokenSeekingConfig) if self._differs(f)}
         if not self.token_seeking:
-            idle = given - {"token_seeking", "sequence_chunk_size"}
-            return [f"{name} has no effect without token_seeking" for name in sorted(idle)]
+            idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
+            return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
         return [
             f"{name} has no effect with {reason}={getattr(self, reason)}"
             for name, reason in sorted(self._idle().items())
@@ -291,5 +300,5 @@ class TokenSeekingConfig(StreamingConfig):
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":
             found["skip_threshold"] = "token_gradient"
-        found["context_chunk_size" if self.streams else "sequence_chunk_size"] = "token_gradient"
-        return found
+        unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
+        return found | dict.fromkeys(unread, "token_gradient")

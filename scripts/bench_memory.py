@@ -15,7 +15,7 @@ import torch
 from conditions import conditions
 from rich.progress import track
 
-from hf_memtune import TokenSeekingConfig
+from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import measure_causal_lm_step, trace_causal_lm_step
 
@@ -23,6 +23,8 @@ METHODS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "checkpointing + logit-free loss": {"checkpointing": True, "fused_loss": True},
+    "exact streaming 128": {"strategy": StreamingConfig(sequence_chunk_size=128)},
+    "exact streaming 512 + checkpointing": {"strategy": StreamingConfig(sequence_chunk_size=512), "checkpointing": True},
 }
 RATIOS = (0.1, 0.3, 0.5, 1.0)
 
@@ -35,6 +37,7 @@ def main() -> None:
         for model in arguments.models
         for train in arguments.train
         for method in (*METHODS, *(f"seeking {ratio:g}" for ratio in RATIOS))
+        if method in arguments.methods
     ]
     known = _known(arguments.out)
     todo = [row for row in wanted if json.dumps({**row, "device": arguments.device}, sort_keys=True) not in known]
@@ -50,6 +53,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="tokens of the one row of a batch")
     parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    every = [*METHODS, *(f"seeking {ratio:g}" for ratio in RATIOS)]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help=f"among {', '.join(every)}")
     parser.add_argument("--device", default="traced", choices=["traced", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("results/memory.jsonl"))
     return parser.parse_args()

@@ -19,24 +19,28 @@ from conditions import conditions
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_memtune import TokenSeeking, TokenSeekingConfig
+from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
+from hf_memtune.strategies.installed import InstalledStrategy
 
-SEEKING = {
+SEEKING: dict[str, dict] = {
     "random 10 %": {"token_scorer": "random"},
     "seeking 10 % (context)": {"token_scorer": "context"},
     "seeking 10 % (combined)": {"token_scorer": "combined"},
     "seeking 30 % (combined)": {"token_scorer": "combined", "token_ratio": 0.3},
 }
+STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 256, 512)}
+STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"
 
 
 def main() -> None:
     arguments = _arguments()
     for train in arguments.train:
         model, batch = _model(arguments, train), _batch(arguments)
-        installed = {name: _installed(model, settings) for name, settings in SEEKING.items()}
-        seconds = _interleaved(_methods(model, batch, installed), arguments.repeats)
-        for seeking in installed.values():
-            seeking.remove()
+        installed = _installed(model, arguments)
+        methods = _methods(model, batch, installed)
+        seconds = _interleaved({n: m for n, m in methods.items() if n in arguments.methods}, arguments.repeats)
+        for strategy in installed.values():
+            strategy.remove()
         plain = statistics.median(seconds["plain"])
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
@@ -52,6 +56,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    every = ["plain", "checkpointing", *SEEKING, *STREAMING, STREAMING_CHECKPOINTED]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%"))
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, each after an untimed one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
@@ -90,37 +96,50 @@ def _batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _installed(model: torch.nn.Module, settings: dict) -> TokenSeeking:
-    return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
+def _installed(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, InstalledStrategy]:
+    """The strategies asked for; a stream of one chunk is no stream."""
+    streaming = {name: StreamingConfig(sequence_chunk_size=n) for name, n in STREAMING.items() if n < arguments.tokens}
+    if arguments.tokens > 512:
+        streaming[STREAMING_CHECKPOINTED] = StreamingConfig(sequence_chunk_size=512)
+    installed = {name: Streaming(model, config) for name, config in streaming.items() if name in arguments.methods}
+    seeking = {name: settings for name, settings in SEEKING.items() if name in arguments.methods}
+    return installed | {n: TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **s)) for n, s in seeking.items()}
 
 
-def _methods(model: torch.nn.Module, batch: dict, installed: dict[str, TokenSeeking]) -> dict[str, Callable[[], None]]:
+def _methods(model: torch.nn.Module, batch: dict, installed: dict[str, InstalledStrategy]) -> dict[str, Callable[[], None]]:
     """A function a method, each doing one step on the same model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
-    def finish(loss: torch.Tensor) -> None:
-        loss.backward()
+    def finish() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
     def plain() -> None:
-        finish(model(**batch, use_cache=False).loss)
+        model(**batch, use_cache=False).loss.backward()
+        finish()
 
-    def checkpointed() -> None:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        plain()
-        model.gradient_checkpointing_disable()
+    def checkpointed(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+            step()
+            model.gradient_checkpointing_disable()
 
-    def stepping(seeking: TokenSeeking) -> Callable[[], None]:
+        return run
+
+    def stepping(strategy: InstalledStrategy) -> Callable[[], None]:
         def step() -> None:
-            with seeking.step(batch) as running:
-                outputs = model(**running.inputs)
-            finish(running.loss_sum(outputs) / running.kept_labels)
+            with strategy.step(batch) as running:
+                for _ in running.turns():
+                    (running.loss_sum(model(**running.inputs)) / running.loss_tokens).backward()
+            finish()
 
         return step
 
-    return {"plain": plain, "checkpointing": checkpointed, **{name: stepping(s) for name, s in installed.items()}}
+    found = {"plain": plain, "checkpointing": checkpointed(plain), **{name: stepping(s) for name, s in installed.items()}}
+    if STREAMING_CHECKPOINTED in found:
+        found[STREAMING_CHECKPOINTED] = checkpointed(found[STREAMING_CHECKPOINTED])
+    return found
 
 
 def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

@@ -9,8 +9,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHODS = (
-    "plain", "checkpointing", "checkpointing + logit-free loss", "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1",
+    "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 128", "exact streaming 512 + checkpointing",
+    "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1",
 )  # fmt: skip
+# Rung, its gradient, its name in the results of memory and of speed. Exact ones first.
+LADDER = (
+    ("plain Trainer", "exact", "plain", "plain"),
+    ("activation checkpointing", "exact", "checkpointing", "checkpointing"),
+    ("checkpointing + logit-free loss", "exact", "checkpointing + logit-free loss", None),
+    ("`sequence_chunk_size=128`", "exact", "exact streaming 128", "exact streaming, chunks of 128"),
+    ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing"),
+    ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 % (combined)"),
+    ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 % (combined)"),
+)
+LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
 
 
 def rows_of(name: str) -> list[dict]:
@@ -41,15 +53,32 @@ def _mib(value: int | None) -> str:
     return "-" if value is None else f"{value / MIB:,.0f}"
 
 
+def ladder_table() -> str:
+    """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time of long rows."""
+    rows = [row for row in traced_rows() if row["train"] == "lora"]
+    peaks = {(row["model"], row["tokens"], row["method"]): row["peak_bytes"] for row in rows}
+    times = {row["method"]: row["relative"] for row in rows_of("speed.jsonl") if row["train"] == "lora" and row["tokens"] == 2048}
+    heads = [f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES]
+    lines = ["| | gradient | " + " | ".join(heads) + " | step time |", "|---|---|" + "---:|" * (len(heads) + 1)]
+    for title, gradient, memory, speed in LADDER:
+        cells = [_mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES]
+        time = f"{times[speed]:.2f} x" if speed in times else "-"
+        lines.append(f"| {title} | {gradient} | " + " | ".join(cells) + f" | {time} |")
+    return "\n".join(lines)
+
+
 def speed_table() -> str:
     """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
-    lines = ["| training | method | seconds a step | x plain | x checkpointing |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| tokens | training | method | seconds a step | x plain | x checkpointing |",
+        "|---|---|---|---:|---:|---:|",
+    ]
     rows = rows_of("speed.jsonl")
     for row in rows:
-        same = [r for r in rows if r["train"] == row["train"] and r["conditions"] == row["conditions"]]
+        same = [r for r in rows if all(r[key] == row[key] for key in ("train", "tokens", "conditions"))]
         checkpointing = next(r["seconds"] for r in same if r["method"] == "checkpointing")
         lines.append(
-            f"| {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
+            f"| {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
         )
     return "\n".join(lines)
 
@@ -86,6 +115,7 @@ def demo_table() -> str:
 
 SECTIONS = {
     "demo": demo_table,
+    "ladder": ladder_table,
     "memory-lora": lambda: memory_table("lora"),
     "memory-full": lambda: memory_table("full"),
     "memory-conditions": lambda: conditions_of(traced_rows()),

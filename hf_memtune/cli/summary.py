@@ -32,7 +32,7 @@ class Summary:
     """Numbers of one run. Bytes, seconds and tokens are those of this process; None where not measured.
 
     held_out_*: before and after training, accuracy of classifiers alone. step_seconds: median. peak_bytes: with weights if
-    on_device, else of the tensors that one traced step makes. tokens_*: over all steps, 0 without token seeking.
+    on_device, else of the tensors that one traced step makes. tokens_*: over all steps, 0 where not counted.
     """
 
     steps: int
@@ -92,11 +92,11 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
         ("trainable parameters", f"{summary.trainable_parameters:,} ({share:.2%})"),
         ("optimizer steps", f"{summary.steps}"),
         ("held-out loss", _before_and_after(summary.held_out_loss)),
-        ("mean training loss", f"{summary.training_loss:.4f}" + (" (of the kept tokens)" if summary.tokens_seen else "")),
+        ("mean training loss", f"{summary.training_loss:.4f}" + (" (of the kept tokens)" if summary.tokens_kept else "")),
         ("peak memory", _peak(summary)),
         ("seconds per step", "not measured" if summary.step_seconds is None else f"{summary.step_seconds:.3g} (median)"),
     ]
-    if summary.tokens_seen:
+    if summary.tokens_kept:
         kept = summary.tokens_kept / summary.tokens_seen
         lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({kept:.1%})"))
     if any(summary.held_out_accuracy):

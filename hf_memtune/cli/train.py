@@ -38,14 +38,14 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser():
-    """The parser of this command: the settings of the model, the data, token seeking and Trainer, in this order."""
+    """The parser of this command: the settings of the model, the data, the strategies and Trainer, in this order."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
     from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
     class Strategies(MemEfficientArgumentsMixin):
-        _argument_group_name = "token seeking and measuring"
+        _argument_group_name = "strategies (exact streaming, token seeking) and measuring"
 
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"

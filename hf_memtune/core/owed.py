@@ -19,38 +19,66 @@ class Live:
     valid: Tensor | None = None
 
 
+class OwedSums:
+    """Sums of gradients, (B, K, tokens, C) each, for the first tokens of a row. The tokens become fewer from chunk to chunk."""
+
+    def __init__(self):
+        self._sums: dict[tuple[int, str], Tensor] = {}
+
+    def get(self, key: tuple[int, str], stop: int) -> Tensor | None:
+        """What is owed to the first `stop` tokens, which may be changed if it is `put` afterwards; None: nothing."""
+        owed = self._sums.get(key)
+        return None if owed is None else owed.narrow(2, 0, stop)
+
+    def put(self, key: tuple[int, str], owed: Tensor) -> None:
+        """Keep a sum in place of the one there was."""
+        self._sums[key] = owed
+
+    def drop(self, key: tuple[int, str]) -> None:
+        """Forget a sum, if there is one."""
+        self._sums.pop(key, None)
+
+    def keys(self) -> list[tuple[int, str]]:
+        """What there is a sum for."""
+        return list(self._sums)
+
+
 class OwedGradients:
     """dL/dK and dL/dV of every attention module, from the chunks that went backward so far.
 
-    dtype: what sums are kept in; None: as the gradients come.
+    dtype: what sums are kept in; None: as the gradients come. sums: where they are kept.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None):
+    def __init__(self, dtype: torch.dtype | None = None, sums: OwedSums | None = None):
         self.dtype = dtype
-        self._sums: dict[tuple[int, str], Tensor] = {}
+        self.is_awaited = False  # whether a chunk has run with gradient and not gone backward
+        self._sums = OwedSums() if sums is None else sums
 
     def attach(self, key: int, live: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], tokens: Live):
         """Stored keys and values (B, K, stop, C) through which gradients reach those of the live tokens, (B, K, S, C) each."""
+        self.is_awaited |= torch.is_grad_enabled() and any(part.requires_grad for part in live)
         parts = zip(("key", "value"), live, stored)
         return tuple(Streamed.apply(mine, whole, self, (key, name), tokens) for name, mine, whole in parts)
 
     def settle(self, key: tuple[int, str], gradient: Tensor, tokens: Live) -> Tensor:
         """Book what a chunk found, (B, K, stop, C), for the tokens before it; returns what all chunks found for its own tokens."""
+        self.is_awaited = False
         start, length = tokens.start, tokens.stop - tokens.start
-        own, owed = gradient.narrow(2, start, length), self._sums.get(key)
+        own, before = gradient.narrow(2, start, length), gradient.narrow(2, 0, start)
+        owed = self._sums.get(key, tokens.stop)
         if owed is not None:
             own = (owed.narrow(2, start, length) + own).to(gradient.dtype)
-        if start and owed is None:
-            self._sums[key] = gradient.narrow(2, 0, start).to(self.dtype or gradient.dtype, copy=True)
-        elif start:
-            owed.narrow(2, 0, start).add_(gradient.narrow(2, 0, start))
+        if not start:
+            self._sums.drop(key)  # the first chunk: nothing is before it
+        elif owed is None:
+            self._sums.put(key, before.to(self.dtype or gradient.dtype, copy=True))
         else:
-            self._sums.pop(key, None)  # the first chunk: nothing is before it
+            self._sums.put(key, owed.narrow(2, 0, start).add_(before))
         return own if tokens.index is None else _at(own, tokens)
 
     def mass(self, stop: int) -> Tensor | None:
         """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""
-        squares = [s.narrow(2, 0, stop).float().square().sum((1, 3)) for s in self._sums.values() if s.shape[2] >= stop]
+        squares = [self._sums.get(key, stop).float().square().sum((1, 3)) for key in self._sums.keys()]
         return torch.stack(squares).sum(0).sqrt() if squares else None
 
 

@@ -1,5 +1,8 @@
 """Replay of random numbers: a part of a pass that runs twice must draw the same dropout masks both times."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -23,3 +26,13 @@ class RandomTape:
         torch.set_rng_state(state)
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, self._device)
+
+    @contextmanager
+    def replaying(self, name: object) -> Iterator[None]:
+        """While open, the numbers that were drawn from a state that was kept come again; those drawn afterwards are new ones."""
+        self.record(self)
+        self.replay(name)
+        try:
+            yield
+        finally:
+            self.replay(self)

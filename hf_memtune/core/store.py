@@ -3,6 +3,8 @@
 Shape legend: B rows, K key heads, T tokens, S selected tokens, C channels of a head.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ class KeyValueStore:
         """Views of the first `stop` tokens of an entry."""
         keys, values = self._entries[key]
         return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
+
+    def unsaved(self, key: int, stored: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
+        """While open, autograd keeps no memory alive by saving `stored`, a prefix of the entry `key`: here, none but the store's own."""
+        return nullcontext()
 
 
 def _alone(part: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ class LiveBytes(TorchDispatchMode):
         self._snapshot_bytes = 0
         self._at_peak: list[_Storage] = []
         self._known: dict[int, _Storage] = {}
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, storages that are made are left out, as if they were older than the mode: of memory that is counted apart."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
 
     def reset_peak(self) -> None:
         """Start the peak again from what is alive now."""
@@ -120,6 +131,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self._is_paused:
+            return out
         if isinstance(out, Tensor):
             self._see(out, func, args, kwargs)
         elif isinstance(out, (tuple, list)):

@@ -5,7 +5,7 @@ gradients and optimizer state are known without tracing). Not seen: temporaries 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.config import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.core.offload import HostMemory
 from hf_memtune.memory.live import Entry, LiveBytes
 from hf_memtune.strategies.installed import InstalledStrategy
 from hf_memtune.strategies.streaming import Streaming
@@ -24,12 +25,27 @@ from hf_memtune.strategies.token_seeking import TokenSeeking
 
 @dataclass(frozen=True)
 class TracedStep:
-    """What one step needs, in bytes. peak_bytes: above weights, gradients and optimizer state."""
+    """What one step needs, in bytes. peak_bytes: above weights, gradients and optimizer state. host_bytes: in host memory (kv_offload)."""
 
     peak_bytes: int
     weight_bytes: int
     gradient_bytes: int
     entries: list[Entry]
+    host_bytes: int = 0
+
+
+class _CountedHost(HostMemory):
+    """Host memory whose bytes are counted, and left out of those of the device where a trace has them in one memory."""
+
+    def __init__(self, device: LiveBytes | None = None):
+        super().__init__()
+        self.live, self._device = LiveBytes(), device
+
+    def empty(self, *args) -> Tensor:
+        with nullcontext() if self._device is None else self._device.paused():
+            home = super().empty(*args)
+        self.live.track(home)
+        return home
 
 
 def trace_causal_lm_step(
@@ -59,8 +75,10 @@ def trace_causal_lm_step(
         step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
         weight_bytes, trained = _weights(model)
         with _removing(installed), LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
+            host = _count_host(installed, live)
             step()
-        return TracedStep(live.peak_bytes, weight_bytes, sum(p.nbytes for p in trained), live.peak_entries)
+        gradient_bytes = sum(p.nbytes for p in trained)
+        return TracedStep(live.peak_bytes, weight_bytes, gradient_bytes, live.peak_entries, host.live.peak_bytes)
 
 
 def measure_causal_lm_step(
@@ -89,11 +107,19 @@ def measure_causal_lm_step(
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    host = _count_host(installed)
     with _removing(installed):
         step()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
-    return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [])
+    return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [], host.live.peak_bytes)
+
+
+def _count_host(installed: InstalledStrategy | None, device: LiveBytes | None = None) -> _CountedHost:
+    host = _CountedHost(device)
+    if installed is not None:
+        installed.host = host
+    return host
 
 
 def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = True) -> InstalledStrategy | None:

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_memtune.core.offload import OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import Joined, OwedGradients
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
+from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.context import context_pass
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.passes import Records, StreamPass
 from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.spans import Span
+
+NOT_BACKWARD = "the loss of a turn has not gone backward before the next began, which must know what it owes to earlier tokens."
 
 Wanted = Callable[[int, int, Tensor | None], Tensor]
 """Maps a chunk [start, stop) and what is owed to its tokens' keys and values, (B, stop) or None, to which of them run: (B, stop - start) bool."""
@@ -38,17 +42,21 @@ def chunk_count(length: int, chunk: int) -> int:
 class ChunkStream:
     """One batch on its way through the model. `run` is to be called `chunk_count` times, or less where tokens are skipped.
 
-    wanted: which tokens of a chunk run at all; None: all of them (exact).
+    wanted: which tokens of a chunk run at all; None: all of them (exact). encoded: the output of the encoder, where there is one, for
+    all chunks but the last to run.
     """
 
     def __init__(self, strategy: Any, call: BodyCall, chunk: int, wanted: Wanted | None = None):
         self.strategy, self.call, self.chunk, self.wanted = strategy, call, chunk, wanted
         self.rows = call.rows["decoder"]
-        self.store, self.owed = KeyValueStore(), OwedGradients()
+        if strategy.config.kv_offload:
+            self.store, self.owed = OffloadedStore(strategy.host), OwedGradients(sums=OffloadedSums(strategy.host))
+        else:
+            self.store, self.owed = KeyValueStore(), OwedGradients()
         self.tape = RandomTape(self.rows.positions.device)
         self.tokens_run = 0
         self._next, self._stored = chunk_count(self.rows.length, chunk) - 1, 0
-        self._encoded: Tensor | None = None
+        self.encoded: Tensor | None = None
 
     @property
     def is_done(self) -> bool:
@@ -63,12 +71,9 @@ class ChunkStream:
         """The context pass. The last chunk needs none, since it stores its keys and values itself, unless `last_too`."""
         self._encode()
         self._stored = self._next + int(last_too)
-        found = context_pass(
-            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self._encoded
+        return context_pass(
+            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self.encoded
         )
-        if last_too:
-            self.tape.record("after")
-        return found
 
     def skip(self, first_turn: bool = False) -> None:
         """Pass over chunks of which no token is wanted. The row's first chunk always runs: processes meet there."""
@@ -77,20 +82,21 @@ class ChunkStream:
 
     def run(self) -> tuple[Span, Any]:
         """Run the next chunk with gradient. Returns its tokens, and what the body gave for them."""
+        if self.owed.is_awaited:
+            raise MemTuneError(NOT_BACKWARD)
         number, self._next = self._next, self._next - 1
         stores = number >= self._stored
         span = self._span(number)
-        self.tape.replay(number)
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = StreamPass(
             {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span},
             self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores,
         )
-        output = self._forward(running, is_last=number == 0)
         if stores:
-            self.tape.record("after")
-        if number == 0:
-            self.tape.replay("after")
+            output = self._forward(running, is_last=number == 0)
+        else:
+            with self.tape.replaying(number):
+                output = self._forward(running, is_last=number == 0)
         self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
         return span, output
 
@@ -102,7 +108,7 @@ class ChunkStream:
                 stack.enter_context(forward_as(encoder, self._joining(encoder.forward)))
             stack.enter_context(at_positions(architecture, self.call, running.spans))
             stack.enter_context(self.strategy.running(running))
-            return self.call.forward(**self.call.at(running.spans, None if is_last else self._encoded))
+            return self.call.forward(**self.call.at(running.spans, None if is_last else self.encoded))
 
     def _encode(self) -> None:
         """The encoder's output, without gradient, for all chunks but the last to run."""
@@ -114,16 +120,16 @@ class ChunkStream:
         running = StreamPass(spans, self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed)
         with torch.no_grad(), self.strategy.running(running):
             encoded = architecture.stacks["encoder"].module(**self.call.encoder_arguments()).last_hidden_state
-        self._encoded = encoded.requires_grad_()
+        self.encoded = encoded.requires_grad_()
 
     def _joining(self, forward: Callable) -> Callable:
         def run(*args, **kwargs):
             self.tape.replay("encoder")
             output = forward(*args, **kwargs)
-            if self._encoded is not None:
-                output.last_hidden_state = Joined.apply(output.last_hidden_state, self._encoded.grad)
-                self._encoded = None
-            self.tape.replay(0)
+            if self.encoded is not None:
+                output.last_hidden_state = Joined.apply(output.last_hidden_state, self.encoded.grad)
+                self.encoded = None
+                self.tape.replay(0)
             return output
 
         return run

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_memtune._compat import forbid_4bit_repacking, has_repacked_4bit
 from hf_memtune.architectures import describe
+from hf_memtune.core.offload import HostMemory
 from hf_memtune.core.scorers import Scorer
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.strategies.passes import Places
@@ -18,6 +19,7 @@ class InstalledStrategy:
     """A strategy on one model, until `remove()`. Between steps nothing of the model is changed.
 
     scorer: what ranks tokens, or None. context_modules: ids of the modules whose attention is recorded for it, and their stack.
+    host: the memory for what is kept off the device.
     Raises UnsupportedModelError before the model is touched.
     """
 
@@ -25,7 +27,7 @@ class InstalledStrategy:
     context_modules: dict[int, str] = {}
 
     def __init__(self, model: nn.Module, config: Any, check: bool = True):
-        self.config, self.architecture = config, describe(model)
+        self.config, self.architecture, self.host = config, describe(model), HostMemory()
         self.prepare()
         self.places = Places(self.architecture)
         if has_repacked_4bit(model):

@@ -18,7 +18,7 @@ from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.owed import Due
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.batch import BodyCall
-from hf_memtune.strategies.chunk_stream import ChunkStream, chunk_count
+from hf_memtune.strategies.chunk_stream import NOT_BACKWARD, ChunkStream, chunk_count
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
 
@@ -42,7 +42,7 @@ class ModelStep:
         self.turn_weight: Tensor | None = None
         self.learned_target: Tensor | None = None
         self._call: BodyCall | None = None
-        self._calls_left, self._is_learning = 0, False
+        self._is_called, self._is_learning = False, False
         self._hidden: Tensor | None = None  # of heads with one loss for a row: what the head was given, (B, T, D)
         self._due: Tensor | None = None
 
@@ -60,12 +60,13 @@ class ModelStep:
 
     def turns(self) -> Iterator[bool]:
         """One item for each call of the model: whether it is the last one of this step."""
-        self._calls_left = self._turn_count()
-        while self._calls_left:
+        is_over = False
+        while not is_over:
+            self._is_called = False
             yield self.is_last_turn
-            if self._call is None:
+            if not self._is_called:
                 raise MemTuneError("a turn of the step has ended in which the model was not called.")
-            self._calls_left = self._turns_still_to_come()
+            is_over = not self._has_turns_to_come()
 
     @property
     def is_last_turn(self) -> bool:
@@ -123,8 +124,9 @@ class ModelStep:
     # -- called by the model
 
     def _body(self, forward: Callable, *args, **kwargs):
-        if self._call is not None and (self.stream is None or self.stream.is_done):
+        if self._is_called:
             raise MemTuneError("the model was called more often than the step has turns: open a step for each batch.")
+        self._is_called = True
         with forward_as(self.architecture.base, forward):
             if self._call is None:
                 call = BodyCall(self.architecture, forward, args, kwargs)
@@ -158,24 +160,27 @@ class ModelStep:
             return 1
         return chunk_count(_row_length(self.architecture, self.inputs), chunk) + int(not self.architecture.task.loss_per_token)
 
-    def _turns_still_to_come(self) -> int:
+    def _has_turns_to_come(self) -> bool:
         if self.stream is None or self.stream.is_done:
-            return 0
+            return False
         self.stream.skip()
-        return 1
+        return True
 
     def stream_turn(self, target: Tensor | None, weight: Tensor | None, context_output: Tensor | None = None):
         """What the body returns for the next chunk of a stream."""
         if not self.architecture.task.loss_per_token and self._hidden is None:
             self._hidden = context_output.requires_grad_()
             return self.strategy.facts.body_output(last_hidden_state=self._hidden)
+        if self._hidden is not None and self._hidden.grad is None:
+            raise MemTuneError(NOT_BACKWARD)
         span, output = self.stream.run()
         if target is not None:
             self.turn_target = span.take(target) if span.valid is None else span.selection.gather(target, fill=IGNORED)
             self.turn_weight = None if weight is None else span.take(weight)
         else:
             self._due = Due.apply(output.last_hidden_state, span.take(self._hidden.grad))
-            output.last_hidden_state = self._hidden.detach()
+            # a path to the body: distributed training looks for one, and would take what `Due` sends for a second gradient
+            output.last_hidden_state = self._hidden.detach() + self._due
         if self.whole_logits and self.architecture.task is Task.CAUSAL_LM:
             output.last_hidden_state = F.pad(output.last_hidden_state, (0, 0, 0, 1))
         return output

@@ -197,5 +197,6 @@ class StreamPass(ChunkPass):
         if self.stores:
             self.store.write(id(module), key, value, self.live.start, self.live.stop)
         stored = self.store.prefix(id(module), self.live.stop)
-        key, value = self.owed.attach(id(module), (key, value), stored, self.live)
-        return attention(module, query, key, value, mask, **kwargs)
+        with self.store.unsaved(id(module), stored):
+            key, value = self.owed.attach(id(module), (key, value), stored, self.live)
+            return attention(module, query, key, value, mask, **kwargs)

@@ -77,8 +77,9 @@ class SeekingStep(ModelStep):
         if target is not None and real is not None:  # padding is never kept: what it would predict must not sway the scores
             target = target.masked_fill(~real, IGNORED)
         return TokenScores(
-            self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, target
-        )
+            self.architecture, self.config, self.seeking, call, records, store, chunk, self.inputs, self.labels, target,
+            None if self.stream is None else self.stream.encoded,
+        )  # fmt: skip
 
     def _select(self, call: BodyCall, scores: TokenScores) -> dict[str, Selection]:
         chosen = {}
@@ -148,13 +149,14 @@ class SeekingStep(ModelStep):
         self.stream.skip(first_turn=True)
 
     def _wanted(self, start: int, stop: int, mass: Tensor | None) -> Tensor:
-        """(B, stop - start) bool: tokens with a loss, and those whose keys and values are owed more than the threshold."""
+        """(B, stop - start) bool: tokens with a loss, those whose keys and values are owed more than the threshold by later chunks,
+        and those before any of these: what the chunk owes to itself is known only once it has run."""
         wanted = self.learned_target[:, start:stop] != IGNORED
-        if mass is None:
-            return wanted
-        self._passed[start] = mass[:, start:].sum(1, keepdim=True)
-        total = mass[:, :start].sum(1, keepdim=True) + sum(self._passed.values())
-        return wanted | (mass[:, start:] > self.config.skip_threshold * total)
+        if mass is not None:
+            self._passed[start] = mass[:, start:].sum(1, keepdim=True)
+            total = mass[:, :start].sum(1, keepdim=True) + sum(self._passed.values())
+            wanted = wanted | (mass[:, start:] > self.config.skip_threshold * total)
+        return wanted.flip(1).cumsum(1).flip(1) > 0
 
     # -- called by whoever trains
 

@@ -4,6 +4,7 @@ Shape legend: B rows of a batch, H heads, T tokens in a row, D hidden size, C ch
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,13 +24,17 @@ from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.passes import Records, StreamPass, WholePass
+from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.spans import attention_mask
 from hf_memtune.strategies.tail import only_last_block
 
 
 @dataclass
 class TokenScores:
-    """Lazy scores of one batch. `target` (B, T) int64 is the label of each position's own prediction, -100 for none."""
+    """Lazy scores of one batch. `target` (B, T) int64 is the label of each position's own prediction, -100 for none.
+
+    encoded: the output of the encoder, where the decoder of an encoder-decoder model goes in chunks.
+    """
 
     architecture: Architecture
     config: TokenSeekingConfig
@@ -41,6 +46,7 @@ class TokenScores:
     inputs: dict[str, Any]
     labels: dict[str, Tensor]
     target: Tensor | None
+    encoded: Tensor | None = None
     _token_losses: dict[int, Tensor] = field(default_factory=dict)
 
     def context(self, stack: str) -> SeekingContext:
@@ -99,10 +105,14 @@ class TokenScores:
 
     def _tail_chunk(self, span, hidden: Tensor, owed: OwedGradients) -> Tensor:
         """(B, chunk, D): the last block's output for a chunk, differentiable where its input is."""
-        tail = StreamPass({"decoder": span}, self.store, self.seeking.places, self.seeking.kernel_knows_causal, owed)
-        layers = self.architecture.decoder.layers
-        with torch.set_grad_enabled(hidden.requires_grad), self.seeking.running(tail), only_last_block(layers, hidden):
-            return self.call.forward(**self.call.at({"decoder": span})).last_hidden_state
+        spans = {name: rows.whole() for name, rows in self.call.rows.items()} | {"decoder": span}
+        tail = StreamPass(spans, self.store, self.seeking.places, self.seeking.kernel_knows_causal, owed)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
+            stack.enter_context(at_positions(self.architecture, self.call, spans))
+            stack.enter_context(self.seeking.running(tail))
+            stack.enter_context(only_last_block(self.architecture.decoder.layers, hidden))
+            return self.call.forward(**self.call.at(spans, self.encoded)).last_hidden_state
 
     def _whole_gradient(self) -> dict[str, Tensor]:
         """The last block on all tokens at once, through the model's own attention."""

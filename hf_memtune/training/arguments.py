@@ -12,7 +12,7 @@ from hf_memtune.errors import ConfigError
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {
     "deepspeed": _DATA_PARALLEL,
-    "fsdp": _DATA_PARALLEL,
+    "fsdp": f"its processes gather parameters in every pass, and need not run the same number of passes; {_DATA_PARALLEL}",
     "parallelism_config": _DATA_PARALLEL,
     "torch_compile": "leave it out",
     "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
@@ -53,6 +53,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         if found:
             raise ConfigError(found)
         super(StreamingConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
+        self._require_device_memory()
         for message in self.ineffective():
             warnings.warn(message, stacklevel=3)
 
@@ -62,6 +63,14 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         if not self.token_seeking and self.full_loss_rows != default:
             found.append("full_loss_rows has no effect without token_seeking")
         return found
+
+    def _require_device_memory(self) -> None:
+        """Which device it is, is known only when the arguments of transformers have set it up."""
+        if self.kv_offload and self.streams and self.device.type == "cpu":
+            raise ConfigError([
+                "kv_offload: got True, but the device is cpu, whose memory is the host memory to which keys and values would be moved: "
+                "nothing would be saved. Leave it out, or train on a GPU."
+            ])
 
     def _unknown_scorer(self) -> list[str]:
         if not self.token_seeking or self.token_scorer in scorer_names():
@@ -81,6 +90,12 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
             for name, remedy in _UNSUPPORTED.items()
             if getattr(self, name, None)
         ]
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.streams and (optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")):
+            found.append(
+                f"optim: got {optimizer!r} with {strategy}: it changes weights in the middle of backward, which streaming takes in several "
+                "turns. Choose an optimizer that steps after it, such as adamw_torch."
+            )
         if getattr(self, "loss_type", "nll") not in ("nll", "chunked_nll"):  # of trl's SFTConfig
             found.append(f"loss_type: got {self.loss_type!r} with {strategy}, whose loss is the usual one; leave it out.")
         return found

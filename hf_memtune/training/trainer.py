@@ -77,10 +77,11 @@ class MemEfficientMixin:
                 f"{self.args.n_gpu} GPUs in one process (DataParallel): {strategy} runs one process per GPU. Launch with "
                 "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or max(self.get_tp_size(), self.get_cp_size()) > 1:
+        sharded = getattr(self, "is_distributed_loading_by_transformers", False)
+        if sharded or self.is_deepspeed_enabled or self.is_fsdp_enabled or max(self.get_tp_size(), self.get_cp_size()) > 1:
             found.append(
-                f"accelerate is configured for DeepSpeed, FSDP or tensor parallelism, which {strategy} does not support. Launch "
-                "with plain data parallelism (accelerate launch --multi_gpu)."
+                f"accelerate is configured for DeepSpeed, FSDP or tensor parallelism, or the model was loaded sharded, which {strategy} "
+                "does not support. Launch with plain data parallelism (accelerate launch --multi_gpu)."
             )
         return found
 

@@ -2,13 +2,17 @@
 
 import json
 
+import pytest
+import torch
+
 from tests.cli.conftest import ROOT, in_new_process
+from tests.tolerances import tolerance
 
 DEMO = ROOT / "scripts" / "demo.py"
-METHODS = ["plain training", "activation checkpointing", "random tokens, 10% (TokenTune)", "token seeking, 10%"]
+METHODS = ["plain training", "activation checkpointing", "exact streaming, chunks of 64", "random tokens, 10% (TokenTune)", "token seeking, 10%"]
 
 
-def test_the_demo_compares_four_methods_and_writes_its_report(chat_model, long_instructions, tmp_path):
+def test_the_demo_compares_its_methods_and_writes_its_report(chat_model, long_instructions, tmp_path):
     done = in_new_process(DEMO, "--quick", "--model", chat_model, "--data", long_instructions, "--out", "made", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in METHODS)
@@ -17,8 +21,11 @@ def test_the_demo_compares_four_methods_and_writes_its_report(chat_model, long_i
     for result in found["results"]:
         assert [step for step, _ in result["losses"]] == [0, 1, 2, 3, 4]
         assert result["seconds_per_step"] > 0 and result["peak_bytes"] > 0
-    plain, checkpointed, random, seeking = found["results"]
+    plain, checkpointed, streamed, random, seeking = found["results"]
     assert plain["losses"] == checkpointed["losses"]  # the same gradients, recomputed
+    assert streamed["losses"] == [[step, pytest.approx(loss, rel=tolerance(torch.float32))] for step, loss in plain["losses"]]
+    assert streamed["losses"] != [[step, pytest.approx(loss, rel=tolerance(torch.float32))] for step, loss in seeking["losses"]]
+    assert streamed["tokens_kept_share"] is None
     assert plain["loss_before"] == seeking["loss_before"] != seeking["loss_after"]
     assert 0.1 <= random["tokens_kept_share"] == seeking["tokens_kept_share"] < 0.15
     report, page = ((tmp_path / "made" / name).read_text() for name in ("report.html", "tokens.html"))

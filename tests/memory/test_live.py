@@ -283,3 +283,15 @@ def test_llama_sdpa_takes_another_branch_on_fake_tensors():
     heads_per_kv = 2
     assert fake[2] - real[2] == 4 * (2 * (heads_per_kv - 1) * kv_bytes + mask_bytes)
     assert fake[0] > real[0]
+
+
+def test_what_is_made_in_a_pause_is_left_out(tensors):
+    with LiveBytes() as live:
+        with live.paused():
+            left_out = torch.ones(256)
+        left_out.view(16, 16).add_(1)
+        assert live.peak_bytes == 0
+        counted = left_out * 2
+        assert live.current_bytes == live.peak_bytes == KIB
+        del left_out
+        assert live.current_bytes == KIB and counted is not None

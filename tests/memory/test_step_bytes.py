@@ -1,9 +1,11 @@
 """The memory of a training step, in bytes: exact for a tiny model, bounded for the true shapes of a large one."""
 
+from functools import cache
+
 import pytest
 import torch
 
-from hf_memtune import SavedBytes, TokenSeeking, TokenSeekingConfig
+from hf_memtune import SavedBytes, StreamingConfig, TokenSeeking, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.units import MIB
@@ -75,3 +77,36 @@ def test_keys_and_values_are_most_of_what_grows_with_the_row():
     )
     stored = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 2 * 2048
     assert stored <= long - short <= 4 * stored
+
+
+# -- keys and values in host memory ------------------------------------------------------------------------------------
+
+STORED_PER_TOKEN = 2 * 16 * 8 * 64 * 2  # keys and values of Llama-3.2-1B, 16 layers of 8 key heads of 64, in bfloat16
+
+
+@cache
+def streamed(tokens, kv_offload):
+    """Exact streaming of Llama-3.2-1B in chunks of 512 tokens, LoRA, activation checkpointing."""
+    strategy = StreamingConfig(sequence_chunk_size=512, kv_offload=kv_offload)
+    return trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), tokens, checkpointing=True, strategy=strategy)
+
+
+def growth(kv_offload) -> int:
+    """Bytes of the device's peak from one row length to twice that."""
+    return streamed(3072, kv_offload).peak_bytes - streamed(1536, kv_offload).peak_bytes
+
+
+def test_offloading_leaves_an_eighth_of_what_grows_with_the_row():
+    assert growth(True) <= growth(False) / 8
+
+
+def test_without_offloading_all_keys_and_values_grow_on_the_device():
+    """The sibling: they, and what is owed to them, are what grows; so they would if offloading saved nothing."""
+    assert growth(False) >= 2 * STORED_PER_TOKEN * 1536
+    assert streamed(1536, False).host_bytes == 0
+
+
+def test_what_is_offloaded_is_in_host_memory():
+    """Keys and values of all tokens; what is owed to all but the last chunk's."""
+    for tokens in (1536, 3072):
+        assert streamed(tokens, True).host_bytes == STORED_PER_TOKEN * (2 * tokens - 512)

@@ -1,14 +1,16 @@
-"""One step of token seeking on a tiny model, and everything a test may want to know about it."""
+"""One step of token seeking or of exact streaming on a tiny model, and everything a test may want to know about it."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_memtune import TokenSeeking, TokenSeekingConfig
+from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
+from hf_memtune.architectures import Task
 from hf_memtune.core.selection import Selection
 from tests.strategies.tiny_models import batch_for, lm_head, tiny_model
-from tests.strategies.twin import gradients, twin_loss, worst_difference
+from tests.strategies.twin import gradients, shifted, twin_loss, worst_difference
 from tests.tolerances import tolerance
 
 RATIO = 0.35  # of rows of 13 and 9 tokens: keeps 5 and 4, so that every batch has fillers
@@ -80,3 +82,84 @@ def model_and_batch(name: str, side: str = "right", head: str | None = None, len
 
 def has_float32_inside(name: str, attention: str = "sdpa") -> bool:
     return name in ("gemma2", "gemma3", "llama4", "cohere2") or attention == "eager"
+
+
+# -- steps in several turns ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Streamed:
+    """A finished step of one or more turns: its mean loss, the gradients of all parameters, and the step itself."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    step: object
+    turns: int
+
+
+def take_turns(model, strategy, batch, label_smoothing=0.0, whole_logits=False) -> Streamed:
+    """One step of a strategy, every turn of it with its backward. Gradients that were there are dropped."""
+    model.zero_grad(set_to_none=True)
+    loss, turns, is_last = 0, 0, []
+    with strategy.step(batch, label_smoothing=label_smoothing, whole_logits=whole_logits) as step:
+        for last in step.turns():
+            outputs = model(**_inputs_of(step))
+            part = (_own_loss_sum(step, outputs) if whole_logits else step.loss_sum(outputs)) / step.loss_tokens
+            part.backward()
+            loss, turns, is_last = loss + part.detach(), turns + 1, [*is_last, last]
+    assert is_last == [False] * (turns - 1) + [True]
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return Streamed(loss, found, step, turns)
+
+
+def _own_loss_sum(step, outputs) -> Tensor:
+    """From the logits of a turn, shifted as every causal loss of transformers shifts them."""
+    logits, labels = outputs.logits, step.shiftable_labels()
+    if step.architecture.task is Task.CAUSAL_LM:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=step.label_smoothing)
+
+
+def _inputs_of(step) -> dict:
+    """What the model is called with in a turn: with its labels where it takes the loss itself."""
+    return step.inputs if step.architecture.task.loss_per_token else step.inputs | step.labels
+
+
+def stream(model, batch, chunk, **settings) -> Streamed:
+    """One step of exact streaming in chunks of `chunk` tokens, its backward, and removal."""
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=chunk))
+    try:
+        return take_turns(model, streaming, batch, **settings)
+    finally:
+        streaming.remove()
+
+
+def seek_in_stream(model, batch, chunk, scorer=None, **settings) -> Streamed:
+    """One step of token seeking whose gradient is not cut, in chunks of `chunk` tokens, its backward, and removal."""
+    seeking = seeking_on(model, scorer, **{"token_gradient": "stream", "sequence_chunk_size": chunk, **settings})
+    try:
+        return take_turns(model, seeking, batch)
+    finally:
+        seeking.remove()
+
+
+def plain_twin(model, batch, kept=None, label_smoothing=0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss and gradients of plain backpropagation, the loss of the logits themselves (transformers takes it in float32).
+
+    kept: (B, T) bool, tokens whose loss counts; None: all. model: may be a PEFT model around one.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    target = batch["labels"]
+    if inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=target)
+    if type(inner).__name__.endswith(("CausalLM", "LMHeadModel")):
+        target = shifted(target)
+    if kept is not None:
+        target = target.masked_fill(~kept, -100)
+    losses = F.cross_entropy(
+        model(**inputs).logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=label_smoothing
+    )
+    loss = losses / (target != -100).sum().clamp_min(1)
+    return loss.detach(), gradients(model, loss)

@@ -307,6 +307,27 @@ def test_what_streams_and_in_which_chunks(settings, size):
     assert (found.streams, found.stream_chunk_size) == (size is not None, size)
 
 
+OFFLOADING = [{"sequence_chunk_size": 64}] + [{"token_seeking": True, "token_gradient": kind} for kind in STREAM_CHUNKS]
+
+
+@pytest.mark.parametrize("settings", OFFLOADING, ids=lambda settings: settings.get("token_gradient", "exact"))
+def test_offloading_needs_a_device_with_memory_of_its_own(tmp_path, settings, monkeypatch):
+    make = MemEfficientTrainingArguments
+    (problem,) = problems(make, str(tmp_path), use_cpu=True, report_to=[], kv_offload=True, **settings)
+    assert problem.startswith("kv_offload: got True, but the device is cpu")
+    assert make(str(tmp_path), use_cpu=True, report_to=[], **settings)
+    assert TokenSeekingConfig(kv_offload=True, **settings).kv_offload  # whoever calls the strategy itself may
+    monkeypatch.setattr(make, "device", torch.device("cuda"))
+    assert StreamingConfig.of(make(str(tmp_path), use_cpu=True, report_to=[], kv_offload=True, **settings)).kv_offload
+
+
+def test_offloading_is_a_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemEfficientTrainingArguments, "device", torch.device("cuda"))
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--sequence_chunk_size", "64"]
+    parse = HfArgumentParser(MemEfficientTrainingArguments).parse_args_into_dataclasses
+    assert parse([*flags, "--kv_offload"])[0].kv_offload and not parse(flags)[0].kv_offload
+
+
 # -- what has no effect ------------------------------------------------------------------------------------------------
 
 IDLE = [
@@ -314,7 +335,7 @@ IDLE = [
     ({"token_scorer": "context"}, {"gradient_weight": 2.0, "gradient_norm": "l1"}),
     ({"token_scorer": "gradient"}, {"context_weight": 2.0, "context_layer": 0, "context_normalize": "mean"}),
     ({"seek_schedule": "epoch"}, {"seek_cache_dir": "x"}),
-    ({"token_gradient": "cut"}, {"sequence_chunk_size": 64, "skip_threshold": 0.1}),
+    ({"token_gradient": "cut"}, {"sequence_chunk_size": 64, "skip_threshold": 0.1, "kv_offload": True}),
     ({"token_gradient": "stream", "sequence_chunk_size": 64}, {"context_chunk_size": 64, "skip_threshold": 0.1}),
     ({"token_gradient": "skip", "skip_threshold": 0.1}, {"context_chunk_size": 64}),
     ({"preset": "tokentune"}, {"context_weight": 1.0, "gradient_norm": "l2"}),  # given, if only what it would be anyway
@@ -337,6 +358,7 @@ def test_a_setting_without_effect_is_warned_of(tmp_path, settings, idle):
 
 def test_everything_but_the_switch_is_idle_without_seeking(tmp_path):
     changed = {"token_ratio": 0.2, "select_from": "labels", "seek_schedule": "epoch", "preset": "tokenseek", "full_loss_rows": 4}
+    changed |= {"kv_offload": True}  # nor does anything stream
     make = MemEfficientTrainingArguments
     assert warned(make, str(tmp_path), report_to=[], **changed) == sorted(changed)
     assert warned(make, str(tmp_path), report_to=[], token_ratio=PRESETS[None]["token_ratio"]) == ["token_ratio"]
