@@ -42,7 +42,7 @@ class TaskSettings:
 # The reviews and the sentences are stored by class: both ends give as many of each.
 TASKS = {
     "smollm2-alpaca": TaskSettings(
-        "models/smollm2-135m-instruct", "data/alpaca/train.jsonl", "smollm2 alpaca", max_length=128, lora_r=8, tuning_rows=48, test_rows=96
+        "models/smollm2-135m-instruct", "data/alpaca/train.jsonl", "smollm2 alpaca", max_length=128, lora_r=8, tuning_rows=32, test_rows=48
     ),
     "stories-imdb": TaskSettings(
         "models/stories15M", "data/movie_reviews/imdb.jsonl", "stories15m movie_reviews", max_length=128, text_column="text",
