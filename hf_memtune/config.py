@@ -73,9 +73,9 @@ class StreamingConfig:
     def problems(self) -> list[str]:
         """Every value that cannot work, as one message each: setting, got, expected."""
         size = self.sequence_chunk_size
-        if size is None or size >= 1:
+        if size is None or (type(size) is int and size >= 1):
             return []
-        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more, or none to turn streaming off."]
+        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more. Leave it out to turn streaming off."]
 
     def ineffective(self) -> list[str]:
         """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""

@@ -99,6 +99,7 @@ def describe(model: nn.Module) -> Architecture:
             f"got one for {task.value}. Use an encoder-only or a decoder-only model for this task."
         )
     _refuse_auxiliary_losses(head_model)
+    _refuse_own_loss(head_model, task)
     head = head_model.get_output_embeddings() if task.loss_per_token else None
     return Architecture(
         head_model=head_model,
@@ -117,12 +118,28 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} with a prompt-learning adapter (prompt, prefix or p-tuning): its virtual tokens shift every "
             "position. Use LoRA or another adapter inside the layers."
         )
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        _refuse_adapter(type(model).__name__, name, adapter)
     head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(head_model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model (expected a PreTrainedModel, or a PEFT model around one)."
         )
     return head_model
+
+
+def _refuse_adapter(model: str, name: str, adapter) -> None:
+    """Adapters that look at a whole row, or change the loss outside the model."""
+    kind = str(getattr(getattr(adapter, "peft_type", None), "value", ""))
+    if getattr(adapter, "alora_invocation_tokens", None):
+        raise UnsupportedModelError(
+            f"{model}: adapter {name!r} is an activated LoRA, which counts its tokens from the end of the rows it is given; here it is "
+            "given parts of rows. Use LoRA without alora_invocation_tokens."
+        )
+    if kind == "ADALORA":
+        raise UnsupportedModelError(
+            f"{model}: adapter {name!r} is AdaLoRA, which adds a term to the model's own loss, in whose place another one is computed here. Use LoRA."
+        )
 
 
 def _task(head_model: PreTrainedModel) -> Task:
@@ -191,6 +208,14 @@ def _refuse_convolutions(head_model: PreTrainedModel, base: nn.Module) -> None:
                         f"{type(head_model).__name__}: layer {name} ({type(module).__name__}) mixes neighbouring tokens by a "
                         f"convolution ({holder}). {tables.NO_ATTENTION_REMEDY}"
                     )
+
+
+def _refuse_own_loss(head_model: PreTrainedModel, task: "Task") -> None:
+    if task.loss_per_token and getattr(head_model, "_loss_function", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(head_model).__name__}: its loss_function was replaced, and would not be called: head and loss are fused here. Give the "
+            "function to the trainer as compute_loss_func, and leave model.loss_function as it was."
+        )
 
 
 def _refuse_auxiliary_losses(head_model: PreTrainedModel) -> None:

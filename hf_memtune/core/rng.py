@@ -1,38 +1,47 @@
 """Replay of random numbers: a part of a pass that runs twice must draw the same dropout masks both times."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class RandomTape:
-    """States of torch's generators (CPU, and `device` where it has its own), kept under names, to go back to."""
+    """States of torch's generators (that of the CPU, and those of `devices`), kept under names, to go back to."""
 
-    def __init__(self, device: torch.device):
-        self._device = device if device.type == "cuda" else None
+    def __init__(self, devices: Iterable[torch.device]):
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
         self._states: dict[object, tuple] = {}
 
     def record(self, name: object) -> None:
         """Keep the present state under a name."""
-        on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
-        self._states[name] = (torch.get_rng_state(), on_device)
+        self._states[name] = self._present()
 
     def replay(self, name: object) -> None:
         """Go back to a state that was kept; a name without one changes nothing."""
         if name not in self._states:
             return
-        state, on_device = self._states[name]
-        torch.set_rng_state(state)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, self._device)
+        self._go_to(self._states[name])
 
     @contextmanager
     def replaying(self, name: object) -> Iterator[None]:
         """While open, the numbers that were drawn from a state that was kept come again; those drawn afterwards are new ones."""
-        self.record(self)
+        present = self._present()
         self.replay(name)
         try:
             yield
         finally:
-            self.replay(self)
+            self._go_to(present)
+
+    def _present(self) -> tuple:
+        return torch.get_rng_state(), [torch.get_device_module(d).get_rng_state(*_which(d)) for d in self._devices]
+
+    def _go_to(self, state: tuple) -> None:
+        on_cpu, on_devices = state
+        torch.set_rng_state(on_cpu)
+        for device, found in zip(self._devices, on_devices):
+            torch.get_device_module(device).set_rng_state(found, *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one, and its module takes no name for it

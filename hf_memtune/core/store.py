@@ -8,25 +8,36 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hf_memtune.errors import MemTuneError
+
 
 class KeyValueStore:
     """Keys and values of every attention module, (B, K, T, C) each, written in chunks of tokens and never differentiated."""
 
     def __init__(self):
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: dict[int, int] = {}  # tokens of each entry that are there
 
     def write(self, key: int, keys: Tensor, values: Tensor, start: int, length: int) -> None:
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
             self._entries[key] = tuple(_alone(part.detach()) for part in (keys, values))
+            self._written[key] = length
             return
         if key not in self._entries:
             self._entries[key] = tuple(_empty(chunk, length) for chunk in (keys, values))
         for entry, chunk in zip(self._entries[key], (keys, values)):
             entry.narrow(2, start, chunk.shape[2]).copy_(chunk.detach())
+        if start <= self._written.get(key, 0):  # else there is a gap, which `prefix` must not read
+            self._written[key] = max(self._written.get(key, 0), start + keys.shape[2])
 
     def prefix(self, key: int, stop: int) -> tuple[Tensor, Tensor]:
         """Views of the first `stop` tokens of an entry."""
+        if stop > self._written.get(key, 0):
+            raise MemTuneError(
+                f"an attention layer has keys and values of {self._written.get(key, 0)} tokens where {stop} are attended to: it did not run for "
+                "all chunks of the row. Turn off whatever leaves out layers at random (layerdrop)."
+            )
         keys, values = self._entries[key]
         return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 

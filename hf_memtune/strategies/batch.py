@@ -28,18 +28,23 @@ class BodyCall:
         self.arguments = {k: v for k, v in list(bound.arguments.items())[1:] if k not in variadic and v is not None}
         for name in variadic:
             self.arguments |= {k: v for k, v in bound.arguments.get(name, {}).items() if v is not None}
+        positions = self.arguments.get("position_ids")
+        if positions is not None and positions.dim() == 1:
+            self.arguments["position_ids"] = positions[None]
         self.accepts_positions = "position_ids" in signature.parameters
         self._check()
         self.rows = {name: self._rows(name) for name in architecture.stacks}
 
     def _check(self) -> None:
         if self.arguments.get("past_key_values") is not None:
-            raise MemTuneError("token seeking trains on whole rows: past_key_values must not be given to a training step.")
+            raise MemTuneError("training steps take whole rows: past_key_values must not be given to them.")
+        if self.arguments.get("cu_seq_lens_q") is not None and self.arguments.get("position_ids") is None:
+            raise MemTuneError("packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch.")
         for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
                 raise MemTuneError(
-                    f"{name}=True asks for values of every token, which the pass over the kept tokens does not have. Turn it off "
-                    "in the batch and in the model's config while token_seeking is on."
+                    f"{name}=True asks for values of every token, which a pass over a part of them does not have. Turn it off "
+                    "in the batch and in the model's config for training."
                 )
 
     def _rows(self, stack: str) -> Rows:

@@ -50,10 +50,10 @@ class ChunkStream:
         self.strategy, self.call, self.chunk, self.wanted = strategy, call, chunk, wanted
         self.rows = call.rows["decoder"]
         if strategy.config.kv_offload:
-            self.store, self.owed = OffloadedStore(strategy.host), OwedGradients(sums=OffloadedSums(strategy.host))
+            self.store, self.owed = OffloadedStore(strategy.host), OwedGradients(strategy.sums_dtype, OffloadedSums(strategy.host))
         else:
-            self.store, self.owed = KeyValueStore(), OwedGradients()
-        self.tape = RandomTape(self.rows.positions.device)
+            self.store, self.owed = KeyValueStore(), OwedGradients(strategy.sums_dtype)
+        self.tape = RandomTape({p.device for p in strategy.architecture.head_model.parameters()})
         self.tokens_run = 0
         self._next, self._stored = chunk_count(self.rows.length, chunk) - 1, 0
         self.encoded: Tensor | None = None
@@ -82,6 +82,8 @@ class ChunkStream:
 
     def run(self) -> tuple[Span, Any]:
         """Run the next chunk with gradient. Returns its tokens, and what the body gave for them."""
+        if self.is_done:
+            raise MemTuneError("all chunks of this step have run: open a step for each batch, and go through its turns once.")
         if self.owed.is_awaited:
             raise MemTuneError(NOT_BACKWARD)
         number, self._next = self._next, self._next - 1

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_memtune._compat import forbid_4bit_repacking, has_repacked_4bit
@@ -18,12 +19,14 @@ from hf_memtune.strategies.verify import verify
 class InstalledStrategy:
     """A strategy on one model, until `remove()`. Between steps nothing of the model is changed.
 
-    scorer: what ranks tokens, or None. context_modules: ids of the modules whose attention is recorded for it, and their stack.
+    scorer: what ranks tokens, or None. sums_dtype: what the gradients that chunks of a stream owe to one another are summed in; None:
+    as they come. context_modules: ids of the modules whose attention is recorded for it, and their stack.
     host: the memory for what is kept off the device.
     Raises UnsupportedModelError before the model is touched.
     """
 
     scorer: Scorer | None = None
+    sums_dtype: torch.dtype | None = None
     context_modules: dict[int, str] = {}
 
     def __init__(self, model: nn.Module, config: Any, check: bool = True):
@@ -49,14 +52,39 @@ class InstalledStrategy:
 
     def require(self, facts) -> None:
         """Refuse a model that the probe has shown not to suit the settings."""
-        if self.config.stream_chunk_size is None or facts.decoder_is_causal:
+        if self.config.stream_chunk_size is None:
             return
         name = "token_gradient" if getattr(self.config, "token_seeking", False) else "sequence_chunk_size"
+        if not facts.decoder_is_causal:
+            self._refuse_bidirectional(name)
+        problems = [*self._layerdrop(name), *self._hooks(name)]
+        if problems:
+            raise UnsupportedModelError("\n".join(problems))
+
+    def _refuse_bidirectional(self, name: str) -> None:
         raise UnsupportedModelError(
             f"{self.architecture.name} is bidirectional: each of its tokens attends to later ones, so the last chunk of a row cannot go "
             f"backward before the others have gone forward with it. Expected a causal model for {name}. Leave {name} out, and use "
             "activation checkpointing, or token_seeking with token_gradient=cut."
         )
+
+    def _layerdrop(self, name: str) -> list[str]:
+        """Layers left out at random: each chunk would leave out others."""
+        names = ("layerdrop", "decoder_layerdrop", "encoder_layerdrop")
+        dropping = {n: v for c in self.architecture.configs() for n in names if (v := getattr(c, n, 0))}
+        return [
+            f"{self.architecture.name}: config.{found} is {value}, and each chunk of {name} would leave out other layers. Expected 0: set "
+            f"{found}=0 in the config, and on the modules that copied it, before training."
+            for found, value in dropping.items()
+        ]
+
+    def _hooks(self, name: str) -> list[str]:
+        """What runs on a gradient before it is whole."""
+        hooked = [n for n, p in self.architecture.head_model.named_parameters() if getattr(p, "_post_accumulate_grad_hooks", None)]
+        return hooked and [
+            f"{self.architecture.name}: {len(hooked)} parameters have hooks that run when their gradient is accumulated (the first: {hooked[0]}). "
+            f"With {name} it is accumulated once for each chunk, so that an optimizer in such a hook would step in the middle. Remove them."
+        ]
 
     @property
     def kernel_knows_causal(self) -> bool:

@@ -83,7 +83,16 @@ class ModelStep:
             stack.enter_context(forward_as(base, partial(self._body, base.forward)))
             if self.fused:
                 stack.enter_context(forward_as(head, partial(self._fused_loss, head.forward)))
-            yield self
+            try:
+                yield self
+            finally:
+                if self.stream is not None:
+                    self.stream.wanted = None  # it holds this step, which holds the stream: keys and values would outlive both
+        if self._call is not None and self.stream is not None and not self.stream.is_done:
+            raise MemTuneError(
+                "the step has ended before all chunks went backward: its gradient would be that of the last tokens alone. Call the "
+                "model once in each of `for _ in step.turns():`."
+            )
 
     def loss_sum(self, outputs) -> Tensor:
         """Summed loss of this turn's tokens, from what the model returned: a scalar, 0 where none has a label.
@@ -171,6 +180,8 @@ class ModelStep:
         if not self.architecture.task.loss_per_token and self._hidden is None:
             self._hidden = context_output.requires_grad_()
             return self.strategy.facts.body_output(last_hidden_state=self._hidden)
+        if target is None and self.architecture.task.loss_per_token:
+            raise MemTuneError("the batch has no labels, so there is nothing to learn from it.")
         if self._hidden is not None and self._hidden.grad is None:
             raise MemTuneError(NOT_BACKWARD)
         span, output = self.stream.run()

@@ -15,6 +15,7 @@ from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.sampling import sample
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.chunk_stream import ChunkStream
 from hf_memtune.strategies.context import context_pass
@@ -141,6 +142,8 @@ class SeekingStep(ModelStep):
 
     def _begin_stream(self, selection: Selection) -> None:
         """The loss is that of the kept tokens; the gradient goes through all, or through those that matter."""
+        if self.target is None:
+            raise MemTuneError("the batch has no labels, so there is nothing to learn from it.")
         self.learned_target = self.target.masked_fill(~selection.kept_mask(), IGNORED)
         self._weight = None
         if selection.weight is not None:

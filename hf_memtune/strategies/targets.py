@@ -31,6 +31,8 @@ def model_inputs(architecture: Architecture, inputs: dict[str, Any]) -> dict[str
     if not architecture.task.loss_per_token:
         return {k: v for k, v in inputs.items() if k not in LABEL_NAMES}
     given = {k: v for k, v in inputs.items() if k not in (*LABEL_NAMES, "num_items_in_batch")}
+    if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep", 0):
+        raise MemTuneError("the batch has logits_to_keep, but which logits there are follows from the labels here. Leave it out.")
     model = architecture.head_model
     if architecture.is_encoder_decoder and "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
         given["decoder_input_ids"] = _shifted_right(model, inputs.get("labels"))

@@ -39,7 +39,7 @@ class MemEfficientMixin:
                 "MemEfficientTrainingArguments, or a dataclass made as `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
             ])
         self.last_selection: Selection | dict[str, Selection] | None = None
-        self.running_mean, self._in_step = RunningMean(), False
+        self.running_mean, self._in_step, self.loss_func_is_checked = RunningMean(), False, False
         self._reported: Tensor | None = None
         self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
         self.add_callback(self.memory_callback)
@@ -89,11 +89,18 @@ class MemEfficientMixin:
         if describe(self.model).task.loss_per_token or self.args.streams:
             self.loss_is_scaled_for_ga = True  # by turns.py, which knows the tokens that the loss is taken at
         forbid_4bit_repacking(self.model)  # for good: an evaluation before or between trainings must not spoil the weights
+        config = self._strategy_config()
         if self.args.token_seeking:
-            self.strategy_callback = TokenSeekingCallback(TokenSeekingConfig.of(self.args), token_scorer, trainer=self)
+            self.strategy_callback = TokenSeekingCallback(config, token_scorer, trainer=self)
         else:
-            self.strategy_callback = StreamingCallback(StreamingConfig.of(self.args))
+            self.strategy_callback = StreamingCallback(config)
         self.add_callback(self.strategy_callback)
+
+    def _strategy_config(self) -> StreamingConfig | None:
+        """The settings of the strategy that the arguments turn on."""
+        if self.args.token_seeking:
+            return TokenSeekingConfig.of(self.args)
+        return StreamingConfig.of(self.args) if self.args.streams else None
 
     def _load_callback_state(self) -> None:
         """transformers makes stateful callbacks anew from a checkpoint; ours belongs to this trainer and reads its state itself."""
@@ -104,6 +111,8 @@ class MemEfficientMixin:
         self.add_callback(self.strategy_callback)
 
     def train(self, *args, **kwargs):
+        if (wanted := self._strategy_config()) != (had := getattr(self.strategy_callback, "config", None)):
+            raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:
             return super().train(*args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails

@@ -4,8 +4,10 @@ What the trainer does of a step in passes is here: which divisor makes its sums 
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_memtune.errors import MemTuneError
@@ -32,8 +34,8 @@ class Turns:
                 if not is_last:
                     self.trainer.accelerator.backward(loss)
                     before = before + loss.detach()
-        if turns > 1:
-            loss.register_hook(self._check_scale)
+        if turns > 1:  # by nothing that holds the step: the loss of a frozen head is kept by the step, and would keep itself alive
+            loss.register_hook(partial(_check_scale, self.trainer))
         return before + loss
 
     def _turn_loss(self, is_first: bool) -> Tensor:
@@ -52,7 +54,7 @@ class Turns:
         if is_first:
             self._divisor = self._kept_tokens() if self._is_mean_of_kept else self._all_tokens()
         if trainer.compute_loss_func is not None:
-            loss = trainer.compute_loss_func(self.outputs, step.shiftable_labels(), num_items_in_batch=self._divisor)
+            loss = self._own_loss()
         else:
             loss = step.loss_sum(self.outputs) / self._divisor
         if step.fused:
@@ -89,7 +91,7 @@ class Turns:
             return self.step.loss_tokens * self._accumulation_steps()
         if self._counts_all_processes:
             self._processes = self.trainer.accelerator.num_processes
-        return self.num_items_in_batch
+        return torch.as_tensor(self.num_items_in_batch).clamp_min(1)  # no label at all: a loss of 0, not 0 / 0
 
     def _accumulation_steps(self) -> int:
         """What a loss that is a mean over a micro-batch is to be divided by."""
@@ -98,12 +100,31 @@ class Turns:
         is_scaled = counted or trainer.compute_loss_func is not None
         return 1 if is_scaled else trainer.current_gradient_accumulation_steps
 
-    def _check_scale(self, gradient: Tensor) -> None:
-        scaler = self.trainer.accelerator.scaler
-        expected = 1.0 if scaler is None else scaler.get_scale()
-        if float(gradient) != expected:
-            raise MemTuneError(
-                f"the loss of a streamed step went backward with a gradient of {float(gradient):g}, expected {expected:g}: "
-                f"{type(self.trainer).__name__}.compute_loss multiplies what super().compute_loss returns, but all chunks before the last have "
-                "gone backward already. Scale the loss in compute_loss_func instead, or leave streaming out."
-            )
+    def _own_loss(self) -> Tensor:
+        """The loss function of the user on this turn's tokens; what each turn adds must add up to the loss of all."""
+        own, labels = self.trainer.compute_loss_func, self.step.shiftable_labels()
+        loss = own(self.outputs, labels, num_items_in_batch=self._divisor)
+        if self.step.stream is not None and not self.trainer.loss_func_is_checked and bool(loss.detach() != 0):
+            with torch.no_grad():
+                half = own(self.outputs, labels, num_items_in_batch=2 * self._divisor)
+            if not torch.allclose(2 * half.float(), loss.detach().float(), rtol=1e-2, atol=1e-6):
+                raise MemTuneError(_NOT_ADDITIVE)
+            self.trainer.loss_func_is_checked = True
+        return loss
+
+
+_NOT_ADDITIVE = (
+    "compute_loss_func: its loss does not halve when num_items_in_batch doubles, so it is no sum over tokens divided by num_items_in_batch. "
+    "Streaming adds up the losses of chunks, which only such a sum survives. Divide a sum by num_items_in_batch, or leave streaming out."
+)
+
+
+def _check_scale(trainer: Any, gradient: Tensor) -> None:
+    scaler = trainer.accelerator.scaler
+    expected = 1.0 if scaler is None else scaler.get_scale()
+    if float(gradient) != expected:
+        raise MemTuneError(
+            f"the loss of a streamed step went backward with a gradient of {float(gradient):g}, expected {expected:g}: "
+            f"{type(trainer).__name__}.compute_loss multiplies what super().compute_loss returns, but all chunks before the last have "
+            "gone backward already. Scale the loss in compute_loss_func instead, or leave streaming out."
+        )

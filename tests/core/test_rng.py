@@ -9,7 +9,7 @@ from hf_memtune.core.rng import RandomTape
 @pytest.fixture
 def tape():
     torch.manual_seed(0)
-    return RandomTape(torch.device("cpu"))
+    return RandomTape([torch.device("cpu")])
 
 
 def test_replayed_numbers_are_those_that_were_drawn(tape):
@@ -65,7 +65,7 @@ def test_a_replay_that_fails_goes_back_all_the_same(tape):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_has_a_state_of_its_own():
     device = torch.device("cuda")
-    tape = RandomTape(device)
+    tape = RandomTape([device])
     tape.record("a")
     drawn = torch.rand(4, device=device)
     assert not torch.equal(torch.rand(4, device=device), drawn)

@@ -1,6 +1,7 @@
 """With sequence_chunk_size a run is plain training: the gradients, losses and weights of transformers' Trainer with the same arguments."""
 
 import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -430,3 +431,57 @@ def test_under_trl(tmp_path, settings):
     expected = sft(ours.trl.SFTConfig, ours.trl.SFTTrainer)
     assert_equal_in_float32(found, expected)
     assert worst_step(found, plain(tmp_path, llama(seed=1), settings={"max_steps": 2})) > NOTICED
+
+
+# --- what must not go wrong in silence
+
+UNLABELLED = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"token_seeking": True, "token_ratio": 0.35, "token_selection": "sample", "sequence_chunk_size": None},
+    {"token_seeking": True, "token_ratio": 0.35, "token_selection": "sample", "token_gradient": "stream"},
+], ids=["streaming", "sample, cut", "sample, stream"])  # fmt: skip
+def test_a_batch_without_any_label_teaches_nothing(tmp_path, settings):
+    """Its count of labels is 0, by which nothing may be divided."""
+    run, untrained = stream(tmp_path, llama(), UNLABELLED, settings=settings), llama()
+    assert all(torch.equal(run.parameters[name], p) for name, p in untrained.named_parameters())
+    taught = stream(tmp_path, llama(), ROWS, settings=settings)
+    assert not all(torch.equal(taught.parameters[name], p) for name, p in untrained.named_parameters())
+
+
+def test_a_loss_function_that_takes_means_is_refused(tmp_path):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return shifting_loss(outputs, labels, num_items_in_batch=labels[..., 1:].ne(-100).sum().clamp_min(1))
+
+    with pytest.raises(MemTuneError, match="does not halve when num_items_in_batch doubles"):
+        stream(tmp_path, llama(), compute_loss_func=mean)
+    stream(tmp_path, llama(), compute_loss_func=shifting_loss)
+
+
+@pytest.mark.parametrize("name, value", [("sequence_chunk_size", 3), ("sequence_chunk_size", None), ("token_seeking", True)])
+def test_settings_changed_after_the_trainer_was_made_are_an_error(tmp_path, name, value):
+    args = arguments(tmp_path, False, MemEfficientTrainingArguments, max_steps=1, sequence_chunk_size=CHUNK)
+    trainer = trainer_for(llama(), args, ROWS)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ConfigError, match="changed since the trainer was made"):
+        trainer.train()
+    setattr(trainer.args, name, {"sequence_chunk_size": CHUNK, "token_seeking": False}[name])
+    trainer.train()
+
+
+def test_steps_of_a_frozen_head_are_let_go_of(tmp_path, monkeypatch):
+    model, alive = tiny_model("llama", "sequence_classification"), []
+    model.score.requires_grad_(False)
+    run = Turns.run
+
+    def noting(turns):
+        gc.collect()
+        alive.append(sum(kept() is not None for kept in noting.steps))
+        noting.steps.append(weakref.ref(turns.step))
+        return run(turns)
+
+    noting.steps = []
+    monkeypatch.setattr(Turns, "run", noting)
+    stream(tmp_path, model, CLASSES, settings={"max_steps": 4})
+    assert len(alive) >= 4 and max(alive) == 0
