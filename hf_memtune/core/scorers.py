@@ -103,11 +103,12 @@ def scorer_names() -> list[str]:
     return [*BUILT_IN, *_REGISTERED]
 
 
-def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float = 1.0) -> Scorer:
+def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float = 1.0, sampling: bool = False) -> Scorer:
     """The scorer of that name; the weights are alpha and beta of eq. 5 and matter to `combined` only.
 
     `random` is TokenTune (arXiv 2501.18824): uniform choice, drawn anew at every call from torch's generator.
-    A weight of 0 leaves its score uncomputed.
+    A weight of 0 leaves its score uncomputed. sampling: scores are probabilities to be drawn with, so that `random` is the same for all:
+    to draw with random probabilities would add noise, and nothing else.
     """
 
     def combined(seen: SeekingContext) -> Tensor:
@@ -117,7 +118,8 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         return combined_score(context, gradient, context_weight, gradient_weight, seen.attention_mask)
 
     def random(seen: SeekingContext) -> Tensor:
-        return torch.rand(seen.attention_mask.shape, device=seen.attention_mask.device)
+        shape, device = seen.attention_mask.shape, seen.attention_mask.device
+        return torch.zeros(shape, device=device) if sampling else torch.rand(shape, device=device)
 
     built_in = {
         "combined": combined,

@@ -103,4 +103,4 @@ def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Sc
             f"token_scorer: got {config.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
             "hf_memtune.register_scorer before."
         ])
-    return make_scorer(config.token_scorer, config.context_weight, config.gradient_weight)
+    return make_scorer(config.token_scorer, config.context_weight, config.gradient_weight, config.token_selection == "sample")

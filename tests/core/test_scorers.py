@@ -112,3 +112,9 @@ def test_registering_adds_a_name(monkeypatch):
 def test_built_in_names_are_taken(name):
     with pytest.raises(ConfigError, match="built in"):
         register_scorer(name, lambda seen: seen.context_score)
+
+
+def test_a_random_choice_draws_evenly_where_scores_are_probabilities():
+    seen = SeekingContext(None, torch.ones(2, 5, dtype=torch.bool), None, {})
+    assert torch.equal(make_scorer("random", sampling=True)(seen), torch.zeros(2, 5))
+    assert len(make_scorer("random")(seen).unique()) == 10
