@@ -96,6 +96,7 @@ def test_tokens_that_are_drawn_with_replayed_numbers_are_noticed(monkeypatch):
     states = []
     monkeypatch.setattr(RandomTape, "record", lambda self, name: states.append(torch.get_rng_state()))
     monkeypatch.setattr(RandomTape, "replay", lambda self, name: torch.set_rng_state(states[0]))
+    monkeypatch.setattr(RandomTape, "_go_to", lambda self, state: torch.set_rng_state(states[0]))
     model, batch, _ = model_and_batch("llama", lengths=(48, 40), max_position_embeddings=64)
     seeking = seeking_on(model, token_gradient="stream", sequence_chunk_size=8, token_scorer="random", token_selection="sample")
     first, second = (kept_of(take_turns(model, seeking, batch)) for _ in range(2))
