@@ -1,0 +1,77 @@
+"""scripts/bench_quality.py and its page, from end to end on a tiny model; and that the committed page is that of the results."""
+
+import json
+
+import pytest
+from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
+
+BENCH, PAGE = ROOT / "scripts" / "bench_quality.py", ROOT / "scripts" / "quality_page.py"
+ARMS = ("plain", "streaming", "random/sample/stream/10%", "combined/top/cut/10%")
+TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """What the task stories-imdb reads, in small."""
+    folder = tmp_path_factory.mktemp("assets")
+    (folder / "data" / "movie_reviews").mkdir(parents=True)
+    (folder / "models").mkdir()
+    llama(folder / "models" / "stories15M")
+    write_rows(folder / "data" / "movie_reviews" / "imdb.jsonl", [{"text": f"{TEXTS[n % 3]} {TEXTS[n % 2]}"} for n in range(40)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(assets, tmp_path_factory):
+    """Tuned and final runs of a few arms."""
+    file = tmp_path_factory.mktemp("results") / "quality.jsonl"
+    for stage in ("tune", "final"):
+        done = bench(assets, file, stage)
+        assert done.returncode == 0, done.stderr
+    return file
+
+
+def bench(assets, file, stage: str, *more: str):
+    rates = ["--learning_rates", "0.001", "0.01"] if stage == "tune" else ["--seeds", "1", "2"]
+    options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--arms", *ARMS, *rates, *more]
+    return in_new_process(BENCH, "--stage", stage, "--assets", assets, "--out", file, *options, cwd=file.parent)
+
+
+def records_of(file, stage: str) -> dict:
+    return {(r["arm"], r["seed"]): r for r in map(json.loads, file.read_text().splitlines()) if r["stage"] == stage}
+
+
+def test_every_arm_is_run_and_streaming_is_plain(results):
+    final = records_of(results, "final")
+    assert set(final) == {(arm, seed) for arm in ARMS for seed in (1, 2)}
+    for seed in (1, 2):
+        plain, streamed = (final[arm, seed]["losses"] for arm in ARMS[:2])
+        assert streamed == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in plain]
+        assert final[ARMS[3], seed]["losses"][1:] != [[step, pytest.approx(loss, rel=1e-4)] for step, loss in plain[1:]]
+
+
+def test_what_is_done_is_not_run_again(assets, results):
+    before = results.read_text()
+    done = bench(assets, results, "final")
+    assert done.returncode == 0 and results.read_text() == before
+
+
+def test_an_arm_that_is_none_is_refused(assets, results):
+    done = in_new_process(BENCH, "--stage", "tune", "--arms", "random/best/cut/10%", "--assets", assets, "--list", cwd=results.parent)
+    assert done.returncode == 2 and "random/best/cut/10%" in done.stderr
+
+
+def test_the_page_is_made_of_the_results(results, tmp_path):
+    made = in_new_process(PAGE, "--results", results, "--docs", tmp_path, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "results.md").read_text()
+    assert all(f"| {arm} |" in text for arm in ARMS) and (tmp_path / "images" / "quality-stories-imdb.png").stat().st_size > 10_000
+    check = ("--results", results, "--docs", tmp_path, "--check")
+    assert in_new_process(PAGE, *check, cwd=tmp_path).returncode == 0
+    (tmp_path / "results.md").write_text(text + "a number by hand: 1")
+    assert in_new_process(PAGE, *check, cwd=tmp_path).returncode == 1
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
+    done = in_new_process(PAGE, "--check", cwd=tmp_path)
+    assert done.returncode == 0, "docs/results.md is out of date: run python scripts/quality_page.py"
