@@ -22,6 +22,8 @@ _EXPORTS = {
     "SeekingContext": "core.scorers",
     "register_scorer": "core.scorers",
     "Selection": "core.selection",
+    "ReversibleHandle": "strategies.reversible",
+    "make_reversible": "strategies.reversible",
     "Streaming": "strategies.streaming",
     "TokenSeeking": "strategies.token_seeking",
     "LiveBytes": "memory",
