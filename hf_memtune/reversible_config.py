@@ -1,4 +1,4 @@
-"""Settings of reversible layers and their adapters, as flat dataclass fields. What is not given is None, and filled by `filled()`."""
+"""Settings of reversible layers and their adapters, and of two-level checkpointing, as flat dataclass fields. What is not given is None, and filled by `filled()`."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -190,3 +190,29 @@ def _idle(config: Any) -> dict[str, str]:
     if config.adapter_rank == 0:
         found |= dict.fromkeys(("adapter_dropout", "adapter_activation", "adapter_init_std", "train_head"), "with adapter_rank=0")
     return found
+
+
+@dataclass
+class CheckpointConfig:
+    """Settings of two-level checkpointing, the rival of reversible layers: exact, the model as it is, one forward more. A mixin, too."""
+
+    checkpoint_levels: int | None = _setting(
+        None,
+        "2: checkpoint the layers on two levels: about 2 sqrt(layers) of their inputs are alive, not all; costs one forward more than "
+        "activation_checkpointing, which is one level. Gradients are those of plain training. Default: off.",
+    )
+
+    def __post_init__(self):
+        if found := CheckpointConfig.checkpoint_problems(self):
+            raise ConfigError(found)
+
+    def checkpoint_problems(self) -> list[str]:
+        """Every value that cannot work, as one message each: setting, got, expected."""
+        found = []
+        if self.checkpoint_levels not in (None, 2):
+            found.append(
+                f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing."
+            )
+        if self.checkpoint_levels and getattr(self, "reversible", "none") != "none":
+            found.append(f"checkpoint_levels: got {self.checkpoint_levels} with reversible={self.reversible}, which keeps no inputs. Leave one out.")
+        return found

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from hf_memtune import ConfigError, ReversibleConfig, TokenSeekingConfig
+from hf_memtune import CheckpointConfig, ConfigError, ReversibleConfig, TokenSeekingConfig
 
 
 def test_every_setting_has_help():
@@ -84,3 +84,17 @@ def test_arguments_can_have_these_fields_beside_others():
     assert ReversibleConfig.of(both) == ReversibleConfig(reversible="meft1", adapter_rank=4)
     assert ReversibleConfig.reversible_problems(Both(reversible_scale=0.3)) == []
     assert ReversibleConfig.reversible_problems(Both(reversible="meft1", reversible_scale=0.3)) != []
+
+
+def test_checkpointing_has_two_levels_or_none():
+    assert CheckpointConfig().checkpoint_levels is None and CheckpointConfig(checkpoint_levels=2).checkpoint_levels == 2
+    with pytest.raises(ConfigError, match="expected 2"):
+        CheckpointConfig(checkpoint_levels=3)
+
+    @dataclass
+    class Both(ReversibleConfig, CheckpointConfig):
+        pass
+
+    both = Both(reversible="meft1", checkpoint_levels=2)
+    assert "Leave one out" in CheckpointConfig.checkpoint_problems(both)[0]
+    assert CheckpointConfig.checkpoint_problems(Both(checkpoint_levels=2)) == []

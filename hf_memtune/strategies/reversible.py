@@ -15,6 +15,7 @@ from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.reversible_config import ReversibleConfig
 from hf_memtune.strategies.adapters import ADAPTERS, Switch, freeze_but, put_adapters, trained_parameters
+from hf_memtune.strategies.layer_override import LayerOverride
 from hf_memtune.strategies.overrides import set_on_instance
 from hf_memtune.strategies.reversible_layer import ReversibleInStack, ReversibleStack
 from hf_memtune.strategies.reversible_start import StartReport, look_at_start
@@ -147,8 +148,10 @@ class ReversibleHandle:
 
     def _install(self, changes: ExitStack) -> None:
         for stack in self.stacks:
-            if any(isinstance(getattr(vars(m).get("forward"), "__self__", None), ReversibleInStack) for m in stack.layers):
-                raise UnsupportedModelError(f"{stack.name} is reversible already: call restore() of the handle that made it so.")
+            if any(isinstance(getattr(vars(m).get("forward"), "__self__", None), LayerOverride) for m in stack.layers):
+                raise UnsupportedModelError(
+                    f"{stack.name}: its layers are reversible already, or checkpointed on two levels. Call restore() of that handle."
+                )
         # callbacks and no context managers, which would end, and take the layers out, when the handle is dropped
         for stack, shared in zip(self.stacks, self.shared):
             for layer in stack.layers if self.config.adapter_rank else ():

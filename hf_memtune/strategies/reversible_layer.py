@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from hf_memtune.architectures.layouts import Layout
 from hf_memtune.core.coupling import Coupling, FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, LayerRun, LeaveStreams, Tape, blended_output, run_layer
-from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.strategies.adapters import ADAPTERS, Switch
-from hf_memtune.strategies.overrides import forwards_as, not_checkpointing
+from hf_memtune.strategies.layer_override import LayerOverride
+from hf_memtune.strategies.overrides import forwards_as
 
 
 @dataclass
@@ -62,20 +61,19 @@ class ReversibleStack:
         return blended_output((newest, older), self.weights)
 
 
-class ReversibleInStack:
-    """Runs in place of the forward of one layer. `earlier`: an override of that forward which was there before, or None."""
+class ReversibleInStack(LayerOverride):
+    """Runs in place of the forward of one reversible layer."""
 
     def __init__(self, layer: nn.Module, position: int, stack: ReversibleStack):
-        self.layer, self.position, self.stack = layer, position, stack
-        self.earlier = vars(layer).get("forward")
+        super().__init__(layer, stack.names[position])
+        self.position, self.stack = position, stack
 
     def forward(self, *args, **kwargs):
         """As the layer's own, but hidden states and the first output may be the pair and its tape."""
         if not self.stack.switch.is_on:
             return self._original(*args, **kwargs)
-        args, kwargs = (tuple(args), dict(kwargs)) if args else ((kwargs.pop("hidden_states"),), dict(kwargs))
-        newest, older, tape = self._received(args[0])
-        args, kwargs = self._arguments(args[1:], kwargs)
+        hidden, args, kwargs = self._taken_apart(args, kwargs)
+        newest, older, tape = self._received(hidden)
         functions = {"layer": self._whole, "adapter": self._adapter, "attention": self._attention, "mlp": self._mlp}
         run = LayerRun(
             self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device
@@ -90,46 +88,9 @@ class ReversibleInStack:
             return self.stack.start(hidden)
         if self.position and isinstance(hidden, tuple) and isinstance(hidden[-1], Tape) and hidden[-1].position == self.position:
             return hidden
-        raise UnsupportedModelError(
-            f"{self.stack.names[self.position]} was not given what the layer before it returned, as it is: between the layers of this "
-            "model something happens to the hidden states. Train it with activation checkpointing instead."
-        )
-
-    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Where backward may run the layer again: without caches, which it would write to again, found by type."""
-        if not torch.is_grad_enabled():
-            return args, kwargs
-        if kwargs.get("output_attentions"):
-            raise UnsupportedModelError(
-                f"{self.stack.names[self.position]}: got output_attentions=True, expected False: attention weights would come from inside "
-                "reversible layers, without a gradient."
-            )
-        kwargs = {name: self._no_cache(value) for name, value in kwargs.items()}
-        return tuple(map(self._no_cache, args)), kwargs | ({"use_cache": False} if "use_cache" in kwargs else {})
-
-    def _no_cache(self, value: Any) -> Any:
-        if not isinstance(value, Cache):
-            return value
-        if value.get_seq_length():
-            raise UnsupportedModelError(
-                f"{self.stack.names[self.position]}: got a cache with {value.get_seq_length()} tokens in training, expected none (prefix "
-                "tuning makes one). Use adapters or LoRA inside the layers."
-            )
-        return None
+        raise self._interrupted()
 
     # -- the functions of the coupling
-
-    def _original(self, *args, **kwargs):
-        return self.earlier(*args, **kwargs) if self.earlier is not None else type(self.layer).forward(self.layer, *args, **kwargs)
-
-    def _whole(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
-        if getattr(self.layer, "gradient_checkpointing", False):
-            with not_checkpointing(self.layer):
-                return self._parted(self._original(x, *args, **kwargs))
-        return self._parted(self._original(x, *args, **kwargs))
-
-    def _parted(self, output: Tensor | tuple) -> tuple[Tensor, tuple | None]:
-        return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
 
     def _adapter(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         return getattr(self.layer, ADAPTERS)["coupling"](x), None
