@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_memtune._compat import is_fake
+from hf_memtune._compat import with_values
 from hf_memtune.errors import InverseError
 
 
@@ -55,9 +55,9 @@ class Surroundings:
 
     def settle(self) -> None:
         """Keep no states (5 KB of the CPU's) where the run drew nothing."""
-        now = self._now()
-        if not any(is_fake(state) for state in now) and all(map(torch.equal, now, self._states)):
-            self._states = None
+        with with_values():  # generators have values, also while memory is being traced
+            if all(map(torch.equal, self._now(), self._states)):
+                self._states = None
 
     @contextmanager
     def restored(self) -> Iterator[None]:
