@@ -5,6 +5,7 @@ Memory: L / m + m inputs of layers and the activations of one layer, against L i
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +18,15 @@ from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundin
 
 @dataclass
 class LayerCall:
-    """One call of one layer, function(x, *args, **kwargs) -> (output, what else it returns or None), and what another needs but tensors."""
+    """One call of one layer, function(x, *args, **kwargs) -> (output, what else it returns or None), and what another needs but tensors.
+
+    gathered: context in which the layer's parameters are whole, for runs in the backward of another layer.
+    """
 
     function: Callable[..., tuple[Tensor, tuple | None]]
     arguments: Arguments
     parameters: Parameters
+    gathered: Callable[[], AbstractContextManager] = nullcontext
     surroundings: Surroundings | None = None
     extras: Outputs | None = None
 
@@ -45,7 +50,7 @@ class LayerCall:
         """As the first time, detached; the graph of the run ends here."""
         self.parameters.check()
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.gathered():
             return self.again(leaf.view_as(leaf), views_of(leaves_like(tensors)))[0].detach()
 
     def _run(self, hidden: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, tuple | None]:

@@ -4,7 +4,8 @@ Between the layers travels a plain tuple (hidden states, what belongs to their s
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +73,22 @@ class CheckpointedInStack(LayerOverride):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         hidden, passing = self._received(hidden)
-        call = LayerCall(self._whole, Arguments(args, kwargs), Parameters([self.layer]))
+        call = LayerCall(self._whole, Arguments(args, kwargs), Parameters([self.layer]), self._gathered)
         hidden, passing, extras = run_layer(call, passing, hidden)
         output = hidden if self.position + 1 == self.shape.layers else (hidden, passing, self.position)
         return output if extras is None else (output, *extras)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """FSDP2 gathers a layer's parameters for its own forward and backward alone."""
+        if not hasattr(self.layer, "unshard"):
+            yield
+            return
+        self.layer.unshard()
+        try:
+            yield
+        finally:
+            self.layer.reshard()
 
     def _received(self, hidden: Any) -> tuple[Tensor, Passing]:
         if self.position:
