@@ -97,20 +97,29 @@ class FixedPointArithmetic:
 
 
 def pack(stream: Tensor, bits: int) -> Tensor:
-    """The lowest `bits` bits of every element, as (bits, ceil(elements / 8)) uint8: plane j holds bit j of eight elements in a byte."""
+    """The lowest `bits` bits (1 to 8) of every element, as (bits, ceil(elements / 8)) uint8, to be read along the first dimension.
+
+    Elements are taken as eight rows; in a column of `bits` bytes, the bits of row i start at bit i * bits.
+    """
     flat = stream.flatten()
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
-    eights = (flat & ((1 << bits) - 1)).to(torch.uint8).view(-1, 8)
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=flat.device)
-    planes = [((eights >> j) & 1).mul_(weights).sum(1, dtype=torch.uint8) for j in range(bits)]
-    return torch.stack(planes)
+    rows = (flat & ((1 << bits) - 1)).to(torch.uint8).view(8, -1)
+    packed = torch.zeros(bits, rows.shape[1], dtype=torch.uint8, device=flat.device)
+    for i, row in enumerate(rows):
+        byte, shift = divmod(i * bits, 8)
+        packed[byte] |= row << shift
+        if shift + bits > 8:
+            packed[byte + 1] |= row >> (8 - shift)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """int32 of `shape`, between 0 and 2^bits - 1: what `pack` was given, of which it keeps the lowest bits."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    found = torch.zeros(packed.shape[1], 8, dtype=torch.int32, device=packed.device)
-    for j in range(bits):
-        found |= ((packed[j][:, None] >> shifts) & 1).to(torch.int32) << j
-    return found.flatten()[: shape.numel()].view(shape)
+    rows = torch.empty(8, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    for i, row in enumerate(rows):
+        byte, shift = divmod(i * bits, 8)
+        row.copy_(packed[byte] >> shift)
+        if shift + bits > 8:
+            row |= packed[byte + 1] << (8 - shift)
+    return (rows & ((1 << bits) - 1)).flatten()[: shape.numel()].view(shape).to(torch.int32)
