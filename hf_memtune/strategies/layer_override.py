@@ -3,6 +3,9 @@
 The override is a bound method of an object that holds the layer, so that a deep copy of the model has overrides of its own.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +17,20 @@ from hf_memtune.strategies.overrides import not_checkpointing
 
 
 class LayerOverride:
-    """Runs in place of the forward of one layer. `earlier`: an override of that forward which was there before, or None."""
+    """Runs in place of the forward of one layer.
+
+    earlier: an override of that forward which was there before, or None. again_within: makes a context around the layer; the one that
+    is set when it runs forward is entered again when it runs for backward.
+    """
 
     def __init__(self, layer: nn.Module, name: str):
         self.layer, self.name = layer, name
         self.earlier = vars(layer).get("forward")
+        self.again_within: Callable[[], AbstractContextManager] = nullcontext
+
+    def _bound(self, function: Callable) -> Callable:
+        """`function` within the context that is set at present."""
+        return partial(_within, self.again_within, function)
 
     def _taken_apart(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """The hidden states, or what travels in their place, and the other arguments."""
@@ -65,3 +77,14 @@ class LayerOverride:
             f"{self.name} was not given what the layer before it returned, as it is: between the layers of this model something happens "
             "to the hidden states. Train it with activation checkpointing instead (--activation_checkpointing)."
         )
+
+
+def override_of(layer: nn.Module) -> LayerOverride | None:
+    """The override that a layer has at present."""
+    found = getattr(vars(layer).get("forward"), "__self__", None)
+    return found if isinstance(found, LayerOverride) else None
+
+
+def _within(context: Callable[[], AbstractContextManager], function: Callable, *args, **kwargs) -> Any:
+    with context():
+        return function(*args, **kwargs)

@@ -15,7 +15,7 @@ from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.reversible_config import ReversibleConfig
 from hf_memtune.strategies.adapters import ADAPTERS, Switch, freeze_but, put_adapters, trained_parameters
-from hf_memtune.strategies.layer_override import LayerOverride
+from hf_memtune.strategies.layer_override import override_of
 from hf_memtune.strategies.overrides import set_on_instance
 from hf_memtune.strategies.reversible_layer import ReversibleInStack, ReversibleStack
 from hf_memtune.strategies.reversible_start import StartReport, look_at_start
@@ -148,7 +148,7 @@ class ReversibleHandle:
 
     def _install(self, changes: ExitStack) -> None:
         for stack in self.stacks:
-            if any(isinstance(getattr(vars(m).get("forward"), "__self__", None), LayerOverride) for m in stack.layers):
+            if any(override_of(layer) for layer in stack.layers):
                 raise UnsupportedModelError(
                     f"{stack.name}: its layers are reversible already, or checkpointed on two levels. Call restore() of that handle."
                 )

@@ -15,7 +15,7 @@ from hf_memtune.architectures.layouts import Layout
 from hf_memtune.core.coupling import Coupling, FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.core.recompute import Arguments, Parameters
-from hf_memtune.core.reversible import EnterStreams, LayerRun, LeaveStreams, Tape, blended_output, run_layer
+from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
 from hf_memtune.strategies.adapters import ADAPTERS, Switch
 from hf_memtune.strategies.layer_override import LayerOverride
 from hf_memtune.strategies.overrides import forwards_as
@@ -74,7 +74,7 @@ class ReversibleInStack(LayerOverride):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         newest, older, tape = self._received(hidden)
-        functions = {"layer": self._whole, "adapter": self._adapter, "attention": self._attention, "mlp": self._mlp}
+        functions = {name: self._bound(function) for name, function in self.functions.items()}
         run = LayerRun(
             self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device
         )
@@ -91,6 +91,11 @@ class ReversibleInStack(LayerOverride):
         raise self._interrupted()
 
     # -- the functions of the coupling
+
+    @property
+    def functions(self) -> Functions:
+        """Every function that a coupling may name."""
+        return {"layer": self._whole, "adapter": self._adapter, "attention": self._attention, "mlp": self._mlp}
 
     def _adapter(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         return getattr(self.layer, ADAPTERS)["coupling"](x), None

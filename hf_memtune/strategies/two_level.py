@@ -16,7 +16,7 @@ from hf_memtune.architectures.stacks import layer_stacks, refuse_what_does_not_r
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.two_level import LayerCall, Passing, Segment, run_layer
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.strategies.layer_override import LayerOverride
+from hf_memtune.strategies.layer_override import LayerOverride, override_of
 from hf_memtune.strategies.overrides import set_on_instance
 
 
@@ -36,7 +36,7 @@ class TwoLevelHandle:
         refuse_what_does_not_run_twice(model)
         self.model, self.stacks = model, layer_stacks(model)
         for stack in self.stacks:
-            if any(isinstance(getattr(vars(m).get("forward"), "__self__", None), LayerOverride) for m in stack.layers):
+            if any(override_of(layer) for layer in stack.layers):
                 raise UnsupportedModelError(
                     f"{stack.name}: its layers are reversible, or checkpointed on two levels, already. Call restore() of that handle."
                 )
@@ -73,7 +73,7 @@ class CheckpointedInStack(LayerOverride):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         hidden, passing = self._received(hidden)
-        call = LayerCall(self._whole, Arguments(args, kwargs), Parameters([self.layer]), self._gathered)
+        call = LayerCall(self._bound(self._whole), Arguments(args, kwargs), Parameters([self.layer]), self._gathered)
         hidden, passing, extras = run_layer(call, passing, hidden)
         output = hidden if self.position + 1 == self.shape.layers else (hidden, passing, self.position)
         return output if extras is None else (output, *extras)

@@ -109,9 +109,8 @@ class _TwinLayer:
             pair, streams = self.run.enter(arithmetic, hidden)
         else:
             pair, streams, arithmetic = hidden
-        functions = {"layer": ours._whole, "adapter": ours._adapter, "attention": ours._attention, "mlp": ours._mlp}
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.view_as(t), ours._arguments(args, kwargs))
-        pair, streams, extras = self.run.layer(shared.coupling, arithmetic, functions, pair, streams, args, kwargs)
+        pair, streams, extras = self.run.layer(shared.coupling, arithmetic, ours.functions, pair, streams, args, kwargs)
         last = ours.position + 1 == len(shared.names)
         hidden = self.run.leave(pair, shared.weights) if last else (pair, streams, arithmetic)
         return hidden if extras is None else (hidden, *extras)
