@@ -64,8 +64,8 @@ class ReversibleConfig:
     )
     reversible_fraction_bits: int | None = _setting(
         None,
-        "exact: bits after the binary point, of 32. More: finer steps, less range. Default: 20 for post-norm layers (states below 2,048), 14 "
-        "for pre-norm ones (below 131,072).",
+        "exact: bits after the binary point, of 32. More: finer steps, less range. Default: 20 for post-norm layers (states below 2,048), 12 "
+        "for pre-norm ones (below 524,288).",
     )
     adapter_rank: int | None = _filled(
         "adapter_rank",

@@ -90,6 +90,16 @@ def refuse_what_does_not_run_twice(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name}: {path}.layerdrop={dropped}: layers are left out at random. Set it to 0.")
 
 
+def refuse_several_devices(model: nn.Module) -> None:
+    """Refuse a model that is spread over devices, on which the two streams of one layer would lie apart."""
+    devices = set((getattr(unwrapped(model), "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{type(unwrapped(model)).__name__} is spread over {', '.join(map(str, sorted(devices, key=str)))} by its device_map, expected "
+            "one device a process. Load it without device_map, and launch with plain data parallelism or FSDP2."
+        )
+
+
 def _refuse_shared_layers(head_model: nn.Module, stacks: list[LayerStack]) -> None:
     layers = [layer for stack in stacks for layer in stack.layers]
     if len({id(layer) for layer in layers}) < len(layers):

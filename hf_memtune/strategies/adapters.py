@@ -100,19 +100,21 @@ def _width(layer: nn.Module, layout: Layout) -> int:
 
 
 def freeze_but(model: nn.Module, trained: Iterable[nn.Parameter], undo: ExitStack) -> None:
-    """Only these parameters require grad; after `undo` those that did."""
+    """Only these parameters, and what a PEFT wrapper trains, require grad; after `undo` those that did."""
     wanted = {id(p) for p in trained}
+    if model is not unwrapped(model):
+        wanted |= {id(p) for p in model.parameters() if p.requires_grad}
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
         parameter.requires_grad_(id(parameter) in wanted)
 
 
 def trained_parameters(model: nn.Module, stacks: Iterable[LayerStack], config: ReversibleConfig) -> list[nn.Parameter]:
-    """Of the adapters, and of the head where it is to be trained, and what a PEFT wrapper has put in."""
+    """Of the adapters, and of the head where it is to be trained. Without adapters: none, for then nothing is chosen here."""
+    if not config.adapter_rank:
+        return []
     found = [p for stack in stacks for layer in stack.layers for p in getattr(layer, ADAPTERS).parameters()]
     head_model = unwrapped(model)
-    if model is not head_model:
-        found += [p for p in model.parameters() if p.requires_grad]
     trains_head = config.train_head if config.train_head is not None else head_model.get_output_embeddings() is None
     return found + (head_parameters(head_model) if trains_head else [])
 

@@ -97,25 +97,27 @@ def test_a_failure_while_putting_in_leaves_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_adapters_go_from_one_model_to_another(coupling):
-    first, second = model_of("bert"), model_of("bert")
-    batch = inputs_of("bert", first)
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_what_was_trained_goes_from_one_model_to_another(name, coupling):
+    first, second = model_of(name), model_of(name)
+    batch = inputs_of(name, first)
     one, two = (reversible_of(model, coupling, "exact") for model in (first, second))
-    for value in one.adapters.values():
+    assert one.adapters.keys() <= one.trained.keys() and ("classifier.weight" in one.trained) == (name == "vit")
+    for value in one.trained.values():
         value.add_(torch.randn_like(value))
     assert not torch.equal(step(first, batch)[0], step(second, batch)[0])
-    two.load_adapters(one.adapters)
+    two.load(one.trained)
     assert torch.equal(step(first, batch)[0], step(second, batch)[0])
 
 
-def test_adapters_that_do_not_match_change_nothing():
+def test_tensors_that_do_not_match_change_nothing():
     model = model_of("bert")
     handle = reversible_of(model, "meft1")
-    state = {name: value.clone() + 1 for name, value in handle.adapters.items()}
+    state = {name: value.clone() + 1 for name, value in handle.trained.items()}
     for wrong in ({**state, "more": torch.zeros(1)}, dict(list(state.items())[1:]), {n: v[..., :1] for n, v in state.items()}):
         with pytest.raises(MemTuneError, match="do not match"):
-            handle.load_adapters(wrong)
-    assert all(torch.equal(value + 1, state[name]) for name, value in handle.adapters.items())
+            handle.load(wrong)
+    assert all(torch.equal(value + 1, state[name]) for name, value in handle.trained.items())
 
 
 # --- what trains
@@ -192,6 +194,12 @@ def test_parallel_blocks_are_refused_for_meft3_alone(name):
 def test_too_few_layers_are_refused(changed, match):
     of_model = {key: value for key, value in changed.items() if key.startswith("num")}
     refused(model_of("llama", **of_model), match=match, **{key: value for key, value in changed.items() if key not in of_model})
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = model_of("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    refused(model, match="spread over 0, cpu")
 
 
 def test_an_unknown_layout_is_refused_for_adapters_alone():
