@@ -1,4 +1,7 @@
-"""Settings of reversible layers and their adapters, and of two-level checkpointing, as flat dataclass fields. What is not given is None, and filled by `filled()`."""
+"""Settings of reversible layers and their adapters, and of two-level checkpointing, as flat dataclass fields.
+
+What is not given is None until `filled()`.
+"""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -42,8 +45,8 @@ class ReversibleConfig:
     )
     reversible_beta: float | None = _setting(
         None,
-        "Factor of the second stream, no unit: beta of meft1, meft2, meft3, as reversible_scale. Default: the paper's 1, 0.1, 0.1, in which "
-        "exact has 1/8 for 0.1.",
+        "Factor of the second stream, no unit: beta of meft1, meft2, meft3, as reversible_scale. Default: the paper's 1, 0.1, 0.1, in "
+        "which exact has 1/8 for 0.1.",
     )
     reversible_numerics: str = _setting(
         "exact",
@@ -59,13 +62,14 @@ class ReversibleConfig:
     reversible_output: str | None = _setting(
         None,
         "What the reversible layers hand on: newest stream, mean of both, or sum of the newest and reversible_scale times the older. "
-        "Default: newest for centred; for meft1, meft2, meft3 as in the paper, mean for post-norm layers (BERT), sum for pre-norm ones (OPT).",
+        "Default: newest for centred; for meft1, meft2, meft3 as in the paper, mean for post-norm layers (BERT), sum for pre-norm "
+        "ones (OPT).",
         OUTPUTS,
     )
     reversible_fraction_bits: int | None = _setting(
         None,
-        "exact: bits after the binary point, of 32. More: finer steps, less range. Default: 20 for post-norm layers (states below 2,048), 12 "
-        "for pre-norm ones (below 524,288).",
+        "exact: bits after the binary point, of 32. More: finer steps, less range. Default: 20 for post-norm layers (states below "
+        "2,048), 12 for pre-norm ones (below 524,288).",
     )
     adapter_rank: int | None = _filled(
         "adapter_rank",
@@ -93,8 +97,9 @@ class ReversibleConfig:
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changed)
 
     def filled(self) -> "ReversibleConfig":
-        """With what was not given, but reversible_output, reversible_fraction_bits, reversible_layers and train_head: these need the model."""
-        return replace(ReversibleConfig.of(self), **{name: value for name, value in _defaults(self).items() if getattr(self, name) is None})
+        """With what was not given; but reversible_output, reversible_fraction_bits, reversible_layers and train_head need the model."""
+        missing = {name: value for name, value in _defaults(self).items() if getattr(self, name) is None}
+        return replace(ReversibleConfig.of(self), **missing)
 
     def problems(self) -> list[str]:
         return ReversibleConfig.reversible_problems(self)
@@ -214,5 +219,7 @@ class CheckpointConfig:
                 f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing."
             )
         if self.checkpoint_levels and getattr(self, "reversible", "none") != "none":
-            found.append(f"checkpoint_levels: got {self.checkpoint_levels} with reversible={self.reversible}, which keeps no inputs. Leave one out.")
+            found.append(
+                f"checkpoint_levels: got {self.checkpoint_levels} with reversible={self.reversible}, which keeps no inputs. Leave one out."
+            )
         return found

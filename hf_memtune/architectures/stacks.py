@@ -83,7 +83,8 @@ def refuse_what_does_not_run_twice(model: nn.Module) -> None:
         for key, what in (("output_router_logits", "the auxiliary loss of its routers"), ("output_attentions", "attention weights")):
             if getattr(config, key, False):
                 raise UnsupportedModelError(
-                    f"{name} with config.{key}=True: {what} would come from inside the layers, without a gradient. Set config.{key} = False."
+                    f"{name} with config.{key}=True: {what} would come from inside the layers, without a gradient. Set "
+                    f"config.{key} = False."
                 )
     for path, module in head_model.named_modules():
         if isinstance(dropped := getattr(module, "layerdrop", 0), float) and dropped > 0:

@@ -4,6 +4,7 @@ A forward pass makes one `Tape`. Between layers travel the values of the streams
 streams themselves; `EnterStreams` makes them, `LeaveStreams` saves the last pair, and in backward each layer takes the pair one layer back.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,9 +24,9 @@ beside it, or None where that is nothing."""
 
 @dataclass
 class Tape:
-    """The streams of one forward pass, where it is, and, in backward, of where that is.
+    """The streams of one forward pass at its present place, and then of its backward pass at its.
 
-    entered: the streams at the start, where they are to be compared with what backward arrives at; see `start_error`.
+    position: the number of layers that the streams have gone through. entered: the streams at the start, kept where `compares`.
     """
 
     arithmetic: FloatArithmetic | FixedPointArithmetic
@@ -46,13 +47,17 @@ class Tape:
         return newest.detach(), older.detach()
 
     def start_error(self) -> float:
-        """Largest difference between the rebuilt input and the true one, relative to the latter's size; 0 where it is exact."""
+        """Largest difference between the rebuilt input and the true one, relative to the latter's size: 0 is exact, inf not a number."""
         pairs = [(found.double(), true.double()) for found, true in zip(self.streams, self.entered)]
-        return max(((found - true).norm() / true.norm().clamp_min(1e-30)).item() for found, true in pairs)
+        errors = [((found - true).norm() / true.norm().clamp_min(1e-30)).item() for found, true in pairs]
+        return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 class EnterStreams(torch.autograd.Function):
-    """h -> (h, h), as the arithmetic holds it: the layers see what can be rebuilt. dL/dh is the sum over both (straight through rounding)."""
+    """h -> (h, h), as the arithmetic holds it, for the layers are to see what can be rebuilt. dL/dh is the sum over both.
+
+    In fixed point the gradient goes straight through the rounding.
+    """
 
     @staticmethod
     def forward(ctx, hidden, tape):
@@ -132,6 +137,7 @@ class LayerRun:
         """The half steps in reverse. Takes the gradients of both streams (newest, older), which it returns for the layer's input,
         and those of the tensors and parameters."""
         streams = list(self.coupling.settled(self.tape.streams))
+        self.tape.streams = None  # each is let go when the one before it is there
         cotangents = list(self.coupling.settled(tuple(gradients)))
         leaves = leaves_like(tensors)
         wanted = [*(leaf for leaf in leaves if leaf.requires_grad), *self.parameters.tensors]
