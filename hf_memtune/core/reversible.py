@@ -122,7 +122,7 @@ class LayerRun:
     def _advance(self, number: int, half: HalfStep, tensors: Sequence[Tensor]) -> Tensor | None:
         """One half step. Returns what it has lost; the graph of its update ends here."""
         streams, surroundings = list(self.tape.streams), Surroundings(self.device)
-        leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_()
+        leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_(torch.is_grad_enabled())
         live = views_of(leaves_like(tensors))
         update, extras = self._update(half, leaf.view_as(leaf), live)
         surroundings.settle()

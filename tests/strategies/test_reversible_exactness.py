@@ -283,6 +283,18 @@ def test_generation_with_a_cache_gives_the_tokens_without(name, coupling):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_evaluation_computes_the_same(name):
+    model, batch = model_and_batch(name)
+    reversible_of(model, "meft1", "exact")
+    model.eval()
+    expected = model(**batch).logits.detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(**batch).logits, expected)
+    assert not torch.equal(model.train()(**batch).logits, expected)
+
+
 def test_a_copy_is_reversible_by_itself():
     model, batch = model_and_batch("bert")
     handle = reversible_of(model, "meft1", "exact")
