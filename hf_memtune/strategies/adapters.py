@@ -17,7 +17,7 @@ from hf_memtune.reversible_config import ReversibleConfig
 
 ADAPTERS = "reversible_adapters"
 PLACES = {"centred": ("mlp",), "meft1": ("mlp", "coupling"), "meft2": ("mlp", "coupling"), "meft3": ("mlp", "attention")}
-"""By coupling: adapters parallel to the MLP, after the attention, and the one that is a half step by itself."""
+"""By coupling: adapters parallel to the MLP, after the attention, and the one that is a half step by itself, of reversible layers alone."""
 
 
 class Switch:
@@ -70,9 +70,16 @@ class BesideBlock:
         return output + self.adapter(output) if self.acts else output
 
 
-def put_adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig, switch: Switch, undo: ExitStack) -> None:
-    """Give one layer the adapters of the coupling; `switch` says which of them act. What takes them out goes to `undo`."""
-    layer.add_module(ADAPTERS, _adapters(layer, layout, config))
+def places_of(coupling: str, is_reversible: bool) -> tuple[str, ...]:
+    """Where one layer has adapters: a parameter that is never used would hold up distributed training."""
+    return tuple(place for place in PLACES[coupling] if is_reversible or place != "coupling")
+
+
+def put_adapters(
+    layer: nn.Module, layout: Layout, config: ReversibleConfig, places: tuple[str, ...], switch: Switch, undo: ExitStack
+) -> None:
+    """Give one layer adapters at these places; `switch` says which of them act. What takes them out goes to `undo`."""
+    layer.add_module(ADAPTERS, _adapters(layer, layout, config, places))
     undo.callback(delattr, layer, ADAPTERS)
     for place, adapter in getattr(layer, ADAPTERS).items():
         beside = BesideBlock(adapter, place, switch)
@@ -84,12 +91,12 @@ def put_adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig, swi
             undo.callback(layer.get_submodule(layout.attention_output).register_forward_hook(beside.add_own).remove)
 
 
-def _adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig) -> nn.ModuleDict:
+def _adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig, places: tuple[str, ...]) -> nn.ModuleDict:
     weight = next(p for p in layer.get_submodule(layout.mlp_output).parameters())
     width = _width(layer, layout)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     settings = (config.adapter_rank, config.adapter_activation, config.adapter_dropout, config.adapter_init_std, weight.device, dtype)
-    return nn.ModuleDict({place: Adapter(width, *settings) for place in PLACES[config.reversible]}).train(layer.training)
+    return nn.ModuleDict({place: Adapter(width, *settings) for place in places}).train(layer.training)
 
 
 def _width(layer: nn.Module, layout: Layout) -> int:

@@ -20,7 +20,7 @@ from hf_memtune.architectures.stacks import (
 from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.reversible_config import ReversibleConfig
-from hf_memtune.strategies.adapters import ADAPTERS, Switch, freeze_but, put_adapters, trained_parameters
+from hf_memtune.strategies.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
 from hf_memtune.strategies.layer_override import override_of
 from hf_memtune.strategies.overrides import set_on_instance
 from hf_memtune.strategies.reversible_layer import ReversibleInStack, ReversibleStack
@@ -167,8 +167,9 @@ class ReversibleHandle:
                 )
         # callbacks and no context managers, which would end, and take the layers out, when the handle is dropped
         for stack, shared in zip(self.stacks, self.shared):
-            for layer in stack.layers if self.config.adapter_rank else ():
-                put_adapters(layer, shared.layout, self.config, self.switch, changes)
+            for number, layer in enumerate(stack.layers if self.config.adapter_rank else ()):
+                places = places_of(self.config.reversible, number < len(shared.names))
+                put_adapters(layer, shared.layout, self.config, places, self.switch, changes)
             for position in range(len(shared.names)):
                 layer = stack.layers[position]
                 changes.callback(set_on_instance(layer, "forward", ReversibleInStack(layer, position, shared).forward))

@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.strategies.reversible_models import model_of, reversible_of  # noqa: E402
 
 ROWS, TOKENS = 4, 9
-# wrapper, model, coupling or "two levels", what changes; float32 where the wrapper's arithmetic is to be seen beside dropout's absence
+# wrapper, model, coupling or "two levels", and settings
 CASES = {
     "ddp centred": ("ddp", "bert", "centred", {}),
     "ddp meft1": ("ddp", "llama", "meft1", {}),
     "ddp meft3": ("ddp", "bart", "meft3", {}),
     "ddp all": ("ddp", "gpt2", "centred", {"adapter_rank": 0}),
-    "ddp unused": ("ddp unused", "llama", "centred", {"reversible_layers": 2}),
+    "ddp part": ("ddp", "llama", "meft1", {"reversible_layers": 2}),
+    "ddp unused": ("ddp unused", "llama", "centred", {}),
     "ddp two levels": ("ddp", "llama", "two levels", {}),
     "fsdp centred": ("fsdp", "llama", "centred", {}),
     "fsdp meft3": ("fsdp", "bert", "meft3", {}),
