@@ -27,3 +27,11 @@ class StaleCacheError(MemTuneError, LookupError):
 
 class TokenScoreError(MemTuneError, ValueError):
     """A token scorer that returned something other than one finite score for each token."""
+
+
+class StreamOverflowError(MemTuneError, ArithmeticError):
+    """A reversible stream that left the range of its fixed-point numbers. Names the layer and the remedy; no gradient was made of it."""
+
+
+class InverseError(MemTuneError, RuntimeError):
+    """A reversible pass that cannot go backward rightly. Names the cause and the remedy."""

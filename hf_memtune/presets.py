@@ -57,3 +57,28 @@ def described_default(name: str) -> str:
     by_scorer = "first_last for token_scorer=random, as in TokenTune, else none"
     default = by_scorer if name == "always_keep" and PRESETS[None][name] is None else PRESETS[None][name]
     return f"Default: {default}" + (f" (presets: {', '.join(filled)})." if filled else ".")
+
+# Couplings of reversible layers, by reversible and then reversible_numerics: factors of the streams (lam and beta of MEFT, arXiv
+# 2306.00477, table 1; c of the centred coupling). Fixed point needs powers of two: 1/8 stands for the 0.1 of the paper.
+# beta None: the coupling has none. What the stack hands on (reversible_output) depends on the model: see architectures/layouts.py.
+COUPLING_FACTORS: dict[str, dict[str, dict[str, float | None]]] = {
+    "centred": dict.fromkeys(("exact", "float"), {"reversible_scale": 1 / 16, "reversible_beta": None}),
+    "meft1": {
+        "exact": {"reversible_scale": 1 / 8, "reversible_beta": 1.0},
+        "float": {"reversible_scale": 0.1, "reversible_beta": 1.0},
+    },
+    "meft2": {
+        "exact": {"reversible_scale": 1.0, "reversible_beta": 1 / 8},
+        "float": {"reversible_scale": 1.0, "reversible_beta": 0.1},
+    },
+    "meft3": {
+        "exact": {"reversible_scale": 1 / 8, "reversible_beta": 1 / 8},
+        "float": {"reversible_scale": 0.1, "reversible_beta": 0.1},
+    },
+}
+ADAPTER_DEFAULTS: dict[str, Any] = {
+    "adapter_rank": 8,  # the paper's for BERT; it has 64 for OPT
+    "adapter_dropout": 0.0,
+    "adapter_activation": "relu",
+    "adapter_init_std": 0.02,
+}

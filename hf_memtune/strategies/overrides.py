@@ -1,4 +1,4 @@
-"""Temporary changes to instances: every one is a context manager that puts back exactly what was there."""
+"""Temporary changes to instances: context managers that put back exactly what was there."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,19 +8,29 @@ from torch import nn
 from hf_memtune._compat import is_quantised_kernel
 
 
-@contextmanager
-def instance_attribute(target: object, name: str, value: object) -> Iterator[None]:
-    """Set an attribute on one instance, shadowing its class, and afterwards restore or delete it."""
+def set_on_instance(target: object, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute on one instance, shadowing its class. Returns what restores or deletes it; until that is called, it stays."""
     had_own = name in vars(target)
     previous = vars(target).get(name)
     object.__setattr__(target, name, value)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if had_own:
             object.__setattr__(target, name, previous)
         else:
             object.__delattr__(target, name)
+
+    return put_back
+
+
+@contextmanager
+def instance_attribute(target: object, name: str, value: object) -> Iterator[None]:
+    """`set_on_instance` for as long as the context is open."""
+    put_back = set_on_instance(target, name, value)
+    try:
+        yield
+    finally:
+        put_back()
 
 
 @contextmanager

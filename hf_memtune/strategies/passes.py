@@ -139,7 +139,8 @@ class Records:
     def last_input(self, stack: str, module, args, kwargs) -> None:
         """Forward pre-hook of the last block of a stack."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.hidden.setdefault(stack, []).append(hidden.detach())
+        if isinstance(hidden, Tensor):  # or what travels between reversible layers: the last of them does not run alone
+            self.hidden.setdefault(stack, []).append(hidden.detach())
 
 
 class FocusPass(ModelPass):

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures import Architecture
 from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.strategies.layer_override import override_of
 from hf_memtune.strategies.overrides import instance_attribute
 
 _numbers = itertools.count()
@@ -58,7 +59,7 @@ class Router:
 
     @contextmanager
     def running(self, active: Pass) -> Iterator[None]:
-        """Route the model's attention through `active`; parts checkpointed meanwhile find it again when recomputed."""
+        """Route the model's attention through `active`; layers that run again for backward find it again then."""
         with ExitStack() as stack:
             stack.enter_context(self._routed(active))
             for module in self.architecture.base.modules():
@@ -66,6 +67,8 @@ class Router:
                 if checkpointing is not None and getattr(module, "gradient_checkpointing", False):
                     again = partial(self._checkpoint_with, active, checkpointing)
                     stack.enter_context(instance_attribute(module, "_gradient_checkpointing_func", again))
+                if (override := override_of(module)) is not None:
+                    stack.enter_context(instance_attribute(override, "again_within", partial(self._routed, active)))
             if self.architecture.is_encoder_decoder:
                 for name, part in self.architecture.stacks.items():
                     entering = part.module.register_forward_pre_hook(partial(_enter_stack, active, name))

@@ -23,7 +23,7 @@ FLOORS = [
     {"strategies"},
     {"architectures"},
     {"core"},
-    {"config", "presets", "errors", "units", "_compat"},
+    {"config", "reversible_config", "presets", "errors", "units", "_compat"},
 ]
 GROUND = FLOORS[-1]  # its parts may import one another; nowhere else may neighbours
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "evaluate", "matplotlib", "numpy", "peft", "torch", "transformers"}

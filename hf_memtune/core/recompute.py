@@ -1,0 +1,136 @@
+"""Running a part of a forward pass a second time, in backward, so that it gives bit by bit what it gave the first time.
+
+Alike must be: the arguments, the random numbers, autocast, and which inputs require grad, by which kernels are chosen.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hf_memtune._compat import with_values
+from hf_memtune.errors import InverseError
+
+
+def _is_no_container(value: Any) -> bool:
+    """A KV cache may be registered as a tree: taken apart, it would be put together again as a copy."""
+    return not isinstance(value, (tuple, list, dict))
+
+
+class Arguments:
+    """Positional and keyword arguments of a call, taken apart: its tensors, nested ones too, and all the rest."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+        self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_no_container)
+        self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [self._leaves[place] for place in self._places]
+        for place in self._places:
+            self._leaves[place] = None  # or tensors that backward may offload would be held here
+
+    def take_tensors(self) -> list[Tensor]:
+        """The tensors, held here no longer."""
+        taken, self.tensors = self.tensors, []
+        return taken
+
+    def call(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with these tensors in the places of theirs."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self._spec)
+
+
+class Surroundings:
+    """Random numbers and autocast of one run. Made before it; `settle` after it; `restored` around the second run."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._states: tuple[Tensor, ...] | None = self._now()
+        kinds = dict.fromkeys(("cpu", device.type))
+        self._autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self._caches_casts = torch.is_autocast_cache_enabled()
+
+    def settle(self) -> None:
+        """Keep no states (5 KB of the CPU's) where the run drew nothing."""
+        with with_values():  # generators have values, also while memory is being traced
+            if all(map(torch.equal, self._now(), self._states)):
+                self._states = None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._autocast:
+                cast = torch.autocast(kind, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=self._caches_casts)
+                stack.enter_context(cast)
+            if self._states is not None:
+                devices = [self._device] if len(self._states) > 1 else []
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"))
+                torch.set_rng_state(self._states[0])
+                if devices:
+                    torch.get_device_module(self._device).set_rng_state(self._states[1], self._device)
+            yield
+
+    def _now(self) -> tuple[Tensor, ...]:
+        own = () if self._device.type in ("cpu", "meta") else (torch.get_device_module(self._device).get_rng_state(self._device),)
+        return (torch.get_rng_state(), *own)
+
+
+class Parameters:
+    """The trainable parameters that a run uses: its backward needs them unchanged, as everyone's does."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        self.tensors = list(unique.values())
+        self._versions = [p._version for p in self.tensors]
+
+    def check(self) -> None:
+        """Raises InverseError where one was changed in place since."""
+        if [p._version for p in self.tensors] != self._versions:
+            raise InverseError(
+                "a parameter was changed in place between forward and backward, so the layer cannot be run again as it was. Take the "
+                "optimizer's step after backward."
+            )
+
+
+def leaves_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Detached tensors that require grad where these do."""
+    return [t.detach().requires_grad_() if t.requires_grad else t for t in tensors]
+
+
+def views_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views where a gradient is wanted: autocast would keep its casts of leaves, alive until it ends."""
+    return [t.view_as(t) if t.requires_grad else t for t in tensors]
+
+
+class Outputs:
+    """What a layer returns beside its hidden states, as (new tensors, how to put them together again with the caller's own).
+
+    A tensor that the layer handed through is the caller's, whose gradient does not go through this layer.
+    """
+
+    def __init__(self, extras: tuple, arguments: Sequence[Tensor]):
+        leaves, self._spec = tree_flatten(extras, is_leaf=_is_no_container)
+        self.tensors: list[Tensor] = []
+        self._recipe: list[tuple[str, Any]] = [self._place(leaf, arguments) for leaf in leaves]
+
+    def _place(self, leaf: Any, arguments: Sequence[Tensor]) -> tuple[str, Any]:
+        if not isinstance(leaf, Tensor):
+            return "rest", leaf
+        for index, argument in enumerate(arguments):
+            if leaf is argument:
+                return "argument", index
+        self.tensors.append(leaf)
+        return "tensor", len(self.tensors) - 1
+
+    def emptied(self) -> "Outputs":
+        """Without the tensors and their graph; what `rebuilt` needs stays."""
+        self.tensors = []
+        return self
+
+    def rebuilt(self, tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> tuple:
+        """The extras, with these in the places of the new tensors and of the arguments."""
+        sources: dict[str, Callable] = {"rest": lambda x: x, "argument": arguments.__getitem__, "tensor": tensors.__getitem__}
+        return tree_unflatten([sources[kind](what) for kind, what in self._recipe], self._spec)

@@ -1,0 +1,242 @@
+"""Backward through a stack of reversible layers, which keeps the last pair of streams alone and rebuilds the others.
+
+A forward pass makes one `Tape`. Between layers travel the values of the streams, to carry gradients, and the tape, which holds the
+streams themselves; `EnterStreams` makes them, `LeaveStreams` saves the last pair, and in backward each layer takes the pair one layer back.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_memtune.core.coupling import Coupling, FloatArithmetic, HalfStep
+from hf_memtune.core.fixed_point import FixedPointArithmetic
+from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, views_of
+from hf_memtune.errors import InverseError
+
+Functions = dict[str, Callable[..., tuple[Tensor, tuple | None]]]
+"""The functions a coupling names. Each maps (x, *args, **kwargs) to its value, like x in shape, and the tuple of what the layer returns
+beside it, or None where that is nothing."""
+
+
+@dataclass
+class Tape:
+    """The streams of one forward pass at its present place, and then of its backward pass at its.
+
+    position: the number of layers that the streams have gone through. entered: the streams at the start, kept where `compares`.
+    """
+
+    arithmetic: FloatArithmetic | FixedPointArithmetic
+    streams: tuple[Tensor, Tensor] | None = None
+    position: int = 0
+    compares: bool = False
+    entered: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def enter(self, hidden: Tensor) -> None:
+        """Both streams start as the input of the first layer."""
+        stream = self.arithmetic.enter(hidden)
+        self.streams = (stream, stream)
+        self.entered = self.streams if self.compares else None
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """The streams in the dtype of the hidden states, as tensors of their own."""
+        newest, older = (self.arithmetic.value(stream) for stream in self.streams)
+        return newest.detach(), older.detach()
+
+    def start_error(self) -> float:
+        """Largest difference between the rebuilt input and the true one, relative to the latter's size: 0 is exact, inf not a number."""
+        pairs = [(found.double(), true.double()) for found, true in zip(self.streams, self.entered)]
+        errors = [((found - true).norm() / true.norm().clamp_min(1e-30)).item() for found, true in pairs]
+        return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+class EnterStreams(torch.autograd.Function):
+    """h -> (h, h), as the arithmetic holds it, for the layers are to see what can be rebuilt. dL/dh is the sum over both.
+
+    In fixed point the gradient goes straight through the rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, tape):
+        tape.enter(hidden.detach())
+        return tape.values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, newest, older):
+        return newest + older, None
+
+
+class LeaveStreams(torch.autograd.Function):
+    """(newest, older) -> w_newest newest + w_older older. Saves the pair, from which backward starts."""
+
+    @staticmethod
+    def forward(ctx, newest, older, tape, weights):
+        ctx.tape, ctx.weights, ctx.position = tape, weights, tape.position
+        ctx.save_for_backward(*tape.streams)
+        output = blended_output(tape.values(), weights)
+        tape.streams = None
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        ctx.tape.streams, ctx.tape.position = ctx.saved_tensors, ctx.position
+        return *(gradient if weight == 1 else gradient * weight for weight in ctx.weights), None, None
+
+
+def blended_output(values: tuple[Tensor, Tensor], weights: tuple[float, float]) -> Tensor:
+    """w_newest newest + w_older older."""
+    terms = [value if weight == 1 else value * weight for value, weight in zip(values, weights) if weight]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+@dataclass
+class LayerRun:
+    """One call of one layer, and all that backward needs to run it again but tensors.
+
+    extras: of the run, what the layer returned beside its hidden states.
+    """
+
+    coupling: Coupling
+    functions: Functions
+    tape: Tape
+    position: int
+    arguments: Arguments
+    parameters: Parameters
+    device: torch.device
+    surroundings: list[Surroundings] = field(default_factory=list)
+    extras: Outputs | None = None
+    extras_half: int | None = None
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The half steps, on the tape's streams. Returns what each has lost."""
+        lost = [self._advance(number, half, tensors) for number, half in enumerate(self.coupling.halves)]
+        self.tape.streams = self.coupling.settled(self.tape.streams)
+        self.tape.position = self.position + 1
+        return lost
+
+    def _advance(self, number: int, half: HalfStep, tensors: Sequence[Tensor]) -> Tensor | None:
+        """One half step. Returns what it has lost; the graph of its update ends here."""
+        streams, surroundings = list(self.tape.streams), Surroundings(self.device)
+        leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_(torch.is_grad_enabled())
+        live = views_of(leaves_like(tensors))
+        update, extras = self._update(half, leaf.view_as(leaf), live)
+        surroundings.settle()
+        self.surroundings.append(surroundings)
+        if extras is not None:
+            self.extras, self.extras_half = Outputs(extras, live), number
+        streams[half.target], lost = self.tape.arithmetic.blend(streams[half.target], half.scale, update.detach())
+        self.tape.streams = tuple(streams)
+        return lost
+
+    def backward(self, gradients: Sequence[Tensor], extras: Sequence[Tensor], tensors: Sequence[Tensor], lost: Sequence[Tensor | None]):
+        """The half steps in reverse. Takes the gradients of both streams (newest, older), which it returns for the layer's input,
+        and those of the tensors and parameters."""
+        streams = list(self.coupling.settled(self.tape.streams))
+        self.tape.streams = None  # each is let go when the one before it is there
+        cotangents = list(self.coupling.settled(tuple(gradients)))
+        leaves = leaves_like(tensors)
+        wanted = [*(leaf for leaf in leaves if leaf.requires_grad), *self.parameters.tensors]
+        sums: list[Tensor | None] = [None] * len(wanted)
+        for number in reversed(range(len(self.coupling.halves))):
+            half = self.coupling.halves[number]
+            own_extras = extras if number == self.extras_half else ()
+            found = self._reverse(number, half, streams, cotangents, leaves, wanted, own_extras, lost[number])
+            sums = [_added(total, part) for total, part in zip(sums, found)]
+        self.tape.streams, self.tape.position = tuple(streams), self.position
+        by_leaf = iter(sums)
+        of_tensors = [next(by_leaf) if leaf.requires_grad else None for leaf in leaves]
+        return cotangents, of_tensors, list(by_leaf)
+
+    def _reverse(self, number, half: HalfStep, streams, cotangents, leaves, wanted, extras, lost) -> Sequence[Tensor | None]:
+        """One half step back: changes streams and cotangents in place, returns the gradients of what is wanted."""
+        leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_()
+        with torch.enable_grad(), self.surroundings[number].restored():
+            source, live = leaf.view_as(leaf), views_of(leaves)
+            update, found_extras = self._update(half, source, live)
+            # made last, and so first in backward: the sums are formed in the order in which plain autograd forms them
+            passed_on = source.view_as(source)
+        streams[half.target] = self.tape.arithmetic.unblend(streams[half.target], lost, half.scale, update.detach())
+        gradient = cotangents[half.target].to(update.dtype)
+        outputs, given = [update, passed_on], [gradient, cotangents[half.source]]
+        for new, cotangent in zip(Outputs(found_extras, live).tensors, extras) if extras else ():
+            if new.requires_grad:
+                outputs, given = [*outputs, new], [*given, cotangent]
+        found = torch.autograd.grad(outputs, [leaf, *wanted], given, allow_unused=True)
+        cotangents[half.source] = found[0]
+        cotangents[half.target] = (gradient * half.scale).to(leaf.dtype)
+        return found[1:]
+
+    def check(self) -> None:
+        """Raises InverseError where backward does not come to this layer from the one after it, or its parameters have changed."""
+        if self.tape.streams is None or self.tape.position != self.position + 1:
+            raise InverseError(
+                f"backward came to reversible layer {self.position} with the streams of another place: the output of a layer in the "
+                "middle of the stack was used past the layers after it. Take the loss from the end of the model alone."
+            )
+        self.parameters.check()
+
+    def forget_values(self) -> None:
+        """Drop the graph of the first run; what is kept says where outputs go."""
+        if self.extras is not None:
+            self.extras = self.extras.emptied()
+
+    def _update(self, half: HalfStep, source: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, tuple | None]:
+        args, kwargs = self.arguments.call(live)
+        found, extras = self.functions[half.function](source, *args, **kwargs)
+        return half.update(found, source), extras
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total + part
+
+
+class ReversibleLayer(torch.autograd.Function):
+    """(newest, older) -> the pair after one layer, by the half steps of `coupling`. Equations there.
+
+    Inputs beside the pair: every tensor among the layer's arguments, then its trainable parameters. Saved: the arguments and the bits
+    that were lost, no stream. Backward rebuilds the pair before the layer from the one after it, with one run of each function,
+    of which it takes the gradient too.
+    """
+
+    @staticmethod
+    def forward(ctx, run, newest, older, *inputs):
+        tensors = inputs[: len(inputs) - len(run.parameters.tensors)]
+        with torch.enable_grad():  # kernels may be chosen by it, and backward runs with it
+            lost = run.forward(tensors)
+        ctx.run, ctx.loses = run, [bits is not None for bits in lost]
+        ctx.save_for_backward(*tensors, *(bits for bits in lost if bits is not None))
+        extras = [] if run.extras is None else run.extras.tensors
+        detached = [extra.detach() for extra in extras]
+        ctx.mark_non_differentiable(*(new for new, extra in zip(detached, extras) if not extra.requires_grad))
+        run.forget_values()
+        return *run.tape.values(), *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, newest, older, *extras):
+        run, saved = ctx.run, list(ctx.saved_tensors)
+        run.check()
+        tensors = saved[: len(saved) - sum(ctx.loses)]
+        bits = iter(saved[len(tensors) :])
+        lost = [next(bits) if loses else None for loses in ctx.loses]
+        streams, of_tensors, of_parameters = run.backward((newest, older), extras, tensors, lost)
+        return None, *streams, *of_tensors, *of_parameters
+
+
+def run_layer(run: LayerRun, newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor, tuple | None]:
+    """One layer of the stack: the values of the new pair, and what the layer returns beside its hidden states.
+
+    With gradient where it is enabled; without it, the same values.
+    """
+    tensors = run.arguments.take_tensors()
+    if torch.is_grad_enabled():
+        newest, older, *new = ReversibleLayer.apply(run, newest, older, *tensors, *run.parameters.tensors)
+    else:
+        run.forward(tensors)
+        (newest, older), new = run.tape.values(), [] if run.extras is None else run.extras.tensors
+    return newest, older, None if run.extras is None else run.extras.rebuilt(new, tensors)
