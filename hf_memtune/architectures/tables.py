@@ -27,6 +27,6 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What to do with a model on which ditching would not be exact.
 REMEDY = "Train this model with activation checkpointing instead (--activation_checkpointing)."
 NO_ATTENTION_REMEDY = (
-    "Token ditching needs the keys and values of every token in every layer, which state-space, linear-attention, convolution and "
+    "Token seeking and streaming need the keys and values of every token in every layer, which state-space, linear-attention, convolution and "
     f"hand-written attention layers do not hand over. {REMEDY}"
 )

@@ -57,7 +57,7 @@ class BodyCall:
         if mask is not None and mask.dim() != 2:
             raise MemTuneError(
                 f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens): a ready-made mask cannot be "
-                "evaluated at the kept tokens. For packed rows pass position_ids that restart and no mask."
+                "evaluated for a part of the tokens. For packed rows pass position_ids that restart and no mask."
             )
         given = self.arguments.get("position_ids") if not prefix else None
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)

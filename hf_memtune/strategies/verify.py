@@ -165,7 +165,7 @@ def _explained(architecture: Architecture) -> Iterator[None]:
         raise UnsupportedModelError(f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}") from error
 
 
-_REMEDY = f"Token ditching would not be exact on it. {tables.REMEDY}"
+_REMEDY = f"What is computed for a part of the tokens would not be exact on it. {tables.REMEDY}"
 
 
 def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -> tuple[bool, bool]:
