@@ -121,12 +121,13 @@ def _overall(groups: list[Group]) -> list[str]:
         return []
     run, seeds = plain.any_run, len(plain.runs)
     start, end = plain.curve()[0][1].mean, plain.final()
-    differences = [d for group in groups if is_seeking(group.arm) and (d := group.minus(baseline(groups, group))) is not None]
+    found = [d for group in groups if is_seeking(group.arm) and (d := group.minus(baseline(groups, group))) is not None]
+    differences = [d for d in found if d.half is not None]
     above, below = (sum(d.differs_from_zero and sign * d.mean > 0 for d in differences) for sign in (1, -1))
     counts = f"{above} end above plain by more than the interval, {below} below, {len(differences) - above - below} within it."
     return [
         f"In {run['steps']} steps of {run['rows']} rows plain training takes the loss from {start:.3f} to {end} ({seeds} seeds).",
-        f"Of {len(differences)} arms of token seeking, {counts}",
+        f"Of {len(differences)} arms of token seeking with two seeds or more, {counts}",
         *(["Seconds marked * were measured while other work ran."] if not all(group.alone for group in groups) else []),
     ]
 
