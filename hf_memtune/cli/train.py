@@ -45,7 +45,7 @@ def make_parser():
     from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
     class Strategies(MemEfficientArgumentsMixin):
-        _argument_group_name = "strategies (exact streaming, token seeking) and measuring"
+        _argument_group_name = "strategies (exact streaming, token seeking, reversible layers, checkpointing) and measuring"
 
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
