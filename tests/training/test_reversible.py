@@ -20,20 +20,8 @@ from hf_memtune import (
 )
 from tests.strategies.reversible_models import twin
 from tests.strategies.tiny_models import tiny_model
-from tests.strategies.twin import worst_difference
 from tests.tolerances import NOTICED, tolerance
-from tests.training.runs import (
-    SEEKING,
-    GradientRecorder,
-    Run,
-    arguments,
-    pad_right,
-    same_parameters,
-    text_rows,
-    train,
-    trainer_for,
-    worst_step,
-)
+from tests.training.runs import SEEKING, arguments, same_parameters, text_rows, train, trainer_for, worst_step
 
 ROWS = text_rows(24)
 ADAPTERS = {"adapter_rank": 4, "adapter_init_std": 0.2}  # far from zero, so that they count
@@ -220,30 +208,20 @@ def test_the_first_batch_is_looked_at(tmp_path):
     assert same_parameters(seen, unseen) and seen.losses == unseen.losses
 
 
-class Restless(torch.nn.Module):
-    """Computes something else every time."""
+class Restless:
+    """A hook that computes something else every time."""
 
-    def __init__(self, mlp):
-        super().__init__()
-        self.mlp, self.calls = mlp, 0
+    calls = 0
 
-    def forward(self, hidden):
+    def __call__(self, module, args, output):
         self.calls += 1
-        return self.mlp(hidden) * (1 + 0.01 * self.calls)
+        return output * (1 + 0.01 * self.calls)
 
 
 def restless():
     model = deep()
-    model.model.layers[1].self_attn.o_proj.register_forward_hook(_shifted)
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(Restless())
     return model
-
-
-_calls = [0]
-
-
-def _shifted(module, args, output):
-    _calls[0] += 1
-    return output * (1 + 0.01 * _calls[0])
 
 
 def test_a_wrong_inverse_is_refused(tmp_path, caplog):
@@ -330,7 +308,7 @@ def test_an_optimizer_made_before_the_adapters_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="optimizers"):
         trainer_for(model, reversible(tmp_path), ROWS, optimizers=(torch.optim.SGD(model.parameters()), None))
     with pytest.raises(ConfigError, match="model_init"):
-        trainer_for(None, reversible(tmp_path), ROWS, model_init=deep)
+        trainer_for(None, reversible(tmp_path), ROWS, model_init=lambda: deep())
 
 
 @pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
