@@ -137,7 +137,7 @@ def _require_base(model: nn.Module, base: dict[str, Any], folder: Path) -> None:
         raise MemTuneError(
             f"{folder}: trained on {base['name_or_path'] or 'a model without a name'} ({base['class']}), but this is another model "
             f"({_named(model)}): {_counted(wrong, wanted)}, first {wrong[0]}: got {found.get(wrong[0])}, expected {wanted[wrong[0]]} "
-            "(shape, and sum of the content). Load the model that was trained, with the weights it had then."
+            "(shape, and digest of the content). Load the model that was trained, with the weights it had then."
         )
 
 
