@@ -19,7 +19,7 @@ _UNSUPPORTED = {
     "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
     "neftune_noise_alpha": "leave it out: its noise would be scaled to the kept tokens, and be missing from the others",
 }
-_ALREADY = "leave it out: the layers already keep no activations"
+_ALREADY = "set it to False: the layers keep no activations as it is"
 _UNSUPPORTED_BY_LAYERS = {
     "deepspeed": _DATA_PARALLEL,
     "fsdp": f"saving and resuming of sharded adapters are not written; {_DATA_PARALLEL}",
@@ -138,10 +138,10 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
             if getattr(self, name, None) and not self._is_named_already(name)
         ]
         if self.is_reversible and self.streams:
-            name, got = ("token_gradient", self.token_gradient) if self.token_seeking else ("sequence_chunk_size", self.sequence_chunk_size)
+            name = "token_gradient" if self.token_seeking else "sequence_chunk_size"
             found.append(
-                f"{name}: got {got!r} with reversible={self.reversible}: streaming runs each layer once for a chunk, and what is rounded in a "
-                "chunk has not been shown to be what is rounded in the whole row. Leave one out; token_gradient=cut works with reversible."
+                f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once for a chunk, and what "
+                "is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; token_gradient=cut works with reversible."
             )
         return found
 

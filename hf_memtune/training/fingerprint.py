@@ -1,7 +1,7 @@
 """A digest of a model's weights, quick enough to take before every run."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,12 @@ Marks = dict[str, list]
 """By name of a parameter: its shape, and a digest of its content, or None where that depends on how the model was loaded."""
 
 
-def parameter_marks(model: nn.Module, leave_out: Collection[str]) -> Marks:
+def parameter_marks(parameters: Mapping[str, Tensor]) -> Marks:
     """What tells a model from others, tensor by tensor, however its weights are rounded to bfloat16, float32 or float64 when loaded.
 
     Packed weights (4 bits) and float16 have no digest: they are not what was stored, rounded. Packed ones have no shape either.
     """
-    return {name: _mark(p.detach()) for name, p in model.named_parameters() if name not in leave_out}
+    return {name: _mark(p.detach()) for name, p in parameters.items()}
 
 
 def same_marks(found: list | None, expected: list) -> bool:

@@ -40,7 +40,7 @@ class ReversibleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.handle is None:
-            raise MemTuneError("the reversible layers were taken out of this trainer's model, so there is nothing to train: make a new one.")
+            raise MemTuneError("the reversible layers were taken out of this model, so there is nothing to train: make a new trainer.")
 
     def verify(self, inputs: dict[str, Any], device) -> StartReport:
         """Measure on one batch of inputs. Raises InverseError where the inverse should be exact and is not."""

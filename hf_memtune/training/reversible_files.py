@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -28,7 +29,8 @@ from hf_memtune.training.fingerprint import Marks, parameter_marks, same_marks
 
 WEIGHTS, SETTINGS = "reversible_adapters.safetensors", "reversible_config.json"
 FORMAT = 1
-# what may differ between a run and the one that resumes it: neither decides what the model computes
+_KNOWN: WeakKeyDictionary[ReversibleHandle, tuple[list, Marks]] = WeakKeyDictionary()  # a checkpoint should not read the whole model
+# what may differ between a run and the one that resumes it: none of it decides what the model computes
 _FREE = ("adapter_init_std", "adapter_dropout", "train_head")
 
 
@@ -79,19 +81,23 @@ def is_saved_reversible(folder: str | Path) -> bool:
 
 
 def _described(handle: ReversibleHandle) -> dict[str, Any]:
-    head_model, trained = unwrapped(handle.model), handle.trained
+    head_model = unwrapped(handle.model)
     base = {
         "name_or_path": getattr(head_model.config, "_name_or_path", "") or None,
         "class": type(head_model).__name__,
-        "parameters": parameter_marks(head_model, leave_out=trained.keys() | _trained_otherwise(head_model)),
+        "parameters": _base_marks(handle),
     }
     versions = {"hf_memtune": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)}
     return {"format": FORMAT, "settings": _settings(handle), "versions": versions, "base": base}
 
 
-def _trained_otherwise(head_model: nn.Module) -> set[str]:
-    """LoRA, say: saved elsewhere, by what put it in."""
-    return {name for name, p in head_model.named_parameters() if p.requires_grad}
+def _base_marks(handle: ReversibleHandle) -> Marks:
+    """Of all that is not trained here, and not saved elsewhere, as LoRA is. Read once, as long as nothing writes to it."""
+    frozen = {name: p for name, p in unwrapped(handle.model).named_parameters() if not p.requires_grad and name not in handle.trained}
+    state = [(name, p.data_ptr(), p._version) for name, p in frozen.items()]
+    if _KNOWN.get(handle, (None,))[0] != state:
+        _KNOWN[handle] = (state, parameter_marks(frozen))
+    return _KNOWN[handle][1]
 
 
 def _settings(handle: ReversibleHandle) -> dict[str, Any]:
@@ -108,7 +114,8 @@ def _read(folder: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         known = saved["format"] == FORMAT and all(isinstance(saved[name], dict) for name in ("settings", "base"))
     except (ValueError, TypeError, KeyError) as error:
-        raise MemTuneError(f"{path}: cannot be read ({type(error).__name__}: {error}). It is broken or cut off; take another copy.") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise MemTuneError(f"{path}: cannot be read ({reason}). It is broken or cut off; take another copy.") from error
     if not known:
         raise MemTuneError(f"{path}: got format {saved['format']!r}, expected {FORMAT}. It is of another version of hf_memtune.")
     return saved
@@ -131,7 +138,7 @@ def _put_in(handle: ReversibleHandle, folder: Path) -> None:
 def _require_base(model: nn.Module, base: dict[str, Any], folder: Path) -> None:
     """Refuse a model that the adapters were not trained on: they would act on other states than they know."""
     wanted: Marks = base["parameters"]
-    found = parameter_marks(unwrapped(model), leave_out=())
+    found = parameter_marks({name: p for name, p in unwrapped(model).named_parameters() if name in wanted})
     wrong = sorted(name for name in wanted if not same_marks(found.get(name), wanted[name]))
     if wrong:
         raise MemTuneError(

@@ -88,8 +88,8 @@ class ReversibleMixin:
         count = min(len(stack.layers) for stack in layer_stacks(self.model)) - 1
         if count < 2:
             raise ConfigError([
-                f"reversible: got {config.reversible!r} with token_scorer={self.args.token_scorer}, which runs the last block alone, so that "
-                f"{count} of the layers could be reversible, expected 2 or more. Choose token_scorer=random or context."
+                f"reversible: got {config.reversible!r} with token_scorer={self.args.token_scorer}, which runs the last block alone, so "
+                f"that {count} of the layers could be reversible, expected 2 or more. Choose token_scorer=random or context."
             ])
         logger.warning(
             "reversible_layers=%d, all but the last layer: the scores of token_seeking run that one alone, so it is an ordinary one. "

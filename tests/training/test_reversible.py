@@ -193,14 +193,16 @@ def test_training_again_goes_on(tmp_path):
 # -- the first batch ---------------------------------------------------------------------------------------------------
 
 
+class Unseen(MemEfficientTrainer):
+    """Looks at nothing before the first step."""
+
+    def _verify_layers(self, batches):
+        pass
+
+
 def test_the_first_batch_is_looked_at(tmp_path):
     """And nothing that training draws at random is changed by it."""
     settings = {"adapter_dropout": 0.3, "max_steps": 3}
-
-    class Unseen(MemEfficientTrainer):
-        def _verify_layers(self, batches):
-            pass
-
     seen, unseen = (train(deep(), reversible(tmp_path, **settings), ROWS, cls=cls) for cls in (MemEfficientTrainer, Unseen))
     report = seen.trainer.reversible_callback.report
     assert report.is_exact and report.headroom_bits > 0 and report.loss_change != 0
@@ -239,9 +241,14 @@ def test_float_numerics_say_their_error_before_training(tmp_path):
     assert not trainer.reversible_callback.report.is_exact
 
 
-def test_an_overflow_raises_and_names_layer_and_remedy(tmp_path):
+@pytest.mark.parametrize("cls", [MemEfficientTrainer, Unseen])
+def test_an_overflow_raises_and_names_layer_and_remedy(tmp_path, cls):
+    """On the first batch, or in a step."""
+    trainer = trainer_for(deep(), reversible(tmp_path, reversible_fraction_bits=30), ROWS, cls=cls)
+    before = {name: value.clone() for name, value in trainer.reversible.trained.items()}
     with pytest.raises(StreamOverflowError, match="model.layers.*reversible_fraction_bits"):
-        train(deep(), reversible(tmp_path, reversible_fraction_bits=30), ROWS)
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.reversible.trained.items())
 
 
 # -- with token seeking ------------------------------------------------------------------------------------------------

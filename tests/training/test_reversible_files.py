@@ -7,7 +7,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError, load_reversible
+from hf_memtune import (
+    ConfigError,
+    MemEfficientTrainer,
+    MemTuneError,
+    ReversibleConfig,
+    load_reversible,
+    make_reversible,
+    save_reversible,
+)
+from hf_memtune.training import reversible_files
 from hf_memtune.training.reversible_files import SETTINGS, WEIGHTS
 from tests.strategies.reversible_models import model_of
 from tests.strategies.tiny_models import tiny_model
@@ -51,6 +60,23 @@ def test_adapters_alone_are_written(saved):
     assert described["settings"]["reversible"] == "centred" and described["settings"]["reversible_scale"] == 1 / 16
     assert described["settings"]["reversible_fraction_bits"] == 12 and described["base"]["class"] == "LlamaForCausalLM"
     assert described["versions"].keys() == {"hf_memtune", "transformers", "torch"}
+
+
+def test_the_base_is_read_again_when_it_has_changed(tmp_path):
+    """And not when it has not: a checkpoint should cost what it holds."""
+
+    def saved_marks():
+        save_reversible(handle, tmp_path)
+        return json.loads((tmp_path / SETTINGS).read_text())["base"]["parameters"]
+
+    model = deep()
+    handle = make_reversible(model, ReversibleConfig(reversible="centred"))
+    first, reads = saved_marks(), reversible_files._KNOWN[handle]
+    assert saved_marks() == first and reversible_files._KNOWN[handle] is reads
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    changed = saved_marks()
+    assert [name for name in first if changed[name] != first[name]] == ["model.norm.weight"]
 
 
 def test_a_head_is_written_with_them(tmp_path):
