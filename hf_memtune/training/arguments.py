@@ -140,8 +140,9 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
         if self.is_reversible and self.streams:
             name = "token_gradient" if self.token_seeking else "sequence_chunk_size"
             found.append(
-                f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once for a chunk, and what "
-                "is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; token_gradient=cut works with reversible."
+                f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once a "
+                "chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; "
+                "token_gradient=cut works with reversible."
             )
         return found
 

@@ -36,14 +36,14 @@ def quiet():
         yield
 
 
-def deep(**overrides):
-    return tiny_model("llama", dtype=overrides.pop("dtype", torch.float32), num_hidden_layers=4, **overrides)
+def deep(dtype=torch.float32, num_hidden_layers=4, **overrides):
+    return tiny_model("llama", dtype=dtype, num_hidden_layers=num_hidden_layers, **overrides)
 
 
-def adapted():
+def adapted(**overrides):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(0)
-    return get_peft_model(deep(), config)
+    return get_peft_model(deep(**overrides), config)
 
 
 def reversible(tmp_path, **settings):
@@ -188,6 +188,37 @@ def test_training_again_goes_on(tmp_path):
     trainer.restore_model()
     with pytest.raises(MemTuneError, match="nothing to train"):
         trainer.train()
+
+
+class Tight(MemEfficientTrainer):
+    """Has memory for four rows."""
+
+    def training_step(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args)
+
+
+@pytest.mark.parametrize("settings", [CENTRED, {"token_seeking": False, "checkpoint_levels": 2}], ids=["reversible", "two levels"])
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, settings):
+    halved = train(deep(), arguments(tmp_path, auto_find_batch_size=True, **settings), ROWS, cls=Tight)
+    small = train(deep(), arguments(tmp_path, per_device_train_batch_size=4, **settings), ROWS)
+    assert same_parameters(halved, small)
+    assert not same_parameters(halved, train(deep(), arguments(tmp_path, **settings), ROWS))
+
+
+def test_peaks_of_memory(tmp_path):
+    """Traced in every step; looking at the first batch is in none of them."""
+
+    def peak(cls=MemEfficientTrainer, **settings):
+        model = adapted(num_hidden_layers=16)  # of full training, gradients would be most of the bytes
+        args = arguments(tmp_path, token_seeking=False, memory_trace_steps=1, max_steps=1, **settings)
+        return train(model, args, text_rows(8, shortest=40, longest=40), cls=cls).trainer.state.log_history[0]["peak_memory_bytes"]
+
+    coupled = {"reversible": "centred", "adapter_rank": 0}
+    plain, two, ours = peak(), peak(checkpoint_levels=2), peak(**coupled)
+    assert ours < plain / 2 and two < plain / 2
+    assert ours == peak(cls=Unseen, **coupled)
 
 
 # -- the first batch ---------------------------------------------------------------------------------------------------
