@@ -83,20 +83,28 @@ class ReversibleMixin:
     def _reversible_config(self, scorer: TokenScorer | None) -> ReversibleConfig:
         """As the arguments say; where tokens are scored through the last block, that one stays an ordinary layer."""
         config = ReversibleConfig.of(self.args)
-        if config.reversible_layers is not None or not self._scores_need_the_last_block(scorer):
+        if not self._scores_need_the_last_block(scorer):
             return config
-        count = min(len(stack.layers) for stack in layer_stacks(self.model)) - 1
-        if count < 2:
-            raise ConfigError([
-                f"reversible: got {config.reversible!r} with token_scorer={self.args.token_scorer}, which runs the last block alone, so "
-                f"that {count} of the layers could be reversible, expected 2 or more. Choose token_scorer=random or context."
-            ])
+        most = min(len(stack.layers) for stack in layer_stacks(self.model)) - 1
+        self._require_last_block(config, most)
+        if config.reversible_layers is not None:
+            return config
         logger.warning(
             "reversible_layers=%d, all but the last layer: the scores of token_seeking run that one alone, so it is an ordinary one. "
             "token_scorer=random or context lets all layers be reversible.",
-            count,
+            most,
         )
-        return ReversibleConfig.of(self.args, reversible_layers=count)
+        return ReversibleConfig.of(self.args, reversible_layers=most)
+
+    def _require_last_block(self, config: ReversibleConfig, most: int) -> None:
+        if 2 <= (config.reversible_layers or 2) <= most:
+            return
+        got = f"{config.reversible_layers or 'nothing'} with token_scorer={self.args.token_scorer}"
+        expected = f"2 to {most}" if most >= 2 else "none, for there are too few"
+        raise ConfigError([
+            f"reversible_layers: got {got}, which runs the last block alone, so that it has to be an ordinary layer; expected {expected}. "
+            "Or choose token_scorer=random or context."
+        ])
 
     def _scores_need_the_last_block(self, scorer: TokenScorer | None) -> bool:
         """What a function of the user's reads of the model is not known before it runs."""

@@ -300,9 +300,12 @@ def test_token_seeking_on_reversible_layers(tmp_path, scorer, layers, caplog):
     assert not same_parameters(ours, train(deep(), reversible(tmp_path), ROWS))
 
 
-def test_too_few_layers_for_such_scores(tmp_path):
-    with pytest.raises(ConfigError, match="runs the last block alone"):
-        trainer_for(tiny_model("llama", num_hidden_layers=2), arguments(tmp_path, **CENTRED | SEEKING), ROWS)
+@pytest.mark.parametrize("layers, given, expected", [(2, None, "too few"), (4, 4, "expected 2 to 3")])
+def test_such_scores_need_an_ordinary_last_layer(tmp_path, layers, given, expected):
+    settings = CENTRED | SEEKING | {"reversible_layers": given}
+    with pytest.raises(ConfigError, match=f"runs the last block alone.*{expected}"):
+        trainer_for(deep(num_hidden_layers=layers), arguments(tmp_path, **settings), ROWS)
+    trainer_for(deep(num_hidden_layers=4), arguments(tmp_path, **settings | {"reversible_layers": 3}), ROWS)
 
 
 # -- two levels --------------------------------------------------------------------------------------------------------
