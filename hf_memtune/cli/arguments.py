@@ -4,6 +4,7 @@ Names a user may expect are aliases: `--model` for `--model_name_or_path`, `--da
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 TASKS = ("causal_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,10 +38,16 @@ class ModelSource:
     attn_implementation: str | None = _setting(
         None, "Attention kernel: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."
     )
+    reversible_adapters: str | None = _setting(
+        None,
+        "Folder of adapters that were trained with reversible on this model, to put into it. Default: none.",
+    )
 
     def problems(self) -> list[str]:
         if self.model_name_or_path is None:
             return ["model_name_or_path: got nothing, expected a folder or a hub name (--model_name_or_path, or --model)."]
+        if self.reversible_adapters is not None and not Path(self.reversible_adapters).is_dir():
+            return [f"reversible_adapters: {self.reversible_adapters!r} is not a folder."]
         return []
 
     def ineffective(self) -> list[str]:

@@ -55,6 +55,13 @@ def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: 
     return _with_adapters(loaded, model, data) if model.lora_r else loaded
 
 
+def with_reversible_adapters(loaded, model: ModelSource):
+    """The handle of the reversible layers that the settings name, put into the model; None where they name none."""
+    from hf_memtune.training.reversible_files import load_reversible
+
+    return None if model.reversible_adapters is None else load_reversible(loaded, model.reversible_adapters)
+
+
 def _four_bits(model: ModelArguments) -> dict:
     """Options to load NF4 weights, as in QLoRA (arXiv 2305.14314), onto the device of this process."""
     import torch

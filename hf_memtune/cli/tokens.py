@@ -113,13 +113,14 @@ def make_maps(settings: Settings) -> list:
     import torch
 
     from hf_memtune.cli.data import collator
-    from hf_memtune.cli.model import load_model, load_tokenizer
+    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
     from hf_memtune.training.token_maps import token_maps
 
     tokenizer = load_tokenizer(settings.model)
     rows, titles, classes = _text_row(settings, tokenizer) if settings.examples.text else _chosen_rows(settings, tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = load_model(settings.model, settings.data, tokenizer, classes).to(device)
+    with_reversible_adapters(model, settings.model)
     collate, maps = collator(settings.data, tokenizer), []
     for row, title in zip(rows, titles, strict=True):
         batch = {name: value.to(device) for name, value in collate([row]).items()}

@@ -45,7 +45,7 @@ def make_parser():
     from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
     class Strategies(MemEfficientArgumentsMixin):
-        _argument_group_name = "strategies (exact streaming, token seeking) and measuring"
+        _argument_group_name = "strategies (exact streaming, token seeking, reversible layers, checkpointing) and measuring"
 
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
@@ -74,6 +74,9 @@ def parse(arguments: list[str]) -> Settings:
     if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
         strategy = str(built.training.eval_strategy.value)
         raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
+    if built.model.reversible_adapters is not None and built.training.is_reversible:
+        got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
+        raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
     for message in [*built.model.ineffective(), *built.data.ineffective()]:
         warnings.warn(message, stacklevel=2)
     return built
@@ -84,7 +87,7 @@ def make_trainer(settings: Settings):
     from transformers import set_seed
 
     from hf_memtune.cli.data import collator, prepare
-    from hf_memtune.cli.model import load_tokenizer, load_trainable
+    from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
     from hf_memtune.training.trainer import MemEfficientTrainer
 
     model, data, training = settings
@@ -92,8 +95,10 @@ def make_trainer(settings: Settings):
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):
         rows = prepare(data, tokenizer)
+    loaded = load_trainable(model, data, tokenizer, rows.classes)
     trainer = MemEfficientTrainer(
-        model=load_trainable(model, data, tokenizer, rows.classes),
+        model=loaded,
+        reversible=with_reversible_adapters(loaded, model),
         args=training,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,

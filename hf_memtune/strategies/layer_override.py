@@ -28,6 +28,10 @@ class LayerOverride:
         self.earlier = vars(layer).get("forward")
         self.again_within: Callable[[], AbstractContextManager] = nullcontext
 
+    def alone(self, *args, **kwargs):
+        """In place of the layer where it runs without those before it."""
+        return self.forward(*args, **kwargs)
+
     def _bound(self, function: Callable) -> Callable:
         """`function` within the context that is set at present."""
         return partial(_within, self.again_within, function)

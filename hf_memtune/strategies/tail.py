@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from hf_memtune.strategies.layer_override import override_of
 from hf_memtune.strategies.overrides import forward_as, forwards_as
 
 
@@ -27,5 +28,6 @@ def _starting_from(forward: Callable, hidden: Tensor) -> Callable:
 def only_last_block(layers: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
     """While open, the stack `layers` computes its last block alone, on `hidden` (B, S, D)."""
     last = layers[-1]
-    with forwards_as((layer, _hand_on) for layer in layers[:-1]), forward_as(last, _starting_from(last.forward, hidden)):
+    forward = last.forward if (override := override_of(last)) is None else override.alone
+    with forwards_as((layer, _hand_on) for layer in layers[:-1]), forward_as(last, _starting_from(forward, hidden)):
         yield

@@ -78,6 +78,10 @@ class CheckpointedInStack(LayerOverride):
         output = hidden if self.position + 1 == self.shape.layers else (hidden, passing, self.position)
         return output if extras is None else (output, *extras)
 
+    def alone(self, *args, **kwargs):
+        """One layer needs no checkpoints."""
+        return self._original(*args, **kwargs)
+
     @contextmanager
     def _gathered(self) -> Iterator[None]:
         """FSDP2 gathers a layer's parameters for its own forward and backward alone."""

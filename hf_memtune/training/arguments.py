@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_memtune.config import StreamingConfig, TokenSeekingConfig
+from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
+from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {
@@ -18,10 +19,20 @@ _UNSUPPORTED = {
     "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
     "neftune_noise_alpha": "leave it out: its noise would be scaled to the kept tokens, and be missing from the others",
 }
+_ALREADY = "set it to False: the layers keep no activations as it is"
+_UNSUPPORTED_BY_LAYERS = {
+    "deepspeed": _DATA_PARALLEL,
+    "fsdp": f"saving and resuming of sharded adapters are not written; {_DATA_PARALLEL}",
+    "parallelism_config": _DATA_PARALLEL,
+    "torch_compile": "leave it out",
+    "use_liger_kernel": "leave it out: it changes what runs inside the layers",
+    "activation_checkpointing": _ALREADY,
+    "gradient_checkpointing": _ALREADY,
+}
 
 
 @dataclass
-class MemEfficientArgumentsMixin(TokenSeekingConfig):
+class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, CheckpointConfig):
     """The fields of hf_memtune, to add to any TrainingArguments: `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`.
 
     Raises ConfigError with every problem at once, before anything is loaded.
@@ -44,15 +55,24 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         },
     )
 
+    reversible_require_exact: bool = field(
+        default=True,
+        metadata={
+            "help": "With reversible and reversible_numerics=exact: refuse to train where the inverse, measured on the first batch, is not "
+            "exact on this device, bit by bit. False warns in place of it: gradients are then a little wrong."
+        },
+    )
+
     def __post_init__(self):
         self._fill()
-        found = [*self.problems(), *self._unknown_scorer(), *self._unsupported()]
+        found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
+        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
         if found:
             raise ConfigError(found)
-        super(StreamingConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
+        super(CheckpointConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
         self._require_device_memory()
         for message in self.ineffective():
             warnings.warn(message, stacklevel=3)
@@ -62,7 +82,14 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         default = MemEfficientArgumentsMixin.full_loss_rows
         if not self.token_seeking and self.full_loss_rows != default:
             found.append("full_loss_rows has no effect without token_seeking")
-        return found
+        if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
+            found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
+        return found + self.reversible_ineffective()
+
+    @property
+    def is_reversible(self) -> bool:
+        """Whether layers are to be made reversible."""
+        return self.reversible != "none"
 
     def _require_device_memory(self) -> None:
         """Which device it is, is known only when the arguments of transformers have set it up."""
@@ -99,6 +126,30 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig):
         if getattr(self, "loss_type", "nll") not in ("nll", "chunked_nll"):  # of trl's SFTConfig
             found.append(f"loss_type: got {self.loss_type!r} with {strategy}, whose loss is the usual one; leave it out.")
         return found
+
+    def _unsupported_by_layers(self) -> list[str]:
+        """Training arguments under which layers that run again for backward have not been shown to be exact."""
+        if not (self.is_reversible or self.checkpoint_levels):
+            return []
+        strategy = "reversible" if self.is_reversible else "checkpoint_levels"
+        found = [
+            f"{name}: got {getattr(self, name)!r} with {strategy}, which does not support it; {remedy}."
+            for name, remedy in _UNSUPPORTED_BY_LAYERS.items()
+            if getattr(self, name, None) and not self._is_named_already(name)
+        ]
+        if self.is_reversible and self.streams:
+            name = "token_gradient" if self.token_seeking else "sequence_chunk_size"
+            found.append(
+                f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once a "
+                "chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; "
+                "token_gradient=cut works with reversible."
+            )
+        return found
+
+    def _is_named_already(self, name: str) -> bool:
+        """By token seeking or streaming; or under the older of two names of one argument."""
+        older = name == "gradient_checkpointing" and getattr(self, "activation_checkpointing", None)
+        return bool(older or (name in _UNSUPPORTED and (self.token_seeking or self.streams)))
 
 
 @dataclass

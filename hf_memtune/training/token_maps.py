@@ -23,22 +23,21 @@ def token_maps(
 ) -> list[TokenMap]:
     """One map for each row of `batch` (tensors of shape (batch, tokens), with labels).
 
-    Shows the context, gradient and combined scores whatever the scorer, which decides what is kept. Of an encoder-decoder
-    model the decoder is shown. The model is left as it was.
+    Shows the context, gradient and combined scores whatever the scorer, which decides what is kept; but the context score alone of
+    a model whose last block cannot run alone, such as a reversible one. Of an encoder-decoder model the decoder is shown. The model
+    is left as it was.
     """
     seeking = TokenSeeking(model, TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step"), scorer)
+    asked = ("context_score",) if seeking.facts.tail_problem else ("context_score", "gradient_score")
     try:
-        step = seeking.inspect(batch, scores=("context_score", "gradient_score"))
+        step = seeking.inspect(batch, scores=asked)
     finally:
         seeking.remove()
     seen, selection = step.inspection["decoder"], step.selection["decoder"]
-    scores = {
-        "context": seen["context_score"],
-        "gradient": seen["gradient_score"],
-        "combined": combined_score(
-            seen["context_score"], seen["gradient_score"], config.context_weight, config.gradient_weight, seen["real"]
-        ),
-    }
+    scores = {name.removesuffix("_score"): seen[name] for name in asked}
+    if "gradient" in scores:
+        pair = (seen["context_score"], seen["gradient_score"])
+        scores["combined"] = combined_score(*pair, config.context_weight, config.gradient_weight, seen["real"])
     if scorer is not None or config.token_scorer not in scores:
         scores[getattr(scorer, "__name__", config.token_scorer)] = step.values["decoder"]
     labelled = torch.zeros_like(seen["real"]) if step.target is None else step.target != IGNORED

@@ -13,24 +13,28 @@ from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.strategies.model_step import ModelStep
+from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.training.callbacks import MemoryCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.guard import FullLossGuard, first_batches, full_loss, rows_of
 from hf_memtune.training.normalizer import RunningMean
+from hf_memtune.training.reversible_trainer import ReversibleMixin
 from hf_memtune.training.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 
-class MemEfficientMixin:
+class MemEfficientMixin(ReversibleMixin):
     """Adds the strategies to a Trainer: `class Mine(MemEfficientMixin, SFTTrainer)`.
 
     args: training arguments with the fields of MemEfficientArgumentsMixin. token_scorer: a callable in place of
     `args.token_scorer`; it maps a SeekingContext to scores (batch, tokens), larger is kept.
+    reversible: what load_reversible returned for the model, to train it further; `args.reversible` is then left out.
     last_selection: which tokens the last training step kept (a dict by stack for encoder-decoder models), or None.
-    Everything else is Trainer's. Evaluation and prediction are plain full forwards; checkpoints are plain checkpoints.
+    Everything else is Trainer's. Evaluation and prediction are plain full forwards, through reversible layers where there are any;
+    checkpoints are plain checkpoints, but those of reversible layers hold adapters and head alone.
     """
 
-    def __init__(self, *args, token_scorer: TokenScorer | None = None, **kwargs):
+    def __init__(self, *args, token_scorer: TokenScorer | None = None, reversible: ReversibleHandle | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self._opened = False
         if not isinstance(self.args, TokenSeekingConfig):
@@ -44,8 +48,9 @@ class MemEfficientMixin:
         self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
         self.add_callback(self.memory_callback)
         self.strategy_callback: TokenSeekingCallback | StreamingCallback | None = None
-        if found := self._problems(token_scorer):
+        if found := [*self._problems(token_scorer), *self._problems_of_layers(reversible)]:
             raise ConfigError(found)
+        self._prepare_layers(token_scorer, reversible)
         self._guard = FullLossGuard() if self.args.token_seeking and self.args.full_loss_rows else None
         self._guarded_rows: list[dict[str, Any]] | None = None
         self._last_inputs: dict[str, Any] | None = None
@@ -59,7 +64,6 @@ class MemEfficientMixin:
             found.append("token_scorer: got a function, but token_seeking is off. Set token_seeking=True.")
         if not (self.args.token_seeking or self.args.streams):
             return found
-        strategy = "token_seeking" if self.args.token_seeking else "sequence_chunk_size"
         if token_scorer is not None and not callable(token_scorer):
             found.append(f"token_scorer: got {token_scorer!r}, expected a function. Names go to args.token_scorer.")
         if token_scorer is not None and "token_scorer" in self.args.given:
@@ -72,6 +76,11 @@ class MemEfficientMixin:
                 "compute_loss_func: a loss function of one's own cannot weigh the tokens of token_selection=sample. Use "
                 "token_selection=top, or leave the function out."
             )
+        return found + self._problems_of_launch("token_seeking" if self.args.token_seeking else "sequence_chunk_size")
+
+    def _problems_of_launch(self, strategy: str) -> list[str]:
+        """How the processes were started, or accelerate was configured."""
+        found = []
         if self.args.n_gpu > 1:
             found.append(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel): {strategy} runs one process per GPU. Launch with "
@@ -111,18 +120,22 @@ class MemEfficientMixin:
         self.add_callback(self.strategy_callback)
 
     def train(self, *args, **kwargs):
+        self._require_same_layers()
         if (wanted := self._strategy_config()) != (had := getattr(self.strategy_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:
             return super().train(*args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails
             self.memory_callback.close()
+            self._remove_checkpointing()
             if self.strategy_callback is not None:
                 self.strategy_callback.remove()
 
     def get_batch_samples(self, *args, **kwargs):
         self.running_mean.restart()
-        return super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._verify_layers(batches)  # here, and not in the step, whose memory is measured
+        return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         self._in_step, self._opened, self._reported, self._returned = True, False, None, None
@@ -187,6 +200,7 @@ class MemEfficientMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
+            self._log_headroom(logs)
             if self._guard is not None and self.strategy_callback.strategy is not None:
                 self._watch(logs)
             logs.update(self.memory_callback.since_last_log())

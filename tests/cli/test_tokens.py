@@ -104,3 +104,15 @@ def test_an_empty_text(model, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     assert main(["tokens", "--model", str(model), "--text", "empty.txt"]) == 2
     assert "no two tokens" in capsys.readouterr().err
+
+
+def test_reversible_adapters_change_the_scores(model, instructions, tmp_path):
+    from tests.cli.test_train import REVERSIBLE, arguments
+
+    far = ["--learning_rate", "0.1", "--output_dir", "trained"]
+    assert main(["train", *arguments(None, model, instructions, *REVERSIBLE, *far)]) == 0
+    common = ("--model", model, "--dataset", instructions, "--token_scorer", "context")
+    (plain,), (adapted,) = maps_of(*common), maps_of(*common, "--reversible_adapters", "trained")
+    assert plain.tokens == adapted.tokens and plain.scores["context"] != adapted.scores["context"]
+    assert set(adapted.scores) == {"context"}  # the last block, a reversible one, cannot run alone
+    assert "absent" in problems(*common, "--reversible_adapters", "absent")[0]

@@ -113,3 +113,36 @@ def test_the_trainer_gets_what_was_asked_for(model, instructions):
     assert (config.r, config.lora_dropout, rows.classes) == (2, 0.25, None)
     base = trainer.model.get_base_model()
     assert str(base.dtype) == "torch.bfloat16" and base.config._attn_implementation == "eager"
+
+
+REVERSIBLE = ["--reversible", "centred", "--adapter_rank", "4", "--adapter_init_std", "0.2"]
+
+
+def test_reversible_adapters_are_written_loaded_and_trained_further(model, instructions, tmp_path, capsys):
+    assert main(["train", *arguments(None, model, instructions, *REVERSIBLE)]) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {"reversible_adapters.safetensors", "reversible_config.json", "tokenizer.json"}
+    assert "model.safetensors" not in written
+    trained = summary(tmp_path)["held_out_loss"][1]
+    more = ["--reversible_adapters", "out", "--output_dir", "more"]
+    assert main(["train", *arguments(None, model, instructions, *more)]) == 0
+    numbers = json.loads((tmp_path / "more" / "summary.json").read_text())
+    assert numbers["held_out_loss"][0] == trained != numbers["held_out_loss"][1]
+    assert (tmp_path / "more" / "reversible_adapters.safetensors").exists()
+    assert main(["train", *arguments(None, model, instructions, *more, *REVERSIBLE)]) == 2
+    assert "Leave out reversible" in capsys.readouterr().err
+
+
+def test_a_reversible_run_is_resumed(model, instructions, tmp_path):
+    run = arguments(None, model, instructions, *REVERSIBLE, "--save_strategy", "steps", "--save_steps", "1")
+    assert main(["train", *run]) == 0
+    ended = summary(tmp_path)["held_out_loss"][1]
+    assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
+    assert summary(tmp_path)["held_out_loss"][1] == ended
+
+
+def test_two_levels(model, instructions, tmp_path):
+    assert main(["train", *arguments(None, model, instructions, "--checkpoint_levels", "2")]) == 0
+    levels = summary(tmp_path)["held_out_loss"]
+    assert main(["train", *arguments(None, model, instructions)]) == 0
+    assert summary(tmp_path)["held_out_loss"] == levels

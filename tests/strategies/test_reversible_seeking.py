@@ -54,11 +54,12 @@ def test_another_ratio_is_noticed():
     assert worst_difference(one, other) > NOTICED
 
 
+@pytest.mark.parametrize("scorer", ["context", "combined"])
 @pytest.mark.parametrize("token_gradient", ["cut", "stream", "skip"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_seeking_on_two_levels(name, token_gradient):
+def test_seeking_on_two_levels(name, token_gradient, scorer):
     model, batch = model_and_batch(name)
-    settings = {"token_scorer": "context", "token_gradient": token_gradient}
+    settings = {"token_scorer": scorer, "token_gradient": token_gradient}
     plain = seeded_step(model, batch, **settings) if token_gradient == "cut" else streamed(model, batch, settings)
     checkpoint_in_two_levels(model)
     found = seeded_step(model, batch, **settings) if token_gradient == "cut" else streamed(model, batch, settings)

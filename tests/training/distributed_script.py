@@ -35,6 +35,10 @@ def masked_lm():
     return tiny_model("bert", "masked_lm", dtype=torch.float64)
 
 
+def deep_model():
+    return tiny_model("llama", dtype=torch.float64, num_hidden_layers=4)
+
+
 CASES = {
     "whole": (exact_model, 1, {}),
     "accumulated": (exact_model, 2, {}),
@@ -45,6 +49,9 @@ CASES = {
     "epoch": (exact_model, 1, {"seek_schedule": "epoch"}),
     "logits": (classifier, 2, {}),
     "head with bias": (masked_lm, 2, {"activation_checkpointing": True}),
+    "seeking reversibly": (deep_model, 2, {"reversible": "centred", "token_scorer": "context"}),
+    "reversible": (deep_model, 1, {"reversible": "meft1", "token_seeking": False, "adapter_init_std": 0.2}),
+    "two levels": (deep_model, 2, {"checkpoint_levels": 2}),
 }
 
 
@@ -57,7 +64,8 @@ def run_case(name: str, folder: Path, processes: int) -> dict:
     args = arguments(folder / name, train_sampling_strategy="sequential", max_steps=2, **sizes, **settings)
     rows = [row | {"labels": [label % 3 if label >= 0 else label for label in row["labels"]]} for row in ROWS] if name == "logits" else ROWS
     run = train(make_model(), args, rows)
-    return {"gradients": run.gradients, "losses": run.losses, "seeking": run.trainer.strategy_callback.strategy}
+    seeking = run.trainer.strategy_callback and run.trainer.strategy_callback.strategy
+    return {"gradients": run.gradients, "losses": run.losses, "seeking": seeking}
 
 
 def main(folder: Path) -> None:

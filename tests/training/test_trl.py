@@ -101,3 +101,16 @@ def test_without_seeking_it_is_plain_sft_bit_for_bit(tmp_path, tokenizer):
     off = {"token_seeking": False, "token_ratio": 0.1, "context_normalize": "sum"}
     ours, plain = sft(tmp_path, tokenizer, **off), sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer)
     assert ours.losses == plain.losses
+
+
+def test_reversible_layers_under_sft(tmp_path, tokenizer):
+    """trl checkpoints activations unless told otherwise, which is said."""
+    settings = {"token_seeking": False, "token_ratio": 0.1, "context_normalize": "sum", "reversible": "centred"}
+    ours = sft(tmp_path, tokenizer, gradient_checkpointing=False, adapter_init_std=0.2, **settings)
+    assert ours.trainer.reversible_callback.report.is_exact
+    assert all("reversible_adapters" in name for name in ours.gradients[0])
+    theirs = train(llama(), arguments(tmp_path, adapter_init_std=0.2, **settings), list(ROWS))
+    assert ours.gradients[0].keys() == theirs.gradients[0].keys()
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    with pytest.raises(ConfigError, match="gradient_checkpointing.*set it to False"):
+        Arguments(str(tmp_path), reversible="centred", report_to=[], bf16=False)

@@ -1,0 +1,95 @@
+"""Callbacks of what changes the layers of a model: reversible layers with adapters, and two-level checkpointing."""
+
+import inspect
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_memtune.errors import InverseError, MemTuneError
+from hf_memtune.reversible_config import ReversibleConfig
+from hf_memtune.strategies.reversible import ReversibleHandle, make_reversible
+from hf_memtune.strategies.reversible_start import StartReport
+from hf_memtune.strategies.two_level import TwoLevelHandle, checkpoint_in_two_levels
+from hf_memtune.training.rng import preserved_rng
+
+logger = logging.getLogger(__name__)
+
+
+class ReversibleCallback(TrainerCallback):
+    """Makes the layers of a model reversible, and measures on the first batch whether the inverse holds.
+
+    The layers change when the Trainer is made, not when training begins: by then the optimizer has been given its parameters, and
+    the model may have been wrapped and loaded from a checkpoint, all of which need the adapters. They stay when training ends, as
+    without them the model is not what was trained: `remove` takes them out. Under a plain Trainer, give this callback as one of
+    `callbacks`; that Trainer then saves adapters and model in one, and nothing is verified unless `verify` is called.
+
+    handle: what is installed, or None. report: what was found on the first batch, or None. require_exact: as the argument
+    reversible_require_exact. handle, given: layers that are reversible already, such as load_reversible returns.
+    """
+
+    def __init__(self, config: ReversibleConfig | None, require_exact: bool = True, handle: ReversibleHandle | None = None):
+        self.config = config if handle is None else handle.config
+        self.require_exact, self.handle = require_exact, handle
+        self.report: StartReport | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.handle is None:
+            self.handle = make_reversible(model, self.config)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.handle is None:
+            raise MemTuneError("the reversible layers were taken out of this model, so there is nothing to train: make a new trainer.")
+
+    def verify(self, inputs: dict[str, Any], device) -> StartReport:
+        """Measure on one batch of inputs. Raises InverseError where the inverse should be exact and is not."""
+        with preserved_rng(device):
+            self.report = self.handle.verify(inputs)
+        logger.info("reversible=%s, first batch: %s", self.config.reversible, self.report)
+        if self.config.reversible_numerics == "exact" and not self.report.is_exact:
+            self._complain(self.report.inverse_error)
+        return self.report
+
+    def _complain(self, error: float) -> None:
+        message = (
+            f"reversible={self.config.reversible}: on the first batch, the rebuilt input of the first layer is off by {error:.1e} of its "
+            "size, expected 0: a layer computed something else when it ran again in backward, so gradients would be wrong. Look for a "
+            "kernel that does not repeat itself (torch.use_deterministic_algorithms(True), attn_implementation=eager) or a layer that "
+            "draws random numbers of its own."
+        )
+        if self.require_exact:
+            raise InverseError(f"{message} reversible_require_exact=False trains nevertheless.")
+        logger.warning(message)
+
+    def remove(self) -> None:
+        """Take the layers and their adapters out of the model. May be called twice."""
+        if self.handle is not None:
+            self.handle.restore()
+        self.handle = None
+
+
+class CheckpointCallback(TrainerCallback):
+    """Checkpoints the layers on two levels from the start of training to its end. `handle` is what is installed, or None."""
+
+    def __init__(self):
+        self.handle: TwoLevelHandle | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.remove()  # training begins again where a batch size that did not fit was halved
+        self.handle = checkpoint_in_two_levels(model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the checkpointing off the model. May be called twice."""
+        if self.handle is not None:
+            self.handle.restore()
+        self.handle = None
+
+
+def model_inputs_alone(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a batch, what the forward of a transformers model names: a trainer of one's own may take out the rest itself."""
+    names = inspect.signature(type(model).forward).parameters
+    return {name: value for name, value in batch.items() if name in names}
