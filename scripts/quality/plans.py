@@ -34,7 +34,7 @@ class Plan:
 # Chosen after the screening: the papers' arms, what won, what each choice does by itself. One less often of the larger model.
 ALPACA_ARMS = (
     PLAIN, "random/top/cut/10%", "combined/top/cut/10%", "combined/top/cut/10%/labels", "random/sample/cut/10%/labels",
-    "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels",
+    "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels",
 )  # fmt: skip
 STORIES_ARMS = (
     PLAIN, "random/top/cut/10%", "combined/top/cut/10%", "combined-mean/top/cut/10%", "random/sample/cut/10%",
