@@ -27,8 +27,9 @@ from hf_memtune import ReversibleConfig, StreamOverflowError, make_reversible
 MODELS = {"smollm2": "smollm2-135m-instruct", "stories15m": "stories15M", "minilm": "all-MiniLM-L6-v2"}
 LANGUAGE_MODELS = ("smollm2", "stories15m")
 DATA = {"alpaca": "alpaca/train.jsonl", "imdb": "movie_reviews/imdb.jsonl", "rotten_tomatoes": "movie_reviews/rotten_tomatoes.jsonl"}
+OWN = "own samples"  # stories15M knows no texts but of its kind
 PAIRS = (
-    ("smollm2", "alpaca"), ("smollm2", "imdb"), ("stories15m", "alpaca"), ("stories15m", "imdb"),
+    ("smollm2", "alpaca"), ("smollm2", "imdb"), ("stories15m", OWN), ("stories15m", "alpaca"),
     ("minilm", "rotten_tomatoes"), ("minilm", "imdb"),
 )  # fmt: skip
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not todo or model not in options.models:
             continue
         loaded = _load(options.assets / "models" / MODELS[model], model)
-        batches = list(_batches(options.assets, model, data, options))
+        batches = _own_samples(loaded, options) if data == OWN else list(_batches(options.assets, model, data, options))
         with torch.no_grad():
             plain = _seen(loaded, batches)
         for row in track(todo, description=f"{model}, {data}"):
@@ -54,19 +55,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def wanted(model: str, data: str, options: argparse.Namespace) -> list[dict]:
-    """Every run on one model and data set: the coupling alone at all scales; as it starts, and its outputs, at the default factor."""
-    common = {"model": model, "data": data, "rows": options.rows, "tokens": options.tokens}
-    found = []
+    """Every run on one model and data set: the coupling alone at all factors; in float at the default one, for comparison; with adapters as
+    they start; and of meft1 what its layers may hand on. With zero adapters meft2 is meft1, which one model may show."""
+    common, found = {"model": model, "data": data, "rows": options.rows, "tokens": options.tokens}, []
     for coupling in COUPLINGS:
-        for numerics in ("exact", "float"):
-            scales = SCALES if numerics == "exact" or coupling == "centred" else (SCALES[0], PAPER, *SCALES[1:])
-            runs = [(scale, None, 0.0) for scale in scales] + [(default_factor(coupling, numerics), None, DEFAULT_STD)]
-            if coupling == "meft1" and numerics == "float":
-                runs += [(PAPER, output, 0.0) for output in ("newest", "mean", "sum")]
-            found += [
-                common | {"coupling": coupling, "numerics": numerics, "factor": factor, "output": output, "adapter_init_std": std}
-                for factor, output, std in runs
-            ]
+        ours = default_factor(coupling, "exact")
+        scales = SCALES if coupling != "meft2" or model == "minilm" else (ours,)
+        runs = [("exact", factor, None, 0.0) for factor in scales] + [("exact", ours, None, DEFAULT_STD)]
+        runs += [("float", factor, None, 0.0) for factor in dict.fromkeys((ours, default_factor(coupling, "float")))]
+        if coupling == "meft1":
+            runs += [("float", PAPER, output, 0.0) for output in ("newest", "mean", "sum")]
+        for numerics, factor, output, std in runs:
+            run = {"coupling": coupling, "numerics": numerics, "factor": factor, "output": output, "adapter_init_std": std}
+            found.append(common | run)
     return found
 
 
@@ -111,6 +112,15 @@ def _batches(assets: Path, model: str, data: str, options: argparse.Namespace) -
         pad = torch.nn.utils.rnn.pad_sequence
         mask = pad([torch.ones_like(each) for each in some], batch_first=True)
         yield {"input_ids": pad(some, batch_first=True), "attention_mask": mask}
+
+
+def _own_samples(model: torch.nn.Module, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Texts that the model has drawn itself, from its first token on."""
+    torch.manual_seed(0)
+    first = torch.full((8, 1), model.config.bos_token_id)
+    limits = {"max_length": options.tokens, "min_length": options.tokens, "do_sample": True, "attention_mask": torch.ones_like(first)}
+    drawn = [model.generate(first, **limits) for _ in range(-(-options.rows // 8))]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in drawn]
 
 
 def _texts(file: Path, count: int) -> list[str]:
