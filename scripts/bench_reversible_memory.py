@@ -61,7 +61,7 @@ COUPLED = {
     for numerics in ("float", "exact")
 }
 METHODS = PLAIN | COUPLED | {"centred exact, 1/8": {"coupling": "centred", "numerics": "exact", "scale": 1 / 8}}
-DEPTHS = (6, 12, 24, 48, 96)
+LAYERS, DEPTHS = 24, (6, 12, 24, 48, 96)
 OVER_DEPTH = (*list(PLAIN)[:3], "centred float", "centred exact", "centred exact, 1/8")
 DEPTH_SHAPE = "RoBERTa-large"
 KEY = ("model", "layers", "method")
@@ -70,9 +70,10 @@ KEY = ("model", "layers", "method")
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     known = {tuple(row[name] for name in KEY) for row in _read(options.out)}
-    runs = [(name, 24, method) for name in options.models for method in METHODS]
-    runs += [(DEPTH_SHAPE, depth, method) for depth in DEPTHS for method in OVER_DEPTH if DEPTH_SHAPE in options.models]
-    todo = [run for run in dict.fromkeys(runs) if run not in known]
+    runs = [(name, LAYERS, method) for name in options.models for method in METHODS]
+    runs += [(DEPTH_SHAPE, depth, method) for depth in options.layers for method in OVER_DEPTH if DEPTH_SHAPE in options.models]
+    wanted = [run for run in dict.fromkeys(runs) if run[2] in options.methods]
+    todo = [run for run in wanted if run not in known]
     for run in track(todo, description="Tracing", disable=not sys.stderr.isatty()):
         append(options.out, _measured(*run))
 
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--layers", nargs="+", type=int, default=list(DEPTHS), help=f"depths of {DEPTH_SHAPE}, beside its own")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help=f"among {', '.join(METHODS)}")
     parser.add_argument("--out", type=Path, default=Path("results/reversible_memory.jsonl"))
     return parser.parse_args(arguments)
 

@@ -5,11 +5,8 @@ import warnings
 
 import pytest
 
-from hf_memtune import (
-    ConfigError,
-    MemEfficientTrainer,
-)
-from tests.training.reversible_runs import CENTRED, ROWS, TwinTrainer, deep, quiet, reversible  # noqa: F401  a fixture for all
+from hf_memtune import ConfigError, MemEfficientTrainer, ReversibleConfig, make_reversible
+from tests.training.reversible_runs import ADAPTERS, CENTRED, ROWS, TwinTrainer, deep, quiet, reversible  # noqa: F401  a fixture for all
 from tests.training.runs import SEEKING, arguments, same_parameters, train, trainer_for
 
 
@@ -34,3 +31,17 @@ def test_such_scores_need_an_ordinary_last_layer(tmp_path, layers, given, expect
     with pytest.raises(ConfigError, match=f"runs the last block alone.*{expected}"):
         trainer_for(deep(num_hidden_layers=layers), arguments(tmp_path, **settings), ROWS)
     trainer_for(deep(num_hidden_layers=4), arguments(tmp_path, **settings | {"reversible_layers": 3}), ROWS)
+
+
+@pytest.mark.parametrize("scorer", ["gradient", "combined"])
+def test_loaded_layers_stay_as_they_were_trained(tmp_path, scorer):
+    """Where all are reversible, no score can run the last one alone; where it is an ordinary one, it can."""
+    handle = make_reversible(model := deep(), ReversibleConfig(reversible="centred", **ADAPTERS))
+    settings = SEEKING | {"token_scorer": scorer}
+    with pytest.raises(ConfigError, match=f"token_scorer: got {scorer} with adapters that were trained with every layer reversible"):
+        trainer_for(model, arguments(tmp_path, **settings), ROWS, reversible=handle)
+    handle.restore()
+    partly = make_reversible(model := deep(), ReversibleConfig(reversible="centred", reversible_layers=3, **ADAPTERS))
+    assert len(train(model, arguments(tmp_path, **settings), ROWS, reversible=partly).losses) == 2
+    every = make_reversible(model := deep(), ReversibleConfig(reversible="centred", **ADAPTERS))
+    assert len(train(model, arguments(tmp_path, **settings | {"token_scorer": "context"}), ROWS, reversible=every).losses) == 2
