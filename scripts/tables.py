@@ -113,12 +113,28 @@ def demo_table() -> str:
     return "\n".join([*lines, "", f"{found['caveat']}", "", f"Conditions: {described}."])
 
 
+def reversible_table() -> str:
+    """Peaks of the traced steps of docs/reversible.md, few methods."""
+    methods = (
+        "full fine-tuning", "full fine-tuning, checkpointing", "full fine-tuning, two-level checkpointing", "LoRA, checkpointing",
+        "LoRA, two-level checkpointing", "centred exact", "centred float",
+    )  # fmt: skip
+    models = {"RoBERTa-large": "RoBERTa-large, classification", "OPT-1.3B": "OPT-1.3B, language modelling"}
+    peaks = {(row["model"], row["method"]): row["peak_bytes"] for row in rows_of("reversible_memory.jsonl") if row["layers"] == 24}
+    lines = ["| peak MiB of a step, 32 rows of 512 tokens | " + " | ".join(models.values()) + " |", "|---|" + "---:|" * len(models)]
+    for method in methods:
+        name = f"`reversible=centred`, {method.split()[1]}" if method.startswith("centred") else method
+        lines.append(f"| {name} | " + " | ".join(_mib(peaks.get((model, method))) for model in models) + " |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "demo": demo_table,
     "ladder": ladder_table,
     "memory-lora": lambda: memory_table("lora"),
     "memory-full": lambda: memory_table("full"),
     "memory-conditions": lambda: conditions_of(traced_rows()),
+    "reversible": reversible_table,
     "speed": speed_table,
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
 }

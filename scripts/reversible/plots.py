@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+
 from reversible import bytes_tables, start_tables
 
 matplotlib.use("Agg")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
 from tests.packaging.test_readme import write_model
 
@@ -66,13 +67,14 @@ def test_the_programs_run(tmp_path):
 
 
 def test_the_commands_parse(tmp_path, monkeypatch):
-    from hf_memtune.cli import train
+    from hf_memtune.cli import generate, train
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapters").mkdir()
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) >= 5
-    parsed = [train.parse([*shlex.split(line)[2:], "--use_cpu", "true"]) for line in lines]
+    parsed = [train.parse([*shlex.split(line)[2:], "--use_cpu", "true"]) for line in lines if line.split()[1] == "train"]
+    assert len(parsed) == 5 and [line.split()[1] for line in lines[5:]] == ["generate"]
+    assert generate.parse(shlex.split(lines[5])[2:])[1].prompt == ["Name three colours."]
     assert [each.training.reversible for each in parsed[:3]] == ["centred", "meft1", "centred"]
     assert parsed[3].model.reversible_adapters == "adapters" and parsed[4].training.checkpoint_levels == 2
 
@@ -108,14 +110,15 @@ def assets(tmp_path):
 
 
 def test_the_start_is_measured_and_what_is_done_is_not_done_again(assets):
+    known = {"model": "stories15m", "data": "alpaca", "coupling": "centred", "factor": 0.25, "numerics": "exact", "output": None}
+    known |= {"adapter_init_std": 0.0, "rows": 3, "tokens": 12, "state_change": {"mean": 9.0}}
+    write_rows(assets / "start.jsonl", [known])
     command = [SCRIPTS / "bench_start_point.py", "--models", "stories15m", "--rows", "3", "--tokens", "12"]
-    command += ["--assets", assets, "--out", assets / "start.jsonl"]
-    for _ in range(2):
-        done = in_new_process(*command, cwd=assets)
-        assert done.returncode == 0, done.stderr
-        found = records(assets / "start.jsonl")
-    assert len(found) == len({json.dumps({**row, "conditions": 0, "seconds": 0}) for row in found}) == 54
-    centred = {row["factor"]: row["state_change"]["mean"] for row in found if row["coupling"] == "centred" and row["adapter_init_std"] == 0}
+    done = in_new_process(*command, "--assets", assets, "--out", assets / "start.jsonl", cwd=assets)
+    assert done.returncode == 0, done.stderr
+    found = records(assets / "start.jsonl")
+    assert len(found) == len({json.dumps(row | {'conditions': 0, 'seconds': 0}) for row in found}) > 30 and found[0] == known and sum(row["state_change"] == known["state_change"] for row in found) == 1
+    centred = {r["factor"]: r["state_change"]["mean"] for r in found[1:] if r["coupling"] == "centred" and not r["adapter_init_std"]}
     assert centred[1 / 4] > centred[1 / 8] > centred[1 / 16] > centred[1 / 32] > 0
     by_meft = [{r["coupling"]: r for r in found if r["factor"] == 0.1 and r["output"] is None and r["data"] == d} for d in ("alpaca", "own samples")]
     assert all(each["meft1"]["state_change"] == each["meft2"]["state_change"] != each["meft3"]["state_change"] for each in by_meft)

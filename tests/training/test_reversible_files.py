@@ -164,6 +164,8 @@ def test_lora_is_saved_by_peft_and_the_coupling_beside_it(tmp_path):
     trainer = train(adapted(), reversible(tmp_path, **settings), ROWS).trainer
     trainer.save_model()
     assert {"adapter_model.safetensors", SETTINGS} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(MemTuneError, match="PeftModel.from_pretrained"):  # as the base model, coupled, it would be something else
+        load_reversible(deep(), tmp_path)
     again = PeftModel.from_pretrained(deep(), tmp_path)
     uncoupled = logits(again)
     load_reversible(again, tmp_path)
