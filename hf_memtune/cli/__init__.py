@@ -1,4 +1,4 @@
-"""The command line: `hf-memtune train ...`, `hf-memtune generate ...`, `hf-memtune tokens ...`. One file a command, imported when it is called."""
+"""The command line: `hf-memtune train ...`, `hf-memtune evaluate ...`, and others. One file a command, imported when it is called."""
 
 import difflib
 import logging
@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
+    "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }

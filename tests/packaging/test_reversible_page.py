@@ -67,14 +67,15 @@ def test_the_programs_run(tmp_path):
 
 
 def test_the_commands_parse(tmp_path, monkeypatch):
-    from hf_memtune.cli import generate, train
+    from hf_memtune.cli import evaluate, generate, train
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapters").mkdir()
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     parsed = [train.parse([*shlex.split(line)[2:], "--use_cpu", "true"]) for line in lines if line.split()[1] == "train"]
-    assert len(parsed) == 5 and [line.split()[1] for line in lines[5:]] == ["generate"]
-    assert generate.parse(shlex.split(lines[5])[2:])[1].prompt == ["Name three colours."]
+    assert len(parsed) == 5 and [line.split()[1] for line in lines[5:]] == ["evaluate", "generate"]
+    assert evaluate.parse(shlex.split(lines[5])[2:]).model.reversible_adapters == "adapters"
+    assert generate.parse(shlex.split(lines[6])[2:])[1].prompt == ["Name three colours."]
     assert [each.training.reversible for each in parsed[:3]] == ["centred", "meft1", "centred"]
     assert parsed[3].model.reversible_adapters == "adapters" and parsed[4].training.checkpoint_levels == 2
 
