@@ -74,13 +74,14 @@ def _adapters(rows: list[dict], model: str, columns: list[str]) -> str:
     found = []
     for coupling in COUPLINGS:
         each = [chosen(rows, model=model, data=data, coupling=coupling, numerics="exact", adapter_init_std=0.02) for data in columns]
-        if all(each):
-            factor = FACTORS[each[0][0]["factor"]]
-            found.append(f"{coupling} {factor} {' and '.join(_in_words(some[0]) for some in each)}")
+        if each := [some[0] for some in each if some]:
+            found.append(f"{coupling} {FACTORS[each[0]['factor']]} {' and '.join(map(_in_words, each))}")
     return "With adapters as they start (N(0, 0.02²), rank 8), at the default factor: " + "; ".join(found) + "."
 
 
 def _in_words(row: dict) -> str:
+    if row["overflow"]:
+        return f"overflow ({row['data']})"
     measure = "loss_change" if row["loss_change"] else "state_change"
     return f"{cell(row, measure)} ({'loss' if measure == 'loss_change' else 'states'}, {row['data']})"
 

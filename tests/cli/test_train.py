@@ -141,6 +141,16 @@ def test_a_reversible_run_is_resumed(model, instructions, tmp_path):
     assert summary(tmp_path)["held_out_loss"][1] == ended
 
 
+def test_qlora_inside_reversible_layers(model, instructions, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    coupled = ["--load_in_4bit", "true", "--reversible", "centred", "--adapter_rank", "0"]
+    assert main(["train", *arguments(None, model, instructions, *coupled, "--lora_r", "4")]) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {"adapter_model.safetensors", "reversible_config.json"} and summary(tmp_path)["held_out_loss"][0] > 0
+    assert main(["train", *arguments(None, model, instructions, *coupled)]) == 2
+    assert "adapters of reversible layers do not count" in capsys.readouterr().err
+
+
 def test_two_levels(model, instructions, tmp_path):
     assert main(["train", *arguments(None, model, instructions, "--checkpoint_levels", "2")]) == 0
     levels = summary(tmp_path)["held_out_loss"]
