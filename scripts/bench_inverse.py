@@ -20,7 +20,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import ReversibleConfig, StreamOverflowError, make_reversible
 
-MODELS = {"minilm": ("all-MiniLM-L6-v2", AutoModel, (2, 4, 6)), "smollm2": ("smollm2-135m-instruct", AutoModelForCausalLM, (2, 4, 6, 12, 30))}
+MODELS = {
+    "minilm": ("all-MiniLM-L6-v2", AutoModel, (2, 4, 6)),
+    "smollm2": ("smollm2-135m-instruct", AutoModelForCausalLM, (2, 4, 6, 12, 30)),
+}
 COUPLINGS = {
     "centred, 1/16": {"reversible": "centred"},
     "meft1, published": {"reversible": "meft1"},
@@ -81,7 +84,10 @@ def _measured(run: dict, model: torch.nn.Module, batch: dict[str, torch.Tensor])
         error, overflow = None, str(raised)
     finally:
         handle.restore()
-    found = {"inverse_error": None if error is None or math.isinf(error) else error, "is_finite": error is not None and math.isfinite(error)}
+    found = {
+        "inverse_error": None if error is None or math.isinf(error) else error,
+        "is_finite": error is not None and math.isfinite(error),
+    }
     described = conditions(device="cpu", rows=len(batch["input_ids"]), tokens=batch["input_ids"].shape[1], threads=torch.get_num_threads())
     return {**run, **found, "divisor": math.prod(factors), "overflow": overflow, "conditions": described}
 

@@ -40,8 +40,8 @@ def opt_1b(layers: int, **changed) -> tf.PreTrainedConfig:
     )  # fmt: skip
 
 
-# attention: "sdpa" keeps no matrix of tokens by tokens, and has no dropout inside it, as flash attention on a GPU keeps none either; "eager",
-# of the time of the paper, has both. OPT's rank is the paper's.
+# attention: "sdpa" keeps no matrix of tokens by tokens, and has no dropout inside it, as flash attention on a GPU keeps none either;
+# "eager", of the time of the paper, has both. OPT's rank is the paper's.
 SHAPES: dict[str, dict] = {
     "RoBERTa-large": {"config": roberta_large, "attention": "sdpa", "rows": 32, "tokens": 512, "rank": 8},
     "RoBERTa-large, eager attention": {"config": roberta_large, "attention": "eager", "rows": 32, "tokens": 512, "rank": 8},
@@ -82,7 +82,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--layers", nargs="+", type=int, default=list(DEPTHS), help=f"depths of {DEPTH_SHAPE}, beside its own")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help=f"among {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help=f"among {', '.join(METHODS)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/reversible_memory.jsonl"))
     return parser.parse_args(arguments)
 
@@ -94,7 +96,9 @@ def _read(file: Path) -> list[dict]:
 def _measured(name: str, layers: int, method: str) -> dict:
     began, shape = time.perf_counter(), SHAPES[name]
     found = traced_step(shape, METHODS[method], layers)
-    described = conditions(dtype="bfloat16", attention=shape["attention"], rows=shape["rows"], tokens=shape["tokens"], adapter_rank=shape["rank"])
+    described = conditions(
+        dtype="bfloat16", attention=shape["attention"], rows=shape["rows"], tokens=shape["tokens"], adapter_rank=shape["rank"]
+    )
     row = {"model": name, "layers": layers, "method": method, **found}
     return {**row, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
 

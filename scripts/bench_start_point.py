@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def wanted(model: str, data: str, options: argparse.Namespace) -> list[dict]:
     """Every run on one model and data set: the coupling alone at all factors; in float at the default one, for comparison; with adapters as
-    they start; and of meft1 what its layers may hand on. On the second data set of a language model, meft1 and meft3 at their default factor
-    alone. With zero adapters meft2 is meft1: the encoder shows it."""
+    they start; and of meft1 what its layers may hand on. On the second data set of a language model, meft1 and meft3 at their default
+    factor alone. With zero adapters meft2 is meft1: the encoder shows it."""
     common, found = {"model": model, "data": data, "rows": options.rows, "tokens": options.tokens}, []
     is_second = (model, data) in SECOND
     for coupling in (each for each in COUPLINGS if each != "meft2" or not is_second):
@@ -162,7 +162,13 @@ def _measured(row: dict, model: torch.nn.Module, batches: list[dict], plain: lis
     finally:
         handle.restore()
         model.eval()
-    return {**row, **_changes(found, plain), "overflow": overflow, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
+    return {
+        **row,
+        **_changes(found, plain),
+        "overflow": overflow,
+        "seconds": round(time.perf_counter() - began, 1),
+        "conditions": described,
+    }
 
 
 def _config(row: dict) -> ReversibleConfig:

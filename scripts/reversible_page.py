@@ -1,6 +1,6 @@
 """Write the tables and pictures of docs/reversible.md from the result files: `python scripts/reversible_page.py` (--check only compares).
 
-The text between the tables is written by hand; every number in a table, and the sentences that say where a bound holds, come from the files.
+The text between the tables is written by hand; the numbers in tables, and the sentences that say where a bound holds, come from the files.
 """
 
 import argparse

@@ -20,11 +20,11 @@ class Prompts:
     prompt: list[str] = field(default_factory=list, metadata={"help": "Required. Texts to answer, one or more."})
     plain: bool = field(default=False, metadata={"help": "Continue the texts as they stand, not as instructions."})
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer."})
-    temperature: float = field(
-        default=0.0, metadata={"help": "Temperature of sampling; 0 takes the likeliest token each time."}
-    )
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of sampling; 0 takes the likeliest token each time."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling; without effect at temperature 0."})
-    use_cache: bool = field(default=True, metadata={"help": "Keep keys and values of earlier tokens: faster, more memory, the same tokens."})
+    use_cache: bool = field(
+        default=True, metadata={"help": "Keep keys and values of earlier tokens: faster, more memory, the same tokens."}
+    )
 
     def problems(self) -> list[str]:
         checks = [

@@ -154,7 +154,8 @@ class ReversibleHandle:
         """In float numerics: what the inverse will be off by, from depth, factors and mantissa."""
         if self.config.reversible_numerics != "float":
             return
-        divisor, depth, seen = self.config.reversible_scale * (self.config.reversible_beta or 1.0), max(self._counts), unwrapped(self.model).dtype
+        divisor, depth = self.config.reversible_scale * (self.config.reversible_beta or 1.0), max(self._counts)
+        seen = unwrapped(self.model).dtype
         held = torch.float64 if seen == torch.float64 else torch.float32
         error, flipped = (coupling.expected_error(depth, divisor, dtype=dtype) for dtype in (held, seen))
         worse = f"; up to {flipped:.0e} where a rounding to the {_bits(seen)} of {_name(seen)} flips" if seen != held else ""

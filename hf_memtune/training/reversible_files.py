@@ -142,8 +142,8 @@ def _require_lora(model: nn.Module, folder: Path) -> None:
     is_adapted = model is not unwrapped(model) or getattr(model, "_hf_peft_config_loaded", False)
     if (folder / PEFT_CONFIG).is_file() and not is_adapted:
         raise MemTuneError(
-            f"{folder}: PEFT adapters were trained inside these reversible layers ({PEFT_CONFIG} is there), but the model has none. Load them "
-            "first: PeftModel.from_pretrained(model, folder). On the command line, to evaluate or generate, name this folder as "
+            f"{folder}: PEFT adapters were trained inside these reversible layers ({PEFT_CONFIG} is there), but the model has none. Load "
+            "them first: PeftModel.from_pretrained(model, folder). On the command line, to evaluate or generate, name this folder as "
             "model_name_or_path too."
         )
 

@@ -114,8 +114,8 @@ class ReversibleMixin:
         if all(len(shared.names) < len(stack.layers) for stack, shared in zip(handle.stacks, handle.shared)):
             return
         raise ConfigError([
-            f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or context: other "
-            "scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with reversible_layers "
+            f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or "
+            "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with reversible_layers "
             "one below the number of layers."
         ])
 

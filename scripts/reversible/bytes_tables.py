@@ -70,7 +70,9 @@ def depth_table(rows: list[dict]) -> str:
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for method in depth_methods(rows):
         found = [of(rows, MODELS["roberta"], depth)[method] for depth in depths(rows)]
-        lines.append(f"| {method} | " + " | ".join(f"{row['kept_bytes'] / MIB:,.0f} / {row['peak_bytes'] / MIB:,.0f}" for row in found) + " |")
+        lines.append(
+            f"| {method} | " + " | ".join(f"{row['kept_bytes'] / MIB:,.0f} / {row['peak_bytes'] / MIB:,.0f}" for row in found) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -78,7 +80,11 @@ def rival(rows: list[dict]) -> str:
     """Peaks of two-level checkpointing against reversible layers, by depth."""
     two, sentences = f"{REFERENCE}, two-level checkpointing", []
     for method, name in (("centred exact", "exact numerics at c = 1/16"), ("centred float", "float numerics")):
-        less = [depth for depth in depths(rows) if (found := of(rows, MODELS["roberta"], depth))[two]["peak_bytes"] < found[method]["peak_bytes"]]
-        where = "at every depth that was traced" if less == depths(rows) else f"at {' and '.join(map(str, less)) or 'none'} layers"
+        less = [
+            depth
+            for depth in depths(rows)
+            if (found := of(rows, MODELS["roberta"], depth))[two]["peak_bytes"] < found[method]["peak_bytes"]
+        ]
+        where = "at every depth that was traced" if less == depths(rows) else f"at {' and '.join(map(str, less)) or 'none'} layers alone"
         sentences.append(f"less than {name} {where}")
     return f"At the peak, with layers of RoBERTa-large, two-level checkpointing needs {' and '.join(sentences)}."

@@ -5,7 +5,7 @@ MODELS = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 
 
 def table(rows: list[dict]) -> str:
-    """Float numerics by depth, in float32 and bfloat16 layers, beside what the warning expects of float32 ones; and the worst of exact ones."""
+    """Float numerics by depth, in float32 and bfloat16 layers, beside what the warning expects of float32 ones; and exact numerics."""
     lines = ["| model | coupling | reversible layers | expected, float32 | found, float32 | found, bfloat16 | exact numerics, both |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     cells = {(row["model"], row["coupling"], row["layers"], row["numerics"], row["dtype"]): row for row in rows}

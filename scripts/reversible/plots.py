@@ -22,7 +22,12 @@ METHODS = {
     "centred exact, 1/8": ("reversible, exact, c = 1/8", "#CC79A7", "o", "--"),
     "centred float": ("reversible, float", "#0072B2", "v", "-"),
 }
-COUPLINGS = {"centred": ("#D55E00", "o", "-"), "meft1": ("#0072B2", "s", "-"), "meft2": ("#56B4E9", "x", "--"), "meft3": ("#009E73", "^", "-")}
+COUPLINGS = {
+    "centred": ("#D55E00", "o", "-"),
+    "meft1": ("#0072B2", "s", "-"),
+    "meft2": ("#56B4E9", "x", "--"),
+    "meft3": ("#009E73", "^", "-"),
+}
 MARKED = (0.25, 0.125, 0.0625, 0.03125)
 
 

@@ -89,14 +89,18 @@ def _in_words(row: dict) -> str:
 def where_it_holds(rows: list[dict]) -> str:
     """For each model and data set, the largest factor of the centred coupling at which the mean change stays below the bounds."""
     lines = [
-        f"| model | texts | change of the loss at 1/16 | at most {MOST_LOSS} from | change of the states at 1/16 | at most {MOST_STATE:.2f} from |",
+        f"| model | texts | change of the loss at 1/16 | at most {MOST_LOSS} from | change of the states at 1/16 | at most "
+        f"{MOST_STATE:.2f} from |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for model, title in MODELS.items():
         for data in data_of(rows, model):
             default = alone(rows, model, data, "centred", 0.0625)
             has_loss = bool(default and default["loss_change"])
-            cells = [cell(default, "loss_change") if has_loss else "-", _from(rows, model, data, "loss_change", MOST_LOSS) if has_loss else "-"]
+            cells = [
+                cell(default, "loss_change") if has_loss else "-",
+                _from(rows, model, data, "loss_change", MOST_LOSS) if has_loss else "-",
+            ]
             cells += [cell(default, "state_change"), _from(rows, model, data, "state_change", MOST_STATE)]
             lines.append(f"| {title.split(' (')[0]} | {data} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

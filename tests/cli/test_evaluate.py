@@ -26,10 +26,32 @@ def test_the_loss_is_that_of_training(model, instructions, tmp_path, capsys):
 
 
 def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
-    task = ["--task", "sequence_classification", "--max_length", "128", "--eval_split", "train[:16]", "--learning_rate", "0.05", "--max_steps", "4"]
+    task = [
+        "--task",
+        "sequence_classification",
+        "--max_length",
+        "128",
+        "--eval_split",
+        "train[:16]",
+        "--learning_rate",
+        "0.05",
+        "--max_steps",
+        "4",
+    ]
     assert main(["train", *arguments(None, encoder, reviews, *REVERSIBLE, *task)]) == 0
     found = summary(tmp_path)
-    common = ("--model", encoder, "--dataset", reviews, "--task", "sequence_classification", "--max_length", "128", "--dataset_split", "train[:16]")
+    common = (
+        "--model",
+        encoder,
+        "--dataset",
+        reviews,
+        "--task",
+        "sequence_classification",
+        "--max_length",
+        "128",
+        "--dataset_split",
+        "train[:16]",
+    )
     expected = {"rows": 16, "loss": pytest.approx(found["held_out_loss"][1], rel=1e-5), "accuracy": found["held_out_accuracy"][1]}
     assert measured(*common, "--reversible_adapters", "out") == expected
 

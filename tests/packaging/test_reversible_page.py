@@ -1,4 +1,4 @@
-"""docs/reversible.md: its tables are those of the result files, its programs run, its commands parse; and the benchmarks that it is made by."""
+"""docs/reversible.md: tables are those of the result files, programs run, commands parse; and the benchmarks that it is made by."""
 
 import json
 import os
@@ -60,8 +60,15 @@ def test_the_programs_run(tmp_path):
     write_model(tmp_path / "my-model")
     write_rows(tmp_path / "texts.jsonl", [{"text": " ".join(f"w{4 + (n + k) % 50}" for k in range(12 + n % 3))} for n in range(8)])
     program = "\n".join([PRELUDE, *blocks("python"), AFTERWARDS])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "is_exact" in done.stdout or "inverse_error=0.0" in done.stdout
 
@@ -118,10 +125,17 @@ def test_the_start_is_measured_and_what_is_done_is_not_done_again(assets):
     done = in_new_process(*command, "--assets", assets, "--out", assets / "start.jsonl", cwd=assets)
     assert done.returncode == 0, done.stderr
     found = records(assets / "start.jsonl")
-    assert len(found) == len({json.dumps(row | {'conditions': 0, 'seconds': 0}) for row in found}) > 30 and found[0] == known and sum(row["state_change"] == known["state_change"] for row in found) == 1
+    assert (
+        len(found) == len({json.dumps(row | {"conditions": 0, "seconds": 0}) for row in found}) > 30
+        and found[0] == known
+        and sum(row["state_change"] == known["state_change"] for row in found) == 1
+    )
     centred = {r["factor"]: r["state_change"]["mean"] for r in found[1:] if r["coupling"] == "centred" and not r["adapter_init_std"]}
     assert centred[1 / 4] > centred[1 / 8] > centred[1 / 16] > centred[1 / 32] > 0
-    by_meft = [{r["coupling"]: r for r in found if r["factor"] == 0.1 and r["output"] is None and r["data"] == d} for d in ("alpaca", "own samples")]
+    by_meft = [
+        {r["coupling"]: r for r in found if r["factor"] == 0.1 and r["output"] is None and r["data"] == d}
+        for d in ("alpaca", "own samples")
+    ]
     assert all(each["meft1"]["state_change"] == each["meft2"]["state_change"] != each["meft3"]["state_change"] for each in by_meft)
 
 

@@ -1,4 +1,4 @@
-"""The start on real weights, as far as docs/reversible.md says that it holds. Runs where `make assets` has fetched them, or in HF_MEMTUNE_ASSETS."""
+"""The start on real weights, as far as docs/reversible.md says that it holds; where `make assets` has fetched them."""
 
 import json
 import os

@@ -1,6 +1,5 @@
 """What `verify` says before the first step, and how near the start is to the pre-trained model."""
 
-
 import torch
 
 from hf_memtune import ReversibleConfig

@@ -1,6 +1,5 @@
 """Two-level checkpointing under the trainer: the steps of plain training, and nothing left behind."""
 
-
 import pytest
 import torch
 
@@ -18,9 +17,7 @@ TWO = {"checkpoint_levels": 2, "token_seeking": False}
 def test_two_levels_train_as_none(tmp_path, strategy):
     settings = {"seeking": True, "token_seeking": False} | strategy
     rows = text_rows(16)
-    levels, plain = (
-        train(deep(dtype=torch.float64), arguments(tmp_path, **settings, checkpoint_levels=n), rows) for n in (2, None)
-    )
+    levels, plain = (train(deep(dtype=torch.float64), arguments(tmp_path, **settings, checkpoint_levels=n), rows) for n in (2, None))
     assert worst_step(levels, plain) <= tolerance(torch.float64, float32_inside=bool(strategy))
     assert worst_step(levels, train(deep(dtype=torch.float64), arguments(tmp_path, **settings, seed=8), rows)) > NOTICED
     assert levels.trainer.checkpoint_callback.handle is None

@@ -1,6 +1,5 @@
 """Resumed runs of reversible layers end where uninterrupted ones do."""
 
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -1,6 +1,5 @@
 """Settings of reversible layers and two-level checkpointing under the trainer, and what is refused."""
 
-
 import pytest
 import torch
 from transformers import HfArgumentParser
