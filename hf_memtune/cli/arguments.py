@@ -82,8 +82,8 @@ class ModelArguments(ModelSource):
             (
                 self.lora_r > 0 or not self.load_in_4bit,
                 "load_in_4bit: 4-bit weights are frozen, and transformers' Trainer trains such a model through PEFT adapters alone, so "
-                "lora_r=0 leaves nothing to train; adapters of reversible layers do not count. Set lora_r, for example 16 (and adapter_rank=0, to "
-                "train LoRA alone inside reversible layers).",
+                "lora_r=0 leaves nothing to train; adapters of reversible layers do not count. Set lora_r, for example 16 (and "
+                "adapter_rank=0, to train LoRA alone inside reversible layers).",
             ),
         ]
         return super().problems() + [message for holds, message in checks if not holds]

@@ -115,8 +115,8 @@ class ReversibleMixin:
             return
         raise ConfigError([
             f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or "
-            "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with reversible_layers "
-            "one below the number of layers."
+            "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with "
+            "reversible_layers one below the number of layers."
         ])
 
     def _scores_need_the_last_block(self, scorer: TokenScorer | None) -> bool:
