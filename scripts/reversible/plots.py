@@ -12,7 +12,7 @@ from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there 
 GIB = 2**30
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
 }  # fmt: skip
 METHODS = {
     "full fine-tuning": ("plain", "#000000", "s", "-"),
@@ -57,14 +57,14 @@ def start_figure(rows: list[dict], file: Path) -> None:
     if not pairs:
         return
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(1, len(pairs), figsize=(2.6 * len(pairs) + 1, 3.4), squeeze=False)
-        for axes, (model, data) in zip(panels[0], pairs):
+        figure, panels = pyplot.subplots(2, -(-len(pairs) // 2), figsize=(10, 6.2), squeeze=False)
+        for axes, (model, data) in zip(panels.flat, pairs):
             measure = "loss_change" if any(row["loss_change"] for row in rows if row["model"] == model) else "state_change"
             for coupling, (colour, marker, line) in COUPLINGS.items():
                 _curve(axes, rows, (model, data, coupling), measure, {"color": colour, "marker": marker, "linestyle": line})
             bound = start_tables.MOST_LOSS if measure == "loss_change" else start_tables.MOST_STATE
             axes.axhline(bound, color="#999999", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log", xlabel="factor", title=f"{model}, {data}\n{measure.replace('_', ' ')} (dots: {bound})")
+            axes.set(xscale="log", yscale="log", xlabel="factor", title=f"{model}, {data}\nsize of the {measure.replace('_', ' ')} (dots: {bound})")
             axes.set_xticks(MARKED, labels=[start_tables.FACTORS[factor] for factor in MARKED])
             axes.minorticks_off()
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center")
