@@ -7,7 +7,7 @@ from typing import Any
 # always_keep None: first_last for top of token_scorer=random, as in TokenTune, else none.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "token_ratio": 0.1,
+        "token_ratio": 0.3,
         "token_scorer": "random",
         "context_weight": 1.0,
         "gradient_weight": 1.0,

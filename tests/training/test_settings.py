@@ -189,7 +189,7 @@ def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, name):
 # -- presets -----------------------------------------------------------------------------------------------------------
 
 OTHER = {
-    "token_ratio": 0.3, "token_scorer": "context", "context_weight": 2.0, "gradient_weight": 0.5, "context_layer": 0,
+    "token_ratio": 0.5, "token_scorer": "context", "context_weight": 2.0, "gradient_weight": 0.5, "context_layer": 0,
     "context_normalize": "mean", "gradient_norm": "l1", "select_from": "labels", "always_keep": "first_last",
     "seek_schedule": "epoch", "token_selection": "sample", "token_gradient": "skip",
 }  # fmt: skip
@@ -244,17 +244,17 @@ COPIES["pickle"] = lambda settings: pickle.loads(pickle.dumps(settings))
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_has_the_same_settings_and_the_same_of_them_given(copied, preset):
-    for given in ({}, {"token_ratio": 0.3}, {"context_layer": 0, "context_weight": 2.0}):
+    for given in ({}, {"token_ratio": 0.5}, {"context_layer": 0, "context_weight": 2.0}):
         settings = TokenSeekingConfig(preset=preset, **given)
         found = copied(copied(settings))
         assert found == settings and found.given == given.keys()
-    assert copied(TokenSeekingConfig(preset=preset)) != copied(TokenSeekingConfig(preset=preset, token_ratio=0.3))
+    assert copied(TokenSeekingConfig(preset=preset)) != copied(TokenSeekingConfig(preset=preset, token_ratio=0.5))
 
 
 @pytest.mark.parametrize("copied", [copied for name, copied in COPIES.items() if name not in ("replace", "again")])
 def test_what_was_given_as_it_would_be_filled_stays_given(copied):
-    assert copied(TokenSeekingConfig(token_ratio=0.1)).given == {"token_ratio"}
-    assert replace(TokenSeekingConfig(token_ratio=0.1)).given == set()  # values alone do not say who chose them
+    assert copied(TokenSeekingConfig(token_ratio=0.3)).given == {"token_ratio"}
+    assert replace(TokenSeekingConfig(token_ratio=0.3)).given == set()  # values alone do not say who chose them
 
 
 def test_a_changed_preset_fills_what_was_not_given():
