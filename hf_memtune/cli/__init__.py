@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
+    "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
 
