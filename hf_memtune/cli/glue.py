@@ -44,7 +44,7 @@ def make_trainer(settings: train.Settings):
 
 def held_out(trainer, rows: GlueRows) -> dict[str, float]:
     """eval_loss and the scores of the first held-out set, and those of the others with their names: eval_mismatched_accuracy."""
-    first, *others = rows.held_outs
+    _, *others = rows.held_outs
     found = trainer.evaluate()
     for name in others:
         found |= trainer.evaluate(rows.held_outs[name], metric_key_prefix=f"eval_{name}")

@@ -1,5 +1,6 @@
 """Rows of sentences and labels, from the hub or from files, checked and tokenised."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ def _regression(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) -> t
     """Raises ConfigError for every part that has a label which is no number."""
     found = []
     for name, rows in parts.items():
-        wrong = [value for value in rows.unique(data.label_column) if not isinstance(value, (int, float)) or value != value]
+        wrong = [value for value in rows.unique(data.label_column) if not isinstance(value, (int, float)) or math.isnan(value)]
         if wrong:
             found.append(f"label_column: {name} has {wrong[0]!r} in {data.label_column!r}, expected numbers: the label is to be predicted.")
     if found:
