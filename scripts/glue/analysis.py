@@ -107,10 +107,11 @@ def _against_adapters(groups: list[Group]) -> list[str]:
 def _inverse(groups: list[Group]) -> list[str]:
     found = [(group, group.of("state_change"), group.of("inverse_error")) for group in groups if group.of("inverse_error") is not None]
     told = [f"`{group.arm}` {change.mean:.2f} and {error.mean:.1g}" for group, change, error in found]
-    return [
+    text = (
         "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the first "
         f"layer that backward rebuilds: {'; '.join(told)}."
-    ] if told else []
+    )
+    return [text] if told else []
 
 
 def _seconds(groups: list[Group]) -> list[str]:

@@ -11,7 +11,7 @@ from glue.arms import FLAGS, FULL
 from quality.plans import FINAL_SEEDS, Plan
 
 TASK = "minilm-reviews"
-ROWS, TUNING_STEPS, STEPS = 8, 100, 200
+ROWS, TUNING_STEPS, STEPS = 8, 100, 150
 SMALL = tuple(arm for arm in FLAGS if arm != FULL)  # few parameters, larger steps
 
 TUNE = (
