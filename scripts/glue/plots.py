@@ -11,7 +11,9 @@ from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there 
 
 MIB = 2**20
 # Okabe and Ito's colours; reversible arms are diamonds
-COLOURS = {FULL: "#000000", LORA: "#0072B2", ADAPTERS: "#009E73", "MEFT1 float": "#E69F00", "MEFT1 exact": "#D55E00", "centred exact": "#CC79A7"}
+COLOURS = {
+    FULL: "#000000", LORA: "#0072B2", ADAPTERS: "#009E73", "MEFT1 float": "#E69F00", "MEFT1 exact": "#D55E00", "centred exact": "#CC79A7",
+}  # fmt: skip
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "legend.frameon": False,

@@ -134,5 +134,6 @@ def go(options, share: list[Cell], source: Source) -> None:
 
 
 def _told(record: dict) -> str:
-    ends = ", ".join(f"{accuracy:.3f} ({loss:.3f})" for (_, accuracy), (_, loss) in zip(record["accuracies"], record["losses"]) if loss is not None)
+    pairs = zip(record["accuracies"], record["losses"])
+    ends = ", ".join(f"{accuracy:.3f} ({loss:.3f})" for (_, accuracy), (_, loss) in pairs if loss is not None)
     return f"accuracy (loss) {ends or 'not measured'}, {record['seconds_per_step']:.2f} s a step, {record['peak_bytes'] / 2**20:,.0f} MiB"

@@ -163,6 +163,7 @@ def test_files_of_every_kind(kind, tmp_path):
     assert made.classes == ["bad", "good"] and made.train["labels"] == [1, 0] * 4 and made.held_outs.keys() == {"dev"}
 
 
+NO_MODEL = ["--model", "m", "--use_cpu", "true"]
 REVERSIBLE = ["--reversible", "meft1", "--adapter_rank", "4", "--adapter_init_std", "0.2", "--train_head", "true"]
 
 
@@ -202,7 +203,7 @@ def test_the_script_runs_under_accelerate_launch(encoder, tmp_path):
 
 
 def test_problems_of_the_settings_come_all_at_once(tmp_path):
-    flags = ["--model", "m", "--train_file", "absent.csv", "--max_length", "1", "--metrics", "pearsonr", "--max_eval_rows", "0", "--use_cpu"]
+    flags = ["--train_file", "absent.csv", "--max_length", "1", "--metrics", "pearsonr", "--max_eval_rows", "0", *NO_MODEL]
     found = [problem.split(":")[0] for problem in problems(flags)]
     assert found == ["validation_file", "train_file", "max_length", "max_eval_rows", "metrics"]
 
@@ -229,7 +230,8 @@ def bad_rows(tmp_path, rows: list[dict], *flags: str) -> list[str]:
     good = write_rows(tmp_path / "good.jsonl", [{"sentence": TEXTS[n % 2], "label": n % 2} for n in range(4)])
     bad = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ConfigError) as caught:
-        prepare(glue.parse(["--train_file", str(good), "--validation_file", str(bad), *flags, "--model", "m", "--use_cpu", "true"]).data, tokenizer())
+        files = ["--train_file", str(good), "--validation_file", str(bad)]
+        prepare(glue.parse([*files, *flags, "--model", "m", "--use_cpu", "true"]).data, tokenizer())
     return caught.value.problems
 
 
