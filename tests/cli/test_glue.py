@@ -218,12 +218,12 @@ def test_problems_of_the_settings_come_all_at_once(tmp_path):
     ],
 )
 def test_settings_that_cannot_work(flags, named):
-    assert named in " ".join(problems([*flags, "--model", "m", "--use_cpu"]))
+    assert named in " ".join(problems([*flags, *NO_MODEL]))
 
 
 def test_what_a_task_has_by_itself_is_said(tmp_path):
     with pytest.warns(UserWarning, match="metrics has no effect with task_name=sst2"):
-        glue.parse(["--task", "sst2", "--metrics", "f1", "--model", "m", "--use_cpu", "true"])
+        glue.parse(["--task", "sst2", "--metrics", "f1", *NO_MODEL])
 
 
 def bad_rows(tmp_path, rows: list[dict], *flags: str) -> list[str]:
@@ -231,7 +231,7 @@ def bad_rows(tmp_path, rows: list[dict], *flags: str) -> list[str]:
     bad = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ConfigError) as caught:
         files = ["--train_file", str(good), "--validation_file", str(bad)]
-        prepare(glue.parse([*files, *flags, "--model", "m", "--use_cpu", "true"]).data, tokenizer())
+        prepare(glue.parse([*files, *flags, *NO_MODEL]).data, tokenizer())
     return caught.value.problems
 
 
