@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
     "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
+    "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
 
