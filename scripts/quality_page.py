@@ -1,4 +1,4 @@
-"""Write docs/results.md and its pictures from results/quality.jsonl: `python scripts/quality_page.py` (--check only compares).
+"""Write docs/results.md and its pictures from results/quality.jsonl and the results on gradients beside it (--check only compares).
 
 Every number and every sentence follows from the file. What a person makes of them is in docs/discussion.md, which is included.
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from quality import records
+from quality import gradients, records
 from quality.analysis import (
     MARGIN,
     Group,
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if results.md is out of date")
     options = parser.parse_args(arguments)
     found, file = records.read(options.results), options.docs / "results.md"
-    text = page(found, options.docs)
+    text = page(found, options.docs, options.results.parent)
     if options.check:
         return int(not file.exists() or file.read_text() != text)
     options.docs.mkdir(parents=True, exist_ok=True)
@@ -60,8 +60,8 @@ def draw(found: list[dict], folder: Path) -> None:
         plots.screening_figure(arms, folder / "quality-screening.png")
 
 
-def page(found: list[dict], docs: Path) -> str:
-    """The whole page. A part of which nothing was measured yet is left out."""
+def page(found: list[dict], docs: Path, results: Path) -> str:
+    """The whole page, with what the folder `results` has on gradients. A part of which nothing was measured yet is left out."""
     discussion = docs / "discussion.md"
     parts = [
         INTRODUCTION,
@@ -69,6 +69,7 @@ def page(found: list[dict], docs: Path) -> str:
         *([screening_section(arms)] if (arms := screened(found)) else []),
         *([f"## Discussion\n\n{discussion.read_text().strip()}\n"] if discussion.exists() else []),
         conditions_section(found),
+        *gradients.sections(results),
     ]
     return "\n".join(parts)
 
