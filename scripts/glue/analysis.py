@@ -32,6 +32,10 @@ class Group:
     def peak_bytes(self) -> float:
         return median(run["peak_bytes"] for run in self.runs.values())
 
+    def share_of_bytes(self, other: "Group") -> float:
+        """Median over common seeds: the traced batch is that of the seed."""
+        return median(self.runs[seed]["peak_bytes"] / other.runs[seed]["peak_bytes"] for seed in self.runs.keys() & other.runs.keys())
+
     def at(self, end: int, field: str = "accuracies") -> Interval | None:
         """Before training (end 0), or after it (-1)."""
         return interval(run[field][end][1] for run in self.ended.values()) if self.ended else None
@@ -98,7 +102,7 @@ def _against_adapters(groups: list[Group]) -> list[str]:
     """Reversible arms against the same adapters with ordinary gradients: accuracy and bytes."""
     plain = named(groups, ADAPTERS)
     told = [
-        f"`{group.arm}` {group.peak_bytes / plain.peak_bytes:.0%} of the peak bytes at {d.signed} of accuracy"
+        f"`{group.arm}` {group.share_of_bytes(plain):.0%} of the peak bytes at {d.signed} of accuracy"
         for group in groups
         if plain is not None and group.any_run["inverse_error"] is not None and (d := group.minus(plain)) is not None
     ]
