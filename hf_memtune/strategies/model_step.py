@@ -56,6 +56,10 @@ class ModelStep:
         """What the body returns in this turn, with gradient."""
         raise NotImplementedError
 
+    def stored(self) -> list[Tensor]:
+        """Keys and values that are kept for the turns to come, and sums of their gradients, on the device."""
+        return [] if self.stream is None else [*self.stream.store.tensors(), *self.stream.owed.tensors()]
+
     # -- called by whoever trains
 
     def turns(self) -> Iterator[bool]:
