@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -54,22 +55,30 @@ def _fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 @contextmanager
-def maskless_sdpa() -> Iterator[str]:
-    """SDPA under a name for which transformers makes no mask.
+def sdpa_without_padding() -> Iterator[str]:
+    """SDPA under a name for which transformers makes a mask only where one is needed for rows without padding.
 
-    Whether a mask is needed is decided by the values of positions, which traced tensors lack; transformers then makes one, and
-    with it copies of keys and values, that a real run on unpadded rows does not have.
+    It decides that by the values of masks and positions. Traced tensors have none, and it then makes masks, and with them copies of keys
+    and values, that a real run on such rows does not have.
     """
     name = "hf_memtune-traced-sdpa"
     AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(name, _mask_where_needed)
     try:
         yield name
     finally:
         AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def set_attention(model: nn.Module, name: str) -> None:
-    """Choose the attention function of every part of a model."""
+def _mask_where_needed(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    if local_size is None or kv_length < local_size:
+        return None
+    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, **kwargs)
+
+
+def use_sdpa(model: nn.Module, name: str) -> None:
+    """Put the attention function of that name in place of SDPA, where a part of the model has that."""
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+        if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) == "sdpa":
             module.config._attn_implementation_internal = name

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
-from hf_memtune.memory.fake import fake_copy, maskless_sdpa, set_attention
+from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, use_sdpa
+from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
@@ -31,15 +32,18 @@ class Rehearsal(MemEfficientTrainer):
     """A trainer for one step on fake tensors. Where a real one looks at values (to verify, to log), this one does not."""
 
     batches: list[dict[str, Tensor]]
-    is_padded: bool = False
 
     def get_train_dataloader(self):
         return self.batches
 
-    def _prepare_inputs(self, inputs):
-        """A mask is in every real batch; where it masks nothing, the model and the strategies look at its values and make nothing of it."""
-        prepared = super()._prepare_inputs(inputs)
-        return prepared if self.is_padded else {name: value for name, value in prepared.items() if name != "attention_mask"}
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            groups = self._parameter_groups()
+            self.optimizer = laid_out(self.model, groups, str(getattr(self.args.optim, "value", self.args.optim)))
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
     def _verify_layers(self, batches: list[dict[str, Any]]) -> None:
         """Needs values."""
@@ -67,8 +71,8 @@ class _Begin(TrainerCallback):
 class _Install(TrainerCallback):
     """In place of StreamingCallback and TokenSeekingCallback, whose probe of the model needs values."""
 
-    def __init__(self, config: Any, attention: str):
-        self.config, self.attention, self.strategy = config, attention, None
+    def __init__(self, config: Any):
+        self.config, self.strategy = config, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         kind = TokenSeeking if getattr(self.config, "token_seeking", False) else Streaming
@@ -83,13 +87,18 @@ class _Install(TrainerCallback):
         self.strategy = None
 
 
-def rehearse(model: nn.Module, args: Any, batch: dict[str, tuple], task: Any = None) -> StepLedger:
+def rehearse(model: nn.Module, args: Any, batch: dict[str, tuple], padded: bool = False) -> StepLedger:
     """Run one optimizer step of MemEfficientTrainer on a fake copy of `model`; the closed ledger of it.
 
-    args: MemEfficientTrainingArguments. batch: name to (shape, dtype) of the inputs of one micro-batch.
+    args: MemEfficientTrainingArguments. batch: name to (shape, dtype) of the inputs of one micro-batch. padded: whether rows differ in
+    length, so that attention needs masks.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), maskless_sdpa() as attention, tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(fake_copy(model), _quiet(args, folder), batch, attention)
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention, tempfile.TemporaryDirectory() as folder:
+        copied = fake_copy(model)
+        if not padded:
+            use_sdpa(copied, attention)
+        trainer = _trainer(copied, _quiet(args, folder))
+        trainer.batches = [_micro_batch(batch, padded) for _ in range(args.gradient_accumulation_steps)]
         taken = StepAccountCallback(trainer, step=0)
         trainer.add_callback(taken)
         trainer.add_callback(_Begin(trainer))
@@ -99,18 +108,21 @@ def rehearse(model: nn.Module, args: Any, batch: dict[str, tuple], task: Any = N
     return taken.ledger
 
 
-def _trainer(model: nn.Module, args: Any, batch: dict[str, tuple], attention: str) -> Rehearsal:
+def _trainer(model: nn.Module, args: Any) -> Rehearsal:
     trainer = Rehearsal(model=model, args=args)
     trainer.accelerator.device_placement = False  # it is where it will be, and torch cannot move parameters without values
-    micro_batches = args.gradient_accumulation_steps
-    trainer.batches = [{name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in batch.items()} for _ in range(micro_batches)]
-    if trainer.strategy_callback is None:
-        set_attention(model, attention)
-    else:
+    if trainer.strategy_callback is not None:
         trainer.remove_callback(trainer.strategy_callback)
-        trainer.strategy_callback = _Install(trainer.strategy_callback.config, attention)
+        trainer.strategy_callback = _Install(trainer.strategy_callback.config)
         trainer.add_callback(trainer.strategy_callback)
     return trainer
+
+
+def _micro_batch(batch: dict[str, tuple], padded: bool) -> dict[str, Tensor]:
+    made = {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+    if "attention_mask" in made:
+        made["attention_mask"].stands_for_padding = padded
+    return made
 
 
 def _quiet(args: Any, folder: str) -> Any:
