@@ -38,7 +38,14 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser():
-    """The parser of this command: the settings of the model, the data, the strategies and Trainer, in this order."""
+    """The parser of this command."""
+    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
+    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
+    return parser_of([], usage, about)
+
+
+def parser_of(kinds: list[type], usage: str, about: str):
+    """A parser of the settings of the model, the data, the strategies and Trainer, in this order, and of `kinds` before them."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
@@ -50,9 +57,7 @@ def make_parser():
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
 
-    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
-    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
-    parser = Parser([ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
+    parser = Parser([*kinds, ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     return parser
 

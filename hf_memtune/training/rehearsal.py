@@ -29,6 +29,9 @@ from hf_memtune.training.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
 
 
+MICRO_BATCHES = 2  # that are run: from the second on, each finds what the one before it found
+
+
 class _Over(Exception):
     """Leaves the training loop when the step is over."""
 
@@ -37,6 +40,12 @@ class Rehearsal(MemEfficientTrainer):
     """A trainer for one step on fake tensors. Where a real one looks at values (to verify, to log), this one does not."""
 
     batches: list[dict[str, Tensor]]
+    waiting: list[dict[str, Tensor]]  # micro-batches that are there, as all of a step are, and do not run
+
+    def get_batch_samples(self, *args, **kwargs):
+        found = super().get_batch_samples(*args, **kwargs)
+        self.batches_of_step = [*found[0], *self.waiting]
+        return found
 
     def get_train_dataloader(self):
         return self.batches
@@ -145,7 +154,8 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
             use_sdpa(copied, attention)
         first = None if scene.layers is None else shorten(copied, scene.layers)
         trainer = _trainer(copied, _quiet(args, folder))
-        trainer.batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
+        batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
+        trainer.batches, trainer.waiting = batches[:MICRO_BATCHES], batches[MICRO_BATCHES:]
         taken = _Take(trainer, scene, first)
         trainer.add_callback(taken)
         with _explained(copied), contextlib.suppress(_Over):
@@ -188,4 +198,5 @@ def _quiet(args: Any, folder: str) -> Any:
     quiet.logging_nan_inf_filter, quiet.memory_trace_steps, quiet.full_loss_rows = False, 0, 0
     quiet.max_steps, quiet.resume_from_checkpoint, quiet.eval_strategy, quiet.save_strategy = 1, None, "no", "no"
     quiet.eval_on_start = False
+    quiet.gradient_accumulation_steps = min(args.gradient_accumulation_steps, MICRO_BATCHES)
     return quiet
