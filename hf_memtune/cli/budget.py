@@ -33,6 +33,10 @@ class BudgetArguments:
 
         return parse_bytes(self.memory_budget)
 
+    def ineffective(self) -> list[str]:
+        idle = self.memory_budget is None and not self.allow_approximate
+        return ["allow_approximate has no effect without memory_budget"] if idle else []
+
     def problems(self) -> list[str]:
         if self.memory_budget is None:
             return []
@@ -40,6 +44,16 @@ class BudgetArguments:
             return [] if self.budget_bytes > 0 else [f"memory_budget: got {self.memory_budget}, expected more than 0 bytes."]
         except ValueError as error:
             return [f"memory_budget: {error}."]
+
+
+def within_budget(arguments: list[str]) -> list[str]:
+    """The arguments of `train`, with what makes them fit their memory budget after them; says what was chosen.
+
+    Raises ConfigError where nothing fits.
+    """
+    plan, given = climb(arguments, lambda: forecast.make_parser("train", "", BudgetArguments), BudgetArguments, stop_at_first=True)
+    show(plan)
+    return [*arguments, *flags(plan.chosen.rung.changes)]
 
 
 def climb(arguments: list[str], parser: Callable, more: type, stop_at_first: bool):

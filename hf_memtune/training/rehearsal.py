@@ -24,6 +24,7 @@ from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.training.apart import apart
 from hf_memtune.training.blank_model import Shapes
 from hf_memtune.training.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
@@ -148,7 +149,7 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
 
     Raises UnsupportedModelError for a model, or settings, that look at values to decide what to compute.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention, tempfile.TemporaryDirectory() as folder:
+    with apart(), tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention:
         copied = fake_copy(model)
         if not scene.padded:
             use_sdpa(copied, attention)
@@ -192,8 +193,13 @@ def _micro_batch(batch: dict[str, tuple], padded: bool) -> dict[str, Tensor]:
 
 
 def _quiet(args: Any, folder: str) -> Any:
-    """The arguments, without what writes, logs or looks at values."""
+    """The arguments, on a CPU, without what writes, logs or looks at values. bfloat16 stands for float16, whose scaler looks at gradients."""
     quiet = copy.copy(args)
+    quiet.use_cpu = True
+    vars(quiet).pop("_setup_devices", None)
+    assert quiet.device.type == "cpu"  # asked anew, before there is an accelerator, whose state asking resets
+    if quiet.mixed_precision == "fp16":
+        quiet.fp16, quiet.bf16, quiet.mixed_precision = False, True, "bf16"
     quiet.output_dir, quiet.report_to, quiet.disable_tqdm, quiet.push_to_hub = folder, [], True, False
     quiet.logging_nan_inf_filter, quiet.memory_trace_steps, quiet.full_loss_rows = False, 0, 0
     quiet.max_steps, quiet.resume_from_checkpoint, quiet.eval_strategy, quiet.save_strategy = 1, None, "no", "no"
