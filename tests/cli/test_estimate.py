@@ -73,13 +73,12 @@ def planned(capsys, out, *arguments, code=0):
 
 def test_a_plan_is_a_recipe_that_trains(model, tmp_path, capsys):
     """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
-    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "out"]
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16, "--allow_approximate", "no"]
-    as_given, fused = (
-        estimated(capsys, *common[:-2], *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16])
-    )
+    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no"]
+    data += ["--output_dir", tmp_path / "out"]
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16]
+    as_given, fused = (estimated(capsys, *common, *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16]))
     assert fused < as_given
-    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, *common, *data)
+    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, "--allow_approximate", "no", *common, *data)
     assert plan["chosen"] == "logit-free loss" and plan["budget_bytes"] == fused
     chosen = {rung["rung"]: rung for rung in plan["rungs"]}["logit-free loss"]
     assert chosen["peak_bytes"] == fused and chosen["fits"]
@@ -108,7 +107,8 @@ def test_a_budget_of_training_is_kept(model, tmp_path, capsys):
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would(model, tmp_path, capsys):
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 16, "--per_device_train_batch_size", 1, "--lora_r", 2]
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 8, "--per_device_train_batch_size", 1]
+    common += ["--lora_r", 2, "--load_in_4bit", "--activation_checkpointing"]
     said = planned(capsys, tmp_path / "plan.yaml", "--budget", "4KiB", *common, "--allow_approximate", "no", code=2)
     assert "got 4 KiB, and nothing fits: the least is" in said and "--allow_approximate true" in said
     assert not (tmp_path / "plan.yaml").exists()
