@@ -10,7 +10,7 @@ from hf_memtune.cli import forecast, main
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
-from tests.cli.conftest import write_rows
+from tests.cli.conftest import ROOT, write_rows
 
 SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2"
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
@@ -125,3 +125,14 @@ def test_budgets_are_bytes(tmp_path, capsys):
 def test_a_recipe_may_stand_anywhere():
     assert forecast.recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
     assert forecast.recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
+
+
+def test_the_commands_of_the_readme_are_commands():
+    """Their settings are read, without running them; the model is one that is known without files."""
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("hf-memtune estimate", "hf-memtune plan"))]
+    assert len(lines) == 2
+    for line in lines:
+        _, command, *arguments = line.split()
+        more = PlanArguments if command == "plan" else None
+        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, "", more), more)
+        assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"
