@@ -98,6 +98,9 @@ def predict(forecast: Forecast):
     from hf_memtune.cli.model import check_length
     from hf_memtune.training.estimate import estimate
 
+    if forecast.model.reversible_adapters is not None:
+        got = forecast.model.reversible_adapters
+        raise ConfigError([f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."])
     made = blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
     check_length(made, replace(forecast.data, max_length=max(2, forecast.tokens)))
     return estimate(made, forecast.training, sequence_length=forecast.tokens, padded=forecast.what.padded)

@@ -127,3 +127,21 @@ def test_blank_models_have_the_head_their_config_names():
     assert batch_shapes(model, 2, 8)["labels"] == ((2,), torch.long) and "token_type_ids" in batch_shapes(model, 2, 8)
     config.architectures = None
     assert "labels" in batch_shapes(blank_model(CONFIGS["llama"]()), 2, 8)
+
+
+def test_a_model_that_a_trainer_has_prepared(tmp_path):
+    """accelerate wraps its forward; what is estimated is the model underneath, on shapes."""
+    model, args, rows = setting(tmp_path, "llama", bf16=True)
+    before = estimate(model, args, sequence_length=TOKENS)
+    trainer = trainer_for(model, args, rows, data_collator=pad_right)
+    trainer.train()
+    assert "_original_forward" in vars(model)
+    assert estimate(model, args, sequence_length=TOKENS).account.phases == before.account.phases
+    assert "_original_forward" in vars(model)
+
+
+def test_a_model_whose_layers_are_changed_is_refused(tmp_path):
+    model, args, rows = setting(tmp_path, "llama", reversible="centred")
+    trainer_for(model, args, rows)
+    with pytest.raises(UnsupportedModelError, match="Estimate before the trainer is made"):
+        estimate(model, args, sequence_length=TOKENS)
