@@ -24,13 +24,12 @@ class Settings(NamedTuple):
     model: ModelArguments
     data: DataArguments
     training: object  # MemEfficientTrainingArguments
-    budget: BudgetArguments = BudgetArguments()
 
 
 def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
-    settings = parse(arguments)
-    if settings.budget.memory_budget is not None:
+    settings, budget = read(arguments)
+    if budget.memory_budget is not None:
         settings = parse(within_budget(arguments))
     trainer, rows = make_trainer(settings)
     summary = fit(trainer, settings)
@@ -68,6 +67,11 @@ def parser_of(kinds: list[type], usage: str, about: str):
 
 def parse(arguments: list[str]) -> Settings:
     """Settings from a recipe and flags. Raises ConfigError with every problem; warns of settings without effect."""
+    return read(arguments)[0]
+
+
+def read(arguments: list[str]) -> tuple[Settings, BudgetArguments]:
+    """The settings as `parse` gives them, and the budget they are to be changed for."""
     from hf_memtune.cli.settings import build, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
@@ -76,8 +80,9 @@ def parse(arguments: list[str]) -> Settings:
     problems = parser.problems
     idle = parser.given & WITHOUT_MEANING.keys()
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
-    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments, BudgetArguments)
+    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments)
     built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+    budget = build(BudgetArguments, values_of(BudgetArguments, namespace), problems)
     if problems:
         raise ConfigError(problems)
     if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
@@ -86,9 +91,9 @@ def parse(arguments: list[str]) -> Settings:
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for message in [*built.model.ineffective(), *built.data.ineffective(), *built.budget.ineffective()]:
+    for message in [*built.model.ineffective(), *built.data.ineffective(), *budget.ineffective()]:
         warnings.warn(message, stacklevel=2)
-    return built
+    return built, budget
 
 
 def make_trainer(settings: Settings):
@@ -99,7 +104,7 @@ def make_trainer(settings: Settings):
     from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
     from hf_memtune.training.trainer import MemEfficientTrainer
 
-    model, data, training = settings[:3]
+    model, data, training = settings
     set_seed(training.seed)  # LoRA's first weights, and those of a new head, are random
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):
