@@ -60,11 +60,11 @@ class Forecast(NamedTuple):
 
 def make_parser(command: str, about: str, more: type | None = None):
     """The parser of train, with the settings above, and those of `more`, before its own."""
-    from hf_memtune.cli.train import parser_of
+    from hf_memtune.cli.train import make_parser as parser_of_training
 
-    kinds = [ForecastArguments] if more is None else [more, ForecastArguments]
+    kinds = (ForecastArguments,) if more is None else (more, ForecastArguments)
     usage = f"hf-memtune {command} --model M [RECIPE.yaml | --config RECIPE.yaml] [--name value ...]"
-    return parser_of(kinds, usage, about)
+    return parser_of_training(usage=usage, about=about, more=kinds)
 
 
 def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
