@@ -7,6 +7,8 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
+    "estimate": "predict the memory of a training step, without a GPU, weights or data",
+    "plan": "find settings with which training fits a memory budget, and write them as a recipe",
     "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
     "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
+from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.errors import ConfigError
 
 OUTPUT_DIR = "./out"
@@ -31,6 +32,8 @@ class Settings(NamedTuple):
 def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
     settings = parse(arguments)
+    if budget_of(arguments).memory_budget is not None:
+        settings = parse(within_budget(arguments))
     trainer, rows = make_trainer(settings)
     summary = fit(trainer, settings)
     if trainer.is_world_process_zero():
@@ -40,8 +43,8 @@ def run(arguments: list[str]) -> None:
         print_summary(summary, settings, rows)
 
 
-def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABOUT):
-    """The parser of a command that trains: the settings of the model, the data, the strategies and Trainer, in this order."""
+def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABOUT, more: tuple[type, ...] = ()):
+    """The parser of a command that trains: `more`, the settings of the model, the data, the strategies and Trainer, in this order."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
@@ -53,22 +56,32 @@ def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABO
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
 
-    parser = Parser([ModelArguments, data, Strategies, Training], usage=usage, description=about)
+    parser = Parser([*more, ModelArguments, data, Strategies, Training], usage=usage, description=about)
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     return parser
 
 
 def parse(arguments: list[str]) -> Settings:
     """Settings from a recipe and flags. Raises ConfigError with every problem; warns of settings without effect."""
-    built = read(arguments, make_parser(), DataArguments)
+    built = read(arguments, make_parser(more=(BudgetArguments,)), DataArguments, BudgetArguments)
     if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
         strategy = str(built.training.eval_strategy.value)
         raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
     return built
 
 
-def read(arguments: list[str], parser, data: type) -> Settings:
-    """What `parser` makes of a recipe and flags; data: the class of its settings of data. Raises ConfigError with every problem."""
+def budget_of(arguments: list[str]) -> BudgetArguments:
+    """The memory budget among arguments that `parse` has read."""
+    from hf_memtune.cli.settings import values_of
+
+    return BudgetArguments(**values_of(BudgetArguments, make_parser(more=(BudgetArguments,)).read(arguments, with_recipe=True)))
+
+
+def read(arguments: list[str], parser, data: type, *more: type) -> Settings:
+    """What `parser` makes of a recipe and flags; data: the class of its settings of data. Raises ConfigError with every problem.
+
+    more: classes of further settings, whose problems and warnings are told as well.
+    """
     from hf_memtune.cli.settings import build, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
@@ -78,13 +91,15 @@ def read(arguments: list[str], parser, data: type) -> Settings:
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
     kinds = (ModelArguments, data, MemEfficientTrainingArguments)
     built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+    further = [build(kind, values_of(kind, namespace), problems) for kind in more]
     if problems:
         raise ConfigError(problems)
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for message in [*built.model.ineffective(), *built.data.ineffective()]:
-        warnings.warn(message, stacklevel=2)
+    for part in (built.model, built.data, *further):
+        for message in part.ineffective():
+            warnings.warn(message, stacklevel=2)
     return built
 
 

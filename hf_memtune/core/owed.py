@@ -42,6 +42,10 @@ class OwedSums:
         """What there is a sum for."""
         return list(self._sums)
 
+    def tensors(self) -> list[Tensor]:
+        """The sums that are kept on the device."""
+        return list(self._sums.values())
+
 
 class OwedGradients:
     """dL/dK and dL/dV of every attention module, from the chunks that went backward so far.
@@ -75,6 +79,10 @@ class OwedGradients:
         else:
             self._sums.put(key, owed.narrow(2, 0, start).add_(before))
         return own if tokens.index is None else _at(own, tokens)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums that are kept on the device."""
+        return self._sums.tensors()
 
     def mass(self, stop: int) -> Tensor | None:
         """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""

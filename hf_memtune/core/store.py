@@ -41,6 +41,10 @@ class KeyValueStore:
         keys, values = self._entries[key]
         return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 
+    def tensors(self) -> list[Tensor]:
+        """What is kept on the device."""
+        return [part for entry in self._entries.values() for part in entry]
+
     def unsaved(self, key: int, stored: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
         """While open, autograd keeps no memory alive by saving `stored`, a prefix of the entry `key`: here, none but the store's own."""
         return nullcontext()

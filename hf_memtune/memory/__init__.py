@@ -10,14 +10,23 @@ from types import ModuleType
 
 import torch
 
+from .account import CATEGORIES, PHASES, LiveTensor, MemoryAccount, PhaseBytes, TimelinePoint
 from .ledger import Entry, SavedBytes, ShapeTotal
 from .live import LiveBytes
+from .step_ledger import StepLedger
 
 __all__ = [
+    "CATEGORIES",
+    "PHASES",
     "Entry",
     "LiveBytes",
+    "LiveTensor",
+    "MemoryAccount",
+    "PhaseBytes",
     "SavedBytes",
     "ShapeTotal",
+    "StepLedger",
+    "TimelinePoint",
     "peak_device_bytes",
     "reset_peak_device_bytes",
     "resident_bytes",

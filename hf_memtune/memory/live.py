@@ -23,9 +23,12 @@ _SNAPSHOT_GROWTH = 1.01
 
 
 class _Storage(weakref.ref):
-    """A weak reference to a storage, with what the ledger knows of it. Never changed: a resize makes a new one."""
+    """A weak reference to a storage, with what the ledger knows of it. Its bytes never change: a resize makes a new one.
 
-    __slots__ = ("key", "size_bytes", "baseline_bytes", "counted_bytes", "shape", "dtype", "op")
+    category, where and phase are for `StepLedger`, and not set here.
+    """
+
+    __slots__ = ("key", "size_bytes", "baseline_bytes", "counted_bytes", "shape", "dtype", "op", "category", "where", "phase")
 
 
 class LiveBytes(TorchDispatchMode):

@@ -40,6 +40,7 @@ class SeekingStep(ModelStep):
         self.values: dict[str, Tensor] = {}
         self.tokens_seen: Tensor | int = 0
         self.inspection: dict[str, dict[str, Tensor]] | None = None
+        self._store: KeyValueStore | None = None
         self._passed: dict[int, Tensor] = {}  # by chunk, the gradient mass of tokens whose turn has come, (B, 1)
 
     def begin(self, call: BodyCall) -> None:
@@ -57,6 +58,9 @@ class SeekingStep(ModelStep):
         self._store = scores.store
         if self.stream is not None:
             self._begin_stream(self.selection["decoder"])
+
+    def stored(self) -> list[Tensor]:
+        return super().stored() if self.stream is not None or self._store is None else self._store.tensors()
 
     def next_turn(self, call: BodyCall):
         if self.stream is None:
