@@ -128,6 +128,11 @@ class ModelStep:
             return torch.ones((), dtype=torch.long)
         return self.kept_labels.clamp_min(1)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of the decoder, padding included."""
+        return _row_length(self.architecture, self.inputs)
+
     def shiftable_labels(self) -> Tensor:
         """Labels for a loss function that shifts them itself: (B, S + 1), to go with the S + 1 logits of `whole_logits`."""
         if self.architecture.task is not Task.CAUSAL_LM:
@@ -171,7 +176,7 @@ class ModelStep:
         chunk = self.config.stream_chunk_size
         if chunk is None:
             return 1
-        return chunk_count(_row_length(self.architecture, self.inputs), chunk) + int(not self.architecture.task.loss_per_token)
+        return chunk_count(self.row_length, chunk) + int(not self.architecture.task.loss_per_token)
 
     def _has_turns_to_come(self) -> bool:
         if self.stream is None or self.stream.is_done:

@@ -9,6 +9,7 @@ from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
+from hf_memtune.training.memory_advice import optimizer_name, steps_in_backward
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {
@@ -63,10 +64,19 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
         },
     )
 
+    memory_preflight: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the bytes, "
+            "and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, and "
+            "host memory for the trained parameters. Default: on for a GPU, off for a CPU."
+        },
+    )
+
     def __post_init__(self):
         self._fill()
         found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
-        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers()]
+        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers(), *self._unsupported_by_preflight()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
@@ -90,6 +100,29 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
     def is_reversible(self) -> bool:
         """Whether layers are to be made reversible."""
         return self.reversible != "none"
+
+    @property
+    def preflights(self) -> bool:
+        """Whether the worst batch is tried before step 0."""
+        if self.memory_preflight is None:
+            return self.device.type in ("cuda", "xpu") and not self._unsupported_by_preflight(is_asked=True)
+        return self.memory_preflight
+
+    def _unsupported_by_preflight(self, is_asked: bool | None = None) -> list[str]:
+        """Where a step cannot be taken back."""
+        if not (self.memory_preflight if is_asked is None else is_asked):
+            return []
+        found = [
+            f"memory_preflight: got True with {name}, under which a step cannot be taken back bit by bit. Leave it out."
+            for name in ("deepspeed", "fsdp", "parallelism_config")
+            if getattr(self, name, None)
+        ]
+        if steps_in_backward(self):
+            found.append(
+                f"memory_preflight: got True with optim={optimizer_name(self)}, which changes weights in the middle of backward, so that a "
+                "step cannot be taken back. Leave one of them out."
+            )
+        return found
 
     def _require_device_memory(self) -> None:
         """Which device it is, is known only when the arguments of transformers have set it up."""
