@@ -1,8 +1,9 @@
 """A micro-batch that does not fit is taken in halves, and training goes on: one optimizer step, one global batch, one order of rows.
 
 When memory runs out, backward may have added a part of its gradient already. So the gradients of the accumulated batch are thrown
-away, and its micro-batches run again from the first, each from the state of the random generators it began with; the one that did not
-fit, and from then on every one with as many rows, runs in parts of half as many rows. Its loss is that of the whole: see `_run_parts`.
+away, and its micro-batches run again from the first, each as before and from the state of the random generators it began with; the one
+that did not fit, and from then on every one with as many rows, runs in parts of half as many rows. Its loss is that of the whole: see
+`_run_parts`.
 
 What is not the same as if there had been room: dropout masks and other draws of micro-batches that were cut (their rows draw one after
 another), and what is no sum over rows: batch statistics, load-balancing losses of routers.
@@ -10,7 +11,7 @@ another), and what is no sum over rows: batch statistics, load-balancing losses 
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ Step = Callable[[Any, dict[str, Any], Any], Tensor]
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """What a micro-batch ran on. Its inputs are held by the trainer's own loop until the step is over in any case."""
+    """What a micro-batch ran on, and how many rows at a time. Its inputs are held by the trainer's own loop in any case."""
 
     inputs: dict[str, Any]
     num_items: Any
     generators: Generators
+    rows_at_most: int | None
 
 
 class HalvingSteps:
@@ -61,10 +63,11 @@ class HalvingSteps:
         """The loss of one training step, whose gradient is then there."""
         if not self.is_on:
             return step(model, inputs, num_items)
-        now = _MicroBatch(inputs, num_items, Generators.now(self.trainer.args.device))
+        now = _MicroBatch(inputs, num_items, Generators.now(self.trainer.args.device), self.rows_at_most)
         fitted, failure = self._try(step, model, now)
         while failure is not None:
             self._halve(inputs, failure)
+            now = replace(now, rows_at_most=self.rows_at_most)
             clear_device_cache(garbage_collection=True)  # the graph of a failed forward is a ring of references
             fitted, failure = self._again(step, model, now)
         self._done.append(now)
@@ -95,7 +98,8 @@ class HalvingSteps:
         for batch in [*self._done, now]:
             batch.generators.restore()
             fitted, failure = self._try(step, model, batch)
-            if failure is not None:
+            if failure is not None:  # also of an earlier one, if it has less room than it had
+                self._done = [replace(done, rows_at_most=now.rows_at_most) for done in self._done]
                 break
         return fitted, failure
 
@@ -121,7 +125,7 @@ class HalvingSteps:
 
     def _run(self, step: Step, model: Any, batch: _MicroBatch) -> Tensor:
         rows = row_count(batch.inputs)
-        if self.rows_at_most is None or rows is None or rows <= self.rows_at_most or why_not_cut(batch.inputs):
+        if batch.rows_at_most is None or rows is None or rows <= batch.rows_at_most or why_not_cut(batch.inputs):
             return step(model, batch.inputs, batch.num_items)
         return self._run_parts(step, model, batch)
 
@@ -131,7 +135,7 @@ class HalvingSteps:
         A loss that is a sum over tokens divided by the count of the accumulated batch adds up as it is. A mean over the micro-batch is
         multiplied by each part's share of it; a part without a label has none, and is left out.
         """
-        parts, num_items = parts_of(batch.inputs, self.rows_at_most), batch.num_items
+        parts, num_items = parts_of(batch.inputs, batch.rows_at_most), batch.num_items
         if self._counts_itself:
             num_items = self._whole_count(batch.inputs) if num_items is None else num_items
             weights = [1.0] * len(parts)
