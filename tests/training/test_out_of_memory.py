@@ -10,7 +10,7 @@ from hf_memtune.training.batch_parts import parts_of, row_count, shares, why_not
 from tests.strategies.tiny_models import tiny_model
 from tests.strategies.twin import worst_difference
 from tests.tolerances import NOTICED, RELATIVE
-from tests.training.runs import Run, arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for, worst_step
+from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)
@@ -179,12 +179,11 @@ def test_it_says_so_and_remembers(tmp_path, caplog):
     assert found.trainer.state.global_step == 3
 
 
-def test_transformers_begins_again_where_it_is_asked_to(tmp_path):
-    """auto_find_batch_size is another way, and ours stands aside: batches of four are twice as many steps an epoch."""
-    halved = run(tmp_path, "plain", 4, auto_find_batch_size=True)
-    assert halved.trainer.halving.rows_at_most is None
-    small_batches = run(tmp_path, "plain", per_device_train_batch_size=4)
-    assert same_parameters(halved, small_batches) and not same_parameters(halved, run(tmp_path, "plain"))
+@pytest.mark.parametrize("settings", [{"auto_find_batch_size": True}, {"optim": "lomo"}], ids=["auto_find_batch_size", "lomo"])
+def test_it_stands_aside(tmp_path, settings):
+    """Where transformers begins again with a smaller batch, and where backward changes weights."""
+    assert not trainer_for(llama(), arguments(tmp_path, **PLAIN, **settings), ROWS).halving.is_on
+    assert trainer_for(llama(), arguments(tmp_path, **PLAIN), ROWS).halving.is_on
 
 
 def test_one_row_that_does_not_fit_is_told_with_advice(tmp_path):
