@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_memtune._compat import is_fake
+
 _ROUNDING_SLACK = 1e-9  # 0.1 * 30 is 3.0000000000000004 in binary: without slack it would round up to 4
 
 
@@ -97,6 +99,12 @@ def first_of(order: Tensor, counts: list[int]) -> Selection:
     return Selection(index, position < kept, tuple(counts), order.shape[1])
 
 
+def _most_counts(rows: int, most: int, real: Tensor | None, forced: Tensor | None, beside_forced: int) -> list[int]:
+    """Of traced masks, which have no values: the first row is as long as the batch, the others are one token shorter if there is padding."""
+    most = max(most, (2 if forced is not None else 0) + beside_forced)
+    return [most] + [most if real is None else max(1, most - 1)] * (rows - 1)
+
+
 def kept_counts(
     rows: int,
     length: int,
@@ -113,6 +121,8 @@ def kept_counts(
     given = [mask for mask in (real, candidates, forced) if mask is not None]
     if not given:
         return [budget(length, ratio)] * rows
+    if is_fake(given[0]):
+        return _most_counts(rows, budget(length, ratio), real, forced, beside_forced)
     everything = torch.ones_like(given[0])
     real = everything if real is None else real
     allowed = real if candidates is None else candidates & real

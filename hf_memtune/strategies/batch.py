@@ -111,9 +111,11 @@ def _is_per_token(value: Any, rows: Rows) -> bool:
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
-    """(B, T) bool, or None where every token is real. Traced masks have no values: they are taken as all real."""
-    if mask is None or is_fake(mask):
+    """(B, T) bool, or None where every token is real. Traced masks have no values: they say themselves whether they stand for padding."""
+    if mask is None or (is_fake(mask) and not getattr(mask, "stands_for_padding", False)):
         return None
+    if is_fake(mask):
+        return mask.bool()
     mask = mask.bool()
     return None if bool(mask.all()) else mask
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Task
+from hf_memtune.core.labelled import take_labelled
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.owed import Due
 from hf_memtune.errors import MemTuneError
@@ -162,11 +162,7 @@ class ModelStep:
             return forward(hidden)
         head, target, weight = self.architecture.output_head, self.turn_target, self.turn_weight
         labelled = target != IGNORED
-        if is_fake(hidden):
-            labelled = torch.ones_like(labelled)
-            hidden, target, weight = (x if x is None else x.flatten(0, 1) for x in (hidden, target, weight))
-        else:
-            hidden, target, weight = (x if x is None else x[labelled] for x in (hidden, target, weight))
+        hidden, target, weight = (x if x is None else take_labelled(x, labelled) for x in (hidden, target, weight))
         return linear_loss(hidden, head.weight, head.bias, target, self.label_smoothing, weight)
 
     # -- turns of a stream

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.core.labelled import put_labelled, take_labelled
 from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.scorers import SeekingContext
@@ -156,9 +156,9 @@ class TokenScores:
         gradient, losses = torch.zeros_like(hidden), torch.zeros(target.shape, device=hidden.device)
         labelled = target != IGNORED
         of_head = self._linear_head_gradient if self.seeking.facts.head_reads_body else self._own_head_gradient
-        flat, loss = of_head(_compact(hidden, labelled), _compact(target, labelled))
-        self._token_losses[start] = _spread(loss.to(losses.dtype), labelled, losses)
-        return _spread(flat, labelled, gradient)
+        flat, loss = of_head(take_labelled(hidden, labelled), take_labelled(target, labelled))
+        self._token_losses[start] = put_labelled(loss.to(losses.dtype), labelled, losses)
+        return put_labelled(flat, labelled, gradient)
 
     def _linear_head_gradient(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         head = self.architecture.output_head
@@ -218,16 +218,3 @@ class TokenScores:
         for start, hidden in zip(range(0, rows.length, self.chunk), self.records.hidden["decoder"]):
             parts.append(self._tail_chunk(rows.chunk(start, start + hidden.shape[1]), hidden.detach(), OwedGradients()))
         return torch.cat(parts, dim=1)
-
-
-def _compact(values: Tensor, labelled: Tensor) -> Tensor:
-    """(B, T, ...) to (N, ...): the labelled tokens only. Traced tensors have no values: all tokens, the upper bound."""
-    return values.flatten(0, 1) if is_fake(values) else values[labelled]
-
-
-def _spread(flat: Tensor, labelled: Tensor, into: Tensor) -> Tensor:
-    """The inverse of `_compact`: unlabelled tokens keep what `into` has."""
-    if is_fake(into):
-        return flat.view(into.shape)
-    into[labelled] = flat
-    return into

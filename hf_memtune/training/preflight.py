@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
 from hf_memtune.memory import StepLedger, peak_device_bytes, reset_peak_device_bytes
 from hf_memtune.training.levers import LeverWatch
@@ -41,7 +42,7 @@ class Preflight:
         if self._looked is not None:  # in the first step: now the optimizer has its state
             looked, self._looked = self._looked, None
             looked.require()
-        if not self._is_due or not batches or not self.trainer.args.preflights:
+        if not self._is_due or not batches or not self.trainer.args.preflights or self._is_rehearsal:
             return
         self._is_due = False
         try:
@@ -54,7 +55,7 @@ class Preflight:
     @contextmanager
     def first_step(self) -> Iterator[None]:
         """Around every micro-batch: in the first of a training without preflight, whether the levers act is looked at on the way."""
-        if not self._is_due or self.trainer.args.preflights or self.trainer.args.torch_compile:
+        if not self._is_due or self.trainer.args.preflights or self.trainer.args.torch_compile or self._is_rehearsal:
             yield
             return
         self._is_due = False
@@ -65,6 +66,11 @@ class Preflight:
             self.watch.require()
         finally:
             self._looked, self.watch = self.watch, None
+
+    @property
+    def _is_rehearsal(self) -> bool:
+        """Whether the step runs on tensors without values, for an estimate: then there is nothing to look at."""
+        return is_fake(next(self.trainer.model.parameters()))
 
     # -- flying
 

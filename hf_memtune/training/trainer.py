@@ -47,6 +47,7 @@ class MemEfficientMixin(ReversibleMixin):
         self.last_selection: Selection | dict[str, Selection] | None = None
         self.running_mean, self._in_step, self.loss_func_is_checked = RunningMean(), False, False
         self._reported: Tensor | None = None
+        self.batches_of_step: list[dict[str, Any]] = []
         self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
         self.add_callback(self.memory_callback)
         self.strategy_callback: TokenSeekingCallback | StreamingCallback | None = None
@@ -140,6 +141,7 @@ class MemEfficientMixin(ReversibleMixin):
         batches, count = super().get_batch_samples(*args, **kwargs)
         self.preflight.before_step(batches)
         self.halving.begin()
+        self.batches_of_step = batches  # a reference to the loop's own list: nothing lives longer for it than until the next step
         self._verify_layers(batches)  # here, and not in the step, whose memory is measured
         return batches, count
 

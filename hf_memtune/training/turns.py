@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.model_step import ModelStep
 
@@ -123,6 +124,8 @@ _NOT_ADDITIVE = (
 
 
 def _check_scale(trainer: Any, gradient: Tensor) -> None:
+    if is_fake(gradient):
+        return
     scaler = trainer.accelerator.scaler
     expected = 1.0 if scaler is None else scaler.get_scale()
     if float(gradient) != expected:

@@ -1,0 +1,84 @@
+"""A model of shapes alone: a copy of any model whose tensors have no values, and batches for it. Made and run inside one FakeTensorMode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def fake_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`, on real or meta tensors, in which every tensor is a fake one on the CPU; shared ones stay shared.
+
+    Needs a FakeTensorMode in force. No data are read or copied; the model is not changed.
+    """
+    memo: dict[int, Any] = {}
+    for holder in _holders(model):
+        for value in _tensors_in(holder):
+            if id(value) not in memo:
+                memo[id(value)] = _fake(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _holders(model: nn.Module) -> Iterator[dict]:
+    for module in model.modules():
+        yield from (module._parameters, module._buffers, vars(module))
+    for parameter in model.parameters():  # 4-bit weights have scales beside them, and those have scales
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield vars(state)
+            state = getattr(state, "state2", None)
+
+
+def _tensors_in(holder: dict) -> list[Tensor]:
+    return [value for value in holder.values() if isinstance(value, Tensor)]
+
+
+def _fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    if not isinstance(tensor, nn.Parameter):
+        return made
+    made = nn.Parameter(made, tensor.requires_grad)
+    if (state := getattr(tensor, "quant_state", None)) is not None:
+        for part in (state, getattr(state, "state2", None)):
+            for value in _tensors_in(vars(part)) if part is not None else ():
+                memo.setdefault(id(value), _fake(value, memo))
+        made.quant_state, made.bnb_quantized = copy.deepcopy(state, memo), True
+    return made
+
+
+@contextmanager
+def sdpa_without_padding() -> Iterator[str]:
+    """SDPA under a name for which transformers makes a mask only where one is needed for rows without padding.
+
+    It decides that by the values of masks and positions. Traced tensors have none, and it then makes masks, and with them copies of keys
+    and values, that a real run on such rows does not have.
+    """
+    name = "hf_memtune-traced-sdpa"
+    AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(name, _mask_where_needed)
+    try:
+        yield name
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _mask_where_needed(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    if local_size is None or kv_length < local_size:
+        return None
+    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, **kwargs)
+
+
+def use_sdpa(model: nn.Module, name: str) -> None:
+    """Put the attention function of that name in place of SDPA, where a part of the model has that."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) == "sdpa":
+            module.config._attn_implementation_internal = name

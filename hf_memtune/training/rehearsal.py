@@ -1,0 +1,135 @@
+"""One step of training on tensors without values: the trainer itself runs, so what is predicted is what will happen.
+
+Nothing of the loop is written again here. `Rehearsal` is a MemEfficientTrainer that is given fake batches, and leaves when the step is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import TrainerCallback
+
+from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, use_sdpa
+from hf_memtune.memory.optimizer_layout import laid_out
+from hf_memtune.memory.step_ledger import StepLedger
+from hf_memtune.strategies.streaming import Streaming
+from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.training.step_account import StepAccountCallback
+from hf_memtune.training.trainer import MemEfficientTrainer
+
+
+class _Over(Exception):
+    """Leaves the training loop when the step is over."""
+
+
+class Rehearsal(MemEfficientTrainer):
+    """A trainer for one step on fake tensors. Where a real one looks at values (to verify, to log), this one does not."""
+
+    batches: list[dict[str, Tensor]]
+
+    def get_train_dataloader(self):
+        return self.batches
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            groups = self._parameter_groups()
+            self.optimizer = laid_out(self.model, groups, str(getattr(self.args.optim, "value", self.args.optim)))
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+
+    def _verify_layers(self, batches: list[dict[str, Any]]) -> None:
+        """Needs values."""
+
+    def _move_model_to_device(self, model, device):
+        return model
+
+
+class _Begin(TrainerCallback):
+    """Installs the strategy without its probe, and makes the optimizer's state, which every step but the first finds there."""
+
+    def __init__(self, trainer: Rehearsal):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        model.zero_grad()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise _Over
+
+
+class _Install(TrainerCallback):
+    """In place of StreamingCallback and TokenSeekingCallback, whose probe of the model needs values."""
+
+    def __init__(self, config: Any):
+        self.config, self.strategy = config, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        kind = TokenSeeking if getattr(self.config, "token_seeking", False) else Streaming
+        self.strategy = kind(model, self.config, check=False)
+
+    def offline_scores(self, inputs):
+        return None
+
+    def remove(self) -> None:
+        if self.strategy is not None:
+            self.strategy.remove()
+        self.strategy = None
+
+
+def rehearse(model: nn.Module, args: Any, batch: dict[str, tuple], padded: bool = False) -> StepLedger:
+    """Run one optimizer step of MemEfficientTrainer on a fake copy of `model`; the closed ledger of it.
+
+    args: MemEfficientTrainingArguments. batch: name to (shape, dtype) of the inputs of one micro-batch. padded: whether rows differ in
+    length, so that attention needs masks.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention, tempfile.TemporaryDirectory() as folder:
+        copied = fake_copy(model)
+        if not padded:
+            use_sdpa(copied, attention)
+        trainer = _trainer(copied, _quiet(args, folder))
+        trainer.batches = [_micro_batch(batch, padded) for _ in range(args.gradient_accumulation_steps)]
+        taken = StepAccountCallback(trainer, step=0)
+        trainer.add_callback(taken)
+        trainer.add_callback(_Begin(trainer))
+        with contextlib.suppress(_Over):
+            trainer.train()
+        taken.close()
+    return taken.ledger
+
+
+def _trainer(model: nn.Module, args: Any) -> Rehearsal:
+    trainer = Rehearsal(model=model, args=args)
+    trainer.accelerator.device_placement = False  # it is where it will be, and torch cannot move parameters without values
+    if trainer.strategy_callback is not None:
+        trainer.remove_callback(trainer.strategy_callback)
+        trainer.strategy_callback = _Install(trainer.strategy_callback.config)
+        trainer.add_callback(trainer.strategy_callback)
+    return trainer
+
+
+def _micro_batch(batch: dict[str, tuple], padded: bool) -> dict[str, Tensor]:
+    made = {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+    if "attention_mask" in made:
+        made["attention_mask"].stands_for_padding = padded
+    return made
+
+
+def _quiet(args: Any, folder: str) -> Any:
+    """The arguments, without what writes, logs or looks at values."""
+    quiet = copy.copy(args)
+    quiet.output_dir, quiet.report_to, quiet.disable_tqdm, quiet.push_to_hub = folder, [], True, False
+    quiet.logging_nan_inf_filter, quiet.memory_trace_steps, quiet.full_loss_rows = False, 0, 0
+    quiet.max_steps, quiet.resume_from_checkpoint, quiet.eval_strategy, quiet.save_strategy = 1, None, "no", "no"
+    quiet.eval_on_start = False
+    return quiet
