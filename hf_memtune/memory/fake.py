@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_memtune.architectures.stacks import layer_stacks, unwrapped
+
 
 def fake_copy(model: nn.Module) -> nn.Module:
     """A deep copy of `model`, on real or meta tensors, in which every tensor is a fake one on the CPU; shared ones stay shared.
@@ -52,6 +54,15 @@ def _fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
                 memo.setdefault(id(value), _fake(value, memo))
         made.quant_state, made.bnb_quantized = copy.deepcopy(state, memo), True
     return made
+
+
+def shorten(model: nn.Module, layers: int) -> nn.Module:
+    """Leave `model`, with one stack of layers, its first `layers` of them; returns the first one."""
+    (stack,) = layer_stacks(model)
+    found = unwrapped(model).get_submodule(stack.name)
+    del found[layers:]
+    stack.config.num_hidden_layers = layers
+    return found[0]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .account import MemoryAccount
+from .flops import flops_of
 from .ledger import Trackable, tensors_of
 from .live import LiveBytes
 from .log import Log, account_of
@@ -46,6 +47,10 @@ class StepLedger(LiveBytes):
         batch: the tensors of all micro-batches.
         vocab_size: values of a token's logits; None: that of the model's config, if it has one.
         names: whether storages are named by the module that makes them, which takes two hooks a module.
+
+    Attributes:
+        log: what happened, for `account` and for `memory.depth`.
+        flops: floating point operations of matrix products, attention and convolutions so far.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class StepLedger(LiveBytes):
         super().__init__()
         self.model, self.optimizer, self.batch, self.names = model, optimizer, batch, names
         self._vocab_size = vocab_size or _vocab_size(model)
-        self._log = Log()
+        self.log, self.flops = Log(), 0
         self._phase: str | None = None  # None: before the step, when what is there already is counted
         self._by_hand = False
         self._stored: list[Callable[[], Iterable[Tensor]]] = []
@@ -71,7 +76,7 @@ class StepLedger(LiveBytes):
     def __enter__(self) -> StepLedger:
         self._count_residents()
         self._phase = "forward"
-        self._log.turn("forward")
+        self.log.turn("forward")
         handle = self.model.register_forward_pre_hook(lambda *_: self._turn_to("forward"))
         self._undo.callback(handle.remove)
         if self.optimizer is not None:
@@ -113,10 +118,15 @@ class StepLedger(LiveBytes):
         strategy.step = step
         self._undo.callback(delattr, strategy, "step")
 
+    def stretch_at(self, module: nn.Module) -> None:
+        """Begin a new stretch of the log whenever `module`, the first layer of a stack, is entered: see `memory.depth`."""
+        handle = module.register_forward_pre_hook(lambda *_: self.log.turn(self._phase))
+        self._undo.callback(handle.remove)
+
     def account(self, tensors: int = 20, points: int = 400) -> MemoryAccount:
         """The account of what happened while the ledger was open. tensors, points: how many of each are kept at most."""
-        found = account_of(self._log, tensors, points)
-        assert self._log.is_whole(self.current_bytes), "the log and the count of live bytes differ"
+        found = account_of(self.log, tensors, points)
+        assert self.log.is_whole(self.current_bytes), "the log and the count of live bytes differ"
         return found
 
     # -- phases
@@ -124,16 +134,18 @@ class StepLedger(LiveBytes):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if torch._C._current_graph_task_id() != -1 and self._phase != "backward":
             self._turn_to("backward")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.flops += flops_of(func, args, kwargs or {}, out)
+        return out
 
     def _turn_to(self, phase: str) -> None:
         if self._by_hand or phase == self._phase:
             return
         if phase == "backward":
-            self._log.promote_living(_of_forward, "saved_activations")
+            self.log.promote_living(_of_forward, "saved_activations")
         self._mark_stored()
         self._phase = phase
-        self._log.turn(phase)
+        self.log.turn(phase)
 
     def _before_optimizer(self) -> None:
         self._mark_gradients()
@@ -202,7 +214,7 @@ class StepLedger(LiveBytes):
 
     def _enter_storage(self, storage: torch.UntypedStorage, tensor: Tensor, op: Any, baseline_bytes: int) -> None:
         if (before := self._known.get(id(storage))) is not None:
-            self._log.death(before)  # a resize: its bytes were taken off the count already
+            self.log.death(before)  # a resize: its bytes were taken off the count already
         super()._enter_storage(storage, tensor, op, baseline_bytes)
         record = self._known[id(storage)]
         record.category, record.where, record.phase = "temporaries", self._where[-1] if self._where else None, self._phase
@@ -210,11 +222,11 @@ class StepLedger(LiveBytes):
             record.category, record.where, record.phase = before.category, before.where, before.phase
         elif self._vocab_size is not None and tensor.is_floating_point() and tensor.shape[-1:] == (self._vocab_size,):
             record.category = "logits"
-        self._log.birth(record)
+        self.log.birth(record)
 
     def _died(self, record: Any) -> None:
         if self._known.get(record.key) is record:
-            self._log.death(record)
+            self.log.death(record)
         super()._died(record)
 
     # -- names

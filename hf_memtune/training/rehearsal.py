@@ -8,18 +8,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import TrainerCallback
 
-from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, use_sdpa
+from hf_memtune.architectures.stacks import unwrapped
+from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.memory.fake import fake_copy, shorten, sdpa_without_padding, use_sdpa
 from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.training.blank_model import Shapes
 from hf_memtune.training.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
 
@@ -52,11 +57,13 @@ class Rehearsal(MemEfficientTrainer):
         return model
 
 
-class _Begin(TrainerCallback):
-    """Installs the strategy without its probe, and makes the optimizer's state, which every step but the first finds there."""
+class _Take(StepAccountCallback):
+    """Takes the account, and leaves. Before it, it makes the optimizer's state, which every step but the first finds there."""
 
-    def __init__(self, trainer: Rehearsal):
-        self.trainer = trainer
+    def __init__(self, trainer: Rehearsal, scene: Scene, first_layer: nn.Module | None):
+        super().__init__(trainer, step=0, names=scene.layers is None)
+        self.scene, self.first_layer = scene, first_layer
+        self.evaluation: StepLedger | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         for parameter in model.parameters():
@@ -64,8 +71,26 @@ class _Begin(TrainerCallback):
         optimizer.step()
         model.zero_grad()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_begin(self, *args, **kwargs):
+        super().on_step_begin(*args, **kwargs)
+        if self.first_layer is not None:
+            self.ledger.stretch_at(self.first_layer)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.close()
+        model.zero_grad()
+        if self.scene.evaluation is not None:
+            self._evaluate(model, optimizer)
         raise _Over
+
+    def _evaluate(self, model: nn.Module, optimizer: Any) -> None:
+        batch = _micro_batch(self.scene.evaluation, self.scene.padded)
+        model.eval()
+        self.evaluation = StepLedger(model, getattr(optimizer, "optimizer", optimizer), list(batch.values()), names=self.names)
+        if self.first_layer is not None:
+            self.evaluation.stretch_at(self.first_layer)
+        with self.evaluation, self.evaluation.phase("evaluation"):
+            self.trainer.prediction_step(model, batch, prediction_loss_only=self.trainer.compute_metrics is None)
 
 
 class _Install(TrainerCallback):
@@ -87,25 +112,56 @@ class _Install(TrainerCallback):
         self.strategy = None
 
 
-def rehearse(model: nn.Module, args: Any, batch: dict[str, tuple], padded: bool = False) -> StepLedger:
-    """Run one optimizer step of MemEfficientTrainer on a fake copy of `model`; the closed ledger of it.
+@dataclass(frozen=True)
+class Scene:
+    """What is rehearsed. batch: of one micro-batch. padded: whether rows differ in length, so that attention needs masks.
 
-    args: MemEfficientTrainingArguments. batch: name to (shape, dtype) of the inputs of one micro-batch. padded: whether rows differ in
-    length, so that attention needs masks.
+    evaluation: shapes of a batch of evaluation that is to run after the step; None: none. layers: run the model with its first so many
+    layers only; None: all.
+    """
+
+    batch: Shapes
+    padded: bool = False
+    evaluation: Shapes | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The closed ledgers of a training step, and of an evaluation batch."""
+
+    step: StepLedger
+    evaluation: StepLedger | None
+
+
+def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
+    """Run one optimizer step of MemEfficientTrainer, with `args`, on a fake copy of `model`.
+
+    Raises UnsupportedModelError for a model, or settings, that look at values to decide what to compute.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention, tempfile.TemporaryDirectory() as folder:
         copied = fake_copy(model)
-        if not padded:
+        if not scene.padded:
             use_sdpa(copied, attention)
+        first = None if scene.layers is None else shorten(copied, scene.layers)
         trainer = _trainer(copied, _quiet(args, folder))
-        trainer.batches = [_micro_batch(batch, padded) for _ in range(args.gradient_accumulation_steps)]
-        taken = StepAccountCallback(trainer, step=0)
+        trainer.batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
+        taken = _Take(trainer, scene, first)
         trainer.add_callback(taken)
-        trainer.add_callback(_Begin(trainer))
-        with contextlib.suppress(_Over):
+        with _explained(copied), contextlib.suppress(_Over):
             trainer.train()
-        taken.close()
-    return taken.ledger
+    return Rehearsed(taken.ledger, taken.evaluation)
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UnsupportedModelError(
+            f"{type(unwrapped(model)).__name__}: what it computes depends on the values of its tensors ({error.func}), which shapes alone do "
+            "not tell, so its memory cannot be predicted. Measure a step with StepAccountCallback, or on a GPU."
+        ) from error
 
 
 def _trainer(model: nn.Module, args: Any) -> Rehearsal:
