@@ -73,6 +73,15 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
         },
     )
 
+    memory_report: bool | None = field(
+        default=None,
+        metadata={
+            "help": "At the end of training write memory_report.html and memory_report.json to output_dir: bytes by phase and category, "
+            "predicted and measured, over the step and by tensor, and what each setting saved. Of the preflight where there is one, "
+            "else of the second step, which is then slower. Costs some traces without values. Default: on where memory_preflight is on."
+        },
+    )
+
     def __post_init__(self):
         self._fill()
         found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
@@ -107,6 +116,11 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
         if self.memory_preflight is None:
             return self.device.type in ("cuda", "xpu") and not self._unsupported_by_preflight(is_asked=True)
         return self.memory_preflight
+
+    @property
+    def reports(self) -> bool:
+        """Whether a memory report is written at the end of training."""
+        return self.preflights if self.memory_report is None else self.memory_report
 
     def _unsupported_by_preflight(self, is_asked: bool | None = None) -> list[str]:
         """Where a step cannot be taken back."""

@@ -17,7 +17,9 @@ from hf_memtune.training.levers import LeverWatch
 from hf_memtune.training.longest import Longest, longest_batch
 from hf_memtune.training.memory_advice import advice, first_line, is_out_of_memory
 from hf_memtune.training.preflight_report import PreflightReport
+from hf_memtune.training.savings import BatchShape
 from hf_memtune.training.snapshot import everything_restored
+from hf_memtune.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,11 @@ class Preflight:
                 raise
             message = first_line(error)
         else:
-            return flight.report
-        raise MemTuneError(flight.no_room(message))
+            message = None
+        flight.report.predict(self.trainer)
+        if message is not None:
+            raise MemTuneError(flight.no_room(message))
+        return flight.report
 
 
 class Flight:
@@ -97,6 +102,7 @@ class Flight:
     def __init__(self, trainer: Any, longest: Longest):
         self.trainer, self.longest = trainer, longest
         self.report = PreflightReport(device=str(trainer.args.device), rows=longest.rows, tokens=longest.tokens, why=longest.why)
+        self.report.shape = BatchShape.of(longest.batch)
         self._phase = "training"
         self._peaks: dict[str, int] = {}
 
@@ -121,9 +127,11 @@ class Flight:
         remedies = "; ".join(advice(self.trainer, self.longest.rows))
         if self._phase == "evaluation":
             remedies = "a smaller per_device_eval_batch_size; prediction_loss_only=True where nothing but the loss is wanted"
+        predicted = self.report.predicted
+        needed = "" if predicted is None else f" Predicted are {format_bytes(predicted.peak_bytes)} of tensors."
         return (
-            f"preflight: no memory for {self._phase} on {self.report.batch_in_words} ({message}). Nothing was trained, and the model is as "
-            f"it was. Try, one at a time: {remedies}."
+            f"preflight: no memory for {self._phase} on {self.report.batch_in_words} ({message}).{needed} Nothing was trained, and the model "
+            f"is as it was. Try, one at a time: {remedies}."
         )
 
     # -- training

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_memtune.memory import MemoryAccount, PhaseBytes
+from hf_memtune.training.savings import BatchShape
 from hf_memtune.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -14,7 +15,8 @@ logger = logging.getLogger(__name__)
 class PreflightReport:
     """Bytes of one step on the batch that needs most.
 
-    rows, tokens: of that batch (tokens: of its longest row, padding left out; None where rows have none); why: how it was found.
+    rows, tokens: of that batch (tokens: of its longest row, padding left out; None where rows have none); why: how it was found;
+    shape: as the model gets it, None without input_ids.
     account: live bytes of tensors, by phase and category; the optimizer's state is there from the beginning of the step.
     allocator_peaks: on a GPU, `max_memory_allocated` by phase; None elsewhere. predicted: a MemoryEstimate, or None.
     notes: what was not tried, and why.
@@ -24,6 +26,7 @@ class PreflightReport:
     rows: int
     tokens: int | None
     why: str
+    shape: BatchShape | None = None
     account: MemoryAccount | None = None
     allocator_peaks: dict[str, int] | None = None
     predicted: Any = None
@@ -51,6 +54,13 @@ class PreflightReport:
                 f"evaluation keeps the logits of all batches until its end: about {format_bytes(logits_bytes * batches)}, which is not in "
                 "the figures. preprocess_logits_for_metrics or eval_accumulation_steps make it less."
             )
+
+    def predict(self, trainer: Any) -> None:
+        """Fill in `predicted`, or a note that says why there is none."""
+        from hf_memtune.training.memory_report import savings_of
+
+        if (savings := savings_of(trainer, self.shape, self.notes)) is not None:
+            self.predicted = savings.predicted
 
     def lines(self) -> list[str]:
         """One line a fact."""

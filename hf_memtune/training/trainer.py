@@ -16,6 +16,7 @@ from hf_memtune.strategies.model_step import ModelStep
 from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.training.callbacks import MemoryCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.guard import FullLossGuard, first_batches, full_loss, rows_of
+from hf_memtune.training.memory_report import MemoryReportCallback
 from hf_memtune.training.normalizer import RunningMean
 from hf_memtune.training.out_of_memory import HalvingSteps
 from hf_memtune.training.preflight import Preflight
@@ -60,6 +61,8 @@ class MemEfficientMixin(ReversibleMixin):
         if self.args.token_seeking or self.args.streams:
             self._prepare_strategy(token_scorer)
         self.halving, self.preflight = HalvingSteps(self), Preflight(self)
+        self.report_callback = MemoryReportCallback(self)
+        self.add_callback(self.report_callback)
 
     def _problems(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
@@ -129,12 +132,15 @@ class MemEfficientMixin(ReversibleMixin):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         self.preflight.begin_training()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails
+            self.report_callback.close()
             self.memory_callback.close()
             self._remove_checkpointing()
             if self.strategy_callback is not None:
                 self.strategy_callback.remove()
+        self.report_callback.write()
+        return result
 
     def get_batch_samples(self, *args, **kwargs):
         self.running_mean.restart()

@@ -40,8 +40,8 @@ def write_memory_report_html(report: dict[str, Any], path: str | Path) -> Path:
         f"<h1>Where the memory of a training step went</h1>{_headline(report)}{_settings(report)}",
         f"<h2>By phase and category</h2>{_key(COLOURS, account)}{_bars(account, predicted)}{_phase_table(account, predicted)}",
         f"<h2>Live bytes over the step</h2>{_timeline(account)}",
-        f"<h2>The largest tensors at the peak</h2>{_tensors(account)}",
         f"<h2>What the settings save</h2>{_levers(report)}{_advice(report)}",
+        f"<h2>The largest tensors at the peak</h2>{_tensors(account)}",
         _notes(report),
     ]
     return write_page(path, "Memory report", "".join(sections), _STYLE)
