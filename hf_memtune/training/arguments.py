@@ -9,7 +9,7 @@ from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
-from hf_memtune.training.memory_advice import optimizer_name, steps_in_backward
+from hf_memtune.training.preflight_arguments import PreflightArguments
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {
@@ -33,7 +33,7 @@ _UNSUPPORTED_BY_LAYERS = {
 
 
 @dataclass
-class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, CheckpointConfig):
+class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, PreflightArguments, CheckpointConfig):
     """The fields of hf_memtune, to add to any TrainingArguments: `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`.
 
     Raises ConfigError with every problem at once, before anything is loaded.
@@ -64,28 +64,10 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
         },
     )
 
-    memory_preflight: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the bytes, "
-            "and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, and "
-            "host memory for the trained parameters. Default: on for a GPU, off for a CPU."
-        },
-    )
-
-    memory_report: bool | None = field(
-        default=None,
-        metadata={
-            "help": "At the end of training write memory_report.html and memory_report.json to output_dir: bytes by phase and category, "
-            "predicted and measured, over the step and by tensor, and what each setting saved. Of the preflight where there is one, "
-            "else of the second step, which is then slower. Costs some traces without values. Default: on where memory_preflight is on."
-        },
-    )
-
     def __post_init__(self):
         self._fill()
         found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
-        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers(), *self._unsupported_by_preflight()]
+        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers(), *self.unsupported_by_preflight()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
@@ -109,34 +91,6 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
     def is_reversible(self) -> bool:
         """Whether layers are to be made reversible."""
         return self.reversible != "none"
-
-    @property
-    def preflights(self) -> bool:
-        """Whether the worst batch is tried before step 0."""
-        if self.memory_preflight is None:
-            return self.device.type in ("cuda", "xpu") and not self._unsupported_by_preflight(is_asked=True)
-        return self.memory_preflight
-
-    @property
-    def reports(self) -> bool:
-        """Whether a memory report is written at the end of training."""
-        return self.preflights if self.memory_report is None else self.memory_report
-
-    def _unsupported_by_preflight(self, is_asked: bool | None = None) -> list[str]:
-        """Where a step cannot be taken back."""
-        if not (self.memory_preflight if is_asked is None else is_asked):
-            return []
-        found = [
-            f"memory_preflight: got True with {name}, under which a step cannot be taken back bit by bit. Leave it out."
-            for name in ("deepspeed", "fsdp", "parallelism_config")
-            if getattr(self, name, None)
-        ]
-        if steps_in_backward(self):
-            found.append(
-                f"memory_preflight: got True with optim={optimizer_name(self)}, which changes weights in the middle of backward, so that a "
-                "step cannot be taken back. Leave one of them out."
-            )
-        return found
 
     def _require_device_memory(self) -> None:
         """Which device it is, is known only when the arguments of transformers have set it up."""

@@ -13,7 +13,7 @@ _AT_A_TIME = 1000
 
 @dataclass(frozen=True)
 class Longest:
-    """A collated batch. rows: how many rows are in it. tokens: of its longest one, None where rows have no tokens. why: how it was found."""
+    """A collated batch. rows: how many are in it. tokens: of its longest one, None where rows have no tokens. why: how it was found."""
 
     batch: dict[str, Any]
     rows: int
@@ -35,7 +35,8 @@ def longest_batch(loader: DataLoader, rows: int) -> Longest | None:
         return None
     lengths = row_lengths(data)
     if not lengths:
-        return Longest(_collated(collate, data, range(rows)), rows, None, f"its first {rows} rows: they have no input_ids, so none is known to be longest")
+        why = f"the first {rows} of {len(data)} rows: they have no input_ids, so that none is known to be the longest"
+        return Longest(_collated(collate, data, range(rows)), rows, None, why)
     chosen = longest_rows(lengths, rows)
     tokens = max(lengths[next(iter(lengths))][number] for number in chosen)
     return Longest(_collated(collate, data, chosen), rows, tokens, f"the longest {rows} of {len(data)} rows")

@@ -17,9 +17,8 @@ def advice(trainer: Any, rows: int) -> list[str]:
     """What is not on yet, as settings, in the order in which to try it. rows: of the micro-batch that did not fit."""
     args, found = trainer.args, []
     if rows > 1:
-        found.append(
-            f"per_device_train_batch_size={max(1, rows // 2)} with gradient_accumulation_steps={2 * args.gradient_accumulation_steps} (exact)"
-        )
+        steps = 2 * args.gradient_accumulation_steps
+        found.append(f"per_device_train_batch_size={rows // 2} with gradient_accumulation_steps={steps} (exact)")
     if not (args.token_seeking or args.streams):
         found.append("sequence_chunk_size=512 for a causal model: exact streaming, without logits (exact)")
     elif args.streams and args.stream_chunk_size > 128:

@@ -108,7 +108,8 @@ class MemoryReportCallback(TrainerCallback):
         flown, taken = self.trainer.preflight.report, self._taken
         if taken is not None and taken.account is not None:
             shape = self._shape
-            words = "step " + str(taken.step) + ("" if shape is None else f", whose first micro-batch has {shape.rows} rows of {shape.tokens} tokens")
+            words = "" if shape is None else f", whose first micro-batch has {shape.rows} rows of {shape.tokens} tokens"
+            words = f"step {taken.step}{words}"
             found = taken.account, None, words, shape, [], None
         elif flown is not None:
             found = flown.account, flown.allocator_peaks, flown.batch_in_words, flown.shape, list(flown.notes), flown.predicted

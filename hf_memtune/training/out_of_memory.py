@@ -113,7 +113,9 @@ class HalvingSteps:
             why = "some of its answers lie outside their rows, so that the means of two halves are not the mean of the whole"
         if why is not None:
             remedies = "; ".join(advice(self.trainer, at_most))
-            raise MemTuneError(f"no memory for a micro-batch of {at_most} rows ({failure}), and it cannot be halved: {why}. Try {remedies}.")
+            raise MemTuneError(
+                f"no memory for a micro-batch of {at_most} rows ({failure}), and it cannot be halved: {why}. Try {remedies}."
+            )
         self.rows_at_most = -(-at_most // 2)
         logger.warning(
             "no memory for %d rows at step %d (%s): from here on %d at a time, in %d times as many micro-batches. The global batch and the "
@@ -191,4 +193,5 @@ class HalvingSteps:
 
 
 def _can_run_again(trainer: Any) -> bool:
-    return not (trainer.args.auto_find_batch_size or steps_in_backward(trainer.args) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return not (trainer.args.auto_find_batch_size or steps_in_backward(trainer.args) or is_sharded)

@@ -10,6 +10,8 @@ from hf_memtune.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
+_TIGHT = 0.92  # of the device's memory
+
 
 @dataclass
 class PreflightReport:
@@ -18,7 +20,7 @@ class PreflightReport:
     rows, tokens: of that batch (tokens: of its longest row, padding left out; None where rows have none); why: how it was found;
     shape: as the model gets it, None without input_ids.
     account: live bytes of tensors, by phase and category; the optimizer's state is there from the beginning of the step.
-    allocator_peaks: on a GPU, `max_memory_allocated` by phase; None elsewhere. predicted: a MemoryEstimate, or None.
+    allocator_peaks: on a GPU, `max_memory_allocated` by phase; None elsewhere. device_bytes: all the memory it has. predicted: a MemoryEstimate, or None.
     notes: what was not tried, and why.
     """
 
@@ -29,6 +31,7 @@ class PreflightReport:
     shape: BatchShape | None = None
     account: MemoryAccount | None = None
     allocator_peaks: dict[str, int] | None = None
+    device_bytes: int | None = None
     predicted: Any = None
     notes: list[str] = field(default_factory=list)
 
@@ -69,11 +72,20 @@ class PreflightReport:
         found.append(f"  peak of live tensors {format_bytes(peak)}, in {self.account.peak_phase.replace('_', ' ')}")
         if self.allocator_peaks:
             worst = max(self.allocator_peaks, key=self.allocator_peaks.get)
-            found.append(f"  peak of the allocator {format_bytes(self.allocator_peaks[worst])}, in {worst}")
+            found.append(f"  peak of the allocator {format_bytes(self.allocator_peaks[worst])}, in {worst}{self._of_the_device}")
         if self.predicted is not None:
             predicted = self.predicted.account.peak_bytes
             found.append(f"  predicted {format_bytes(predicted)}, {100 * (predicted / peak - 1):+.1f} % of the tensors measured")
         return found + [f"  {note}" for note in self.notes]
+
+    @property
+    def _of_the_device(self) -> str:
+        """Fragmentation and the device's context take some of it: near the end is not safe."""
+        if self.device_bytes is None:
+            return ""
+        share = self.measured_bytes / self.device_bytes
+        hint = ": little is left for fragmentation, so that memory may run out later" if share > _TIGHT else ""
+        return f", {100 * share:.0f} % of the device{hint}"
 
     def tell(self, trainer: Any) -> None:
         """Print it, once, as the Trainer prints its logs; where its bars are off, to the log."""

@@ -146,7 +146,8 @@ class Savings:
         args, rows, tokens = self.args, self.shape.rows, self.shape.tokens
         if rows > 1:
             steps = 2 * args.gradient_accumulation_steps
-            yield f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps}", {"gradient_accumulation_steps": steps}, rows // 2, True
+            setting = f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps}"
+            yield setting, {"gradient_accumulation_steps": steps}, rows // 2, True
         layers_run_again = checkpoints(args) or args.checkpoint_levels or self.trainer.reversible is not None
         if not layers_run_again:
             yield "gradient_checkpointing=True", dict.fromkeys(_checkpoint_names(args), True), None, True

@@ -28,7 +28,8 @@ table.bytes td, table.bytes th { border-bottom: 1px solid var(--line); padding: 
 table.bytes td:first-child, table.bytes th:first-child { text-align: left; } table.bytes td.left, table.bytes th.left { text-align: left; }
 table.bytes tr.peak td { font-weight: 700; } .scroll { overflow-x: auto; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .5rem 0; font-size: .9rem; } .key i { width: .8rem; height: .8rem;
-display: inline-block; border-radius: 2px; margin-right: .35rem; vertical-align: -1px; } .advice { border-left: 4px solid #009e73; padding: .3rem .9rem; margin: .8rem 0; }
+display: inline-block; border-radius: 2px; margin-right: .35rem; vertical-align: -1px; }
+.advice { border-left: 4px solid #009e73; padding: .3rem .9rem; margin: .8rem 0; }
 .headline { font-size: 1.15rem; margin: .6rem 0; } code { font: .92em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 """
 
@@ -52,7 +53,8 @@ def write_memory_report_html(report: dict[str, Any], path: str | Path) -> Path:
 
 def _headline(report: dict[str, Any]) -> str:
     account, allocator = report["measured"], report.get("allocator_peaks")
-    said = f"At most <strong>{format_bytes(account['peak_bytes'])}</strong> of tensors were alive, in the {_words(account['peak_phase'])} phase"
+    peak, phase = format_bytes(account["peak_bytes"]), _words(account["peak_phase"])
+    said = f"At most <strong>{peak}</strong> of tensors were alive, in the {phase} phase"
     if allocator:
         said += f"; the allocator's peak was <strong>{format_bytes(max(allocator.values()))}</strong>"
     if predicted := report.get("predicted"):
@@ -96,8 +98,8 @@ def _phase_table(account: dict[str, Any], predicted: dict[str, Any] | None) -> s
 def _tensors(account: dict[str, Any]) -> str:
     rows = [
         [
-            f"<code>{escape(t['name'] or '-')}</code>", _words(t["category"]), f"<code>{escape(str(tuple(t['shape'])))}</code>",
-            escape(t["dtype"]), f"<code>{escape((t['op'] or '-').removesuffix('.default'))}</code>", format_bytes(t["n_bytes"]),
+            _code(t["name"]), _words(t["category"]), _code(str(tuple(t["shape"]))),
+            escape(t["dtype"]), _code(t["op"] and t["op"].removesuffix(".default")), format_bytes(t["n_bytes"]),
         ]
         for t in account["tensors"]
     ]  # fmt: skip
@@ -107,7 +109,7 @@ def _tensors(account: dict[str, Any]) -> str:
 def _levers(report: dict[str, Any]) -> str:
     rows = [
         [
-            f"<code>{escape(lever['setting'])}</code>", _size(lever.get("without_bytes")), _size(lever.get("with_bytes")),
+            _code(lever["setting"]), _size(lever.get("without_bytes")), _size(lever.get("with_bytes")),
             _size(lever.get("saved_bytes")), escape(lever.get("note") or ""),
         ]
         for lever in report["levers"]
@@ -123,8 +125,8 @@ def _advice(report: dict[str, Any]) -> str:
         return "<p class='muted'>Nothing that was tried would need less.</p>"
     kind = "the gradient stays exact" if advice["exact"] else "the gradient becomes approximate"
     return (
-        f"<p class='advice'>To need less: <code>{escape(advice['setting'])}</code> would save about <strong>{format_bytes(advice['saved_bytes'])}"
-        f"</strong> (peak {format_bytes(advice['peak_bytes'])}); {kind}.</p>"
+        f"<p class='advice'>To need less: {_code(advice['setting'])} would save about "
+        f"<strong>{format_bytes(advice['saved_bytes'])}</strong> (peak {format_bytes(advice['peak_bytes'])}); {kind}.</p>"
     )
 
 
@@ -204,6 +206,10 @@ def _phase_areas(points: list, x: Callable, y: Callable, base: float) -> list[st
 
 def _svg(drawn: list[str], height: int, label: str) -> str:
     return f"<figure><svg viewBox='0 0 {_WIDTH} {height}' role='img' aria-label='{label}'>{''.join(drawn)}</svg></figure>"
+
+
+def _code(text: str | None) -> str:
+    return f"<code>{escape(text or '-')}</code>"
 
 
 def _words(name: str) -> str:

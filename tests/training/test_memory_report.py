@@ -27,7 +27,8 @@ def reported(tmp_path_factory):
     for reports in (True, False):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("run")
-        runs.append(train(with_lora(), arguments(folder, memory_report=reports, gradient_checkpointing=True, memory_trace_steps=1, **PLAIN), ROWS))
+        args = arguments(folder, memory_report=reports, gradient_checkpointing=True, memory_trace_steps=1, **PLAIN)
+        runs.append(train(with_lora(), args, ROWS))
     return runs
 
 

@@ -8,7 +8,6 @@ from hf_memtune import MemTuneError
 from hf_memtune.training import out_of_memory
 from hf_memtune.training.batch_parts import parts_of, row_count, shares, why_not_cut
 from tests.strategies.tiny_models import tiny_model
-from tests.strategies.twin import worst_difference
 from tests.tolerances import NOTICED, RELATIVE
 from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
 

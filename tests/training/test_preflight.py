@@ -13,8 +13,8 @@ from transformers import TrainerCallback, set_seed
 from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
 from hf_memtune.memory import CATEGORIES
 from hf_memtune.training import snapshot
-from hf_memtune.training.preflight_report import PreflightReport
 from hf_memtune.training.longest import longest_batch, longest_rows, row_lengths
+from hf_memtune.training.preflight_report import PreflightReport
 from tests.strategies.tiny_models import tiny_model
 from tests.training.runs import Run, arguments, llama, same_parameters, text_rows, train, trainer_for
 
@@ -233,7 +233,7 @@ def test_evaluation_is_measured(tmp_path):
 
 
 @pytest.mark.usefixtures("prediction")
-@pytest.mark.parametrize("case", ["accumulation", "seeking"])
+@pytest.mark.parametrize("case", ["accumulation"])
 def test_what_was_predicted_is_told_beside_it(tmp_path, case):
     """And predicting draws nothing, nor sets a seed."""
     make, settings = CASES[case]

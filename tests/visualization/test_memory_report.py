@@ -28,7 +28,9 @@ def report(**changed) -> dict:
         "allocator_peaks": None,
         "batch": "2 rows of 16 tokens",
         "conditions": {"model": "tiny & small"},
-        "levers": [{"setting": "sequence_chunk_size=4", "without_bytes": 40 * MIB, "with_bytes": 12 * MIB, "saved_bytes": 28 * MIB, "note": None}],
+        "levers": [
+            {"setting": "sequence_chunk_size=4", "without_bytes": 40 * MIB, "with_bytes": 12 * MIB, "saved_bytes": 28 * MIB, "note": None}
+        ],
         "advice": {"setting": "gradient_checkpointing=True", "peak_bytes": 10 * MIB, "saved_bytes": 2 * MIB, "exact": True},
         "notes": ["evaluation was not tried"],
     }
