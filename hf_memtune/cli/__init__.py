@@ -7,6 +7,8 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
+    "estimate": "predict the memory of a training step, without a GPU, weights or data",
+    "plan": "find settings with which training fits a memory budget, and write them as a recipe",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
 

@@ -36,13 +36,13 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     except (OSError, ValueError, ImportError) as error:
         wrong = f"{model.model_name_or_path!r} cannot be loaded for {data.task}: {error}"
         raise ConfigError([f"model_name_or_path: {wrong}"]) from error
-    _check_length(loaded, data)
+    check_length(loaded, data)
     if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
     return loaded
 
 
-def _check_length(loaded, data: DataSource) -> None:
+def check_length(loaded, data: DataSource) -> None:
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and data.max_length > positions:
         wrong = f"got {data.max_length} tokens, but the model has positions for {positions}"
@@ -51,8 +51,8 @@ def _check_length(loaded, data: DataSource) -> None:
 
 def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):
     """The model to train: whole, or frozen (in 4 bits where asked for) with LoRA adapters."""
-    loaded = load_model(model, data, tokenizer, classes, **(_four_bits(model) if model.load_in_4bit else {}))
-    return _with_adapters(loaded, model, data) if model.lora_r else loaded
+    loaded = load_model(model, data, tokenizer, classes, **(_four_bits_here(model) if model.load_in_4bit else {}))
+    return with_adapters(loaded, model, data) if model.lora_r else loaded
 
 
 def with_reversible_adapters(loaded, model: ModelSource):
@@ -62,10 +62,16 @@ def with_reversible_adapters(loaded, model: ModelSource):
     return None if model.reversible_adapters is None else load_reversible(loaded, model.reversible_adapters)
 
 
-def _four_bits(model: ModelArguments) -> dict:
-    """Options to load NF4 weights, as in QLoRA (arXiv 2305.14314), onto the device of this process."""
-    import torch
+def _four_bits_here(model: ModelArguments) -> dict:
+    """Options to load NF4 weights onto the device of this process."""
     from accelerate import PartialState
+
+    return {"quantization_config": four_bits(model), "device_map": {"": PartialState().device}}
+
+
+def four_bits(model: ModelArguments):
+    """How weights are quantised: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314)."""
+    import torch
     from transformers import BitsAndBytesConfig
 
     try:
@@ -73,13 +79,12 @@ def _four_bits(model: ModelArguments) -> dict:
     except ImportError as error:
         raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install 'hf_memtune[quantization]'."]) from error
     computed = getattr(torch, model.dtype) if model.dtype != "auto" else torch.bfloat16
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed
     )
-    return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
-def _with_adapters(loaded, model: ModelArguments, data: DataSource):
+def with_adapters(loaded, model: ModelArguments, data: DataSource):
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = model.lora_target_modules

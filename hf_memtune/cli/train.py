@@ -7,6 +7,7 @@
 import warnings
 from typing import NamedTuple
 
+from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.errors import ConfigError
 
@@ -23,11 +24,14 @@ class Settings(NamedTuple):
     model: ModelArguments
     data: DataArguments
     training: object  # MemEfficientTrainingArguments
+    budget: BudgetArguments = BudgetArguments()
 
 
 def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
     settings = parse(arguments)
+    if settings.budget.memory_budget is not None:
+        settings = parse(within_budget(arguments))
     trainer, rows = make_trainer(settings)
     summary = fit(trainer, settings)
     if trainer.is_world_process_zero():
@@ -38,7 +42,14 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser():
-    """The parser of this command: the settings of the model, the data, the strategies and Trainer, in this order."""
+    """The parser of this command."""
+    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
+    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
+    return parser_of([BudgetArguments], usage, about)
+
+
+def parser_of(kinds: list[type], usage: str, about: str):
+    """A parser of the settings of the model, the data, the strategies and Trainer, in this order, and of `kinds` before them."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
@@ -50,9 +61,7 @@ def make_parser():
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
 
-    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
-    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
-    parser = Parser([ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
+    parser = Parser([*kinds, ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     return parser
 
@@ -67,7 +76,7 @@ def parse(arguments: list[str]) -> Settings:
     problems = parser.problems
     idle = parser.given & WITHOUT_MEANING.keys()
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
-    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments)
+    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments, BudgetArguments)
     built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
     if problems:
         raise ConfigError(problems)
@@ -77,7 +86,7 @@ def parse(arguments: list[str]) -> Settings:
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for message in [*built.model.ineffective(), *built.data.ineffective()]:
+    for message in [*built.model.ineffective(), *built.data.ineffective(), *built.budget.ineffective()]:
         warnings.warn(message, stacklevel=2)
     return built
 
@@ -90,7 +99,7 @@ def make_trainer(settings: Settings):
     from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
     from hf_memtune.training.trainer import MemEfficientTrainer
 
-    model, data, training = settings
+    model, data, training = settings[:3]
     set_seed(training.seed)  # LoRA's first weights, and those of a new head, are random
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):

@@ -27,6 +27,11 @@ def _attention_backward(upstream, query, key, value, *args: Any, **kwargs: Any) 
     return sdpa_backward_flop_count(upstream.shape, query.shape, key.shape, value.shape)
 
 
+def _add_product(into: torch.Tensor, one: torch.Tensor, other: torch.Tensor, **kwargs: Any) -> int:
+    """addmm in place, which torch counts only where it is decomposed."""
+    return 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+
 def _four_bits(hidden: torch.Tensor, weight: torch.Tensor, shape: Any, *args: Any, **kwargs: Any) -> int:
     """A product with a 4-bit weight, (rows, K) x (K, N) with `shape` (N, K)."""
     return 2 * hidden.numel() // hidden.shape[-1] * prod(shape)
@@ -35,5 +40,6 @@ def _four_bits(hidden: torch.Tensor, weight: torch.Tensor, shape: Any, *args: An
 _OWN = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten.addmm_": _add_product,
     "bitsandbytes.gemm_4bit": _four_bits,
 }

@@ -20,7 +20,7 @@ from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.training.blank_model import batch_shapes, blank_model
-from hf_memtune.training.rehearsal import Rehearsed, Scene, rehearse
+from hf_memtune.training.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
 
 
 def estimate(
@@ -57,6 +57,7 @@ def estimate(
     shapes = batch_shapes(model, args.per_device_eval_batch_size, sequence_length) if evaluated else None
     scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
     account, flops, how = _traced(model, args, scene, every_layer)
+    flops = flops * args.gradient_accumulation_steps // min(args.gradient_accumulation_steps, MICRO_BATCHES)
     return MemoryEstimate(account, _conditions(model, args, scene, rows, sequence_length), flops, how)
 
 
@@ -75,6 +76,8 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
         found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
     if args.kv_offload:
         found.append("kv_offload: got True; what is moved to host memory is not predicted. Estimate without it, which needs at least as much.")
+    if args.world_size > 1:
+        found.append(f"{args.world_size} processes: expected one. Estimate in a process of its own; each of several needs what one needs.")
     return found
 
 

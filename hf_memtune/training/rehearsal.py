@@ -24,9 +24,13 @@ from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.training.apart import apart
 from hf_memtune.training.blank_model import Shapes
 from hf_memtune.training.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
+
+
+MICRO_BATCHES = 2  # that are run: from the second on, each finds what the one before it found
 
 
 class _Over(Exception):
@@ -37,6 +41,12 @@ class Rehearsal(MemEfficientTrainer):
     """A trainer for one step on fake tensors. Where a real one looks at values (to verify, to log), this one does not."""
 
     batches: list[dict[str, Tensor]]
+    waiting: list[dict[str, Tensor]]  # micro-batches that are there, as all of a step are, and do not run
+
+    def get_batch_samples(self, *args, **kwargs):
+        found = super().get_batch_samples(*args, **kwargs)
+        self.batches_of_step = [*found[0], *self.waiting]
+        return found
 
     def get_train_dataloader(self):
         return self.batches
@@ -139,13 +149,14 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
 
     Raises UnsupportedModelError for a model, or settings, that look at values to decide what to compute.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention, tempfile.TemporaryDirectory() as folder:
+    with apart(), tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention:
         copied = fake_copy(model)
         if not scene.padded:
             use_sdpa(copied, attention)
         first = None if scene.layers is None else shorten(copied, scene.layers)
         trainer = _trainer(copied, _quiet(args, folder))
-        trainer.batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
+        batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
+        trainer.batches, trainer.waiting = batches[:MICRO_BATCHES], batches[MICRO_BATCHES:]
         taken = _Take(trainer, scene, first)
         trainer.add_callback(taken)
         with _explained(copied), contextlib.suppress(_Over):
@@ -182,10 +193,16 @@ def _micro_batch(batch: dict[str, tuple], padded: bool) -> dict[str, Tensor]:
 
 
 def _quiet(args: Any, folder: str) -> Any:
-    """The arguments, without what writes, logs or looks at values."""
+    """The arguments, on a CPU, without what writes, logs or looks at values. bfloat16 stands for float16, whose scaler looks at gradients."""
     quiet = copy.copy(args)
+    quiet.use_cpu = True
+    vars(quiet).pop("_setup_devices", None)
+    assert quiet.device.type == "cpu"  # asked anew, before there is an accelerator, whose state asking resets
+    if quiet.mixed_precision == "fp16":
+        quiet.fp16, quiet.bf16, quiet.mixed_precision = False, True, "bf16"
     quiet.output_dir, quiet.report_to, quiet.disable_tqdm, quiet.push_to_hub = folder, [], True, False
     quiet.logging_nan_inf_filter, quiet.memory_trace_steps, quiet.full_loss_rows = False, 0, 0
     quiet.max_steps, quiet.resume_from_checkpoint, quiet.eval_strategy, quiet.save_strategy = 1, None, "no", "no"
     quiet.eval_on_start = False
+    quiet.gradient_accumulation_steps = min(args.gradient_accumulation_steps, MICRO_BATCHES)
     return quiet

@@ -1,0 +1,47 @@
+"""The model that the settings describe, without its weights: from its config alone, a folder's, the hub's, or one spelt out in sizes."""
+
+from hf_memtune.cli.arguments import DataSource, ModelArguments
+from hf_memtune.errors import ConfigError
+
+
+def blank_trainable(model: ModelArguments, data: DataSource, sizes: str | None = None):
+    """What `load_trainable` would load, on the meta device: whole, or frozen (in 4 bits where asked for) with LoRA adapters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from hf_memtune.cli.model import with_adapters, four_bits
+    from hf_memtune.training.blank_model import blank_model, in_four_bits
+
+    config = read_config(model.model_name_or_path, sizes)
+    if model.attn_implementation is not None:
+        config._attn_implementation = model.attn_implementation
+    classifies = data.task == "sequence_classification"
+    dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+    made = blank_model(config, dtype, AutoModelForSequenceClassification if classifies else AutoModelForCausalLM)
+    if classifies and config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0
+    with torch.device("meta"):
+        if model.load_in_4bit:
+            made = in_four_bits(made, four_bits(model))
+        return with_adapters(made, model, data) if model.lora_r else made
+
+
+def read_config(name: str, sizes: str | None):
+    """The config of a model: of SHAPES, of a folder or a hub name, or of a model type; with `sizes` (name=value,...) in it."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from hf_memtune.memory.shapes import SHAPES
+
+    try:
+        if name in SHAPES:
+            config = SHAPES[name]()
+        elif name in CONFIG_MAPPING:
+            config = AutoConfig.for_model(name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        if sizes is not None:
+            config.update_from_string(sizes)
+    except (OSError, ValueError, ImportError) as error:
+        known = f"a folder with a config.json, a hub name, a model type with --config_overrides, or one of {', '.join(SHAPES)}"
+        raise ConfigError([f"model_name_or_path: no config in {name!r} ({error}). Expected {known}."]) from error
+    return config

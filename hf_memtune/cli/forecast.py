@@ -1,0 +1,103 @@
+"""What `estimate` and `plan` have in common: the flags of `train`, read without a data set, and the model without weights."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hf_memtune.cli.arguments import DataArguments, ModelArguments
+from hf_memtune.errors import ConfigError
+
+
+@dataclass
+class ForecastArguments:
+    """What is predicted, beside what the settings of training say."""
+
+    _argument_group_name = "prediction"
+
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the longest row. Larger: more memory. Default: max_length."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes that go over those of the model's config, as name=value,name=value. With a model type (llama, bert, ...) for "
+            "--model no files are needed. Default: none."
+        },
+    )
+    padded: bool | None = field(
+        default=None,
+        metadata={"help": "Whether rows of a batch differ in length, so that attention needs a mask. Default: if a batch has several."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
+
+    def problems(self) -> list[str]:
+        if self.sequence_length is None or self.sequence_length >= 1:
+            return []
+        return [f"sequence_length: got {self.sequence_length}, expected 1 token or more."]
+
+
+@dataclass
+class AnyData(DataArguments):
+    """The data settings of a run that reads no data."""
+
+    def problems(self) -> list[str]:
+        return [problem for problem in super().problems() if not problem.startswith("dataset_name:")]
+
+
+class Forecast(NamedTuple):
+    """Settings of a run that is predicted. given: names of the settings that were given."""
+
+    model: ModelArguments
+    data: AnyData
+    training: object  # MemEfficientTrainingArguments
+    what: ForecastArguments
+    more: object | None
+    given: frozenset[str]
+
+    @property
+    def tokens(self) -> int:
+        return self.what.sequence_length or self.data.max_length
+
+
+def make_parser(command: str, about: str, more: type | None = None):
+    """The parser of train, with the settings above, and those of `more`, before its own."""
+    from hf_memtune.cli.train import parser_of
+
+    kinds = [ForecastArguments] if more is None else [more, ForecastArguments]
+    usage = f"hf-memtune {command} --model M [RECIPE.yaml | --config RECIPE.yaml] [--name value ...]"
+    return parser_of(kinds, usage, about)
+
+
+def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
+    """Settings from a recipe and flags. Raises ConfigError with every problem."""
+    from hf_memtune.cli.settings import build, values_of
+    from hf_memtune.training.arguments import MemEfficientTrainingArguments
+
+    namespace = parser.read(recipe_first(arguments), with_recipe=True)
+    problems = parser.problems
+    kinds = (ModelArguments, AnyData, MemEfficientTrainingArguments, ForecastArguments)
+    built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
+    extra = None if more is None else build(more, values_of(more, namespace), problems)
+    if problems:
+        raise ConfigError(problems)
+    return Forecast(*built, extra, frozenset(parser.given))
+
+
+def recipe_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` in the place where a recipe stands."""
+    if "--config" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--config")
+    return [arguments[at + 1], *arguments[:at], *arguments[at + 2 :]]
+
+
+def predict(forecast: Forecast):
+    """The estimate of what the settings describe. Raises ConfigError and UnsupportedModelError."""
+    from dataclasses import replace
+
+    from hf_memtune.cli.blank import blank_trainable
+    from hf_memtune.cli.model import check_length
+    from hf_memtune.training.estimate import estimate
+
+    made = blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
+    check_length(made, replace(forecast.data, max_length=max(2, forecast.tokens)))
+    return estimate(made, forecast.training, sequence_length=forecast.tokens, padded=forecast.what.padded)

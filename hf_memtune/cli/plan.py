@@ -1,0 +1,70 @@
+"""`hf-memtune plan --model M --budget 8GiB [--sequence_length 2048] [flags of train]`: a recipe that fits a memory budget.
+
+    hf-memtune plan --model Llama-3.2-1B --budget 8GiB --sequence_length 2048 --dtype bfloat16 --out fits.yaml
+
+Climbs a ladder of settings, exact ones first, prints what each would need, and writes the first that fits as a recipe for `train`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_memtune.cli import budget, forecast
+from hf_memtune.cli.budget import BudgetArguments
+from hf_memtune.errors import ConfigError
+
+ABOUT = "Find settings with which a training step fits a memory budget, and write them as a recipe for train."
+OF_THE_COMMAND = {"memory_budget", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
+
+
+@dataclass
+class PlanArguments(BudgetArguments):
+    """The budget, and where the recipe goes."""
+
+    _argument_group_name = "plan"
+
+    out: str = field(default="plan.yaml", metadata={"help": "Recipe to write: YAML, for `hf-memtune train`."})
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.memory_budget is None:
+            found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB.")
+        if Path(self.out).suffix not in (".yaml", ".yml"):
+            found.append(f"out: got {self.out!r}, expected a name that ends in .yaml.")
+        return found
+
+
+def run(arguments: list[str]) -> None:
+    """Print the ladder and write the recipe. Raises ConfigError with all problems of the settings, and where nothing fits."""
+    plan, given = budget.climb(arguments, make_parser, PlanArguments, stop_at_first=False)
+    recipe = write_recipe(plan, given)
+    if given.what.json:
+        print(json.dumps(plan.to_dict() | {"recipe": str(recipe)}))
+        return
+    budget.show(plan)
+    print(f"wrote {recipe}: hf-memtune train {recipe}" + ("" if given.data.dataset_name else " --dataset D"))
+
+
+def make_parser():
+    """The parser of this command: that of train, with the budget before it."""
+    return forecast.make_parser("plan", ABOUT, PlanArguments)
+
+
+def write_recipe(plan, given) -> Path:
+    """The settings that were given, with the changes of the chosen rung, as YAML."""
+    import yaml
+
+    values = {name: value for part in given[:3] for name, value in vars(part).items() if name in given.given - OF_THE_COMMAND}
+    values |= {"max_length": max(2, given.tokens)} | plan.chosen.rung.changes
+    said = f"# Predicted peak of tensors: {plan.chosen.estimate.peak_bytes} bytes, of a budget of {plan.budget_bytes}.\n"
+    path = Path(given.more.out)
+    try:
+        path.write_text(said + yaml.safe_dump({name: _plain(value) for name, value in values.items()}, sort_keys=True), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"out: {path} cannot be written: {error}"]) from error
+    return path
+
+
+def _plain(value):
+    """Enumerations of transformers as their text."""
+    return getattr(value, "value", value)
