@@ -52,8 +52,8 @@ class Flight:
         predicted = self.report.predicted
         needed = "" if predicted is None else f" Predicted are {format_bytes(predicted.peak_bytes)} of tensors."
         return (
-            f"preflight: no memory for {self._phase} on {self.report.batch_in_words} ({message}).{needed} Nothing was trained, and the model "
-            f"is as it was. Try, one at a time: {remedies}."
+            f"preflight: no memory for {self._phase} on {self.report.batch_in_words} ({message}).{needed} Nothing was trained, and the "
+            f"model is as it was. Try, one at a time: {remedies}."
         )
 
     # -- training

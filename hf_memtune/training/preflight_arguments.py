@@ -12,9 +12,9 @@ class PreflightArguments:
     memory_preflight: bool | None = field(
         default=None,
         metadata={
-            "help": "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the bytes, "
-            "and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, and "
-            "host memory for the trained parameters. Default: on for a GPU, off for a CPU."
+            "help": "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the "
+            "bytes, and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, "
+            "and host memory for the trained parameters. Default: on for a GPU, off for a CPU."
         },
     )
 

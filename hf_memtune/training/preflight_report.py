@@ -20,7 +20,8 @@ class PreflightReport:
     rows, tokens: of that batch (tokens: of its longest row, padding left out; None where rows have none); why: how it was found;
     shape: as the model gets it, None without input_ids.
     account: live bytes of tensors, by phase and category; the optimizer's state is there from the beginning of the step.
-    allocator_peaks: on a GPU, `max_memory_allocated` by phase; None elsewhere. device_bytes: all the memory it has. predicted: a MemoryEstimate, or None.
+    allocator_peaks: on a GPU, `max_memory_allocated` by phase; None elsewhere. device_bytes: all the memory it has.
+    predicted: a MemoryEstimate, or None.
     notes: what was not tried, and why.
     """
 
