@@ -149,9 +149,11 @@ class MemoryReportCallback(TrainerCallback):
 
 def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
     """What can be predicted; None, and a note that says why, where nothing can."""
-    why = None
+    why, own = None, _own_steps(trainer)
     if shape is None:
         why = "the batch has no input_ids"
+    elif own is not None:
+        why = f"estimates are of MemEfficientTrainer, and {own} has a step of its own"
     elif trainer.args.world_size > 1:
         why = "estimates are made of one process"
     elif trainer.reversible is not None:
@@ -163,4 +165,13 @@ def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predict
             why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
     if (note := f"Nothing is predicted: {why}.") not in notes:
         notes.append(note)
+    return None
+
+
+def _own_steps(trainer: Any) -> str | None:
+    """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
+    for kind in type(trainer).__mro__:
+        is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")
+        if not is_known and {"training_step", "compute_loss"} & vars(kind).keys():
+            return kind.__name__
     return None

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from hf_memtune._compat import is_fake
+from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.overrides import not_checkpointing
 from hf_memtune.training.memory_advice import checkpoints, optimizer_name
 from hf_memtune.training.rng import preserved_rng
@@ -97,10 +99,20 @@ class Savings:
         args = copy.copy(self.args)
         vars(args).update({"memory_preflight": False, "memory_report": False} | (changes or {}))
         with preserved_rng(args.device):  # a trainer that is made sets the seed
-            return estimate(
+            found = estimate(
                 self.trainer.model if model is None else model, args, batch_size=rows or self.shape.rows,
                 sequence_length=self.shape.tokens, padded=self.shape.padded,
             )  # fmt: skip
+        self._require_untouched()
+        return found
+
+    def _require_untouched(self) -> None:
+        """A forward that was put on the model as a closure is not copied with it, and runs the model itself."""
+        touched = [p for p in self.trainer.model.parameters() if p.grad is not None and is_fake(p.grad)]
+        for parameter in touched:
+            parameter.grad = None
+        if touched:
+            raise MemTuneError("the forward of the model is a function that no copy of it has")
 
     def _try(self, changes: dict[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
         """The peak, or why there is none."""

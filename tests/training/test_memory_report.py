@@ -1,16 +1,18 @@
 """The account after a run: written where it is asked for, of what was measured, with what each setting saved."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from hf_memtune import MemEfficientTrainer, MemTuneError
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.estimate import estimate
 from hf_memtune.training.memory_report import FILES
 from hf_memtune.training.savings import BatchShape, Savings
-from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train
+from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
 PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None, "optim": "adamw_torch", "learning_rate": 0.01}
@@ -87,6 +89,29 @@ def test_what_cannot_be_traced_is_said_and_costs_nothing(tmp_path, monkeypatch):
     report = run.trainer.report_callback.report
     assert report.predicted is None and report.levers == [] and report.notes == ["Nothing is predicted: no meta kernel for this one."]
     assert (tmp_path / FILES[1]).exists()
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_not_predicted(tmp_path):
+    class Own(MemEfficientTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    run = train(llama(), arguments(tmp_path, memory_report=True, **PLAIN), ROWS, cls=Own)
+    assert run.trainer.report_callback.report.notes == [
+        "Nothing is predicted: estimates are of MemEfficientTrainer, and Own has a step of its own."
+    ]
+
+
+def test_a_forward_that_cannot_be_copied_leaves_nothing_on_the_model(tmp_path):
+    """A closure runs the model itself, and would leave gradients without values on it."""
+    model = llama()
+    model.forward = partial(type(model).forward, model)
+    own, batch = model.forward, BatchShape(2, 8, False)
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    trainer = trainer_for(model, arguments(tmp_path, memory_report=False, **PLAIN), ROWS)
+    with pytest.raises(MemTuneError, match="no copy of it has"):
+        Savings(trainer, batch)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_reversible_layers_are_reported_without_a_prediction(tmp_path):
