@@ -12,7 +12,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
 from hf_memtune.memory import CATEGORIES
-from hf_memtune.training import snapshot
+from hf_memtune.training import flight, snapshot
 from hf_memtune.training.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.preflight_report import PreflightReport
 from tests.strategies.tiny_models import tiny_model
@@ -242,6 +242,16 @@ def test_what_was_predicted_is_told_beside_it(tmp_path, case):
     assert report.measured_bytes <= report.predicted.peak_bytes <= 1.05 * report.measured_bytes
     assert "predicted" in "\n".join(report.lines())
     assert same(found, expected)
+
+
+def test_what_an_allocator_says_stands_beside_it(tmp_path, monkeypatch):
+    """As on a GPU, here from a counter: the highest of each phase, and how much of the device that is."""
+    peaks = iter(range(100, 1000))
+    monkeypatch.setattr(flight, "peak_device_bytes", lambda device: next(peaks))
+    monkeypatch.setattr(flight, "_device_bytes", lambda device: 104)
+    report = run(llama, tmp_path, CASES["evaluation"][1], True).trainer.preflight.report
+    assert report.allocator_peaks == {"forward and backward": 102, "optimizer": 103, "evaluation": 104}
+    assert report.measured_bytes == 104 and "100 % of the device: little is left" in "\n".join(report.lines())
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
