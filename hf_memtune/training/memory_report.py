@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.memory_advice import optimizer_name
+from hf_memtune.training.preflight_report import PreflightReport
 from hf_memtune.training.savings import Advice, BatchShape, Lever, Savings
 from hf_memtune.training.step_account import StepAccountCallback
 
@@ -103,26 +105,30 @@ class MemoryReportCallback(TrainerCallback):
             return
         _, page = self.report.write(self.trainer.args.output_dir)
         logger.info("memory report: %s", page)
+        if not self.trainer.args.disable_tqdm:
+            print(f"memory report: {page}", file=sys.stderr)
 
     def _report(self) -> MemoryReport | None:
-        flown, taken = self.trainer.preflight.report, self._taken
-        if taken is not None and taken.account is not None:
-            shape = self._shape
-            words = "" if shape is None else f", whose first micro-batch has {shape.rows} rows of {shape.tokens} tokens"
-            words = f"step {taken.step}{words}"
-            found = taken.account, None, words, shape, [], None
-        elif flown is not None:
-            found = flown.account, flown.allocator_peaks, flown.batch_in_words, flown.shape, list(flown.notes), flown.predicted
-        else:
+        if (found := self._measured()) is None:
             return None
-        measured, peaks, words, shape, notes, predicted = found
-        predicted, levers, advice = self._savings(shape, notes, predicted)
+        notes = list(found.notes)
+        predicted, levers, advice = self._savings(found, notes)
         if (at_most := self.trainer.halving.rows_at_most) is not None:
             notes.append(f"Memory ran out later on: since then {at_most} rows ran at a time.")
-        return MemoryReport(measured, predicted, peaks, words, self._conditions(), levers, advice, notes)
+        words = found.batch_in_words
+        return MemoryReport(found.account, predicted, found.allocator_peaks, words, self._conditions(), levers, advice, notes)
 
-    def _savings(self, shape: BatchShape | None, notes: list[str], predicted: Any) -> tuple[Any, list[Lever], Advice | None]:
-        savings = savings_of(self.trainer, shape, notes, predicted)
+    def _measured(self) -> PreflightReport | None:
+        """Of the preflight; without one, of the step that was taken account of, in the same form."""
+        taken, shape = self._taken, self._shape
+        if taken is None or taken.account is None:
+            return self.trainer.preflight.report
+        rows = self.trainer.args.per_device_train_batch_size if shape is None else shape.rows
+        tokens = None if shape is None else shape.tokens
+        return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account)
+
+    def _savings(self, found: PreflightReport, notes: list[str]) -> tuple[Any, list[Lever], Advice | None]:
+        savings = savings_of(self.trainer, found.shape, notes, found.predicted)
         if savings is None:
             return None, [], None
         if self.trainer.args.disable_tqdm:

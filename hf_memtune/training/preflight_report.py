@@ -1,6 +1,7 @@
 """What a preflight found, in bytes, and in words for the one who waits for the run to begin."""
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +96,6 @@ class PreflightReport:
         if trainer.args.disable_tqdm:
             logger.info("\n".join(self.lines()))
             return
-        from rich.console import Console
+        from tqdm.auto import tqdm
 
-        Console(stderr=True).print("\n".join(self.lines()), highlight=False)
+        tqdm.write("\n".join(self.lines()), file=sys.stderr)  # above the bar of the Trainer, which is there already
