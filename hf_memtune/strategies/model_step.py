@@ -133,6 +133,12 @@ class ModelStep:
         """Tokens of a row of the decoder, padding included."""
         return _row_length(self.architecture, self.inputs)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row of the decoder that may be kept. Known after the first call."""
+        rows = self._call.rows["decoder"]
+        return rows.length if rows.scored is None else int(rows.scored.sum(1).amax())
+
     def shiftable_labels(self) -> Tensor:
         """Labels for a loss function that shifts them itself: (B, S + 1), to go with the S + 1 logits of `whole_logits`."""
         if self.architecture.task is not Task.CAUSAL_LM:

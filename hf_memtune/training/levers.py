@@ -30,7 +30,7 @@ class LeverWatch:
     def __init__(self, trainer: Any, is_longest: bool):
         self.trainer, self.is_longest = trainer, is_longest
         self.recomputed = 0
-        self.turns = self.seen = self.kept = self.longest_row = 0
+        self.turns = self.seen = self.kept = self.row_length = self.longest_row = 0
         self.host_bytes = 0
 
     # -- looking
@@ -57,7 +57,8 @@ class LeverWatch:
         self.turns = max(self.turns, turns)
         self.seen += counts.get("seen", 0)
         self.kept += counts.get("kept", counts.get("seen", 0))
-        self.longest_row = max(self.longest_row, step.row_length)
+        self.row_length = max(self.row_length, step.row_length)  # padding runs in turns, too
+        self.longest_row = max(self.longest_row, step.longest_row)
 
     # -- judging
 
@@ -88,15 +89,15 @@ class LeverWatch:
 
     def _passes(self) -> Iterator[tuple[str, bool]]:
         args = self.trainer.args
-        if not (args.token_seeking or args.streams) or not self.longest_row:
+        if not (args.token_seeking or args.streams) or not self.row_length:
             return
         chunk = args.stream_chunk_size
         if args.streams and self.turns <= 1 and getattr(args, "token_gradient", "stream") != "skip":
             name = "token_gradient" if args.token_seeking else "sequence_chunk_size"
             yield (
-                f"{name}: the longest row of {'all' if self.is_longest else 'the first batch'} has {self.longest_row} tokens, which ran in "
+                f"{name}: the longest row of {'all' if self.is_longest else 'the first batch'} has {self.row_length} tokens, which ran in "
                 f"{self.turns} turn with chunks of {chunk}. Set sequence_chunk_size below the length of the rows, or leave it out.",
-                self.longest_row <= chunk,
+                self.row_length <= chunk,
             )
         if args.token_seeking and args.token_ratio < 1 and self.kept >= self.seen:
             yield (

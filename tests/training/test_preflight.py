@@ -16,7 +16,7 @@ from hf_memtune.training import flight, snapshot
 from hf_memtune.training.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.preflight_report import PreflightReport
 from tests.strategies.tiny_models import tiny_model
-from tests.training.runs import Run, arguments, llama, same_parameters, text_rows, train, trainer_for
+from tests.training.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
 PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None}
@@ -368,6 +368,18 @@ def test_tokens_that_are_all_kept_are_an_error(tmp_path):
 
     with pytest.raises(ConfigError, match="all 80 tokens were kept with token_ratio=0.35"):
         train(llama(), make_arguments(tmp_path, {}, False), ROWS, cls=All)
+
+
+def test_short_rows_that_are_kept_whole_are_none(tmp_path, caplog):
+    """Nine tenths of nine tokens, rounded up, are nine, however wide the batch is padded."""
+    rows = text_rows(16, longest=9)
+
+    def pad_wide(batch):
+        fill = {"labels": -100}
+        return {name: torch.nn.functional.pad(value, (0, 7), value=fill.get(name, 0)) for name, value in pad_right(batch).items()}
+
+    train(llama(), make_arguments(tmp_path, {"token_ratio": 0.9}, True), rows, data_collator=pad_wide)
+    assert "tokens were kept with token_ratio=0.9" in caplog.text
 
 
 def test_adapters_that_train_the_whole_model_are_an_error(tmp_path):
