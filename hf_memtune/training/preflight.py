@@ -19,10 +19,14 @@ from hf_memtune.training.preflight_report import PreflightReport
 
 
 class Preflight:
-    """One for a trainer. `report`: what the last one found, or None. `watch`: notes which levers act in the step at hand, or None."""
+    """One for a trainer.
+
+    report: what the last one found, or None. watch: notes which levers act in the step at hand, or None. looks: False where a trainer
+    takes what is on out of the model on purpose, in its own training_step: without a preflight the first step is then not looked at.
+    """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.report = trainer, None
+        self.trainer, self.report, self.looks = trainer, None, True
         self.watch: LeverWatch | None = None
         self._is_due, self._looked = False, None
 
@@ -48,7 +52,8 @@ class Preflight:
     @contextmanager
     def first_step(self) -> Iterator[None]:
         """Around every micro-batch: in the first of a training without preflight, whether the levers act is looked at on the way."""
-        if not self._is_due or self.trainer.args.preflights or self.trainer.args.torch_compile or self._is_rehearsal:
+        is_off = not self.looks or self.trainer.args.torch_compile or self._is_rehearsal
+        if not self._is_due or self.trainer.args.preflights or is_off:
             yield
             return
         self._is_due = False
