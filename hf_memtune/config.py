@@ -5,10 +5,9 @@ may fill is None until it is given, and is filled when the settings are made: se
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from hf_memtune.errors import ConfigError
-from hf_memtune.presets import PRESET_NAMES, PRESETS, described_default, preset_values
+from hf_memtune.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
 
 GRADIENT_NORMS = ("l2", "l1", "sum")
 CONTEXT_NORMALIZERS = ("sum", "mean")
@@ -65,6 +64,21 @@ class StreamingConfig:
         """Tokens of each row in a chunk of streaming, or None where nothing streams."""
         return self.sequence_chunk_size if self.streams else None
 
+    @property
+    def switch(self) -> str | None:
+        """Name of the setting that turns the strategy on, or None where none is on."""
+        return "sequence_chunk_size" if self.streams else None
+
+    @property
+    def streamed_by(self) -> str | None:
+        """Name of the setting that makes backward stream, or None."""
+        return self.switch if self.streams else None
+
+    @property
+    def is_mean_of_kept(self) -> bool:
+        """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
+        return False
+
     def __post_init__(self):
         found = self.problems()
         if found:
@@ -91,7 +105,7 @@ class TokenSeekingConfig(StreamingConfig):
     """
 
     token_seeking: bool = _setting(
-        False, "Backpropagate through the best-scored tokens of each instance only; every token is still seen forward."
+        False, "Backpropagate through a part of the tokens of each instance only (token_ratio); every token is still seen forward."
     )
     preset: str | None = _setting(
         None,
@@ -107,7 +121,7 @@ class TokenSeekingConfig(StreamingConfig):
     token_scorer: str | None = _filled(
         "token_scorer",
         "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient, random "
-        "(TokenTune), loss (of the token's own prediction), or a registered name.",
+        "(TokenTune; the same for all in token_selection=sample), loss (of the token's own prediction), or a registered name.",
     )
     context_weight: float | None = _filled(
         "context_weight",
@@ -221,9 +235,34 @@ class TokenSeekingConfig(StreamingConfig):
         return STREAM_CHUNKS[self.token_gradient]
 
     @property
+    def switch(self) -> str | None:
+        """Name of the setting that turns the strategy on, or None where none is on."""
+        return "token_seeking" if self.token_seeking else super().switch
+
+    @property
+    def streamed_by(self) -> str | None:
+        """Name of the setting that makes backward stream, or None."""
+        return "token_gradient" if self.token_seeking and self.streams else super().streamed_by
+
+    @property
+    def is_mean_of_kept(self) -> bool:
+        """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
+        return self.token_seeking and self.token_selection == "top"
+
+    @property
     def kept_always(self) -> str:
         """`always_keep` with its default resolved."""
-        return self.always_keep or ("first_last" if self.token_scorer == "random" else "none")
+        is_tokentune = self.token_scorer == "random" and self.token_selection == "top"
+        return self.always_keep or ("first_last" if is_tokentune else "none")
+
+    def for_row_loss(self) -> "TokenSeekingConfig":
+        """The same for a model whose loss is one for a row: what was not given follows what was measured on such."""
+        changed = {name: value for name, value in row_loss_values(self.preset).items() if name not in self.given}
+        return self.of(self, **changed) if changed else self
+
+    def without_token_weights(self) -> "TokenSeekingConfig":
+        """The same for a loss whose tokens cannot be weighed: `top`, unless `sample` was asked for, which is then refused."""
+        return self if "token_selection" in self.given else self.of(self, token_selection="top")
 
     def problems(self) -> list[str]:
         found = [
@@ -265,21 +304,28 @@ class TokenSeekingConfig(StreamingConfig):
                 "context_weight and gradient_weight: both are 0, so token_scorer=combined would rank nothing. "
                 "Raise one of them, or choose token_scorer=random."
             )
-        if self.token_scorer == "random" and self.seek_schedule != "step":
-            origin = "" if "seek_schedule" in self.given or self.preset is None else f" of preset={self.preset}"
-            found.append(
-                f"seek_schedule: got {self.seek_schedule!r}{origin} with token_scorer=random, expected 'step': a random choice "
-                "needs no pass over the data set, and TokenTune draws it anew each step."
-            )
-        return found
+        is_chosen = "token_scorer" in self.given or "token_scorer" in PRESETS.get(self.preset or "", {})
+        return found + (self.schedule_problems() if is_chosen else [])
+
+    def schedule_problems(self) -> list[str]:
+        """What a random choice cannot do. Not among the others where token_scorer was left out: a Trainer may be given a function."""
+        if self.token_scorer != "random" or self.seek_schedule == "step":
+            return []
+        origin = "" if "seek_schedule" in self.given or self.preset is None else f" of preset={self.preset}"
+        return [
+            f"seek_schedule: got {self.seek_schedule!r}{origin} with token_scorer=random, expected 'step': a random choice needs no "
+            "pass over the data set, and is drawn anew each step. For scores that last choose token_scorer=combined, for one."
+        ]
 
     def ineffective(self) -> list[str]:
         given = self.given | {f.name for f in fields(TokenSeekingConfig) if self._differs(f)}
         if not self.token_seeking:
             idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
             return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
+        by_default = "token_scorer" not in self.given and self.preset is None
+        unless = {"token_scorer": ", unless the trainer is given a function, or a model whose loss is one for a row"} if by_default else {}
         return [
-            f"{name} has no effect with {reason}={getattr(self, reason)}"
+            f"{name} has no effect with {reason}={getattr(self, reason)}{unless.get(reason, '')}"
             for name, reason in sorted(self._idle().items())
             if name in given
         ]

@@ -3,20 +3,21 @@
 from typing import Any
 
 # One row a setting that may be left out. A preset lacks what its paper leaves open or does not use: the library's value holds.
-# always_keep None: first_last for token_scorer=random, as in TokenTune, else none.
+# The library's own are what learned most per second at equal bytes in docs/results.md.
+# always_keep None: first_last for top of token_scorer=random, as in TokenTune, else none.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "token_ratio": 0.1,
-        "token_scorer": "combined",
+        "token_ratio": 0.3,
+        "token_scorer": "random",
         "context_weight": 1.0,
         "gradient_weight": 1.0,
         "context_layer": -1,
         "context_normalize": "sum",
         "gradient_norm": "l2",
-        "select_from": "all",
+        "select_from": "labels",
         "always_keep": None,
         "seek_schedule": "step",
-        "token_selection": "top",
+        "token_selection": "sample",
         "token_gradient": "cut",
     },
     "tokenseek": {  # arXiv 2601.19739; context_layer and gradient_norm are not in the paper
@@ -43,6 +44,14 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "token_gradient": "cut",
     },
 }
+# In place of the library's own where the loss is one for a row, such as a class: its tokens cannot be weighed.
+ROW_LOSS: dict[str, Any] = {"token_scorer": "context", "token_selection": "top"}
+# Of values that depend on others.
+_IN_WORDS = {
+    "token_scorer": "random, or context where the loss is one for a row, such as a class",
+    "always_keep": "first_last for token_selection=top with token_scorer=random, as in TokenTune, else none",
+    "token_selection": "sample, or top where the loss is one for a row or a function of one's own",
+}
 PRESET_NAMES = tuple(name for name in PRESETS if name is not None)
 
 
@@ -51,11 +60,15 @@ def preset_values(preset: str | None) -> dict[str, Any]:
     return PRESETS[None] | PRESETS.get(preset, {})
 
 
+def row_loss_values(preset: str | None) -> dict[str, Any]:
+    """What a loss for a row changes of them: nothing that a preset fills."""
+    return {name: value for name, value in ROW_LOSS.items() if preset is None or name not in PRESETS.get(preset, {})}
+
+
 def described_default(name: str) -> str:
     """A sentence for the help text: the library's value of a setting, and those of the presets that fill it."""
     filled = [f"{preset}: {PRESETS[preset][name]}" for preset in PRESET_NAMES if name in PRESETS[preset]]
-    by_scorer = "first_last for token_scorer=random, as in TokenTune, else none"
-    default = by_scorer if name == "always_keep" and PRESETS[None][name] is None else PRESETS[None][name]
+    default = _IN_WORDS.get(name, PRESETS[None][name])
     return f"Default: {default}" + (f" (presets: {', '.join(filled)})." if filled else ".")
 
 # Couplings of reversible layers, by reversible and then reversible_numerics: factors of the streams (lam and beta of MEFT, arXiv

@@ -27,6 +27,9 @@ METHODS = {
     "exact streaming 512 + checkpointing": {"strategy": StreamingConfig(sequence_chunk_size=512), "checkpointing": True},
 }
 RATIOS = (0.1, 0.3, 0.5, 1.0)
+SEEKING: dict[str, dict] = {f"seeking {ratio:g}": {"token_ratio": ratio} for ratio in RATIOS}
+SEEKING["TokenSeek 0.1"] = {"preset": "tokenseek", "seek_schedule": "step"}
+EVERY = (*METHODS, *SEEKING)
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
         for tokens in arguments.tokens
         for model in arguments.models
         for train in arguments.train
-        for method in (*METHODS, *(f"seeking {ratio:g}" for ratio in RATIOS))
+        for method in EVERY
         if method in arguments.methods
     ]
     known = _known(arguments.out)
@@ -53,8 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="tokens of the one row of a batch")
     parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    every = [*METHODS, *(f"seeking {ratio:g}" for ratio in RATIOS)]
-    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help=f"among {', '.join(every)}")
+    parser.add_argument("--methods", nargs="+", default=EVERY, choices=EVERY, metavar="METHOD", help=f"among {', '.join(EVERY)}")
     parser.add_argument("--device", default="traced", choices=["traced", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("results/memory.jsonl"))
     return parser.parse_args()
@@ -71,12 +73,11 @@ def _known(file: Path) -> set[str]:
 
 def _measure(row: dict, device: str) -> dict:
     options = dict(METHODS.get(row["method"], {}))
-    if row["method"].startswith("seeking"):
-        ratio = float(row["method"].split()[1])
-        options = {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, token_ratio=ratio)}
+    if row["method"] in SEEKING:
+        options = {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, **SEEKING[row["method"]])}
     config, rank = SHAPES[row["model"]](), 8 if row["train"] == "lora" else None
     began = time.perf_counter()
-    described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, scorer="combined", attention="sdpa")
+    described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, attention="sdpa")
     if device == "cuda":
         step = measure_causal_lm_step(config, row["tokens"], torch.device("cuda"), lora_rank=rank, **options)
         described["gpu"] = torch.cuda.get_device_name()

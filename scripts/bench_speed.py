@@ -23,10 +23,10 @@ from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingCon
 from hf_memtune.strategies.installed import InstalledStrategy
 
 SEEKING: dict[str, dict] = {
-    "random 10 %": {"token_scorer": "random"},
-    "seeking 10 % (context)": {"token_scorer": "context"},
-    "seeking 10 % (combined)": {"token_scorer": "combined"},
-    "seeking 30 % (combined)": {"token_scorer": "combined", "token_ratio": 0.3},
+    "seeking 10 %": {"token_ratio": 0.1},
+    "seeking 30 %": {"token_ratio": 0.3},
+    "TokenTune 10 %": {"preset": "tokentune"},
+    "TokenSeek 10 %": {"preset": "tokenseek", "seek_schedule": "step"},
 }
 STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 256, 512)}
 STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"

@@ -2,7 +2,7 @@
 
     python scripts/demo.py [--steps 30] [--rows 48] [--quick]
 
-Plain training, activation checkpointing, exact streaming, a random tenth of the tokens (TokenTune), and token seeking as this library
+Plain training, activation checkpointing, exact streaming, the best-scored tenth of the tokens (TokenSeek), and token seeking as this library
 sets it: the same model, adapters, rows in the same order, optimizer and seed. Writes report.html, tokens.html and results.json to out/demo.
 """
 
@@ -20,18 +20,17 @@ from statistics import median
 from conditions import conditions
 
 ASSETS = Path(__file__).resolve().parents[1] / ".assets"
-SEED, BATCH, LEARNING_RATE, MAX_LENGTH, LORA_R, TOKEN_RATIO = 0, 4, 5e-4, 160, 8, 0.1
+SEED, BATCH, LEARNING_RATE, MAX_LENGTH, LORA_R = 0, 4, 5e-4, 160, 8
 TRACED_STEP = 1  # counted from 0: in the first one the optimizer makes its state, which belongs to no step
 CHUNK = 64  # tokens of a chunk of streaming: these rows are short
-SHARE = f"{TOKEN_RATIO:.0%}"
-SEEKING = f"token seeking, {SHARE}"
+SEEKING, PUBLISHED = "token seeking, 30%", "TokenSeek, 10%"
 
 METHODS = {
     "plain training": {},
     "activation checkpointing": {"activation_checkpointing": True},
     f"exact streaming, chunks of {CHUNK}": {"sequence_chunk_size": CHUNK},
-    f"random tokens, {SHARE} (TokenTune)": {"token_seeking": True, "token_ratio": TOKEN_RATIO, "preset": "tokentune"},
-    SEEKING: {"token_seeking": True, "token_ratio": TOKEN_RATIO},
+    PUBLISHED: {"token_seeking": True, "token_ratio": 0.1, "preset": "tokenseek", "seek_schedule": "step"},
+    SEEKING: {"token_seeking": True, "token_ratio": 0.3},
 }
 CAVEAT = (
     "One seed, one small model, few steps: the loss curves show that the methods learn, not which of them learns best. "
@@ -40,7 +39,7 @@ CAVEAT = (
 
 NOTES = f"""<p>The same model, adapters, rows in the same order, optimizer and seed; only the method differs. The loss is that of
 all labelled tokens of rows held out, whatever tokens a method learns from.</p><p><strong>{CAVEAT}</strong></p>
-<p><a href="tokens.html">Which tokens token seeking keeps of two held-out examples</a>, and why.</p>"""
+<p><a href="tokens.html">Which tokens TokenSeek keeps of two held-out examples</a>, and why.</p>"""
 
 
 @dataclass
@@ -149,7 +148,7 @@ class Demo:
         if self.loss_before is None:  # new adapters add nothing, so that all methods start from the same loss
             self.console.print(f"measuring the held-out loss before training on {len(self.held_out)} rows")
             self.loss_before = trainer.evaluate()["eval_loss"]
-        if name == SEEKING:
+        if name == PUBLISHED:
             self.write_token_maps(model, trainer)
         result = Result(name, [(0, self.loss_before)], settings=settings)
         self.fit(trainer, result)
@@ -194,17 +193,17 @@ class Demo:
         result.tokens_kept, result.tokens_seen = counted.get("tokens_kept", 0), counted.get("tokens_seen", 0)
 
     def write_token_maps(self, model, trainer) -> None:
-        """A page of what token seeking keeps of two held-out examples, with the model as it is before training."""
+        """A page of what TokenSeek keeps of two held-out examples, with the model as it is before training."""
         from hf_memtune import TokenSeekingConfig
         from hf_memtune.training.token_maps import token_maps
         from hf_memtune.visualization import write_token_map_html
 
         middle = len(self.held_out) // 3  # sorted by length: neither the shortest nor cut at the end
         rows = [self.held_out[n] for n in (middle, min(middle + 1, len(self.held_out) - 1))]
-        config = TokenSeekingConfig(token_seeking=True, token_ratio=TOKEN_RATIO)
+        config = TokenSeekingConfig.of(trainer.args)
         batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(rows).items()}
         titles = ["held-out example 1", "held-out example 2"]
-        shown = {"model": Path(self.options.model).name, "token_ratio": TOKEN_RATIO, "token_scorer": config.token_scorer}
+        shown = {"model": Path(self.options.model).name, "token_ratio": config.token_ratio, "token_scorer": config.token_scorer}
         write_token_map_html(token_maps(model, batch, config, self.tokenizer, titles=titles), self.out / "tokens.html", shown)
 
     def write(self, results: list[Result]) -> Path:

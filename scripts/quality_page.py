@@ -19,7 +19,7 @@ from quality.analysis import (
     largest_streaming_difference,
     screened,
 )
-from quality.arms import LABELS, PLAIN, STREAMING, TOKENTUNE, is_seeking
+from quality.arms import PLAIN, STREAMING, TOKENTUNE, is_seeking
 from quality.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 128", "exact streaming 512 + checkpointing",
-    "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1",
+    "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
 )  # fmt: skip
 # Rung, its gradient, its name in the results of memory and of speed. Exact ones first.
 LADDER = (
@@ -19,9 +19,22 @@ LADDER = (
     ("checkpointing + logit-free loss", "exact", "checkpointing + logit-free loss", None),
     ("`sequence_chunk_size=128`", "exact", "exact streaming 128", "exact streaming, chunks of 128"),
     ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing"),
-    ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 % (combined)"),
-    ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 % (combined)"),
+    ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 %"),
+    ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 %"),
 )
+QUALITY_TASKS = {
+    "stories-imdb": "reviews, every token labelled; stories15M, all parameters",
+    "smollm2-alpaca": "instructions, prompts masked; SmolLM2-135M, LoRA",
+}
+QUALITY_ARMS = {
+    "plain": ("plain",),
+    "exact streaming": ("streaming",),
+    "`token_seeking`, ratio 0.3": ("random/sample/cut/30%", "random/sample/cut/30%/labels"),
+    "`token_seeking`, ratio 0.1": ("random/sample/cut/10%", "random/sample/cut/10%/labels"),
+    "the same with `token_gradient=stream`": ("random/sample/stream/10%", "random/sample/stream/10%/labels"),
+    "`--preset tokentune`": ("random/top/cut/10%",),
+    "`--preset tokenseek`": ("combined/top/cut/10%",),
+}
 LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
 
 
@@ -113,7 +126,26 @@ def demo_table() -> str:
     return "\n".join([*lines, "", f"{found['caveat']}", "", f"Conditions: {described}."])
 
 
+def quality_table() -> str:
+    """Held-out loss above that of plain training at the end of the finals, with bytes and seconds relative to it, by task."""
+    from quality.analysis import baseline, finals
+
+    found = rows_of("quality.jsonl")
+    lines = ["| data | method | held-out loss minus plain | peak bytes | step time |", "|---|---|---:|---:|---:|"]
+    for task in QUALITY_TASKS:
+        groups = finals(found, task)
+        by_arm = {group.arm: group for group in groups}
+        for title, arm in ((title, arm) for title, arms in QUALITY_ARMS.items() for arm in arms if arm in by_arm):
+            group = by_arm[arm]
+            plain = baseline(groups, group)
+            above = "0" if group is plain else group.minus(plain).signed
+            shares = [f"{ours / theirs:.2f} x" for ours, theirs in ((group.peak_bytes, plain.peak_bytes), (group.seconds, plain.seconds))]
+            lines.append(f"| {QUALITY_TASKS[task]} | {title} | {above} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
+    "quality": quality_table,
     "demo": demo_table,
     "ladder": ladder_table,
     "memory-lora": lambda: memory_table("lora"),

@@ -36,12 +36,21 @@ def read_config(name: str, sizes: str | None):
         if name in SHAPES:
             config = SHAPES[name]()
         elif name in CONFIG_MAPPING:
-            config = AutoConfig.for_model(name)
+            return CONFIG_MAPPING[name](**_parsed(sizes, CONFIG_MAPPING[name]()))  # what follows from sizes follows from these
         else:
             config = AutoConfig.from_pretrained(name)
-        if sizes is not None:
-            config.update_from_string(sizes)
+        config.update(_parsed(sizes, config))
     except (OSError, ValueError, ImportError) as error:
         known = f"a folder with a config.json, a hub name, a model type with --config_overrides, or one of {', '.join(SHAPES)}"
         raise ConfigError([f"model_name_or_path: no config in {name!r} ({error}). Expected {known}."]) from error
     return config
+
+
+def _parsed(sizes: str | None, config) -> dict:
+    """Sizes as a dict. Raises ValueError for what `config` does not have."""
+    import yaml
+
+    found = dict(part.split("=", 1) if "=" in part else (part, "") for part in sizes.split(",")) if sizes else {}
+    if unknown := [name for name in found if not hasattr(config, name)]:
+        raise ValueError(f"a {type(config).__name__} has no {', '.join(unknown)}")
+    return {name: yaml.safe_load(value) for name, value in found.items()}

@@ -44,14 +44,14 @@ class AnyData(DataArguments):
 
 
 class Forecast(NamedTuple):
-    """Settings of a run that is predicted. given: names of the settings that were given."""
+    """Settings of a run that is predicted. given: those that were given, as they were given."""
 
     model: ModelArguments
     data: AnyData
     training: object  # MemEfficientTrainingArguments
     what: ForecastArguments
     more: object | None
-    given: frozenset[str]
+    given: dict[str, object]
 
     @property
     def tokens(self) -> int:
@@ -79,7 +79,7 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     extra = None if more is None else build(more, values_of(more, namespace), problems)
     if problems:
         raise ConfigError(problems)
-    return Forecast(*built, extra, frozenset(parser.given))
+    return Forecast(*built, extra, {name: getattr(namespace, name) for name in parser.given})
 
 
 def recipe_first(arguments: list[str]) -> list[str]:

@@ -54,7 +54,7 @@ def write_recipe(plan, given) -> Path:
     """The settings that were given, with the changes of the chosen rung, as YAML."""
     import yaml
 
-    values = {name: value for part in given[:3] for name, value in vars(part).items() if name in given.given - OF_THE_COMMAND}
+    values = {name: value for name, value in given.given.items() if name not in OF_THE_COMMAND}
     values |= {"max_length": max(2, given.tokens)} | plan.chosen.rung.changes
     said = f"# Predicted peak of tensors: {plan.chosen.estimate.peak_bytes} bytes, of a budget of {plan.budget_bytes}.\n"
     path = Path(given.more.out)

@@ -11,7 +11,7 @@ Shape legend: B rows of a batch, T tokens in a row, S tokens of a turn, D hidden
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.passes import Records, StreamPass
 from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.spans import Span
+
+if TYPE_CHECKING:
+    from hf_memtune.strategies.installed import InstalledStrategy
 
 NOT_BACKWARD = "the loss of a turn has not gone backward before the next began, which must know what it owes to earlier tokens."
 
@@ -46,7 +49,7 @@ class ChunkStream:
     all chunks but the last to run.
     """
 
-    def __init__(self, strategy: Any, call: BodyCall, chunk: int, wanted: Wanted | None = None):
+    def __init__(self, strategy: "InstalledStrategy", call: BodyCall, chunk: int, wanted: Wanted | None = None):
         self.strategy, self.call, self.chunk, self.wanted = strategy, call, chunk, wanted
         self.rows = call.rows["decoder"]
         if strategy.config.kv_offload:

@@ -1,7 +1,7 @@
 """The pass over all tokens without gradient, chunk by chunk, that leaves keys and values behind for the passes after it."""
 
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from hf_memtune.strategies.overrides import evaluating, not_checkpointing
 from hf_memtune.strategies.passes import ContextPass, Records
 from hf_memtune.strategies.positions import at_positions
 
+if TYPE_CHECKING:
+    from hf_memtune.strategies.installed import InstalledStrategy
+
 
 def context_pass(
-    strategy: Any,
+    strategy: "InstalledStrategy",
     call: BodyCall,
     store: KeyValueStore,
     records: Records,

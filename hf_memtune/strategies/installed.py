@@ -1,13 +1,13 @@
 """What all strategies that run a model in passes have in common: they are installed on one model, and removed again."""
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_memtune._compat import forbid_4bit_repacking, has_repacked_4bit
 from hf_memtune.architectures import describe
+from hf_memtune.config import StreamingConfig
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.core.scorers import Scorer
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
@@ -29,7 +29,7 @@ class InstalledStrategy:
     sums_dtype: torch.dtype | None = None
     context_modules: dict[int, str] = {}
 
-    def __init__(self, model: nn.Module, config: Any, check: bool = True):
+    def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True):
         self.config, self.architecture, self.host = config, describe(model), HostMemory()
         self.prepare()
         self.places = Places(self.architecture)
@@ -54,7 +54,7 @@ class InstalledStrategy:
         """Refuse a model that the probe has shown not to suit the settings."""
         if self.config.stream_chunk_size is None:
             return
-        name = "token_gradient" if getattr(self.config, "token_seeking", False) else "sequence_chunk_size"
+        name = self.config.streamed_by
         if not facts.decoder_is_causal:
             self._refuse_bidirectional(name)
         problems = [*self._layerdrop(name), *self._hooks(name)]

@@ -6,7 +6,7 @@ Shape legend: B rows of a batch, T tokens in a row, S tokens of a turn, D hidden
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from hf_memtune.strategies.chunk_stream import NOT_BACKWARD, ChunkStream, chunk_
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
 
+if TYPE_CHECKING:
+    from hf_memtune.strategies.installed import InstalledStrategy
+
 
 class ModelStep:
     """The state of one step; what kinds of step do with the body is in `begin` and `next_turn`.
@@ -30,7 +33,7 @@ class ModelStep:
     and sends `loss_sum` backward.
     """
 
-    def __init__(self, strategy: Any, inputs: dict[str, Any], label_smoothing: float, whole_logits: bool):
+    def __init__(self, strategy: "InstalledStrategy", inputs: dict[str, Any], label_smoothing: float, whole_logits: bool):
         self.strategy, self.architecture, self.config = strategy, strategy.architecture, strategy.config
         self.label_smoothing, self.whole_logits = label_smoothing, whole_logits
         self.labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}

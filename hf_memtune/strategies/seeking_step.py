@@ -4,7 +4,7 @@ Shape legend: B rows of a batch, T tokens in a row, S selected tokens, D hidden 
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,14 @@ from hf_memtune.strategies.passes import FocusPass, Records
 from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.token_scores import TokenScores
 
+if TYPE_CHECKING:
+    from hf_memtune.strategies.token_seeking import TokenSeeking
+
 
 class SeekingStep(ModelStep):
     """The state of one step. Made by `TokenSeeking.step`; `selection` is filled in when the model is called."""
 
-    def __init__(self, seeking: Any, inputs: dict[str, Any], label_smoothing: float, whole_logits: bool, scores=None):
+    def __init__(self, seeking: "TokenSeeking", inputs: dict[str, Any], label_smoothing: float, whole_logits: bool, scores=None):
         super().__init__(seeking, inputs, label_smoothing, whole_logits)
         self.seeking, self.precomputed = seeking, scores
         self.selection: dict[str, Selection] = {}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.spans import attention_mask
 from hf_memtune.strategies.tail import only_last_block
 
+if TYPE_CHECKING:
+    from hf_memtune.strategies.installed import InstalledStrategy
+
 
 @dataclass
 class TokenScores:
@@ -38,7 +41,7 @@ class TokenScores:
 
     architecture: Architecture
     config: TokenSeekingConfig
-    seeking: Any
+    seeking: "InstalledStrategy"
     call: BodyCall
     records: Records
     store: KeyValueStore

@@ -36,11 +36,16 @@ class TokenSeeking(InstalledStrategy):
     """
 
     def __init__(self, model: nn.Module, config: TokenSeekingConfig, scorer: TokenScorer | None = None, check: bool = True):
-        self.scorer = resolve_scorer(config, scorer)
+        self._given_scorer = scorer
         super().__init__(model, config, check)
 
     def prepare(self) -> None:
-        """Find the modules, by id, of the layer whose attention is the context score, for each stack."""
+        """Settle what the settings leave to the model, and find the modules, by id, whose attention is the context score, for each stack."""
+        if not self.architecture.task.loss_per_token:
+            self.config = self.config.for_row_loss()
+        if self._given_scorer is not None and self.config.always_keep is None:
+            self.config = TokenSeekingConfig.of(self.config, always_keep="none")  # token_scorer is not read, so it is not random
+        self.scorer = resolve_scorer(self.config, self._given_scorer)
         self.context_modules, wanted = {}, self.config.context_layer
         for name, stack in self.architecture.stacks.items():
             if not -len(stack.layers) <= wanted < len(stack.layers):

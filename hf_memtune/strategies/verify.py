@@ -7,7 +7,7 @@ give the hidden states that a plain forward has at those tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from hf_memtune.strategies.overrides import evaluating, forward_as
 from hf_memtune.strategies.passes import ContextPass, FocusPass, Records
 from hf_memtune.strategies.positions import at_positions
 from hf_memtune.strategies.token_scores import TokenScores
+
+if TYPE_CHECKING:
+    from hf_memtune.strategies.installed import InstalledStrategy
 
 PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
 # Relative to the size of the hidden states: kernels sum in another order for other shapes, and models called in float64 may
@@ -68,7 +71,7 @@ class _ProbingPass(ContextPass):
         return super().attend(module, *args)
 
 
-def verify(seeking: Any, check: bool = True) -> Facts:
+def verify(seeking: "InstalledStrategy", check: bool = True) -> Facts:
     """Probe the model. Raises UnsupportedModelError, naming the model, the reason and the remedy.
 
     `check=False` skips the comparison of hidden states, which traced tensors do not have.
@@ -114,7 +117,7 @@ def _require_attention_everywhere(architecture: Architecture, attended: set[int]
                 )
 
 
-def _compare(seeking: Any, call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
+def _compare(seeking: "InstalledStrategy", call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
     architecture = seeking.architecture
     index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
@@ -131,7 +134,7 @@ def _compare(seeking: Any, call: BodyCall, store: KeyValueStore, full: Tensor) -
         )
 
 
-def _tail_problem(seeking: Any, call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
+def _tail_problem(seeking: "InstalledStrategy", call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
     """Whether the last block, run alone on its recorded input, gives what the full forward gave."""
     architecture = seeking.architecture
     scores = TokenScores(architecture, seeking.config, seeking, call, records, store, PROBE_TOKENS, {}, {}, None)

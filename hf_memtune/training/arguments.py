@@ -110,9 +110,8 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
 
     def _unsupported(self) -> list[str]:
         """Training arguments under which the strategy that is on has not been shown to be exact."""
-        if not (self.token_seeking or self.streams):
+        if (strategy := self.switch) is None:
             return []
-        strategy = "token_seeking" if self.token_seeking else "sequence_chunk_size"
         found = [
             f"{name}: got {getattr(self, name)!r} with {strategy}, which does not support it; {remedy}."
             for name, remedy in _UNSUPPORTED.items()
@@ -139,7 +138,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
             if getattr(self, name, None) and not self._is_named_already(name)
         ]
         if self.is_reversible and self.streams:
-            name = "token_gradient" if self.token_seeking else "sequence_chunk_size"
+            name = self.streamed_by
             found.append(
                 f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once a "
                 "chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; "
@@ -150,7 +149,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     def _is_named_already(self, name: str) -> bool:
         """By token seeking or streaming; or under the older of two names of one argument."""
         older = name == "gradient_checkpointing" and getattr(self, "activation_checkpointing", None)
-        return bool(older or (name in _UNSUPPORTED and (self.token_seeking or self.streams)))
+        return bool(older or (name in _UNSUPPORTED and self.switch))
 
 
 @dataclass

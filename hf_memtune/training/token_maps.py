@@ -38,7 +38,7 @@ def token_maps(
     if "gradient" in scores:
         pair = (seen["context_score"], seen["gradient_score"])
         scores["combined"] = combined_score(*pair, config.context_weight, config.gradient_weight, seen["real"])
-    if scorer is not None or config.token_scorer not in scores:
+    if scorer is not None or config.token_scorer not in (*scores, "random"):
         scores[getattr(scorer, "__name__", config.token_scorer)] = step.values["decoder"]
     labelled = torch.zeros_like(seen["real"]) if step.target is None else step.target != IGNORED
     ids = step.inputs["decoder_input_ids" if seeking.architecture.is_encoder_decoder else "input_ids"]

@@ -58,7 +58,7 @@ class MemEfficientMixin(ReversibleMixin):
         self._guard = FullLossGuard() if self.args.token_seeking and self.args.full_loss_rows else None
         self._guarded_rows: list[dict[str, Any]] | None = None
         self._last_inputs: dict[str, Any] | None = None
-        if self.args.token_seeking or self.args.streams:
+        if self.args.switch:
             self._prepare_strategy(token_scorer)
         self.halving, self.preflight = HalvingSteps(self), Preflight(self)
         self.report_callback = MemoryReportCallback(self)
@@ -66,24 +66,33 @@ class MemEfficientMixin(ReversibleMixin):
 
     def _problems(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
-        found, data = [], self.train_dataset
-        if token_scorer is not None and not self.args.token_seeking:
-            found.append("token_scorer: got a function, but token_seeking is off. Set token_seeking=True.")
-        if not (self.args.token_seeking or self.args.streams):
-            return found
+        if self.args.token_seeking:
+            found = [*self._problems_of_scorer(token_scorer), *self._problems_of_selection(token_scorer)]
+        elif token_scorer is not None:
+            found = ["token_scorer: got a function, but token_seeking is off. Set token_seeking=True."]
+        else:
+            found = []
+        return found + (self._problems_of_launch(self.args.switch) if self.args.switch else [])
+
+    def _problems_of_scorer(self, token_scorer: TokenScorer | None) -> list[str]:
+        found = []
         if token_scorer is not None and not callable(token_scorer):
             found.append(f"token_scorer: got {token_scorer!r}, expected a function. Names go to args.token_scorer.")
         if token_scorer is not None and "token_scorer" in self.args.given:
             found.append(f"token_scorer: got a function and args.token_scorer={self.args.token_scorer!r}. Leave one of them out.")
-        if self.args.seek_schedule != "step" and data is not None and not hasattr(data, "__len__"):
-            schedule = self.args.seek_schedule
+        return found
+
+    def _problems_of_selection(self, token_scorer: TokenScorer | None) -> list[str]:
+        settings, schedule = self._strategy_config(), self.args.seek_schedule
+        found = [] if token_scorer else settings.schedule_problems()
+        if schedule != "step" and self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             found.append(f"seek_schedule: got {schedule!r} with a data set without length, which may never end. Use 'step'.")
-        if self.compute_loss_func is not None and self.args.token_seeking and self.args.token_selection == "sample":
+        if self.compute_loss_func is not None and settings.token_selection == "sample":
             found.append(
                 "compute_loss_func: a loss function of one's own cannot weigh the tokens of token_selection=sample. Use "
                 "token_selection=top, or leave the function out."
             )
-        return found + self._problems_of_launch("token_seeking" if self.args.token_seeking else "sequence_chunk_size")
+        return found
 
     def _problems_of_launch(self, strategy: str) -> list[str]:
         """How the processes were started, or accelerate was configured."""
@@ -115,7 +124,10 @@ class MemEfficientMixin(ReversibleMixin):
     def _strategy_config(self) -> StreamingConfig | None:
         """The settings of the strategy that the arguments turn on."""
         if self.args.token_seeking:
-            return TokenSeekingConfig.of(self.args)
+            settings = TokenSeekingConfig.of(self.args)
+            if not describe(self.model).task.loss_per_token:
+                return settings.for_row_loss()
+            return settings if self.compute_loss_func is None else settings.without_token_weights()
         return StreamingConfig.of(self.args) if self.args.streams else None
 
     def _load_callback_state(self) -> None:

@@ -56,23 +56,17 @@ class Turns:
         """This turn's part of the mean over the tokens of the accumulated batch that the loss is taken at."""
         trainer, step = self.trainer, self.step
         if is_first:
-            self._divisor = self._kept_tokens() if self._is_mean_of_kept else self._all_tokens()
+            self._divisor = self._kept_tokens() if self.step.config.is_mean_of_kept else self._all_tokens()
         if trainer.compute_loss_func is not None:
             loss = self._own_loss()
         else:
             loss = step.loss_sum(self.outputs) / self._divisor
         if step.fused:
             self.outputs.logits = None  # there are none: in their place came the loss
-        if self._is_mean_of_kept:
+        if self.step.config.is_mean_of_kept:
             added = trainer.running_mean.report(loss * self._divisor * self._processes)
             self.reported = added if self.reported is None else self.reported + added
         return loss * self._processes
-
-    @property
-    def _is_mean_of_kept(self) -> bool:
-        """Whether the mean is over what was kept; a sample stands for all tokens, and streaming keeps all."""
-        config = self.step.config
-        return getattr(config, "token_seeking", False) and config.token_selection == "top"
 
     @property
     def _counts_all_processes(self) -> bool:

@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 
 from hf_memtune.units import format_bytes
-
 from hf_memtune.visualization.html import write_page
 from hf_memtune.visualization.token_map import INK, MUTED, new_figure
 

@@ -7,7 +7,18 @@ from html import escape
 from pathlib import Path
 
 from hf_memtune.visualization.token_map import (
-    EXPLANATIONS, HUES, OTHER_HUE, TokenMap, axis_values, colour_levels, count, opacity, percent, runs, score_names, visible,
+    EXPLANATIONS,
+    HUES,
+    OTHER_HUE,
+    TokenMap,
+    axis_values,
+    colour_levels,
+    count,
+    opacity,
+    percent,
+    runs,
+    score_names,
+    visible,
 )  # fmt: skip
 
 _STYLE = """

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import matplotlib
+
 from quality.analysis import Group, Screened
 from quality.arms import PLAIN, is_seeking, parts_of
 

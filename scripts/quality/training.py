@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 from conditions import conditions
+
 from quality.arms import install, settings_of
 from quality.tasks import Task
 

@@ -36,27 +36,32 @@ def test_rows_of_a_data_set(chat_model, instructions, tmp_path):
 
 
 def test_the_maps_show_the_scores_the_labels_and_as_many_kept_tokens_as_asked_for(chat_model, instructions):
-    (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.5")
+    (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.2")
     assert set(shown.scores) == {"context", "gradient", "combined"}
-    assert sum(shown.kept) == -(-len(shown.tokens) // 2)
+    assert sum(shown.kept) == -(-len(shown.tokens) // 5)
     answer = [token.strip() for token, labelled in zip(shown.tokens, shown.labelled, strict=True) if labelled]
     assert answer[0] == "assistant" and 0 < sum(shown.labelled) < len(shown.tokens)  # a position is labelled by what follows it
 
 
 def test_a_row_is_the_same_alone_and_beside_another(chat_model, instructions):
-    common = ("--model", chat_model, "--dataset", instructions, "--index")
+    common = ("--model", chat_model, "--dataset", instructions, "--token_scorer", "combined", "--token_selection", "top", "--index")
     alone, beside = maps_of(*common, "1"), maps_of(*common, "0", "1")
     assert alone[0] == beside[1]
 
 
 def test_every_setting_of_token_seeking_reaches_the_maps(chat_model, instructions):
     common = ("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.3")
+    best = (*common, "--token_selection", "top", "--select_from", "all")
     by_default = maps_of(*common)[0]
-    assert maps_of(*common, "--token_scorer", "context")[0].kept != maps_of(*common, "--token_scorer", "gradient")[0].kept
+    assert maps_of(*best, "--token_scorer", "context")[0].kept != maps_of(*best, "--token_scorer", "gradient")[0].kept
     assert maps_of(*common, "--context_layer", "0")[0].scores["context"] != by_default.scores["context"]
     assert maps_of(*common, "--gradient_norm", "l1")[0].scores["gradient"] != by_default.scores["gradient"]
-    labels = maps_of(*common, "--select_from", "labels")[0]
-    assert all(labelled for labelled, kept in zip(labels.labelled, labels.kept, strict=True) if kept)
+    anywhere = maps_of(*best, "--token_scorer", "context")[0]
+    assert _keeps_labelled_alone(by_default) and not _keeps_labelled_alone(anywhere)
+
+
+def _keeps_labelled_alone(shown) -> bool:
+    return all(labelled for labelled, kept in zip(shown.labelled, shown.kept, strict=True) if kept)
 
 
 def test_a_classifier_has_maps_too(encoder, reviews):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
 
 BENCH, PAGE = ROOT / "scripts" / "bench_quality.py", ROOT / "scripts" / "quality_page.py"

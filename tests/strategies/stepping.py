@@ -13,6 +13,8 @@ from tests.strategies.tiny_models import batch_for, lm_head, tiny_model
 from tests.strategies.twin import gradients, shifted, twin_loss, worst_difference
 from tests.tolerances import tolerance
 
+# What most of these tests are about: the best of scores that read the model. The library's own settings are tested by name.
+PUBLISHED = {"token_scorer": "combined", "token_selection": "top", "select_from": "all"}
 RATIO = 0.35  # of rows of 13 and 9 tokens: keeps 5 and 4, so that every batch has fillers
 
 
@@ -33,7 +35,7 @@ class Taken:
 
 def seeking_on(model, scorer=None, **settings) -> TokenSeeking:
     """Token seeking with the settings of these tests."""
-    settings = {"token_seeking": True, "token_ratio": RATIO, **settings}
+    settings = {"token_seeking": True, "token_ratio": RATIO, **PUBLISHED, **settings}
     return TokenSeeking(model, TokenSeekingConfig(**settings), scorer=scorer)
 
 

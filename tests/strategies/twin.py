@@ -1,5 +1,6 @@
 """The slow, obviously right twin of token ditching: a full forward in which everything of unselected tokens is detached."""
 
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +9,6 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-import sys
 
 
 def keep_gradient(values, kept, dim):

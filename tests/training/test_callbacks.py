@@ -7,10 +7,10 @@ from transformers import AttentionInterface, Trainer, TrainerCallback
 from hf_memtune import ConfigError, LiveBytes, MemoryCallback, TokenMapCallback, TokenSeekingCallback, TokenSeekingConfig
 from hf_memtune.core.selection import Selection, budget
 from tests.strategies.tiny_models import tiny_model
-from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.training.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
-CONFIG = TokenSeekingConfig(token_seeking=True, token_ratio=0.35)
+CONFIG = TokenSeekingConfig(**SEEKING)
 ORDER = {"train_sampling_strategy": "sequential"}
 
 
@@ -52,7 +52,7 @@ def test_a_scoring_pass_needs_a_trainer():
 
 def test_a_trainer_of_ones_own_can_use_what_the_callback_installs(tmp_path):
     """The whole of it in one method: no class of ours but the callback."""
-    callback = TokenSeekingCallback(TokenSeekingConfig(token_seeking=True, token_ratio=0.35, context_normalize="mean"))
+    callback = TokenSeekingCallback(TokenSeekingConfig(**SEEKING))
 
     class Mine(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -91,7 +91,7 @@ def test_a_scorer_sees_what_is_documented(tmp_path):
         seen.append(length)
         return context.token_loss
 
-    own = train(llama(), arguments(tmp_path), ROWS, token_scorer=nosy)
+    own = train(llama(), arguments(tmp_path, token_scorer=None), ROWS, token_scorer=nosy)
     named = train(llama(), arguments(tmp_path, token_scorer="loss", context_normalize="sum"), ROWS)
     assert len(seen) == 2 and same_parameters(own, named)
 
@@ -124,7 +124,7 @@ def test_learning_from_nothing_is_not_silent(tmp_path, caplog, pool, warns):
     def first(seen):
         return -torch.arange(seen.input_ids.shape[1]).expand(seen.input_ids.shape).float()
 
-    settings = {"max_steps": 2, "logging_steps": 2, "select_from": pool, "token_ratio": 0.1}
+    settings = {"max_steps": 2, "logging_steps": 2, "select_from": pool, "token_ratio": 0.1, "token_scorer": None}
     trainer = trainer_for(llama(), arguments(tmp_path, **settings), rows, token_scorer=first)
     trainer.train()
     (entry, *_) = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -233,7 +233,7 @@ def test_maps_show_the_scores_of_a_function(tmp_path):
 
     folder = tmp_path / "elsewhere"
     maps = TokenMapCallback(ROWS[:1], pad_right, CONFIG, every_n_steps=9, folder=str(folder), scorer=by_position)
-    train(llama(), arguments(tmp_path), ROWS, callbacks=[maps], processing_class=Words(), token_scorer=by_position)
+    train(llama(), arguments(tmp_path, token_scorer=None), ROWS, callbacks=[maps], processing_class=Words(), token_scorer=by_position)
     (page,) = folder.iterdir()
     assert "by_position" in page.read_text()
 

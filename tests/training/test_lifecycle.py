@@ -162,6 +162,7 @@ def traces(model):
 def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path, failure, accumulation):
     model, batch = llama(), pad_right(ROWS[:4])
     settings = {"max_steps": 4, "memory_trace_steps": 1, "gradient_accumulation_steps": accumulation}
+    settings |= {"token_scorer": None} if failure == "scorer" else {}
     trainer = trainer_for(model, arguments(tmp_path, learning_rate=0.0, **settings), ROWS, **FAILURES[failure])
     if failure == "collator":
         trainer.data_collator.calls = 0

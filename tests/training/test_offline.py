@@ -28,6 +28,7 @@ def passes(monkeypatch):
 
 def once(tmp_path, rows=ROWS, model=None, resume=None, token_scorer=None, cls=MemEfficientTrainer, **settings):
     settings = {"seek_schedule": "once", "seek_cache_dir": str(tmp_path / "cache")} | settings
+    settings |= {} if token_scorer is None else {"token_scorer": None}  # the arguments name no other
     return train(model or llama(), arguments(tmp_path / "out", **settings), rows, cls, resume, token_scorer=token_scorer)
 
 

@@ -144,7 +144,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 def test_combinations_that_cannot_work():
     both = {"context_weight": 0, "gradient_weight": 0}
-    assert "both are 0" in problems(TokenSeekingConfig, **both)[0]
+    assert "both are 0" in problems(TokenSeekingConfig, token_scorer="combined", **both)[0]
     assert TokenSeekingConfig(token_scorer="random", **both)
     for schedule in ("epoch", "once"):
         assert named(problems(TokenSeekingConfig, token_scorer="random", seek_schedule=schedule)) == ["seek_schedule"]
@@ -189,7 +189,7 @@ def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, name):
 # -- presets -----------------------------------------------------------------------------------------------------------
 
 OTHER = {
-    "token_ratio": 0.3, "token_scorer": "context", "context_weight": 2.0, "gradient_weight": 0.5, "context_layer": 0,
+    "token_ratio": 0.5, "token_scorer": "context", "context_weight": 2.0, "gradient_weight": 0.5, "context_layer": 0,
     "context_normalize": "mean", "gradient_norm": "l1", "select_from": "labels", "always_keep": "first_last",
     "seek_schedule": "epoch", "token_selection": "sample", "token_gradient": "skip",
 }  # fmt: skip
@@ -244,17 +244,17 @@ COPIES["pickle"] = lambda settings: pickle.loads(pickle.dumps(settings))
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_has_the_same_settings_and_the_same_of_them_given(copied, preset):
-    for given in ({}, {"token_ratio": 0.3}, {"select_from": "labels", "context_weight": 2.0}):
+    for given in ({}, {"token_ratio": 0.5}, {"context_layer": 0, "context_weight": 2.0}):
         settings = TokenSeekingConfig(preset=preset, **given)
         found = copied(copied(settings))
         assert found == settings and found.given == given.keys()
-    assert copied(TokenSeekingConfig(preset=preset)) != copied(TokenSeekingConfig(preset=preset, token_ratio=0.3))
+    assert copied(TokenSeekingConfig(preset=preset)) != copied(TokenSeekingConfig(preset=preset, token_ratio=0.5))
 
 
 @pytest.mark.parametrize("copied", [copied for name, copied in COPIES.items() if name not in ("replace", "again")])
 def test_what_was_given_as_it_would_be_filled_stays_given(copied):
-    assert copied(TokenSeekingConfig(token_ratio=0.1)).given == {"token_ratio"}
-    assert replace(TokenSeekingConfig(token_ratio=0.1)).given == set()  # values alone do not say who chose them
+    assert copied(TokenSeekingConfig(token_ratio=0.3)).given == {"token_ratio"}
+    assert replace(TokenSeekingConfig(token_ratio=0.3)).given == set()  # values alone do not say who chose them
 
 
 def test_a_changed_preset_fills_what_was_not_given():
@@ -271,7 +271,8 @@ def test_what_is_set_later_is_given():
 
 
 def test_training_arguments_are_filled_and_made_again_from_their_dict(tmp_path):
-    args = arguments(tmp_path, preset="tokentune", token_ratio=0.2)
+    left_out = {"token_scorer": None, "token_selection": None, "select_from": None}
+    args = arguments(tmp_path, preset="tokentune", token_ratio=0.2, **left_out)
     assert (args.token_scorer, args.token_ratio, args.context_normalize) == ("random", 0.2, "mean")
     assert TokenSeekingConfig.of(args).given == args.given == {"token_ratio", "context_normalize"}
     ours = {name: value for name, value in args.to_dict().items() if name in OURS}
@@ -381,7 +382,7 @@ def registered(monkeypatch):
 def test_a_registered_scorer_is_used_by_its_name(tmp_path, registered):
     plain = {"context_normalize": "sum", "max_steps": 1}
     named_run = train(llama(), arguments(tmp_path, token_scorer="first_tokens", **plain), ROWS)
-    given = train(llama(), arguments(tmp_path, **plain), ROWS, token_scorer=first_tokens)
+    given = train(llama(), arguments(tmp_path, token_scorer=None, **plain), ROWS, token_scorer=first_tokens)
     other = train(llama(), arguments(tmp_path, token_scorer="gradient", **plain), ROWS)
     assert same_parameters(named_run, given) and not same_parameters(named_run, other)
 

@@ -1,0 +1,127 @@
+"""`hf-memtune estimate`, `hf-memtune plan` and `train --memory_budget`: from a config alone to a recipe that trains."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from hf_memtune.cli import forecast, main
+from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
+from hf_memtune.cli.train import make_parser as train_parser
+from hf_memtune.units import parse_bytes
+from tests.cli.conftest import write_rows
+
+SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2"
+OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
+
+
+def estimated(capsys, *arguments) -> dict:
+    assert main(["estimate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_a_config_is_enough(model, tmp_path, capsys):
+    """No weights and no tokenizer: the folder has a config.json and nothing else; a model type with the same sizes needs no folder."""
+    shutil.copy(model / "config.json", tmp_path)
+    settings = ["--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2", "--sequence_length", "64"]
+    of_folder = estimated(capsys, "--model", tmp_path, *settings)
+    of_type = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64)
+    assert of_folder["peak_bytes"] == of_type["peak_bytes"] > 0
+    assert of_folder["conditions"]["tokens"] == 64
+    longer = estimated(capsys, *OF_A_TYPE, "--sequence_length", 128)
+    assert longer["peak_bytes"] > of_type["peak_bytes"]
+
+
+def test_a_recipe_and_a_table(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora_r: 4\nsequence_chunk_size: 16\nmax_length: 32\n")
+    assert main(["estimate", *OF_A_TYPE, "--config", str(recipe)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("context pass", "stored kv", "optimizer state", "peak:", "tokens 32"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["--model", "no-such-model"], "no config in 'no-such-model'"),
+        (["--model", "llama", "--config_overrides", "hidden=3"], "no config in 'llama'"),
+        ([*OF_A_TYPE, "--sequence_length", "0"], "sequence_length: got 0"),
+        ([*OF_A_TYPE, "--sequence_length", "5000"], "the model has positions for 2048"),
+        ([*OF_A_TYPE, "--token_seeking", "--token_gradient", "skip"], "token_gradient: got 'skip'"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said(arguments, problem, capsys):
+    assert main(["estimate", *arguments, "--use_cpu", "--report_to", "none"]) == 2
+    assert problem in capsys.readouterr().err
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def rows_file(folder):
+    row = {"instruction": "name the colours", "output": "red green blue and one of the sun"}
+    return write_rows(folder / "rows.jsonl", [row] * 8)
+
+
+def planned(capsys, out, *arguments, code=0):
+    assert main(["plan", "--out", str(out), "--json", *map(str, arguments)]) == code
+    said = capsys.readouterr()
+    return json.loads(said.out.strip().splitlines()[-1]) if code == 0 else said.err
+
+
+def test_a_plan_is_a_recipe_that_trains(model, tmp_path, capsys):
+    """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
+    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "out"]
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16, "--allow_approximate", "no"]
+    as_given, fused = (
+        estimated(capsys, *common[:-2], *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16])
+    )
+    assert fused < as_given
+    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, *common, *data)
+    assert plan["chosen"] == "logit-free loss" and plan["budget_bytes"] == fused
+    chosen = {rung["rung"]: rung for rung in plan["rungs"]}["logit-free loss"]
+    assert chosen["peak_bytes"] == fused and chosen["fits"]
+    recipe = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert recipe["sequence_chunk_size"] == 16 and recipe["max_length"] == 16 and not OF_THE_COMMAND & recipe.keys()
+    assert main(["train", str(tmp_path / "plan.yaml")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_the_commands_share_has_one_meaning():
+    """Every setting of train is one of plan, with the same default, so that a plan predicts what train will do."""
+    train, plan = ({action.dest: action.default for action in make()._actions} for make in (train_parser, make_parser))
+    different = {name for name in train if plan.get(name) != train[name]}
+    assert not different
+    assert {"memory_budget", "sequence_length", "out"} <= plan.keys()
+
+
+def test_a_budget_of_training_is_kept(model, tmp_path, capsys):
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--max_length", 16, "--per_device_train_batch_size", 4]
+    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--output_dir", tmp_path / "out"]
+    fused = estimated(capsys, *common, "--sequence_chunk_size", 16)["peak_bytes"]
+    assert main(["train", "--memory_budget", str(fused), *map(str, [*common, *data])]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "chosen: logit-free loss (exact): sequence_chunk_size=16" in said
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_what_would(model, tmp_path, capsys):
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 16, "--per_device_train_batch_size", 1, "--lora_r", 2]
+    said = planned(capsys, tmp_path / "plan.yaml", "--budget", "4KiB", *common, "--allow_approximate", "no", code=2)
+    assert "got 4 KiB, and nothing fits: the least is" in said and "--allow_approximate true" in said
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+def test_budgets_are_bytes(tmp_path, capsys):
+    assert main(["plan", *OF_A_TYPE, "--budget", "much"]) == 2
+    assert "memory_budget: not a number of bytes" in capsys.readouterr().err
+    assert main(["plan", *OF_A_TYPE]) == 2
+    assert "memory_budget: got nothing" in capsys.readouterr().err
+    assert PlanArguments(memory_budget="8GiB").budget_bytes == parse_bytes("8 GiB")
+
+
+def test_a_recipe_may_stand_anywhere():
+    assert forecast.recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
+    assert forecast.recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]

@@ -1,0 +1,129 @@
+"""The contract of estimates: against a real step of MemEfficientTrainer on a CPU never under, and at most 5 % over."""
+
+import random
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig, get_peft_model
+
+from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
+from hf_memtune.memory.estimate import MemoryEstimate
+from hf_memtune.training.blank_model import batch_shapes, blank_model
+from tests.strategies.tiny_models import CONFIGS, VOCABULARY, tiny_model
+from tests.training.runs import arguments, pad_right, trainer_for
+
+TOKENS, ROWS = 48, 2
+STREAMED = {"sequence_chunk_size": 16, "activation_checkpointing": True}
+SEEKING = {"token_seeking": True, "token_ratio": 0.3}
+CASES = {
+    "accumulated": ("llama", {"gradient_accumulation_steps": 3, "bf16": True}),
+    "streamed, LoRA": ("llama", STREAMED | {"lora": True}),
+    "seeking": ("qwen3", SEEKING),
+    "padded, sliding": ("gemma3", {"padded": True}),
+    "8 bits": ("llama", {"optim": "adamw_8bit", "vocab_size": 2000}),
+    "two levels": ("llama", {"checkpoint_levels": 2, "optim": "adafactor"}),
+}
+
+
+def setting(folder, name, lora=False, padded=False, vocab_size=VOCABULARY, num_hidden_layers=3, head=None, **settings):
+    """A model, arguments, and rows for two optimizer steps."""
+    size = {"max_position_embeddings": 64, "vocab_size": vocab_size, "num_hidden_layers": num_hidden_layers}
+    model = tiny_model(name, head, torch.float32, **size)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    fixed = {"optim": "adamw_torch", "per_device_train_batch_size": ROWS, "logging_strategy": "no", "max_grad_norm": 1.0}
+    args = arguments(folder, **{"token_seeking": False, "token_ratio": None, "context_normalize": None} | fixed | settings)
+    count = 2 * ROWS * args.gradient_accumulation_steps
+    lengths = [TOKENS - int(padded and number % 2) for number in range(count)]
+    rows = [{"input_ids": [5 + (n * 7) % 50 for n in range(length)]} for length in lengths]
+    for number, row in enumerate(rows):
+        row["labels"] = number % 2 if head == "sequence_classification" else row["input_ids"]
+    return model, args, rows
+
+
+def measured(model, args, rows):
+    trainer = trainer_for(model, args, rows, data_collator=pad_right)
+    trainer.add_callback(taken := StepAccountCallback(trainer))
+    trainer.train()
+    return taken.account
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_never_under_and_within_five_percent(case, tmp_path):
+    name, settings = CASES[case]
+    model, args, rows = setting(tmp_path, name, **settings)
+    predicted = estimate(model, args, sequence_length=TOKENS, padded=settings.get("padded", False))
+    found = measured(model, args, rows)
+    assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
+    for phase in found.phases:
+        assert phase.peak_bytes <= predicted.account.phase(phase.phase).peak_bytes
+
+
+def test_an_estimate_of_another_run_is_seen_to_be_wrong(tmp_path):
+    model, args, rows = setting(tmp_path, "llama")
+    found = measured(model, args, rows).peak_bytes
+    for wrong in ({"sequence_length": TOKENS // 2}, {"batch_size": 1}):
+        assert estimate(model, args, **{"sequence_length": TOKENS, "padded": False} | wrong).peak_bytes < 0.95 * found
+
+
+def test_encoders_that_classify_rows(tmp_path):
+    model, args, rows = setting(tmp_path, "bert", head="sequence_classification", **SEEKING)
+    predicted = estimate(model, args, sequence_length=TOKENS, padded=False)
+    found = measured(model, args, rows)
+    assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
+
+
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, SEEKING])
+def test_a_few_layers_tell_what_all_would(settings, tmp_path):
+    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=7, **settings)
+    short, whole = (estimate(model, args, sequence_length=TOKENS, evaluation=True, every_layer=every) for every in (False, True))
+    assert short.account.phases == whole.account.phases and short.flops == whole.flops
+    assert short.extrapolated == "7 layers, from traces of 2 and 3" and whole.extrapolated is None
+    assert [phase.phase for phase in short.account.phases][-1] == "evaluation"
+
+
+def test_a_config_is_as_good_as_its_model(tmp_path):
+    model, args, _ = setting(tmp_path, "llama")
+    config = model.config
+    config.dtype = torch.float32
+    of_config, of_model = (estimate(given, args, sequence_length=TOKENS) for given in (config, model))
+    assert of_config.account.phases == of_model.account.phases
+    assert MemoryEstimate.from_dict(of_config.to_dict()) == of_config
+
+
+def test_nothing_is_changed(tmp_path):
+    model, args, _ = setting(tmp_path, "llama", activation_checkpointing=True)
+    states = [dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)]
+    before, drawn, python = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state(), random.getstate()
+    attention = model.config._attn_implementation
+    estimate(model, args, sequence_length=TOKENS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), drawn) and random.getstate() == python
+    assert states == [dict(kind._shared_state) for kind in (PartialState, AcceleratorState, GradientState)]
+    assert model.config._attn_implementation == attention and not model.is_activation_checkpointing
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_depends_on_values_is_refused(tmp_path):
+    model, args, _ = setting(tmp_path, "llama", token_seeking=True, token_gradient="skip")
+    with pytest.raises(ConfigError) as raised:
+        estimate(model, args, batch_size=0)
+    assert [problem.split(":")[0] for problem in raised.value.problems] == ["batch_size", "token_gradient"]
+
+
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
+    model, args, _ = setting(tmp_path, "mixtral")
+    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM: what it computes depends on the values"):
+        estimate(model, args, sequence_length=TOKENS)
+
+
+def test_blank_models_have_the_head_their_config_names():
+    config = CONFIGS["bert"]()
+    config.architectures = ["BertForSequenceClassification"]
+    model = blank_model(config)
+    assert type(model).__name__ == "BertForSequenceClassification" and model.device.type == "meta"
+    assert batch_shapes(model, 2, 8)["labels"] == ((2,), torch.long) and "token_type_ids" in batch_shapes(model, 2, 8)
+    config.architectures = None
+    assert "labels" in batch_shapes(blank_model(CONFIGS["llama"]()), 2, 8)

@@ -1,0 +1,112 @@
+"""The ladder and what is chosen on it, with predictions made up here; and rungs that a model does not have."""
+
+from functools import partial
+
+import pytest
+
+from hf_memtune import ConfigError, MemEfficientTrainingArguments, UnsupportedModelError
+from hf_memtune.memory.account import CATEGORIES, MemoryAccount, PhaseBytes
+from hf_memtune.memory.estimate import MemoryEstimate
+from hf_memtune.training.ladder import Rung, ladder
+from hf_memtune.training.plan import make_plan, refusal
+
+RUNGS = [
+    Rung("as given", "exact", {}),
+    Rung("less", "exact", {"size": 60}),
+    Rung("missing", "exact", {"size": 1}, "it is not installed"),
+    Rung("refused", "exact", {"refused": True}),
+    Rung("another thing", "exact (LoRA)", {"size": 40}),
+    Rung("part", "approximate", {"size": 20}),
+]
+
+
+def predict(changes, bytes_as_given=100):
+    if "refused" in changes:
+        raise UnsupportedModelError("this model cannot")
+    size = changes.get("size", bytes_as_given)
+    account = MemoryAccount((PhaseBytes("backward", dict.fromkeys(CATEGORIES, 0) | {"weights": size}),))
+    return MemoryEstimate(account, {}, flops=2 * (200 - size))
+
+
+@pytest.mark.parametrize("budget, chosen", [(100, "as given"), (99, "less"), (59, "another thing"), (39, "part"), (19, None)])
+def test_the_first_exact_rung_that_fits(budget, chosen):
+    plan = make_plan(RUNGS, predict, budget)
+    assert (plan.chosen and plan.chosen.rung.name) == chosen
+    assert plan.smallest.rung.name == "part" and len(plan.steps) == len(RUNGS)
+
+
+def test_rungs_that_do_not_apply_say_why():
+    reasons = {step.rung.name: step.reason for step in make_plan(RUNGS, predict, 50).steps if step.reason}
+    assert reasons == {"missing": "it is not installed", "refused": "this model cannot"}
+
+
+def test_times_are_relative_to_the_settings_as_given():
+    steps = {step.rung.name: step.relative_time for step in make_plan(RUNGS, predict, 50).steps}
+    assert steps["as given"] == 1 and steps["part"] == 1.8 and steps["refused"] is None
+
+
+def test_stopping_at_the_first_rung_that_fits():
+    assert [step.rung.name for step in make_plan(RUNGS, predict, 60, stop_at_first=True).steps] == ["as given", "less"]
+
+
+def test_what_the_settings_as_given_raise_is_raised():
+    with pytest.raises(UnsupportedModelError):
+        make_plan([Rung("as given", "exact", {"refused": True})], predict, 50)
+
+
+def test_a_refusal_names_the_nearest_thing():
+    plan = make_plan(RUNGS[:3], predict, 10)
+    error = refusal(plan, (64, predict({"size": 9})))
+    assert isinstance(error, ConfigError)
+    for part in ("got 10 B", "the least is 60 B, with less", "shorten rows to 64 tokens, which needs 9 B", "allow_approximate"):
+        assert part in str(error)
+    assert "allow_approximate" not in str(refusal(make_plan(RUNGS, predict, 10), None))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return partial(MemEfficientTrainingArguments, str(tmp_path), use_cpu=True, report_to=[])
+
+
+def test_the_ladder_from_plain_training(arguments):
+    rungs = ladder(arguments(per_device_train_batch_size=4), 2048)
+    assert [rung.name for rung in rungs] == [
+        "as given", "logit-free loss", "activation checkpointing", "streaming, chunks of 512", "streaming, chunks of 128",
+        "micro-batch of 2, accumulated 2 times", "micro-batch of 1, accumulated 4 times", "8-bit optimizer state", "LoRA, rank 16",
+        "QLoRA, weights in 4 bits", "token seeking, ratio 0.5", "token seeking, ratio 0.3", "token seeking, ratio 0.1",
+    ]  # fmt: skip
+    first_approximate = next(number for number, rung in enumerate(rungs) if not rung.is_exact)
+    assert all(not rung.is_exact for rung in rungs[first_approximate:])
+    changes = rungs[-1].changes
+    assert changes["token_seeking"] and changes["load_in_4bit"] and changes["gradient_accumulation_steps"] == 4
+    assert "sequence_chunk_size" not in changes
+    assert {rung.gradient for rung in rungs} == {"exact", "exact (8-bit optimizer)", "exact (LoRA)", "exact (QLoRA)", "approximate"}
+
+
+def test_every_rung_is_settings_that_hold_together(arguments):
+    model = {"lora_r", "load_in_4bit"}
+    for rung in ladder(arguments(per_device_train_batch_size=2), 256):
+        arguments(**{"per_device_train_batch_size": 2} | {name: value for name, value in rung.changes.items() if name not in model})
+
+
+@pytest.mark.parametrize(
+    "given, absent",
+    [
+        ({"token_seeking": True}, ("streaming", "logit-free", "token seeking")),
+        ({"reversible": "centred"}, ("streaming", "logit-free", "activation checkpointing")),
+        ({"sequence_chunk_size": 128}, ("streaming", "logit-free")),
+        ({"activation_checkpointing": True}, ("activation checkpointing",)),
+        ({"optim": "sgd"}, ("8-bit",)),
+        ({"per_device_train_batch_size": 3}, ("micro-batch",)),
+    ],
+)
+def test_what_is_given_is_no_rung(given, absent, arguments):
+    names = [rung.name for rung in ladder(arguments(**given), 1024)]
+    assert not [name for name in names if name.startswith(absent)]
+    assert len(names) > 2
+
+
+def test_adapters_that_are_there_are_no_rung(arguments):
+    names = [rung.name for rung in ladder(arguments(), 64, lora_rank=8, four_bits=True)]
+    assert not [name for name in names if "LoRA" in name]
+    assert not [rung for rung in ladder(arguments(token_seeking=True), 64) if rung.is_exact]
