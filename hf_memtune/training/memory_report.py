@@ -143,7 +143,7 @@ class MemoryReportCallback(TrainerCallback):
         config = getattr(trainer.model, "config", None)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()})
         return {
-            "model": getattr(config, "name_or_path", None) or type(trainer.model).__name__,
+            "model": _without_folders(getattr(config, "name_or_path", None)) or type(trainer.model).__name__,
             "device": str(args.device),
             "weights": ", ".join(dtypes),
             "rows of a micro-batch": args.per_device_train_batch_size,
@@ -151,6 +151,11 @@ class MemoryReportCallback(TrainerCallback):
             "optimizer": optimizer_name(args),
             **{name: version(name) for name in ("torch", "transformers")},
         }
+
+
+def _without_folders(name: str | None) -> str | None:
+    """A name on the hub as it is, of a folder its last part: where it lies on this machine is nobody else's concern."""
+    return Path(name).name if name and Path(name).exists() else name
 
 
 def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:

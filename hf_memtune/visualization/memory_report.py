@@ -25,6 +25,7 @@ _PHASES = {"context_pass": "#56b4e9", "forward": "#009e73", "backward": "#d55e00
 _WIDTH, _LEFT, _RIGHT = 1100, 150, 110
 _STYLE = """
 table.bytes td, table.bytes th { border-bottom: 1px solid var(--line); padding: .3rem .9rem .3rem 0; text-align: right; }
+table.bytes td { white-space: nowrap; } table.bytes th { vertical-align: bottom; }
 table.bytes td:first-child, table.bytes th:first-child { text-align: left; } table.bytes td.left, table.bytes th.left { text-align: left; }
 table.bytes tr.peak td { font-weight: 700; } .scroll { overflow-x: auto; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .5rem 0; font-size: .9rem; } .key i { width: .8rem; height: .8rem;

@@ -89,9 +89,7 @@ def logs(found: Run) -> list[dict]:
 
 
 def same(one: Run, other: Run) -> bool:
-    gradients = all(
-        torch.equal(a[name], b[name]) for a, b in zip(one.gradients, other.gradients, strict=True) for name in a | b
-    )
+    gradients = all(torch.equal(a[name], b[name]) for a, b in zip(one.gradients, other.gradients, strict=True) for name in a | b)
     return same_parameters(one, other) and gradients and logs(one) == logs(other)
 
 
