@@ -193,7 +193,9 @@ class MemEfficientMixin(ReversibleMixin):
         with self._open_step(strategy, inputs) as step:
             turns = Turns(self, step, model, inputs, num_items_in_batch)
             loss = turns.run()
-        self._note(step, turns.count)
+        self._note(step)
+        if self.preflight.watch is not None:
+            self.preflight.watch.saw(step, turns.count)
         self._reported, self._returned = turns.reported, loss.detach()
         return (loss, turns.outputs) if return_outputs else loss
 
@@ -208,11 +210,9 @@ class MemEfficientMixin(ReversibleMixin):
             return strategy.step(inputs, smoothing, whole_logits=own_loss)
         return strategy.step(inputs, smoothing, whole_logits=own_loss, scores=self.strategy_callback.offline_scores(inputs))
 
-    def _note(self, step: ModelStep, turns: int) -> None:
+    def _note(self, step: ModelStep) -> None:
         """Keep what this step selected, and count its tokens for the logs."""
         self._opened = True
-        if self.preflight.watch is not None:
-            self.preflight.watch.saw(step, turns)
         self.memory_callback.count_tokens(**step.token_counts())
         if self.args.token_seeking:
             chosen = step.selection

@@ -58,7 +58,10 @@ def test_a_mean_of_each_process_is_another_gradient(two_processes, one_process):
     assert worst_step(two_processes[0]["own mean"], one_process[0]["own mean"]) > NOTICED
 
 
-@pytest.mark.parametrize("flown, plain", [("accumulated after a preflight", "accumulated"), ("lora after a preflight", "checkpointed")])
+FLOWN = [("accumulated after a preflight", "accumulated"), ("lora after a preflight", "checkpointed"), ("streamed after a preflight", "streamed")]
+
+
+@pytest.mark.parametrize("flown, plain", FLOWN)
 def test_a_preflight_of_two_processes_is_taken_back(two_processes, flown, plain):
     ours, theirs = two_processes[0][flown], two_processes[0][plain]
     assert ours["losses"] == theirs["losses"]

@@ -360,9 +360,9 @@ def test_tokens_that_are_all_kept_are_an_error(tmp_path):
     class All(MemEfficientTrainer):
         """Keeps everything, whatever the ratio says."""
 
-        def _note(self, step, turns):
+        def _note(self, step):
             step.token_counts = lambda: {"seen": 80, "kept": 80}
-            super()._note(step, turns)
+            super()._note(step)
 
     with pytest.raises(ConfigError, match="all 80 tokens were kept with token_ratio=0.35"):
         train(llama(), make_arguments(tmp_path, {}, False), ROWS, cls=All)
