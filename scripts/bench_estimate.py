@@ -43,16 +43,18 @@ CONFIGS = {
     "roberta": lambda vocabulary: tf.RobertaConfig(vocab_size=vocabulary, **_BERT),
     "SmolLM2-135M": lambda vocabulary: tf.LlamaConfig(vocab_size=vocabulary, **_SMOLLM2),
 }
+_SCORED = {"token_scorer": "combined", "select_from": "all", "token_selection": "top", "always_keep": "none"}
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"activation_checkpointing": True},
     "logit-free loss": {"sequence_chunk_size": 4096},
     "streaming 32": {"sequence_chunk_size": 32},
     "streaming 64 + checkpointing": {"sequence_chunk_size": 64, "activation_checkpointing": True},
-    "seeking 0.1": {"token_seeking": True, "token_ratio": 0.1, "activation_checkpointing": True},
-    "seeking 0.5": {"token_seeking": True, "token_ratio": 0.5},
+    "seeking 0.1": {"token_seeking": True, "token_ratio": 0.1, "activation_checkpointing": True} | _SCORED,
+    "seeking 0.5": {"token_seeking": True, "token_ratio": 0.5} | _SCORED,
+    "seeking": {"token_seeking": True},
     "TokenTune 0.3": {"token_seeking": True, "token_ratio": 0.3, "preset": "tokentune"},
-    "seeking 0.3, stream": {"token_seeking": True, "token_ratio": 0.3, "token_gradient": "stream", "sequence_chunk_size": 32},
+    "seeking 0.3, stream": {"token_seeking": True, "token_ratio": 0.3, "token_gradient": "stream", "sequence_chunk_size": 32} | _SCORED,
     "two levels": {"checkpoint_levels": 2},
     "reversible": {"reversible": "meft1", "reversible_numerics": "float"},
 }

@@ -19,7 +19,7 @@ from hf_memtune.cli.plan import PlanArguments, make_parser
 from hf_memtune.errors import MemTuneError
 from hf_memtune.training.ladder import ladder
 
-MODELS, TOKENS, ROWS = ("Llama-3.2-1B", "Llama-3.1-8B"), 2048, 2
+MODELS, TOKENS, ROWS = ("Llama-3.1-8B", "Llama-3.2-1B"), 2048, 2
 
 
 def read(model: str, changes: dict):

@@ -96,6 +96,39 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def fits_table() -> str:
+    """Every rung of `hf-memtune plan`: predicted peak, step time by operations, and what each rung changes about both."""
+    rows = rows_of("ladder.jsonl")
+    models = sorted({row["model"] for row in rows}, reverse=True)
+    heads = [f"{model} | change | operations | change" for model in models]
+    lines = ["| rung | gradient | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (4 * len(models))]
+    for name, gradient in dict.fromkeys((row["rung"], row["gradient"]) for row in rows):
+        cells = [_fits_cells([row for row in rows if row["model"] == model], name) for model in models]
+        lines.append(f"| {name} | {gradient} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _fits_cells(rows: list[dict], name: str) -> str:
+    """GiB, and relative operations, of one rung, each with its change from the settings as given."""
+    found = {row["rung"]: row for row in rows if "peak_bytes" in row}
+    if name not in found:
+        return "- | - | - | -"
+    row, given = found[name], found["as given"]
+    size, operations = row["peak_bytes"] / given["peak_bytes"] - 1, row["flops"] / given["flops"]
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB | {100 * size:+.0f} % | {operations:.2f} x | {100 * (operations - 1):+.0f} %"
+
+
+def contract_table() -> str:
+    """Predicted against measured peaks on the committed grid, by what was varied."""
+    rows = rows_of("estimate.jsonl")
+    lines = ["| method | runs | predicted / measured, least | most | equal to the byte |", "|---|---:|---:|---:|---:|"]
+    for method in [*dict.fromkeys(row["method"] for row in rows), None]:
+        ratios = [row["ratio"] for row in rows if method in (row["method"], None)]
+        equal = sum(ratio == 1 for ratio in ratios)
+        lines.append(f"| {method or '**all**'} | {len(ratios)} | {min(ratios):.4f} | {max(ratios):.4f} | {equal} |")
+    return "\n".join(lines)
+
+
 def conditions_of(rows: list[dict]) -> str:
     """One line on what the rows of a table were measured with; where they differ, every value."""
     if not rows:
@@ -151,6 +184,10 @@ SECTIONS = {
     "memory-lora": lambda: memory_table("lora"),
     "memory-full": lambda: memory_table("full"),
     "memory-conditions": lambda: conditions_of(traced_rows()),
+    "fits": fits_table,
+    "fits-conditions": lambda: conditions_of(rows_of("ladder.jsonl")),
+    "contract": contract_table,
+    "contract-conditions": lambda: conditions_of(rows_of("estimate.jsonl")),
     "speed": speed_table,
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
 }

@@ -17,8 +17,8 @@ class BudgetArguments:
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Most bytes that the tensors of a step may take, such as 8GiB; settings are changed, exact ways first, until the prediction "
-            "fits. Leave room for what a device needs beside tensors. Default: no budget.",
+            "help": "Most bytes that the tensors of a step may take, such as 8GiB; settings are changed, exact ways first, until the "
+            "prediction fits. Leave room for what a device needs beside tensors. Default: no budget.",
             "aliases": ["--budget"],
         },
     )
@@ -51,7 +51,7 @@ def within_budget(arguments: list[str]) -> list[str]:
 
     Raises ConfigError where nothing fits.
     """
-    plan, given = climb(arguments, lambda: forecast.make_parser("train", "", BudgetArguments), BudgetArguments, stop_at_first=True)
+    plan, _ = climb(arguments, lambda: forecast.make_parser("train", "", BudgetArguments), BudgetArguments, stop_at_first=True)
     show(plan)
     return [*arguments, *flags(plan.chosen.rung.changes)]
 

@@ -7,8 +7,8 @@
 import warnings
 from typing import NamedTuple
 
-from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
+from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.errors import ConfigError
 
 OUTPUT_DIR = "./out"

@@ -1,4 +1,4 @@
-"""What the memory of one training step goes to: bytes by category at the peak of every phase. The words that estimate, plan and report share."""
+"""What the memory of one training step goes to: bytes by category at the peak of every phase. Estimates, plans and reports share it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 CATEGORIES = ("weights", "gradients", "optimizer_state", "saved_activations", "stored_kv", "temporaries", "logits", "batch")
-"""weights: parameters and buffers. gradients: `p.grad`. optimizer_state: tensors of `optimizer.state`. batch: the inputs of all micro-batches.
-stored_kv: keys and values that a context pass leaves, and the sums of their gradients. logits: floating, one value a token of the vocabulary,
-and their gradients. saved_activations: made by a forward pass and alive when its backward begins. temporaries: all else, recomputation too.
-A storage that could be two of them is the one that comes first in weights, optimizer_state, gradients, batch, stored_kv, logits,
-saved_activations; and it is that from its first byte to its last."""
+"""weights: parameters and buffers. gradients: `p.grad`. optimizer_state: tensors of `optimizer.state`. batch: inputs of all micro-batches.
+stored_kv: keys and values that a context pass leaves, and the sums of their gradients. logits: floating, one value a token of the
+vocabulary, and their gradients. saved_activations: made by a forward pass and alive when its backward begins. temporaries: all else,
+recomputation too. A storage that could be two of them is the one that comes first in weights, optimizer_state, gradients, batch, stored_kv,
+logits, saved_activations; and it is that from its first byte to its last."""
 
 PHASES = ("context_pass", "forward", "backward", "optimizer", "evaluation")
-"""context_pass: all tokens without gradient, and what is chosen from them. forward: until backward begins, the loss too. backward: until the
-optimizer or another forward begins, clipping of gradients too. optimizer: inside `optimizer.step`. evaluation: a forward pass apart."""
+"""context_pass: all tokens without gradient, and what is chosen from them. forward: until backward begins, the loss too. backward: until
+the optimizer or another forward begins, clipping of gradients too. optimizer: inside `optimizer.step`. evaluation: a forward pass apart."""
 
 
 class LiveTensor(NamedTuple):

@@ -3,8 +3,8 @@
 A step of a model of L equal layers is a number of stretches (a forward pass, a backward pass, the optimizer) that each go through the
 layers once. At a moment of a stretch, with i layers done, the live bytes are a + b i + c L, so that their largest value over i is at the
 first or at the last layers. The moments at the first layers are those of a short model, counted from the beginning of the stretch; those
-at the last ones, counted from its end. Both are found in two short models, one a layer deeper than the other, and what a moment gains from the
-one to the other it gains with every further layer. Of each phase the largest of all these moments is its peak, exactly.
+at the last ones, counted from its end. Both are found in two short models, one a layer deeper than the other, and what a moment gains from
+the one to the other it gains with every further layer. Of each phase the largest of all these moments is its peak, exactly.
 
 Layers need not be equal: a period of them, such as sliding, sliding, full, is taken as one.
 """

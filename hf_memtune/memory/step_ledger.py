@@ -20,6 +20,7 @@ from .flops import flops_of
 from .ledger import Trackable, tensors_of
 from .live import LiveBytes
 from .log import Log, account_of
+from .residents import Resident, gradients, optimizer_state, residents, vocabulary_of
 
 # What a storage is when it could be several of these; see CATEGORIES.
 _RANK = {
@@ -63,7 +64,7 @@ class StepLedger(LiveBytes):
     ) -> None:
         super().__init__()
         self.model, self.optimizer, self.batch, self.names = model, optimizer, batch, names
-        self._vocab_size = vocab_size or _vocab_size(model)
+        self._vocab_size = vocab_size or vocabulary_of(model)
         self.log, self.flops = Log(), 0
         self._phase: str | None = None  # None: before the step, when what is there already is counted
         self._by_hand = False
@@ -89,7 +90,7 @@ class StepLedger(LiveBytes):
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
         self._undo.close()
-        self._mark_residents()
+        self._mark_all(residents(self.model, self.optimizer, self.batch))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -148,11 +149,11 @@ class StepLedger(LiveBytes):
         self.log.turn(phase)
 
     def _before_optimizer(self) -> None:
-        self._mark_gradients()
+        self._mark_all(gradients(self.model))
         self._turn_to("optimizer")
 
     def _after_optimizer(self) -> None:
-        self._mark_optimizer_state()
+        self._mark_all(optimizer_state(self.model, self.optimizer))
         self._turn_to("backward")  # what comes after it, to the end of the step: nothing is made there
 
     def _watch_step(self, running: Any) -> None:
@@ -180,31 +181,13 @@ class StepLedger(LiveBytes):
                 record.category, record.where = category, name or record.where
 
     def _count_residents(self) -> None:
-        for parameter in self.model.parameters():
-            self._count(parameter)
-            if parameter.grad is not None:
-                self._count(parameter.grad)
-        self.track([*self.model.buffers(), *_quantisation_of(self.model), *_state_of(self.optimizer).values()])
-        self.track(self.batch)
-        self._mark_residents()
+        for _, _, tensor in residents(self.model, self.optimizer, self.batch):
+            self._count(tensor)
+        self._mark_all(residents(self.model, self.optimizer, self.batch))
 
-    def _mark_residents(self) -> None:
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            self.mark("weights", tensor, name)
-        self.mark("weights", _quantisation_of(self.model))
-        self.mark("batch", self.batch)
-        self._mark_gradients()
-        self._mark_optimizer_state()
-
-    def _mark_gradients(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                self.mark("gradients", parameter.grad, name)
-
-    def _mark_optimizer_state(self) -> None:
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for (parameter, key), tensor in _state_of(self.optimizer).items():
-            self.mark("optimizer_state", tensor, f"{names.get(id(parameter), 'parameter')}: {key}")
+    def _mark_all(self, found: Iterable[Resident]) -> None:
+        for category, name, tensor in found:
+            self.mark(category, tensor, name)
 
     def _mark_stored(self) -> None:
         for stored in self._stored:
@@ -247,32 +230,3 @@ class StepLedger(LiveBytes):
 
 def _of_forward(record: Any) -> bool:
     return record.category == "temporaries" and record.phase == "forward"
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "vocab_size", None)
-
-
-def _state_of(optimizer: torch.optim.Optimizer | None) -> dict[tuple[Any, str], Tensor]:
-    if optimizer is None:
-        return {}
-    return {
-        (parameter, key): value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _quantisation_of(model: nn.Module) -> list[Tensor]:
-    """Scales and codes beside 4-bit weights, which are neither parameters nor buffers."""
-    found, pending = [], [getattr(p, "quant_state", None) for p in model.parameters()]
-    while pending:
-        for value in vars(state).values() if (state := pending.pop()) is not None else ():
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif type(value) is type(state):
-                pending.append(value)
-    return found

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_memtune.config import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.offload import HostMemory
+from hf_memtune.memory.fake import sdpa_without_padding, use_sdpa
 from hf_memtune.memory.live import Entry, LiveBytes
 from hf_memtune.strategies.installed import InstalledStrategy
 from hf_memtune.strategies.streaming import Streaming
@@ -66,12 +66,12 @@ def trace_causal_lm_step(
     Attention is torch's SDPA, without a mask where the model's own code would need none.
     """
     model = _meta_model(config, dtype, lora_rank, checkpointing)
-    with FakeTensorMode(), _maskless_sdpa() as attention:
+    with FakeTensorMode(), sdpa_without_padding() as attention:
         _materialise(model, dtype, torch.device("cpu"))
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         installed = _install(model, strategy, check=False)
         if installed is None:
-            _set_attention(model, attention)
+            use_sdpa(model, attention)
         step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
         weight_bytes, trained = _weights(model)
         with _removing(installed), LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
@@ -211,24 +211,3 @@ def _gradients_apart(parameters: list[nn.Parameter], live: LiveBytes) -> Iterato
             hook = parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
             stack.callback(hook.remove)
         yield
-
-
-@contextmanager
-def _maskless_sdpa() -> Iterator[str]:
-    """SDPA under a name for which transformers makes no mask.
-
-    Whether a mask is needed is decided by the values of positions, which traced tensors lack; transformers then makes one, and
-    with it copies of keys and values, that a real run on unpadded rows does not have.
-    """
-    name = "hf_memtune-traced-sdpa"
-    AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
-    try:
-        yield name
-    finally:
-        AttentionInterface._global_mapping.pop(name, None)
-
-
-def _set_attention(model: nn.Module, name: str) -> None:
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
-            module.config._attn_implementation_internal = name

@@ -1,4 +1,4 @@
-"""A second trainer in one process, which leaves the first as it was: accelerate's state, and that of all random numbers, are of the process."""
+"""A second trainer in one process, which leaves the first as it was: accelerate's state and all random numbers are of the process."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
     if args.kv_offload:
-        found.append("kv_offload: got True; what is moved to host memory is not predicted. Estimate without it, which needs at least as much.")
+        found.append("kv_offload: got True; what is moved to the host is not predicted. Estimate without it, which needs at least as much.")
     if args.world_size > 1:
         found.append(f"{args.world_size} processes: expected one. Estimate in a process of its own; each of several needs what one needs.")
     return found

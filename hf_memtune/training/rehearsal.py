@@ -1,6 +1,7 @@
 """One step of training on tensors without values: the trainer itself runs, so what is predicted is what will happen.
 
-Nothing of the loop is written again here. `Rehearsal` is a MemEfficientTrainer that is given fake batches, and leaves when the step is over.
+Nothing of the loop is written again here: `Rehearsal` is a MemEfficientTrainer that is given fake batches and leaves when the step is
+over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.memory.fake import fake_copy, shorten, sdpa_without_padding, use_sdpa
+from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, shorten, use_sdpa
 from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
@@ -28,7 +29,6 @@ from hf_memtune.training.apart import apart
 from hf_memtune.training.blank_model import Shapes
 from hf_memtune.training.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
-
 
 MICRO_BATCHES = 2  # that are run: from the second on, each finds what the one before it found
 
@@ -149,7 +149,8 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
 
     Raises UnsupportedModelError for a model, or settings, that look at values to decide what to compute.
     """
-    with apart(), tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True), sdpa_without_padding() as attention:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with apart(), tempfile.TemporaryDirectory() as folder, fake, sdpa_without_padding() as attention:
         copied = fake_copy(model)
         if not scene.padded:
             use_sdpa(copied, attention)

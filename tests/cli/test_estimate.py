@@ -10,7 +10,7 @@ from hf_memtune.cli import forecast, main
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
-from tests.cli.conftest import write_rows
+from tests.cli.conftest import ROOT, write_rows
 
 SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2"
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
@@ -73,13 +73,12 @@ def planned(capsys, out, *arguments, code=0):
 
 def test_a_plan_is_a_recipe_that_trains(model, tmp_path, capsys):
     """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
-    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no", "--output_dir", tmp_path / "out"]
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16, "--allow_approximate", "no"]
-    as_given, fused = (
-        estimated(capsys, *common[:-2], *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16])
-    )
+    data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no"]
+    data += ["--output_dir", tmp_path / "out"]
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16]
+    as_given, fused = (estimated(capsys, *common, *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16]))
     assert fused < as_given
-    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, *common, *data)
+    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, "--allow_approximate", "no", *common, *data)
     assert plan["chosen"] == "logit-free loss" and plan["budget_bytes"] == fused
     chosen = {rung["rung"]: rung for rung in plan["rungs"]}["logit-free loss"]
     assert chosen["peak_bytes"] == fused and chosen["fits"]
@@ -108,7 +107,8 @@ def test_a_budget_of_training_is_kept(model, tmp_path, capsys):
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would(model, tmp_path, capsys):
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 16, "--per_device_train_batch_size", 1, "--lora_r", 2]
+    common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 8, "--per_device_train_batch_size", 1]
+    common += ["--lora_r", 2, "--load_in_4bit", "--activation_checkpointing"]
     said = planned(capsys, tmp_path / "plan.yaml", "--budget", "4KiB", *common, "--allow_approximate", "no", code=2)
     assert "got 4 KiB, and nothing fits: the least is" in said and "--allow_approximate true" in said
     assert not (tmp_path / "plan.yaml").exists()
@@ -125,3 +125,14 @@ def test_budgets_are_bytes(tmp_path, capsys):
 def test_a_recipe_may_stand_anywhere():
     assert forecast.recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
     assert forecast.recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
+
+
+def test_the_commands_of_the_readme_are_commands():
+    """Their settings are read, without running them; the model is one that is known without files."""
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("hf-memtune estimate", "hf-memtune plan"))]
+    assert len(lines) == 2
+    for line in lines:
+        _, command, *arguments = line.split()
+        more = PlanArguments if command == "plan" else None
+        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, "", more), more)
+        assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"

@@ -71,7 +71,7 @@ def arguments(tmp_path):
 def test_the_ladder_from_plain_training(arguments):
     rungs = ladder(arguments(per_device_train_batch_size=4), 2048)
     assert [rung.name for rung in rungs] == [
-        "as given", "logit-free loss", "activation checkpointing", "streaming, chunks of 512", "streaming, chunks of 128",
+        "as given", "logit-free loss", "activation checkpointing", "streaming, chunks of 512",
         "micro-batch of 2, accumulated 2 times", "micro-batch of 1, accumulated 4 times", "8-bit optimizer state", "LoRA, rank 16",
         "QLoRA, weights in 4 bits", "token seeking, ratio 0.5", "token seeking, ratio 0.3", "token seeking, ratio 0.1",
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_every_rung_is_settings_that_hold_together(arguments):
     [
         ({"token_seeking": True}, ("streaming", "logit-free", "token seeking")),
         ({"reversible": "centred"}, ("streaming", "logit-free", "activation checkpointing")),
-        ({"sequence_chunk_size": 128}, ("streaming", "logit-free")),
+        ({"sequence_chunk_size": 64}, ("streaming", "logit-free")),
         ({"activation_checkpointing": True}, ("activation checkpointing",)),
         ({"optim": "sgd"}, ("8-bit",)),
         ({"per_device_train_batch_size": 3}, ("micro-batch",)),
