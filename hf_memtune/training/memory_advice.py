@@ -10,7 +10,10 @@ _SMALL_STATES = ("8bit", "4bit", "adafactor", "sgd", "galore", "apollo", "lomo",
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device (or the host) has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    is_text = bool(error.args) and isinstance(error.args[0], str)  # some of torch's errors carry an operator, in which nothing can be looked up
+    return is_text and should_reduce_batch_size(error)
 
 
 def advice(trainer: Any, rows: int) -> list[str]:
