@@ -12,7 +12,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device (or the host) has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    is_text = bool(error.args) and isinstance(error.args[0], str)  # some of torch's errors carry an operator, in which nothing can be looked up
+    # some of torch's errors carry an operator, in which accelerate would look for its phrases
+    is_text = bool(error.args) and isinstance(error.args[0], str)
     return is_text and should_reduce_batch_size(error)
 
 
