@@ -106,10 +106,10 @@ class HalvingSteps:
     def _halve(self, inputs: dict[str, Any], failure: str) -> None:
         rows, args = row_count(inputs), self.trainer.args
         at_most = min(rows or 1, self.rows_at_most or rows or 1)
-        why = why_not_cut(inputs) if at_most > 1 else "one row at a time is the least there is"
+        why = "one row at a time is the least there is" if at_most == 1 < (rows or 1) else why_not_cut(inputs)
         if args.world_size > 1:
             why = "the other processes wait for its gradient, so it cannot run again alone"
-        elif why is None and leaves_out_answers(inputs) and not self.trainer.args.token_seeking:
+        elif why is None and leaves_out_answers(inputs):
             why = "some of its answers lie outside their rows, so that the means of two halves are not the mean of the whole"
         if why is not None:
             remedies = "; ".join(advice(self.trainer, at_most))

@@ -217,8 +217,24 @@ def test_a_packed_row_is_not_cut(tmp_path):
         positions = [n for row in rows for n in range(len(row["input_ids"]))]
         return {name: torch.tensor([values]) for name, values in (("input_ids", ids), ("labels", ids), ("position_ids", positions))}
 
-    with pytest.raises(MemTuneError, match="no memory for a micro-batch of 1 rows"):
+    with pytest.raises(MemTuneError, match="no memory for a micro-batch of 1 rows .*: it has one row"):
         train(small(exact_model(n_positions=256), 0), arguments(tmp_path, **PLAIN), ROWS, data_collator=pack)
+
+
+def test_answers_outside_of_their_rows_are_not_cut(tmp_path):
+    """Question answering leaves them out of its means, of starts and of ends each for itself."""
+
+    def rows(outside):
+        ends = [{"start_positions": 1, "end_positions": 99 if outside and n == 3 else 2} for n in range(24)]
+        return [{"input_ids": row["input_ids"]} | end for row, end in zip(ROWS, ends)]
+
+    def model():
+        return tiny_model("bert", "question_answering", num_labels=2)
+
+    whole, halved = (train(each, arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(False)) for each in (model(), small(model(), 4)))
+    assert worst_step(halved, whole) <= EXACT
+    with pytest.raises(MemTuneError, match="answers lie outside their rows"):
+        train(small(model(), 4), arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(True))
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
