@@ -44,6 +44,8 @@ _EXPORTS = {
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
     "MemoryCallback": "training.callbacks",
+    "MemoryReport": "training.memory_report",
+    "PreflightReport": "training.preflight_report",
     "StreamingCallback": "training.callbacks",
     "TokenMapCallback": "training.callbacks",
     "TokenSeekingCallback": "training.callbacks",

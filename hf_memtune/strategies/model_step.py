@@ -131,6 +131,17 @@ class ModelStep:
             return torch.ones((), dtype=torch.long)
         return self.kept_labels.clamp_min(1)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of the decoder, padding included."""
+        return _row_length(self.architecture, self.inputs)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row of the decoder that may be kept. Known after the first call."""
+        rows = self._call.rows["decoder"]
+        return rows.length if rows.scored is None else int(rows.scored.sum(1).amax())
+
     def shiftable_labels(self) -> Tensor:
         """Labels for a loss function that shifts them itself: (B, S + 1), to go with the S + 1 logits of `whole_logits`."""
         if self.architecture.task is not Task.CAUSAL_LM:
@@ -170,7 +181,7 @@ class ModelStep:
         chunk = self.config.stream_chunk_size
         if chunk is None:
             return 1
-        return chunk_count(_row_length(self.architecture, self.inputs), chunk) + int(not self.architecture.task.loss_per_token)
+        return chunk_count(self.row_length, chunk) + int(not self.architecture.task.loss_per_token)
 
     def _has_turns_to_come(self) -> bool:
         if self.stream is None or self.stream.is_done:

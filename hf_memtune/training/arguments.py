@@ -9,6 +9,7 @@ from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
+from hf_memtune.training.preflight_arguments import PreflightArguments
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {
@@ -33,7 +34,7 @@ _UNSUPPORTED_BY_LAYERS = {
 
 
 @dataclass
-class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, CheckpointConfig):
+class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, PreflightArguments, CheckpointConfig):
     """The fields of hf_memtune, to add to any TrainingArguments: `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`.
 
     Raises ConfigError with every problem at once, before anything is loaded.
@@ -67,7 +68,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Checkpoin
     def __post_init__(self):
         self._fill()
         found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
-        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers()]
+        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers(), *self.unsupported_by_preflight()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")

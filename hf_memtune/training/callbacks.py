@@ -103,13 +103,13 @@ class MemoryCallback(TrainerCallback):
     """Measures memory and time of training, for the logs.
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
-    `trace_steps` (storages that are older than the step, such as weights, are not in it). resident_bytes: the process.
+    `trace_steps` but those `left_out` (storages that are older than the step, such as weights, are not in it). resident_bytes: the process.
     step_seconds: mean of an optimizer step. tokens_seen, tokens_kept, tokens_learned, the kept ones that carry a label (where
     the loss is one of tokens), and tokens_recomputed, those that ran with gradient in a stream: since the last log, of this process.
     """
 
     def __init__(self, trace_steps: int = 50):
-        self.trace_steps = trace_steps
+        self.trace_steps, self.left_out = trace_steps, set()
         self._tracer: LiveBytes | None = None
         self._traced_bytes: int | None = None
         self._began = 0.0
@@ -134,6 +134,8 @@ class MemoryCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
         on_device = args.device.type not in ("cpu", "mps")
+        if state.global_step in self.left_out:
+            return
         if not on_device and self.trace_steps and state.global_step % self.trace_steps == min(1, self.trace_steps - 1):
             self._tracer = LiveBytes()
             self._tracer.__enter__()

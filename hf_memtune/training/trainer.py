@@ -16,7 +16,10 @@ from hf_memtune.strategies.model_step import ModelStep
 from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.training.callbacks import MemoryCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.guard import FullLossGuard, first_batches, full_loss, rows_of
+from hf_memtune.training.memory_report import MemoryReportCallback
 from hf_memtune.training.normalizer import RunningMean
+from hf_memtune.training.out_of_memory import HalvingSteps
+from hf_memtune.training.preflight import Preflight
 from hf_memtune.training.reversible_trainer import ReversibleMixin
 from hf_memtune.training.turns import Turns
 
@@ -57,6 +60,9 @@ class MemEfficientMixin(ReversibleMixin):
         self._last_inputs: dict[str, Any] | None = None
         if self.args.switch:
             self._prepare_strategy(token_scorer)
+        self.halving, self.preflight = HalvingSteps(self), Preflight(self)
+        self.report_callback = MemoryReportCallback(self)
+        self.add_callback(self.report_callback)
 
     def _problems(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
@@ -136,22 +142,33 @@ class MemEfficientMixin(ReversibleMixin):
         self._require_same_layers()
         if (wanted := self._strategy_config()) != (had := getattr(self.strategy_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
+        self.preflight.begin_training()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails
+            self.report_callback.close()
             self.memory_callback.close()
             self._remove_checkpointing()
             if self.strategy_callback is not None:
                 self.strategy_callback.remove()
+        self.report_callback.write()
+        return result
 
     def get_batch_samples(self, *args, **kwargs):
         self.running_mean.restart()
         batches, count = super().get_batch_samples(*args, **kwargs)
+        self.preflight.before_step(batches)
+        self.halving.begin()
         self.batches_of_step = batches  # a reference to the loop's own list: nothing lives longer for it than until the next step
         self._verify_layers(batches)  # here, and not in the step, whose memory is measured
         return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        with self.preflight.first_step():
+            return self.halving.run(self._step_at_once, model, inputs, num_items_in_batch)
+
+    def _step_at_once(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch) -> Tensor:
+        """Forward and backward of all rows."""
         self._in_step, self._opened, self._reported, self._returned = True, False, None, None
         if self._guard is not None and self.eval_dataset is None:
             self._last_inputs = inputs
@@ -170,19 +187,21 @@ class MemEfficientMixin(ReversibleMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         strategy = self.strategy_callback.strategy if self.strategy_callback is not None and self._in_step else None
         if strategy is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.halving.shared(super().compute_loss(model, inputs, return_outputs, num_items_in_batch))
         if strategy.architecture.task.loss_per_token and inputs.get("labels") is None:
             raise MemTuneError(f"the batch has no labels, so there is nothing to learn from it. Its columns: {', '.join(inputs)}.")
         with self._open_step(strategy, inputs) as step:
             turns = Turns(self, step, model, inputs, num_items_in_batch)
             loss = turns.run()
         self._note(step)
+        if self.preflight.watch is not None:
+            self.preflight.watch.saw(step, turns.count)
         self._reported, self._returned = turns.reported, loss.detach()
         return (loss, turns.outputs) if return_outputs else loss
 
     def plain_loss(self, model, inputs, num_items_in_batch):
         """Loss and outputs as Trainer itself computes them."""
-        return super().compute_loss(model, inputs, True, num_items_in_batch)
+        return self.halving.shared(super().compute_loss(model, inputs, True, num_items_in_batch))
 
     def _open_step(self, strategy, inputs: dict[str, Any]):
         own_loss = self.compute_loss_func is not None

@@ -16,26 +16,29 @@ from hf_memtune.strategies.model_step import ModelStep
 
 
 class Turns:
-    """One micro-batch on its way through `trainer`. `reported` is its part of the logged loss, where that is not the loss itself."""
+    """One micro-batch on its way through `trainer`.
+
+    count: calls of the model so far. reported: its part of the logged loss, where that is not the loss itself.
+    """
 
     def __init__(self, trainer: Any, step: ModelStep, model, inputs: dict[str, Any], num_items_in_batch):
         self.trainer, self.step, self.model, self.inputs = trainer, step, model, inputs
         self.num_items_in_batch = num_items_in_batch
-        self.outputs = None
+        self.outputs, self.count = None, 0
         self.reported: Tensor | None = None
         self._divisor: Tensor | None = None
 
     def run(self) -> Tensor:
         """Every turn; all but the last have gone backward when this returns. The loss of the step, whose backward is the last turn's."""
-        before, turns = 0.0, 0
+        before = 0.0
         for is_last in self.step.turns():
-            turns += 1
+            self.count += 1
             with nullcontext() if is_last else self.trainer.accelerator.no_sync(self.model):
-                loss = self._turn_loss(is_first=turns == 1)
+                loss = self._turn_loss(is_first=self.count == 1)
                 if not is_last:
                     self.trainer.accelerator.backward(loss)
                     before = before + loss.detach()
-        if turns > 1:  # by nothing that holds the step: the loss of a frozen head is kept by the step, and would keep itself alive
+        if self.count > 1:  # by nothing that holds the step: the loss of a frozen head is kept by the step, and would keep itself alive
             loss.register_hook(partial(_check_scale, self.trainer))
         return before + loss
 

@@ -3,6 +3,7 @@
 * :class:`TokenMap`: one training instance, its token scores and the tokens that were kept.
 * :func:`write_token_map_html`, :func:`write_token_map_png`: show token maps to a reader.
 * :func:`write_comparison_html`, :func:`comparison_table`: methods side by side.
+* :func:`write_memory_report_html`: where the memory of a training step went.
 
 All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]``) is needed by
 :func:`write_token_map_png` and :func:`write_comparison_html` and imported only when they run.
@@ -10,12 +11,14 @@ All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]`
 
 from hf_memtune.visualization.comparison import comparison_table, write_comparison_html
 from hf_memtune.visualization.html import write_token_map_html
+from hf_memtune.visualization.memory_report import write_memory_report_html
 from hf_memtune.visualization.token_map import TokenMap, write_token_map_png
 
 __all__ = [
     "TokenMap",
     "comparison_table",
     "write_comparison_html",
+    "write_memory_report_html",
     "write_token_map_html",
     "write_token_map_png",
 ]

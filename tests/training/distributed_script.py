@@ -39,9 +39,15 @@ def deep_model():
     return tiny_model("llama", dtype=torch.float64, num_hidden_layers=4)
 
 
+STREAMED = {"token_seeking": False, "sequence_chunk_size": 4}
+FLOWN = {"memory_preflight": True, "memory_report": False}
 CASES = {
     "whole": (exact_model, 1, {}),
     "accumulated": (exact_model, 2, {}),
+    "streamed": (exact_model, 2, STREAMED),
+    "streamed after a preflight": (exact_model, 2, STREAMED | FLOWN),
+    "accumulated after a preflight": (exact_model, 2, FLOWN),
+    "lora after a preflight": (lora_model, 2, FLOWN | {"activation_checkpointing": True}),
     "own mean": (exact_model, 2, {"average_tokens_across_devices": False}),
     "lora": (lora_model, 2, {}),
     "checkpointed": (lora_model, 2, {"activation_checkpointing": True}),

@@ -44,6 +44,7 @@ class TwinTrainer(MemEfficientTrainer):
     """The same coupled network under plain autograd."""
 
     def training_step(self, *args, **kwargs):
+        self.preflight.looks = False  # that nothing runs again in backward is an error otherwise
         with twin(self.reversible):
             return super().training_step(*args, **kwargs)
 

@@ -114,3 +114,13 @@ def test_reversible_layers_under_sft(tmp_path, tokenizer):
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
     with pytest.raises(ConfigError, match="gradient_checkpointing.*set it to False"):
         Arguments(str(tmp_path), reversible="centred", report_to=[], bf16=False)
+
+
+@pytest.mark.parametrize("settings", [{"token_seeking": False, "token_ratio": None, "context_normalize": None}, {}], ids=["plain", "seeking"])
+def test_a_preflight_leaves_the_counters_of_sft_as_they_were(tmp_path, tokenizer, settings):
+    """Tokens seen, entropy and accuracy are summed on the trainer between two logs."""
+    flights = {"memory_report": False, "max_steps": 2, **settings}
+    runs = [sft(tmp_path, tokenizer, memory_preflight=flies, **flights) for flies in (True, False)]
+    names = {"loss", "num_tokens", "entropy", "mean_token_accuracy"}
+    counted = [[{k: e[k] for k in e.keys() & names} for e in run.trainer.state.log_history] for run in runs]
+    assert runs[0].trainer.preflight.report is not None and counted[0] == counted[1] and counted[0][0]

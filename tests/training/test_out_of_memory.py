@@ -1,0 +1,264 @@
+"""A micro-batch that does not fit is halved: the same gradient, the same global batch, the same rows, and training goes on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_memtune import MemTuneError
+from hf_memtune.training import out_of_memory
+from hf_memtune.training.batch_parts import parts_of, row_count, shares, why_not_cut
+from tests.strategies.tiny_models import tiny_model
+from tests.tolerances import NOTICED, RELATIVE
+from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
+
+EXACT = RELATIVE[torch.float64]
+ROWS = text_rows(24)
+PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None}
+SEQUENTIAL = {"train_sampling_strategy": "sequential"}
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB\nof statistics, many lines"
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+    """Collecting the garbage of the whole test session takes longer than the runs."""
+    monkeypatch.setattr(out_of_memory, "clear_device_cache", lambda garbage_collection: None)
+
+
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        raise torch.OutOfMemoryError(MESSAGE)
+
+
+def small(model, most: int, where: str = "forward"):
+    """The model with memory for `most` rows in training: more fail before the first layer, or when backward has come to it.
+
+    By then the layers after it have their gradients.
+    """
+
+    def fail(module, inputs, output):
+        rows = output.shape[0]
+        if rows <= most or not torch.is_grad_enabled():
+            return output
+        if where == "forward":
+            raise torch.OutOfMemoryError(MESSAGE)
+        return _FailsInBackward.apply(output)
+
+    layers = [m for name, m in model.named_modules() if name.endswith(("layers.0.mlp", "h.0.mlp", "layer.0.intermediate"))]
+    layers[0].register_forward_hook(fail)
+    return model
+
+
+def classifier_rows(kind: str) -> list[dict]:
+    labels = {"regression": lambda n: n / 7, "classes": lambda n: n % 3}[kind]
+    return [{"input_ids": row["input_ids"], "labels": labels(n)} for n, row in enumerate(ROWS)]
+
+
+def classifier(**overrides):
+    return tiny_model("bert", "sequence_classification", **overrides)
+
+
+def regression():
+    return classifier(num_labels=1)
+
+
+def masked_lm():
+    return tiny_model("bert", "masked_lm")
+
+
+CASES = {
+    "plain": (exact_model, PLAIN, ROWS),
+    "label smoothing": (exact_model, PLAIN | {"label_smoothing_factor": 0.1}, ROWS),
+    "accumulation": (exact_model, PLAIN | {"gradient_accumulation_steps": 2}, ROWS),
+    "means of micro-batches": (exact_model, PLAIN | {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False}, ROWS),
+    "checkpointing": (exact_model, PLAIN | {"gradient_checkpointing": True}, ROWS),
+    "streaming": (exact_model, PLAIN | {"sequence_chunk_size": 4, "gradient_accumulation_steps": 2}, ROWS),
+    "seeking": (exact_model, {"gradient_accumulation_steps": 2}, ROWS),
+    "seeking in a stream": (exact_model, {"token_gradient": "stream", "sequence_chunk_size": 4}, ROWS),
+    "masked": (masked_lm, PLAIN, ROWS),
+    "classes": (classifier, PLAIN, classifier_rows("classes")),
+    "seeking classes": (classifier, {"gradient_accumulation_steps": 2}, classifier_rows("classes")),
+    "regression": (regression, PLAIN, classifier_rows("regression")),
+}
+
+
+def run(folder, case, most=None, where="forward", **settings) -> Run:
+    make, fixed, rows = CASES[case]
+    model = make() if most is None else small(make(), most, where)
+    return train(model, arguments(folder, **SEQUENTIAL, **(fixed | settings)), rows)
+
+
+# -- the same gradient -------------------------------------------------------------------------------------------------
+
+
+BACKWARD = ("accumulation", "streaming", "seeking", "regression")
+
+
+@pytest.mark.parametrize("case, where", [*((case, "forward") for case in CASES), *((case, "backward") for case in BACKWARD)])
+def test_halves_learn_what_the_whole_learns(tmp_path, case, where):
+    """Of 8 rows, 3 fit: 4 are tried, and then 2 run at a time."""
+    whole, halved = run(tmp_path, case), run(tmp_path, case, 3, where)
+    assert worst_step(halved, whole) <= EXACT
+    assert halved.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert halved.trainer.halving.rows_at_most == 2 and halved.trainer.state.global_step == 2
+
+
+def test_a_mean_of_halves_without_their_shares_is_noticed(tmp_path, monkeypatch):
+    """Sibling: halves of different numbers of labels are not worth the same."""
+    monkeypatch.setattr(out_of_memory, "shares", lambda inputs, parts, shifted: [1 / len(parts)] * len(parts))
+    uneven = {"per_device_train_batch_size": 7}
+    assert worst_step(run(tmp_path, "regression", 3, **uneven), run(tmp_path, "regression", **uneven)) > NOTICED
+
+
+def test_a_gradient_that_a_failed_backward_left_is_noticed(tmp_path, monkeypatch):
+    """Sibling: what the failed backward has added already stays, unless it is thrown away."""
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self, set_to_none=True: None)
+    expected = run(tmp_path, "plain", max_steps=1)
+    assert worst_step(run(tmp_path, "plain", 3, "backward", max_steps=1), expected) > NOTICED
+    monkeypatch.undo()
+    assert worst_step(run(tmp_path, "plain", 3, "backward", max_steps=1), expected) <= EXACT
+
+
+def test_a_later_micro_batch_that_fails_redoes_the_earlier_ones(tmp_path):
+    """The third micro-batch of four is the first that is too long, in backward: the gradients of two are there already."""
+
+    def fails_once(model):
+        calls = []
+
+        def hook(module, inputs, output):
+            calls.append(len(output))
+            return _FailsInBackward.apply(output) if len(calls) == 3 else output
+
+        model.transformer.h[0].mlp.register_forward_hook(hook)
+        return model
+
+    settings = PLAIN | {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "max_steps": 1}
+    whole = train(exact_model(), arguments(tmp_path, **SEQUENTIAL, **settings), ROWS)
+    found = train(fails_once(exact_model()), arguments(tmp_path, **SEQUENTIAL, **settings), ROWS)
+    assert worst_step(found, whole) <= EXACT and found.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert found.trainer.halving.rows_at_most == 1
+
+
+def test_micro_batches_that_run_again_draw_what_they_drew(tmp_path):
+    """The first of two runs again whole and from where the generators were; the second, which failed once, has masks of its own."""
+    model, drawn = exact_model(resid_pdrop=0.2), []
+
+    def hook(module, inputs, output):
+        if torch.is_grad_enabled():  # whether the loss of a half adds up is looked at without
+            drawn.append(output.detach().clone())
+        if [len(values) for values in drawn] == [4, 4]:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    model.transformer.h[0].mlp.register_forward_hook(hook)
+    sizes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 1}
+    train(model, arguments(tmp_path, **SEQUENTIAL, **(PLAIN | sizes)), ROWS[:8])
+    assert [len(values) for values in drawn] == [4, 4, 4, 2, 2]
+    assert torch.equal(drawn[2], drawn[0]) and not torch.equal(torch.cat(drawn[3:5]), drawn[1])
+
+
+def test_token_counts_of_the_logs_count_no_token_twice(tmp_path):
+    counts = [
+        [(e["tokens_seen"], e["tokens_kept"]) for e in found.trainer.state.log_history if "tokens_seen" in e]
+        for found in (run(tmp_path, "seeking"), run(tmp_path, "seeking", 3, "backward"))
+    ]
+    assert counts[0] == counts[1]
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_says_so_and_remembers(tmp_path, caplog):
+    found = run(tmp_path, "plain", 4, max_steps=3)
+    warnings = [record.message for record in caplog.records if "no memory for" in record.message]
+    assert len(warnings) == 1 and "no memory for 8 rows at step 0" in warnings[0] and "4 at a time" in warnings[0]
+    assert found.trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("settings", [{"auto_find_batch_size": True}, {"optim": "lomo"}], ids=["auto_find_batch_size", "lomo"])
+def test_it_stands_aside(tmp_path, settings):
+    """Where transformers begins again with a smaller batch, and where backward changes weights."""
+    assert not trainer_for(llama(), arguments(tmp_path, **PLAIN, **settings), ROWS).halving.is_on
+    assert trainer_for(llama(), arguments(tmp_path, **PLAIN), ROWS).halving.is_on
+
+
+def test_one_row_that_does_not_fit_is_told_with_advice(tmp_path):
+    with pytest.raises(MemTuneError, match="one row at a time is the least") as caught:
+        run(tmp_path, "plain", 0)
+    assert "gradient_checkpointing=True" in str(caught.value) and "statistics" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["something else", torch.ops.aten.nonzero.default], ids=["text", "operator"])
+def test_other_errors_pass(tmp_path, argument):
+    def fail(*args):
+        raise RuntimeError(argument)
+
+    model = llama()
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="something else|nonzero"):
+        train(model, arguments(tmp_path, **PLAIN), ROWS)
+
+
+def test_a_loss_that_cannot_be_added_up_is_refused(tmp_path):
+    def odd(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.float().square().mean() * num_items_in_batch**0.5
+
+    trainer = trainer_for(small(exact_model(), 4), arguments(tmp_path, **PLAIN), ROWS, compute_loss_func=odd)
+    with pytest.raises(MemTuneError, match="neither a mean over it nor a sum"):
+        trainer.train()
+
+
+def test_a_packed_row_is_not_cut(tmp_path):
+    def pack(rows):
+        ids = [token for row in rows for token in row["input_ids"]]
+        positions = [n for row in rows for n in range(len(row["input_ids"]))]
+        return {name: torch.tensor([values]) for name, values in (("input_ids", ids), ("labels", ids), ("position_ids", positions))}
+
+    with pytest.raises(MemTuneError, match="no memory for a micro-batch of 1 rows .*: it has one row"):
+        train(small(exact_model(n_positions=256), 0), arguments(tmp_path, **PLAIN), ROWS, data_collator=pack)
+
+
+def test_answers_outside_of_their_rows_are_not_cut(tmp_path):
+    """Question answering leaves them out of its means, of starts and of ends each for itself."""
+
+    def rows(outside):
+        ends = [{"start_positions": 1, "end_positions": 99 if outside and n == 3 else 2} for n in range(24)]
+        return [{"input_ids": row["input_ids"]} | end for row, end in zip(ROWS, ends)]
+
+    def model():
+        return tiny_model("bert", "question_answering", num_labels=2)
+
+    whole, halved = (train(each, arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(False)) for each in (model(), small(model(), 4)))
+    assert worst_step(halved, whole) <= EXACT
+    with pytest.raises(MemTuneError, match="answers lie outside their rows"):
+        train(small(model(), 4), arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(True))
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_all_rows_in_order():
+    batch = pad_right(ROWS[:7]) | {"position_ids": torch.arange(16)[None], "flag": True, "texts": [str(n) for n in range(7)]}
+    parts = parts_of(batch, 3)
+    assert [row_count(part) for part in parts] == [3, 3, 1] and sum((part["texts"] for part in parts), []) == batch["texts"]
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts]), batch["input_ids"])
+    assert all(part["flag"] and part["position_ids"] is batch["position_ids"] for part in parts)
+    assert sum(shares(batch, parts, True)) == pytest.approx(1) and len(set(shares(batch, parts, True))) > 1
+
+
+@pytest.mark.parametrize(
+    "batch, why",
+    [
+        ({"input_ids": torch.zeros(1, 4)}, "one row"),
+        ({"input_ids": torch.zeros(2, 4), "cu_seq_lens_q": torch.zeros(2)}, "packed"),
+        ({"input_ids": torch.zeros(2, 4), "position_ids": torch.zeros(3, 2, 4)}, "position_ids"),
+        ({"anything": torch.zeros(2, 4)}, "how many rows"),
+        ({"input_ids": torch.zeros(2, 4), "labels": torch.zeros(2, 4)}, None),
+    ],
+)
+def test_what_is_one_piece_is_not_cut(batch, why):
+    found = why_not_cut(batch)
+    assert found is None if why is None else why in found
