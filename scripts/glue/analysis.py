@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from statistics import median
 
-from glue.arms import ADAPTERS, FLAGS, FULL
 from quality import records
 from quality.analysis import Interval, interval
+
+from glue.arms import ADAPTERS, FLAGS, FULL
 
 CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
 

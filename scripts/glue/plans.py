@@ -7,8 +7,9 @@ time    a few steps of every arm, for seconds a step: to be run alone on the mac
 
 from dataclasses import dataclass, replace
 
-from glue.arms import FLAGS, FULL
 from quality.plans import FINAL_SEEDS, Plan
+
+from glue.arms import FLAGS, FULL
 
 TASK = "minilm-reviews"
 ROWS, TUNING_STEPS, STEPS = 8, 100, 150

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+
 from glue.analysis import Group
 from glue.arms import ADAPTERS, FULL, LORA
 

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conditions import conditions
-from glue.arms import flags_of, prepare
-from glue.plans import Source
 from quality import records
 from quality.plans import Cell, pending
 from quality.training import Run
+
+from glue.arms import flags_of, prepare
+from glue.plans import Source
 
 ALWAYS = (
     "--logging_strategy no --save_strategy no --report_to none --disable_tqdm true --use_cpu true --per_device_eval_batch_size 32 "

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tests.cli.conftest import ROOT, bert, in_new_process, write_rows
 
 SCRIPTS = ROOT / "scripts"
