@@ -159,6 +159,21 @@ def demo_table() -> str:
     return "\n".join([*lines, "", f"{found['caveat']}", "", f"Conditions: {described}."])
 
 
+def reversible_table() -> str:
+    """Peaks of the traced steps of docs/reversible.md, few methods."""
+    methods = (
+        "full fine-tuning", "full fine-tuning, checkpointing", "full fine-tuning, two-level checkpointing", "LoRA, checkpointing",
+        "LoRA, two-level checkpointing", "centred exact", "centred float",
+    )  # fmt: skip
+    models = {"RoBERTa-large": "RoBERTa-large, classification", "OPT-1.3B": "OPT-1.3B, language modelling"}
+    peaks = {(row["model"], row["method"]): row["peak_bytes"] for row in rows_of("reversible_memory.jsonl") if row["layers"] == 24}
+    lines = ["| peak MiB of a step, 32 rows of 512 tokens | " + " | ".join(models.values()) + " |", "|---|" + "---:|" * len(models)]
+    for method in methods:
+        name = f"`reversible=centred`, {method.split()[1]}" if method.startswith("centred") else method
+        lines.append(f"| {name} | " + " | ".join(_mib(peaks.get((model, method))) for model in models) + " |")
+    return "\n".join(lines)
+
+
 def quality_table() -> str:
     """Held-out loss above that of plain training at the end of the finals, with bytes and seconds relative to it, by task."""
     from quality.analysis import baseline, finals
@@ -188,6 +203,7 @@ SECTIONS = {
     "fits-conditions": lambda: conditions_of(rows_of("ladder.jsonl")),
     "contract": contract_table,
     "contract-conditions": lambda: conditions_of(rows_of("estimate.jsonl")),
+    "reversible": reversible_table,
     "speed": speed_table,
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
 }

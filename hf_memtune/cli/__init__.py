@@ -1,4 +1,4 @@
-"""The command line: `hf-memtune train ...`, `hf-memtune tokens ...`. One file a command, imported when it is called."""
+"""The command line: `hf-memtune train ...`, `hf-memtune evaluate ...`, and others. One file a command, imported when it is called."""
 
 import difflib
 import logging
@@ -9,6 +9,9 @@ COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
     "estimate": "predict the memory of a training step, without a GPU, weights or data",
     "plan": "find settings with which training fits a memory budget, and write them as a recipe",
+    "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
+    "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
+    "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
 

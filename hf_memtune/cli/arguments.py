@@ -81,7 +81,9 @@ class ModelArguments(ModelSource):
             (0 <= self.lora_dropout < 1, f"lora_dropout: got {self.lora_dropout}, expected a probability in [0, 1)."),
             (
                 self.lora_r > 0 or not self.load_in_4bit,
-                "load_in_4bit: 4-bit weights are frozen, and with lora_r=0 nothing could be trained. Set lora_r, for example 16.",
+                "load_in_4bit: 4-bit weights are frozen, and transformers' Trainer trains such a model through PEFT adapters alone, so "
+                "lora_r=0 leaves nothing to train; adapters of reversible layers do not count. Set lora_r, for example 16 (and "
+                "adapter_rank=0, to train LoRA alone inside reversible layers).",
             ),
         ]
         return super().problems() + [message for holds, message in checks if not holds]

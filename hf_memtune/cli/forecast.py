@@ -60,11 +60,11 @@ class Forecast(NamedTuple):
 
 def make_parser(command: str, about: str, more: type | None = None):
     """The parser of train, with the settings above, and those of `more`, before its own."""
-    from hf_memtune.cli.train import parser_of
+    from hf_memtune.cli.train import make_parser as parser_of_training
 
-    kinds = [ForecastArguments] if more is None else [more, ForecastArguments]
+    kinds = (ForecastArguments,) if more is None else (more, ForecastArguments)
     usage = f"hf-memtune {command} --model M [RECIPE.yaml | --config RECIPE.yaml] [--name value ...]"
-    return parser_of(kinds, usage, about)
+    return parser_of_training(usage=usage, about=about, more=kinds)
 
 
 def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
@@ -98,6 +98,9 @@ def predict(forecast: Forecast):
     from hf_memtune.cli.model import check_length
     from hf_memtune.training.estimate import estimate
 
+    if forecast.model.reversible_adapters is not None:
+        got = forecast.model.reversible_adapters
+        raise ConfigError([f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."])
     made = blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
     check_length(made, replace(forecast.data, max_length=max(2, forecast.tokens)))
     return estimate(made, forecast.training, sequence_length=forecast.tokens, padded=forecast.what.padded)

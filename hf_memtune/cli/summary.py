@@ -31,7 +31,7 @@ class StepTimes(TrainerCallback):
 class Summary:
     """Numbers of one run. Bytes, seconds and tokens are those of this process; None where not measured.
 
-    held_out_*: before and after training, accuracy of classifiers alone. step_seconds: median. peak_bytes: with weights if
+    held_out_*: before and after training; scores: of classifiers, by their names. step_seconds: median. peak_bytes: with weights if
     on_device, else of the tensors that one traced step makes. tokens_*: over all steps, 0 where not counted.
     """
 
@@ -40,7 +40,7 @@ class Summary:
     parameters: int
     training_loss: float
     held_out_loss: tuple[float | None, float | None]
-    held_out_accuracy: tuple[float | None, float | None]
+    held_out_scores: dict[str, tuple[float | None, float | None]]
     step_seconds: float | None
     peak_bytes: int | None
     on_device: bool
@@ -57,13 +57,20 @@ class Summary:
             parameters=sum(p.numel() for p in parameters),
             training_loss=training_loss,
             held_out_loss=tuple(metrics.get("eval_loss") for metrics in held_out),
-            held_out_accuracy=tuple(metrics.get("eval_accuracy") for metrics in held_out),
+            held_out_scores={
+                name.removeprefix("eval_"): tuple(metrics.get(name) for metrics in held_out) for name in held_out[1] if _is_score(name)
+            },
             step_seconds=median(seconds) if seconds else None,
             peak_bytes=max(peaks, default=None),
             on_device=trainer.args.device.type not in ("cpu", "mps"),
             tokens_kept=sum(entry.get("tokens_kept", 0) for entry in logs),
             tokens_seen=sum(entry.get("tokens_seen", 0) for entry in logs),
         )
+
+
+def _is_score(name: str) -> bool:
+    """Of what Trainer.evaluate returns: neither the loss, nor how long it took."""
+    return name.startswith("eval_") and not name.endswith(("_loss", "_runtime", "_per_second", "_preparation_time"))
 
 
 def write_summary(summary: Summary, folder: str) -> None:
@@ -99,8 +106,7 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
     if summary.tokens_kept:
         kept = summary.tokens_kept / summary.tokens_seen
         lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({kept:.1%})"))
-    if any(summary.held_out_accuracy):
-        lines.append(("held-out accuracy", _before_and_after(summary.held_out_accuracy)))
+    lines += [(f"held-out {name.replace('_', ' ')}", _before_and_after(values)) for name, values in summary.held_out_scores.items()]
     return [*lines, ("saved in", str(settings.training.output_dir))]
 
 

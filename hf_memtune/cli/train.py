@@ -5,6 +5,7 @@
 """
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
@@ -12,6 +13,8 @@ from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.errors import ConfigError
 
 OUTPUT_DIR = "./out"
+USAGE = "hf-memtune train [RECIPE.yaml] [--name value ...]"
+ABOUT = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
 # Fields of TrainingArguments that Trainer leaves to scripts, and that mean nothing in this one.
 WITHOUT_MEANING = {
     "do_train": "this command always trains",
@@ -24,13 +27,12 @@ class Settings(NamedTuple):
     model: ModelArguments
     data: DataArguments
     training: object  # MemEfficientTrainingArguments
-    budget: BudgetArguments = BudgetArguments()
 
 
 def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
     settings = parse(arguments)
-    if settings.budget.memory_budget is not None:
+    if budget_of(arguments).memory_budget is not None:
         settings = parse(within_budget(arguments))
     trainer, rows = make_trainer(settings)
     summary = fit(trainer, settings)
@@ -41,15 +43,8 @@ def run(arguments: list[str]) -> None:
         print_summary(summary, settings, rows)
 
 
-def make_parser():
-    """The parser of this command."""
-    usage = "hf-memtune train [RECIPE.yaml] [--name value ...]"
-    about = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
-    return parser_of([BudgetArguments], usage, about)
-
-
-def parser_of(kinds: list[type], usage: str, about: str):
-    """A parser of the settings of the model, the data, the strategies and Trainer, in this order, and of `kinds` before them."""
+def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABOUT, more: tuple[type, ...] = ()):
+    """The parser of a command that trains: `more`, the settings of the model, the data, the strategies and Trainer, in this order."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
@@ -61,45 +56,69 @@ def parser_of(kinds: list[type], usage: str, about: str):
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
 
-    parser = Parser([*kinds, ModelArguments, DataArguments, Strategies, Training], usage=usage, description=about)
+    parser = Parser([*more, ModelArguments, data, Strategies, Training], usage=usage, description=about)
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     return parser
 
 
 def parse(arguments: list[str]) -> Settings:
     """Settings from a recipe and flags. Raises ConfigError with every problem; warns of settings without effect."""
+    built = read(arguments, make_parser(more=(BudgetArguments,)), DataArguments, BudgetArguments)
+    if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
+        strategy = str(built.training.eval_strategy.value)
+        raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
+    return built
+
+
+def budget_of(arguments: list[str]) -> BudgetArguments:
+    """The memory budget among arguments that `parse` has read."""
+    from hf_memtune.cli.settings import values_of
+
+    return BudgetArguments(**values_of(BudgetArguments, make_parser(more=(BudgetArguments,)).read(arguments, with_recipe=True)))
+
+
+def read(arguments: list[str], parser, data: type, *more: type) -> Settings:
+    """What `parser` makes of a recipe and flags; data: the class of its settings of data. Raises ConfigError with every problem.
+
+    more: classes of further settings, whose problems and warnings are told as well.
+    """
     from hf_memtune.cli.settings import build, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
-    parser = make_parser()
     namespace = parser.read(arguments, with_recipe=True)
     problems = parser.problems
     idle = parser.given & WITHOUT_MEANING.keys()
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
-    kinds = (ModelArguments, DataArguments, MemEfficientTrainingArguments, BudgetArguments)
+    kinds = (ModelArguments, data, MemEfficientTrainingArguments)
     built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+    further = [build(kind, values_of(kind, namespace), problems) for kind in more]
     if problems:
         raise ConfigError(problems)
-    if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
-        strategy = str(built.training.eval_strategy.value)
-        raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for message in [*built.model.ineffective(), *built.data.ineffective(), *built.budget.ineffective()]:
-        warnings.warn(message, stacklevel=2)
+    for part in (built.model, built.data, *further):
+        for message in part.ineffective():
+            warnings.warn(message, stacklevel=2)
     return built
 
 
 def make_trainer(settings: Settings):
     """The trainer, with model and data loaded, and the rows."""
+    from hf_memtune.cli.data import prepare
+
+    return trainer_on(settings, prepare, lambda rows: accuracy if rows.classes else None)
+
+
+def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
+    """The trainer and the rows. prepare: rows from settings of data and a tokenizer; metrics_of: compute_metrics, or None, from rows."""
     from transformers import set_seed
 
-    from hf_memtune.cli.data import collator, prepare
+    from hf_memtune.cli.data import collator
     from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
     from hf_memtune.training.trainer import MemEfficientTrainer
 
-    model, data, training = settings[:3]
+    model, data, training = settings
     set_seed(training.seed)  # LoRA's first weights, and those of a new head, are random
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):
@@ -113,29 +132,29 @@ def make_trainer(settings: Settings):
         eval_dataset=rows.held_out,
         data_collator=collator(data, tokenizer),
         processing_class=tokenizer,
-        compute_metrics=accuracy if rows.classes else None,
+        compute_metrics=metrics_of(rows),
     )
     return trainer, rows
-
-
-def fit(trainer, settings: Settings):
-    """Measure, train, measure, save."""
-    from hf_memtune.cli.summary import StepTimes, Summary
-
-    times, resumed = StepTimes(), settings.training.resume_from_checkpoint
-    trainer.add_callback(times)
-    before = {} if resumed else held_out(trainer)
-    result = trainer.train(resume_from_checkpoint=resumed)
-    logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]
-    after = held_out(trainer)
-    trainer.save_model()
-    trainer.save_state()
-    return Summary.of(trainer, logs, times.seconds, result.training_loss, (before, after))
 
 
 def held_out(trainer) -> dict[str, float]:
     """eval_loss, and eval_accuracy of a classifier, over the held-out rows: all tokens, plain forward. Empty without rows."""
     return {} if trainer.eval_dataset is None else trainer.evaluate()
+
+
+def fit(trainer, settings: Settings, measure: Callable = held_out):
+    """Measure, train, measure, save."""
+    from hf_memtune.cli.summary import StepTimes, Summary
+
+    times, resumed = StepTimes(), settings.training.resume_from_checkpoint
+    trainer.add_callback(times)
+    before = {} if resumed else measure(trainer)
+    result = trainer.train(resume_from_checkpoint=resumed)
+    logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]
+    after = measure(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    return Summary.of(trainer, logs, times.seconds, result.training_loss, (before, after))
 
 
 def accuracy(prediction) -> dict[str, float]:

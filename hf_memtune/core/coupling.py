@@ -103,6 +103,10 @@ def widened(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def expected_error(layers: int, scale: float, beta: float, dtype: torch.dtype = torch.float32) -> float:
-    """Relative error of the float inverse at the first layer, at least: the last bit, divided by the smallest factor in each layer."""
-    return torch.finfo(dtype).eps * min(scale, beta) ** -layers
+def expected_error(layers: int, scale: float, beta: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
+    """Relative error of the float inverse at the first layer, about: the last bit of `dtype`, divided by both factors in each layer.
+
+    By both, since the error of the stream that is rebuilt first goes through a function into the other one. Layers that enlarge what
+    they are given make it larger.
+    """
+    return torch.finfo(dtype).eps * (scale * beta) ** -layers

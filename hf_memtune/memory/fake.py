@@ -14,19 +14,31 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
+from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.strategies.layer_override import override_of
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
     """A deep copy of `model`, on real or meta tensors, in which every tensor is a fake one on the CPU; shared ones stay shared.
 
     Needs a FakeTensorMode in force. No data are read or copied; the model is not changed.
+
+    Raises UnsupportedModelError for a model whose layers were changed (reversible, on two levels): their changes are of that very model.
     """
+    if any(override_of(module) is not None for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its layers are reversible, or checkpointed on two levels, already. Estimate before the trainer is made."
+        )
     memo: dict[int, Any] = {}
     for holder in _holders(model):
         for value in _tensors_in(holder):
             if id(value) not in memo:
                 memo[id(value)] = _fake(value, memo)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    if "_original_forward" in vars(copied):  # accelerate's wrapper around forward is a closure, which still runs the model itself
+        del copied.forward, copied._original_forward
+    vars(copied).pop("_is_accelerate_prepared", None)
+    return copied
 
 
 def _holders(model: nn.Module) -> Iterator[dict]:

@@ -3,10 +3,12 @@
 Couplings: MEFT (arXiv 2306.00477), and the centred one, which keeps what the model computes: see core/coupling.py.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from hf_memtune.architectures.layouts import Layout
@@ -149,15 +151,20 @@ class ReversibleHandle:
         return stack.layout("an adapter") if self.config.adapter_rank else None
 
     def _warn(self) -> None:
-        factors = [f for f in (self.config.reversible_scale, self.config.reversible_beta) if f is not None]
-        error = coupling.expected_error(max(self._counts), min(factors), 1.0)
-        if self.config.reversible_numerics == "float":
-            warnings.warn(
-                f"reversible_numerics=float: each inverse step divides rounding errors by {min(factors):g}, so after {max(self._counts)} "
-                f"layers the activations that gradients are computed from are off by about {error:.0e} of their size (float32 streams, 24 "
-                "bits). Use reversible_numerics=exact, or fewer reversible_layers.",
-                stacklevel=4,
-            )
+        """In float numerics: what the inverse will be off by, from depth, factors and mantissa."""
+        if self.config.reversible_numerics != "float":
+            return
+        divisor, depth = self.config.reversible_scale * (self.config.reversible_beta or 1.0), max(self._counts)
+        seen = unwrapped(self.model).dtype
+        held = torch.float64 if seen == torch.float64 else torch.float32
+        error, flipped = (coupling.expected_error(depth, divisor, dtype=dtype) for dtype in (held, seen))
+        worse = f"; up to {flipped:.0e} where a rounding to the {_bits(seen)} of {_name(seen)} flips" if seen != held else ""
+        warnings.warn(
+            f"reversible_numerics=float: the inverse of a layer divides rounding errors by {divisor:g}, so after {depth} layers the "
+            f"activations that gradients are computed from are off by about {error:.0e} of their size ({_name(held)} streams, "
+            f"{_bits(held)}{worse}). Use reversible_numerics=exact, or fewer reversible_layers.",
+            stacklevel=4,
+        )
 
     def _install(self, changes: ExitStack) -> None:
         for stack in self.stacks:
@@ -179,3 +186,12 @@ class ReversibleHandle:
     def _require_installed(self) -> None:
         if self._changes is None:
             raise MemTuneError("the reversible layers were taken out of this model: call make_reversible again.")
+
+
+def _bits(dtype: torch.dtype) -> str:
+    """Of the mantissa, the leading one included."""
+    return f"{1 - int(math.log2(torch.finfo(dtype).eps))} bits"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

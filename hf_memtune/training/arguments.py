@@ -20,10 +20,11 @@ _UNSUPPORTED = {
     "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
     "neftune_noise_alpha": "leave it out: its noise would be scaled to the kept tokens, and be missing from the others",
 }
+UNSHARDED = "gradients under FSDP2 are tested, but saving and resuming of sharded adapters and layers are not written"
 _ALREADY = "set it to False: the layers keep no activations as it is"
 _UNSUPPORTED_BY_LAYERS = {
     "deepspeed": _DATA_PARALLEL,
-    "fsdp": f"saving and resuming of sharded adapters are not written; {_DATA_PARALLEL}",
+    "fsdp": f"{UNSHARDED}; {_DATA_PARALLEL}",
     "parallelism_config": _DATA_PARALLEL,
     "torch_compile": "leave it out",
     "use_liger_kernel": "leave it out: it changes what runs inside the layers",

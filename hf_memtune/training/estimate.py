@@ -71,6 +71,9 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
             "token_gradient: got 'skip', whose memory depends on which tokens are skipped, which depends on the data. Expected 'cut' or "
             "'stream'; an estimate of 'stream' with the same sequence_chunk_size holds where hardly anything is skipped."
         )
+    for name in ("deepspeed", "fsdp", "parallelism_config", "torch_compile", "use_liger_kernel"):
+        if getattr(args, name, None):
+            found.append(f"{name}: got {getattr(args, name)!r}, under which other code runs than the trace sees. Estimate without it.")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")

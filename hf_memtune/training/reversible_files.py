@@ -28,6 +28,7 @@ from hf_memtune.strategies.reversible import ReversibleHandle, make_reversible
 from hf_memtune.training.fingerprint import Marks, parameter_marks, same_marks
 
 WEIGHTS, SETTINGS = "reversible_adapters.safetensors", "reversible_config.json"
+PEFT_CONFIG = "adapter_config.json"
 FORMAT = 1
 _KNOWN: WeakKeyDictionary[ReversibleHandle, tuple[list, Marks]] = WeakKeyDictionary()  # a checkpoint should not read the whole model
 # what may differ between a run and the one that resumes it: none of it decides what the model computes
@@ -50,6 +51,7 @@ def load_reversible(model: nn.Module, folder: str | Path) -> ReversibleHandle:
     Raises MemTuneError, with the model as it was, where the base model is another one or a file is missing, broken or incomplete.
     """
     saved = _read(Path(folder))
+    _require_lora(model, Path(folder))
     _require_base(model, saved["base"], Path(folder))
     try:
         handle = make_reversible(model, ReversibleConfig(**saved["settings"]))
@@ -133,6 +135,17 @@ def _put_in(handle: ReversibleHandle, folder: Path) -> None:
         handle.load(state)
     except MemTuneError as error:
         raise MemTuneError(f"{path}: {error}") from error
+
+
+def _require_lora(model: nn.Module, folder: Path) -> None:
+    """Refuse a model without the LoRA that was trained inside the reversible layers: it would run as the base model, coupled."""
+    is_adapted = model is not unwrapped(model) or getattr(model, "_hf_peft_config_loaded", False)
+    if (folder / PEFT_CONFIG).is_file() and not is_adapted:
+        raise MemTuneError(
+            f"{folder}: PEFT adapters were trained inside these reversible layers ({PEFT_CONFIG} is there), but the model has none. Load "
+            "them first: PeftModel.from_pretrained(model, folder). On the command line, to evaluate or generate, name this folder as "
+            "model_name_or_path too."
+        )
 
 
 def _require_base(model: nn.Module, base: dict[str, Any], folder: Path) -> None:

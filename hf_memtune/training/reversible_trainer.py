@@ -17,6 +17,7 @@ from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.reversible_config import ReversibleConfig
 from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.strategies.token_seeking import resolve_scorer
+from hf_memtune.training.arguments import UNSHARDED
 from hf_memtune.training.reversible_callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible_files import is_saved_reversible, load_into, save_reversible
 
@@ -60,7 +61,7 @@ class ReversibleMixin:
             found.append("model_init: got a function with reversible: it makes models whose layers are not. Pass a model.")
         if self.args.is_reversible and self.optimizer is not None:
             found.append("optimizers: got one that was made before the adapters. Set optim, or override create_optimizer.")
-        return found + [problem for problem in self._problems_of_launch(strategy) if not self._has_token_strategy]
+        return found + [problem for problem in self._problems_of_launch(strategy, f": {UNSHARDED}") if not self._has_token_strategy]
 
     @property
     def _has_token_strategy(self) -> bool:
@@ -74,6 +75,8 @@ class ReversibleMixin:
             self.add_callback(self.checkpoint_callback)
         if handle is None and not self.args.is_reversible:
             return
+        if handle is not None and scorer is None and self._scores_need_the_last_block(scorer):
+            self._require_ordinary_last_block(handle)
         forbid_4bit_repacking(self.model)
         config = None if handle is not None else self._reversible_config(scorer)
         self.reversible_callback = ReversibleCallback(config, self.args.reversible_require_exact, handle)
@@ -104,6 +107,16 @@ class ReversibleMixin:
         raise ConfigError([
             f"reversible_layers: got {got}, which runs the last block alone, so that it has to be an ordinary layer; expected {expected}. "
             "Or choose token_scorer=random or context."
+        ])
+
+    def _require_ordinary_last_block(self, handle: ReversibleHandle) -> None:
+        """Of layers that are reversible already, and have to stay as they were trained."""
+        if all(len(shared.names) < len(stack.layers) for stack, shared in zip(handle.stacks, handle.shared)):
+            return
+        raise ConfigError([
+            f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or "
+            "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with "
+            "reversible_layers one below the number of layers."
         ])
 
     def _scores_need_the_last_block(self, scorer: TokenScorer | None) -> bool:

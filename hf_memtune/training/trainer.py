@@ -94,8 +94,8 @@ class MemEfficientMixin(ReversibleMixin):
             )
         return found
 
-    def _problems_of_launch(self, strategy: str) -> list[str]:
-        """How the processes were started, or accelerate was configured."""
+    def _problems_of_launch(self, strategy: str, why: str = "") -> list[str]:
+        """How the processes were started, or accelerate was configured. why: the reason for refusing sharded models."""
         found = []
         if self.args.n_gpu > 1:
             found.append(
@@ -106,7 +106,7 @@ class MemEfficientMixin(ReversibleMixin):
         if sharded or self.is_deepspeed_enabled or self.is_fsdp_enabled or max(self.get_tp_size(), self.get_cp_size()) > 1:
             found.append(
                 f"accelerate is configured for DeepSpeed, FSDP or tensor parallelism, or the model was loaded sharded, which {strategy} "
-                "does not support. Launch with plain data parallelism (accelerate launch --multi_gpu)."
+                f"does not support{why}. Launch with plain data parallelism (accelerate launch --multi_gpu)."
             )
         return found
 

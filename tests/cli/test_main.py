@@ -41,7 +41,10 @@ def test_an_unknown_command_names_the_closest(capsys):
     "command, expected",
     [
         ("train", ["--token_ratio", "--lora_r", "--dataset_name", "--learning_rate"]),
+        ("glue", ["--token_ratio", "--lora_r", "--task_name", "--train_file", "--reversible"]),
         ("tokens", ["--token_ratio", "--index", "--text"]),
+        ("estimate", ["--sequence_length", "--config_overrides", "--lora_r", "--token_ratio"]),
+        ("plan", ["--budget", "--allow_approximate", "--out", "--lora_r"]),
     ],
 )
 def test_help_of_a_command_lists_its_settings(command, expected, capsys):

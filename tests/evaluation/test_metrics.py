@@ -6,7 +6,8 @@ from pathlib import Path
 
 import evaluate
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import hf_memtune.evaluation
 from hf_memtune.errors import MemTuneError
@@ -42,7 +43,23 @@ def test_binary_f1_is_scikit_learns(pos_label):
     assert got == {"f1": f1_score(BINARY_REFERENCES, BINARY_PREDICTIONS, pos_label=pos_label)}
 
 
-@pytest.mark.parametrize("name, kwargs", [("accuracy", {}), ("f1", {"average": "macro"})])
+@pytest.mark.parametrize("kwargs", [{}, {"sample_weight": WEIGHTS}])
+def test_matthews_correlation_is_scikit_learns(kwargs):
+    got = load_metric("matthews_correlation").compute(predictions=PREDICTIONS, references=REFERENCES, **kwargs)
+    assert got == {"matthews_correlation": matthews_corrcoef(REFERENCES, PREDICTIONS, **kwargs)}
+
+
+VALUES, OTHERS = [0.1, 0.2, 0.7, 0.6, 1e-9], [1.0, 1.5, 9.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["pearsonr", "spearmanr"])
+def test_correlations_are_scipys(name):
+    got = load_metric(name).compute(predictions=VALUES, references=OTHERS)
+    assert got == {name: getattr(stats, name)(OTHERS, VALUES).statistic}
+    assert got != load_metric(name).compute(predictions=VALUES, references=OTHERS[::-1])
+
+
+@pytest.mark.parametrize("name, kwargs", [("accuracy", {}), ("f1", {"average": "macro"}), ("matthews_correlation", {})])
 def test_one_changed_prediction_changes_the_value(name, kwargs):
     """The sibling that must fail: an equality that a wrong prediction survived would show nothing."""
     metric, changed = load_metric(name), [1, *PREDICTIONS[1:]]

@@ -19,7 +19,8 @@ SECTION = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- end -->", re.S)
 
 
 def load_tables():
-    """scripts/tables.py, which is no part of the package."""
+    """scripts/tables.py, which is no part of the package, and reads scripts/quality."""
+    sys.path.append(str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -93,7 +94,7 @@ def test_named_targets_exist():
 AFTERWARDS = """
 trainer.train()
 kept = [int(count) for count in trainer.last_selection.counts]
-assert kept == [2] * 8, kept  # a tenth of 12 to 14 tokens, rounded up
+assert len(kept) == 8 and set(kept) <= {4, 5}, kept  # three tenths of 12 to 14 tokens, rounded up
 assert Arguments("sft", token_seeking=True, token_ratio=0.3, bf16=False).token_ratio == 0.3
 """
 

@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers as tf
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from hf_memtune import ReversibleConfig
 from hf_memtune.core.coupling import FloatArithmetic
@@ -73,6 +74,36 @@ def inputs_of(name, model, rows=2, length=9):
     head = "seq2seq" if name in ("bart", "t5", "t5-gated") else lm_head(name)
     batch = batch_for(model, head, lengths=lengths)
     return {**batch, "use_cache": False} if head in ("causal_lm", "seq2seq") else batch
+
+
+class InFloat64(TorchFunctionMode):
+    """Turns what code does in float32 on purpose, as norms and eager softmaxes of some models do, into float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_widest, args), {name: _widest(value) for name, value in (kwargs or {}).items()}
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+def _widest(value):
+    return torch.float64 if value is torch.float32 else value
+
+
+def widen_norms_and_attention(model):
+    """On instances of this model, whose every result then is in float64; a rounding to float32 flips by the least of differences."""
+    for module in model.modules():
+        is_norm = "Norm" in type(module).__name__ and not list(module.children())
+        if is_norm or type(module).__name__.endswith("Attention"):
+            module.forward = _InFloat64(module.forward)
+    return model
+
+
+class _InFloat64:
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *args, **kwargs):
+        with InFloat64():
+            return self.forward(*args, **kwargs)
 
 
 def settings(coupling, numerics="float", **changed):

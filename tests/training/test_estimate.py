@@ -74,12 +74,11 @@ def test_encoders_that_classify_rows(tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
 
 
-@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, SEEKING])
-def test_a_few_layers_tell_what_all_would(settings, tmp_path):
-    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=7, **settings)
+def test_a_few_layers_tell_what_all_would(tmp_path):
+    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=6, **SEEKING)
     short, whole = (estimate(model, args, sequence_length=TOKENS, evaluation=True, every_layer=every) for every in (False, True))
     assert short.account.phases == whole.account.phases and short.flops == whole.flops
-    assert short.extrapolated == "7 layers, from traces of 2 and 3" and whole.extrapolated is None
+    assert short.extrapolated == "6 layers, from traces of 2 and 3" and whole.extrapolated is None
     assert [phase.phase for phase in short.account.phases][-1] == "evaluation"
 
 
@@ -127,3 +126,21 @@ def test_blank_models_have_the_head_their_config_names():
     assert batch_shapes(model, 2, 8)["labels"] == ((2,), torch.long) and "token_type_ids" in batch_shapes(model, 2, 8)
     config.architectures = None
     assert "labels" in batch_shapes(blank_model(CONFIGS["llama"]()), 2, 8)
+
+
+def test_a_model_that_a_trainer_has_prepared(tmp_path):
+    """accelerate wraps its forward; what is estimated is the model underneath, on shapes."""
+    model, args, rows = setting(tmp_path, "llama", bf16=True)
+    before = estimate(model, args, sequence_length=TOKENS)
+    trainer = trainer_for(model, args, rows, data_collator=pad_right)
+    trainer.train()
+    assert "_original_forward" in vars(model)
+    assert estimate(model, args, sequence_length=TOKENS).account.phases == before.account.phases
+    assert "_original_forward" in vars(model)
+
+
+def test_a_model_whose_layers_are_changed_is_refused(tmp_path):
+    model, args, rows = setting(tmp_path, "llama", reversible="centred")
+    trainer_for(model, args, rows)
+    with pytest.raises(UnsupportedModelError, match="Estimate before the trainer is made"):
+        estimate(model, args, sequence_length=TOKENS)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from hf_memtune import (
@@ -20,10 +20,9 @@ from hf_memtune.training import reversible_files
 from hf_memtune.training.reversible_files import SETTINGS, WEIGHTS
 from tests.strategies.reversible_models import model_of
 from tests.strategies.tiny_models import tiny_model
-from tests.training.runs import arguments, pad_right, same_parameters, text_rows, train, trainer_for
-from tests.training.test_reversible import CENTRED, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.training.reversible_runs import CENTRED, ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.training.runs import arguments, pad_right, train, trainer_for
 
-ROWS = text_rows(24)
 PROMPT = torch.tensor([[7, 11, 13, 17], [8, 12, 14, 18]])
 SLOW = {"optim": "adamw_torch", "learning_rate": 0.05, "adapter_dropout": 0.2}
 
@@ -165,64 +164,12 @@ def test_lora_is_saved_by_peft_and_the_coupling_beside_it(tmp_path):
     trainer = train(adapted(), reversible(tmp_path, **settings), ROWS).trainer
     trainer.save_model()
     assert {"adapter_model.safetensors", SETTINGS} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(MemTuneError, match="PeftModel.from_pretrained"):  # as the base model, coupled, it would be something else
+        load_reversible(deep(), tmp_path)
     again = PeftModel.from_pretrained(deep(), tmp_path)
     uncoupled = logits(again)
     load_reversible(again, tmp_path)
     assert torch.equal(logits(again), logits(trainer.model)) and not torch.equal(logits(again), uncoupled)
-
-
-# -- resuming ----------------------------------------------------------------------------------------------------------
-
-
-def lora_and_adapters():
-    torch.manual_seed(0)
-    return get_peft_model(deep(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-
-
-RESUMED = {
-    "adapters": (deep, {}),
-    "lora": (adapted, {"adapter_rank": 0, "adapter_init_std": None, "adapter_dropout": None}),
-    "lora and adapters": (lora_and_adapters, {}),
-    "all parameters": (deep, {"adapter_rank": 0, "adapter_init_std": None, "adapter_dropout": None}),
-    "seeking": (deep, {"token_seeking": True, "token_ratio": 0.35, "context_normalize": "mean"}),
-    "meft1": (deep, {"reversible": "meft1"}),
-}
-
-
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, case):
-    make_model, settings = RESUMED[case]
-    settings = SLOW | {"max_steps": 5, "learning_rate": 0.01} | settings
-    whole = train(make_model(), reversible(tmp_path, save_strategy="steps", save_steps=2, **settings), ROWS)
-    resumed = train(make_model(), reversible(tmp_path, **settings), ROWS, resume=str(tmp_path / "checkpoint-2"))
-    assert same_parameters(resumed, whole) and resumed.losses == whole.losses
-    assert not same_parameters(resumed, train(make_model(), reversible(tmp_path, **settings | {"max_steps": 2}), ROWS))
-
-
-def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    settings = {"max_steps": 3, "learning_rate": 30.0, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = train(deep(), reversible(tmp_path, **settings, **steps), ROWS, eval_dataset=ROWS).trainer
-    best = load_file(f"{trainer.state.best_model_checkpoint}/{WEIGHTS}")
-    assert all(torch.equal(best[name], value) for name, value in trainer.reversible.trained.items())
-    last = load_file(tmp_path / "checkpoint-3" / WEIGHTS)
-    assert trainer.state.best_global_step == 3 or not all(torch.equal(best[name], value) for name, value in last.items())
-
-
-@pytest.mark.parametrize("changed", [{"reversible_scale": 0.125}, {"reversible_layers": 3}, {"adapter_activation": "gelu"}])
-def test_a_run_is_resumed_with_its_own_settings(tmp_path, changed):
-    train(deep(), reversible(tmp_path, save_strategy="steps", save_steps=1), ROWS)
-    with pytest.raises(MemTuneError, match=f"other settings.*{next(iter(changed))}"):
-        train(deep(), reversible(tmp_path, **changed), ROWS, resume=str(tmp_path / "checkpoint-1"))
-
-
-def test_checkpoints_of_another_kind_are_refused(tmp_path):
-    train(deep(), reversible(tmp_path / "ours", save_strategy="steps", save_steps=1), ROWS)
-    train(deep(), arguments(tmp_path / "plain", token_seeking=False, save_strategy="steps", save_steps=1), ROWS)
-    with pytest.raises(MemTuneError, match="got a checkpoint of reversible layers"):
-        train(deep(), arguments(tmp_path, token_seeking=False), ROWS, resume=str(tmp_path / "ours/checkpoint-1"))
-    with pytest.raises(MemTuneError, match="got a checkpoint without reversible layers"):
-        train(deep(), reversible(tmp_path), ROWS, resume=str(tmp_path / "plain/checkpoint-1"))
 
 
 # -- refusals of loading -----------------------------------------------------------------------------------------------

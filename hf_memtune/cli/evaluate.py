@@ -1,0 +1,90 @@
+"""`hf-memtune evaluate --model M --dataset D`: the loss on a data set, of a model or of reversible adapters that were trained on it.
+
+    hf-memtune evaluate --model M --dataset rows.jsonl --dataset_split "train[-200:]" --reversible_adapters out
+"""
+
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from hf_memtune.cli.arguments import DataSource, ModelSource
+from hf_memtune.errors import ConfigError
+
+
+@dataclass
+class Measuring:
+    """On how much, and at what pace."""
+
+    _argument_group_name = "measuring"
+
+    max_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
+    batch_size: int = field(default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."})
+
+    def problems(self) -> list[str]:
+        given = {"max_rows": self.max_rows, "batch_size": self.batch_size}
+        return [f"{name}: got {value}, expected 1 or more." for name, value in given.items() if value is not None and value < 1]
+
+
+class Settings(NamedTuple):
+    model: ModelSource
+    data: DataSource
+    measuring: Measuring
+
+
+def run(arguments: list[str]) -> None:
+    """Print loss, and accuracy of classifiers. Raises ConfigError with all problems of the settings, before anything is loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = parse(arguments)
+    table = Table(show_header=False)
+    for name, value in measured(settings).items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    Console().print(table)
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings from flags. Raises ConfigError with every problem; warns of settings without effect."""
+    import warnings
+
+    from hf_memtune.cli.settings import Parser, build, values_of
+
+    kinds = (ModelSource, DataSource, Measuring)
+    usage = "hf-memtune evaluate --model M --dataset D [--name value ...]"
+    parser = Parser(list(kinds), usage=usage, description="Measure the loss of a model, plain or with reversible adapters.")
+    namespace = parser.read(arguments, with_recipe=False)
+    problems = parser.problems
+    built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
+    if problems:
+        raise ConfigError(problems)
+    for message in built[1].ineffective():
+        warnings.warn(message, stacklevel=2)
+    return Settings(*built)
+
+
+def measured(settings: Settings) -> dict[str, float | int]:
+    """rows, loss, and accuracy of a classifier; all labelled tokens, plain forward through the layers as they were trained."""
+    from transformers import Trainer, TrainingArguments
+
+    from hf_memtune.cli.data import check_columns, class_names, collator, load_rows, tokenised
+    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+
+    model, data, measuring = settings
+    tokenizer = load_tokenizer(model)
+    rows = load_rows(data, data.dataset_split)
+    check_columns(data, rows.column_names)
+    classes = class_names(data, rows)
+    rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_rows or len(rows)))), data, tokenizer, classes)
+    loaded = load_model(model, data, tokenizer, classes)
+    with_reversible_adapters(loaded, model)
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, per_device_eval_batch_size=measuring.batch_size, report_to=[])
+        trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=_accuracy if classes else None)
+        found = trainer.evaluate()
+    return {"rows": len(rows), "loss": found["eval_loss"]} | ({"accuracy": found["eval_accuracy"]} if classes else {})
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    from hf_memtune.evaluation import load_metric
+
+    return load_metric("accuracy").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)

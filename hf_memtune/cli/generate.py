@@ -1,0 +1,91 @@
+"""`hf-memtune generate --model M --prompt TEXT`: what a model answers, with reversible adapters that were trained on it, or without.
+
+    hf-memtune generate --model M --reversible_adapters out --prompt "Name three colours." --max_new_tokens 64
+
+A prompt is put to the model as an instruction is in training; with --plain it is continued as it stands.
+"""
+
+from dataclasses import dataclass, field
+
+from hf_memtune.cli.arguments import DataSource, ModelSource
+from hf_memtune.errors import ConfigError
+
+
+@dataclass
+class Prompts:
+    """What to answer, and how."""
+
+    _argument_group_name = "prompts"
+
+    prompt: list[str] = field(default_factory=list, metadata={"help": "Required. Texts to answer, one or more."})
+    plain: bool = field(default=False, metadata={"help": "Continue the texts as they stand, not as instructions."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of sampling; 0 takes the likeliest token each time."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling; without effect at temperature 0."})
+    use_cache: bool = field(
+        default=True, metadata={"help": "Keep keys and values of earlier tokens: faster, more memory, the same tokens."}
+    )
+
+    def problems(self) -> list[str]:
+        checks = [
+            (all(text.strip() for text in self.prompt) and self.prompt, "prompt: got nothing, expected one text or more (--prompt TEXT)."),
+            (self.max_new_tokens >= 1, f"max_new_tokens: got {self.max_new_tokens}, expected 1 or more."),
+            (self.temperature >= 0, f"temperature: got {self.temperature}, expected 0 or more."),
+        ]
+        return [message for holds, message in checks if not holds]
+
+
+def run(arguments: list[str]) -> None:
+    """Print every prompt and its answer. Raises ConfigError with all problems of the settings, before anything is loaded."""
+    from rich.console import Console
+    from rich.text import Text
+
+    model, prompts = parse(arguments)
+    console = Console(soft_wrap=True)
+    for prompt, answer in answers(model, prompts):
+        console.print(Text(prompt, style="dim"), Text(answer), "", sep="\n")
+
+
+def parse(arguments: list[str]) -> tuple[ModelSource, Prompts]:
+    """Settings from flags. Raises ConfigError with every problem."""
+    from hf_memtune.cli.settings import Parser, build, values_of
+
+    usage = "hf-memtune generate --model M --prompt TEXT [TEXT ...] [--name value ...]"
+    parser = Parser([Prompts, ModelSource], usage=usage, description="Answer prompts.")
+    namespace = parser.read(arguments, with_recipe=False)
+    problems = parser.problems
+    prompts, model = (build(kind, values_of(kind, namespace), problems) for kind in (Prompts, ModelSource))
+    if "seed" in parser.given and prompts is not None and not prompts.temperature:
+        problems.append("seed: has no effect at temperature 0, where nothing is drawn. Leave it out, or set temperature.")
+    if problems:
+        raise ConfigError(problems)
+    return model, prompts
+
+
+def answers(source: ModelSource, prompts: Prompts):
+    """(prompt, answer) of each, one by one, so that padding plays no part."""
+    import torch
+
+    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+
+    tokenizer = load_tokenizer(source)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = load_model(source, DataSource(max_length=1), tokenizer).to(device).eval()
+    with_reversible_adapters(model, source)
+    torch.manual_seed(prompts.seed)
+    sampling = {"do_sample": True, "temperature": prompts.temperature} if prompts.temperature else {"do_sample": False}
+    for prompt in prompts.prompt:
+        ids = torch.tensor([_tokens(prompt, prompts.plain, tokenizer)], device=device)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": prompts.max_new_tokens, "use_cache": prompts.use_cache}
+        found = model.generate(ids, pad_token_id=tokenizer.pad_token_id, **options, **sampling)
+        yield prompt, tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:
+    """As in training: what stands before the first labelled token of a row with this instruction."""
+    from hf_memtune.cli.data import IGNORED, instruction_row
+
+    if plain:
+        return tokenizer(prompt)["input_ids"]
+    row = instruction_row({"instruction": prompt, "output": ""}, DataSource(max_length=2**31), tokenizer)
+    return [token for token, label in zip(row["input_ids"], row["labels"]) if label == IGNORED]
