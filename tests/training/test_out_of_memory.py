@@ -74,7 +74,6 @@ CASES = {
     "plain": (exact_model, PLAIN, ROWS),
     "label smoothing": (exact_model, PLAIN | {"label_smoothing_factor": 0.1}, ROWS),
     "accumulation": (exact_model, PLAIN | {"gradient_accumulation_steps": 2}, ROWS),
-    "means of micro-batches": (exact_model, PLAIN | {"gradient_accumulation_steps": 2, "average_tokens_across_devices": False}, ROWS),
     "checkpointing": (exact_model, PLAIN | {"gradient_checkpointing": True}, ROWS),
     "streaming": (exact_model, PLAIN | {"sequence_chunk_size": 4, "gradient_accumulation_steps": 2}, ROWS),
     "seeking": (exact_model, {"gradient_accumulation_steps": 2}, ROWS),

@@ -47,7 +47,6 @@ CASES = {
     "streaming": (drawing, STREAMING),
     "streaming lora": (with_lora, STREAMING | {"gradient_checkpointing": True}),
     "seeking": (drawing, {}),
-    "seeking at random": (drawing, {"token_scorer": "random", "context_normalize": None}),
     "seeking once": (llama, {"seek_schedule": "once"}),
     "reversible": (deep, PLAIN | {"reversible": "centred"}),
     "two levels": (deep, PLAIN | {"checkpoint_levels": 2}),
@@ -96,7 +95,7 @@ def same(one: Run, other: Run) -> bool:
 # -- taken back --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "linear schedule"])  # which is a resumed run's
 def test_a_run_is_the_same_with_and_without(tmp_path, case):
     make, settings = CASES[case]
     found, expected = (run(make, tmp_path / str(flies), settings, flies) for flies in (True, False))
