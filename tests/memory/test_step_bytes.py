@@ -5,10 +5,11 @@ from functools import cache
 import pytest
 import torch
 
-from hf_memtune import SavedBytes, StreamingConfig, TokenSeeking, TokenSeekingConfig
+from hf_memtune import SavedBytes, StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.units import MIB
+from tests.strategies.stepping import PUBLISHED, seeking_on
 from tests.strategies.tiny_models import batch_for, tiny_model
 
 TOKENS = 40
@@ -32,7 +33,7 @@ def saved_bytes(model, ratio=None, checkpointing=False):
             loss = model(**batch, use_cache=False).loss
         assert loss.requires_grad  # alive, and with it what it saved
         return saved.current_bytes
-    seeking = TokenSeeking(model, TokenSeekingConfig(token_seeking=True, token_ratio=ratio))
+    seeking = seeking_on(model, token_ratio=ratio)
     with SavedBytes(exclude=model) as saved:
         with seeking.step(batch) as step:
             outputs = model(**step.inputs)
@@ -57,7 +58,7 @@ def test_plain_training_saves_more_than_keeping_every_token():
 @pytest.mark.parametrize("tokens, limit_mib", [(2048, 230), (8192, 800)])
 def test_llama_1b_with_lora_keeps_its_promise(tokens, limit_mib):
     """bf16, LoRA on all linears, one row, a tenth of the tokens, activation checkpointing: above weights and optimizer state."""
-    seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1)
+    seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1, **PUBLISHED)
     traced = trace_causal_lm_step(SHAPES["Llama-3.2-1B"](), tokens, checkpointing=True, strategy=seeking)
     assert traced.peak_bytes <= limit_mib * MIB
 
