@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_memtune import LiveBytes, ReversibleConfig, checkpoint_in_two_levels, make_reversible
 from hf_memtune.core.loss import linear_loss
-from hf_memtune.memory import trace
+from hf_memtune.memory import fake, trace
 
 
 def roberta_large(layers: int, **changed) -> tf.PreTrainedConfig:
@@ -109,10 +109,10 @@ def traced_step(shape: dict, method: dict, layers: int, **changed) -> dict:
     silent = {"attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0} if sdpa else {}
     with torch.device("meta"):
         model = _model(shape["config"](layers, **silent, **changed), shape["attention"], method)
-    with FakeTensorMode(), trace._maskless_sdpa() if sdpa else nullcontext() as attention:
+    with FakeTensorMode(), fake.sdpa_without_padding() if sdpa else nullcontext() as attention:
         trace._materialise(model, torch.bfloat16, torch.device("cpu"))
         if attention is not None:
-            trace._set_attention(model, attention)
+            fake.use_sdpa(model, attention)
         _install(model, method, shape["rank"])
         trained = [p for p in model.parameters() if p.requires_grad]
         with LiveBytes() as live, trace._gradients_apart(trained, live):

@@ -52,7 +52,7 @@ def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
         "--dataset_split",
         "train[:16]",
     )
-    expected = {"rows": 16, "loss": pytest.approx(found["held_out_loss"][1], rel=1e-5), "accuracy": found["held_out_accuracy"][1]}
+    expected = {"rows": 16, "loss": pytest.approx(found["held_out_loss"][1], rel=1e-5), "accuracy": found["held_out_scores"]["accuracy"][1]}
     assert measured(*common, "--reversible_adapters", "out") == expected
 
 

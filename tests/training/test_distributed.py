@@ -25,7 +25,7 @@ def two_processes(tmp_path_factory):
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, distributed_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*launch, distributed_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(folder / "found.pt", weights_only=True)

@@ -25,7 +25,7 @@ def two(tmp_path_factory):
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, streaming_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=180, check=False
+        [*launch, streaming_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(folder / "found.pt", weights_only=True)
