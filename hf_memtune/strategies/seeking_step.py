@@ -64,7 +64,9 @@ class SeekingStep(ModelStep):
 
     def next_turn(self, call: BodyCall):
         if self.stream is None:
-            return self._focus_pass(call, self._store, self._context_output)
+            output = self._focus_pass(call, self._store, self._context_output)
+            self._store = None  # the graph alone holds it now, and lets go of it layer by layer
+            return output
         return self.stream_turn(self.learned_target, self._weight)
 
     def _score(self, call: BodyCall) -> TokenScores:

@@ -80,6 +80,16 @@ def test_keys_and_values_are_most_of_what_grows_with_the_row():
     assert stored <= long - short <= 4 * stored
 
 
+def test_stored_keys_and_values_are_gone_when_the_embedding_gets_its_gradient():
+    """With every parameter trained that is the peak: three matrices of its size, and next to nothing beside them."""
+    config, tokens = SHAPES["Qwen2.5-0.5B"](), 8192
+    config.num_hidden_layers = 4
+    seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1)
+    traced = trace_causal_lm_step(config, tokens, lora_rank=None, checkpointing=True, strategy=seeking)
+    embedding, stored = config.vocab_size * config.hidden_size * 2, 4 * 2 * config.num_key_value_heads * 64 * 2 * tokens
+    assert stored > 16 * MIB > 16 * (traced.peak_bytes - 3 * embedding) >= 0
+
+
 # -- keys and values in host memory ------------------------------------------------------------------------------------
 
 STORED_PER_TOKEN = 2 * 16 * 8 * 64 * 2  # keys and values of Llama-3.2-1B, 16 layers of 8 key heads of 64, in bfloat16
