@@ -3,7 +3,7 @@
 from typing import Any
 
 # One row a setting that may be left out. A preset lacks what its paper leaves open or does not use: the library's value holds.
-# The library's own are what learned most per second at equal bytes in docs/results.md.
+# The library's own are chosen by what was measured in docs/results.md.
 # always_keep None: first_last for top of token_scorer=random, as in TokenTune, else none.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {

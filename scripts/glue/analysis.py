@@ -1,37 +1,17 @@
 """Numbers of the page, from the records: means over seeds, intervals, differences seed by seed."""
 
-from dataclasses import dataclass
 from statistics import median
 
 from quality import records
-from quality.analysis import Interval, interval
+from quality.analysis import Interval, Seeds, interval
 
 from glue.arms import ADAPTERS, FLAGS, FULL
 
 CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
 
 
-@dataclass
-class Group:
-    """All seeds of one arm in the finals. seconds: of a step; alone: measured with the machine to itself."""
-
-    arm: str
-    runs: dict[int, dict]
-    seconds: float
-    alone: bool
-
-    @property
-    def any_run(self) -> dict:
-        return next(iter(self.runs.values()))
-
-    @property
-    def ended(self) -> dict[int, dict]:
-        """The runs that did not diverge, by seed."""
-        return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
-
-    @property
-    def peak_bytes(self) -> float:
-        return median(run["peak_bytes"] for run in self.runs.values())
+class Group(Seeds):
+    """Those of one arm, by accuracy."""
 
     def share_of_bytes(self, other: "Group") -> float:
         """Median over common seeds: the traced batch is that of the seed."""

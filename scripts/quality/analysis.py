@@ -44,18 +44,13 @@ def interval(values: Iterable[float]) -> Interval:
 
 
 @dataclass
-class Group:
-    """All seeds of one arm in the finals of a task. seconds: of a step; alone: measured with the machine to itself."""
+class Seeds:
+    """All seeds of one arm in the finals. seconds: of a step; alone: measured with the machine to itself."""
 
     arm: str
-    rows: int
     runs: dict[int, dict]
     seconds: float
     alone: bool
-
-    @property
-    def label(self) -> str:
-        return self.arm if self.rows < 32 else f"{self.arm} ({self.rows} rows)"
 
     @property
     def any_run(self) -> dict:
@@ -69,6 +64,17 @@ class Group:
     @property
     def peak_bytes(self) -> float:
         return median(run["peak_bytes"] for run in self.runs.values())
+
+
+@dataclass
+class Group(Seeds):
+    """Those of one task, with batches of one size."""
+
+    rows: int
+
+    @property
+    def label(self) -> str:
+        return self.arm if self.rows < 32 else f"{self.arm} ({self.rows} rows)"
 
     def curve(self) -> list[tuple[int, Interval]]:
         """The held-out loss at each measured step."""
@@ -99,7 +105,7 @@ def _group(found: list[dict], task: str, arm: str, rows: int, runs: list[dict]) 
     own = {run["seed"]: run for run in records.of(runs, arm=arm, rows=rows)}
     alike = [run for run in records.of(found, task=task, arm=arm, rows=rows) if run["seconds_per_step"]]
     timed = records.of(alike, timed=True)
-    return Group(arm, rows, own, median(run["seconds_per_step"] for run in timed or alike), bool(timed))
+    return Group(arm, own, median(run["seconds_per_step"] for run in timed or alike), bool(timed), rows)
 
 
 def baseline(groups: list[Group], group: Group) -> Group | None:
