@@ -91,14 +91,14 @@ def linear_loss_gradient(
     have gradient 0 and loss 0. All gradients are of the sum weighted by `token_weight_N`; the token losses are not weighted.
     """
     gradient, losses = torch.zeros_like(hidden_ND), []
-    rows = logit_rows(weight_VD.shape[0])
+    rows, cast_VD = logit_rows(weight_VD.shape[0]), _as_autocast(weight_VD)
     for start in range(0, hidden_ND.shape[0], rows):
         target = target_N[start : start + rows]
         hidden = hidden_ND[start : start + rows].to(weight_VD.dtype)
         factor = None if token_weight_N is None else token_weight_N[start : start + rows]
-        residual, loss = _softmax_residual(F.linear(hidden, weight_VD, bias_V), target, label_smoothing, factor)
+        residual, loss = _softmax_residual(F.linear(hidden, cast_VD, bias_V), target, label_smoothing, factor)
         residual = residual.to(weight_VD.dtype)
-        gradient[start : start + rows] = residual @ weight_VD
+        gradient[start : start + rows] = residual @ cast_VD
         if weight_gradient_VD is not None:
             weight_gradient_VD.addmm_(residual.T, hidden)
         if bias_gradient_V is not None:
@@ -106,6 +106,14 @@ def linear_loss_gradient(
         losses.append(loss)
         del residual  # or it would live on beside that of the next chunk
     return gradient, torch.cat(losses) if losses else hidden_ND.new_zeros(0)
+
+
+def _as_autocast(weight_VD: Tensor) -> Tensor:
+    """What matrix products of `weight_VD` use: its cast under autocast, made once. Autocast itself keeps those of parameters alone."""
+    kind = weight_VD.device.type
+    if not torch.is_autocast_enabled(kind) or weight_VD.dtype == torch.float64:
+        return weight_VD
+    return weight_VD.to(torch.get_autocast_dtype(kind))
 
 
 def _softmax_residual(work: Tensor, target: Tensor, smoothing: float, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

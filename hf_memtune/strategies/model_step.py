@@ -21,6 +21,7 @@ from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.chunk_stream import NOT_BACKWARD, ChunkStream, chunk_count
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
+from hf_memtune.strategies.tied import TiedMatrix, tied_matrix
 
 if TYPE_CHECKING:
     from hf_memtune.strategies.installed import InstalledStrategy
@@ -48,6 +49,7 @@ class ModelStep:
         self._is_called, self._is_learning = False, False
         self._hidden: Tensor | None = None  # of heads with one loss for a row: what the head was given, (B, T, D)
         self._due: Tensor | None = None
+        self._matrix: TiedMatrix | None = None  # of the head, while the step is open and the head gives the loss
 
     # -- what kinds of step do
 
@@ -89,10 +91,12 @@ class ModelStep:
         with ExitStack() as stack:
             stack.enter_context(forward_as(base, partial(self._body, base.forward)))
             if self.fused:
+                self._matrix = stack.enter_context(tied_matrix(self.architecture, lambda: self._is_learning))
                 stack.enter_context(forward_as(head, partial(self._fused_loss, head.forward)))
             try:
                 yield self
             finally:
+                self._matrix = None  # it holds this step
                 if self.stream is not None:
                     self.stream.wanted = None  # it holds this step, which holds the stream: keys and values would outlive both
         if self._call is not None and self.stream is not None and not self.stream.is_done:
@@ -172,7 +176,7 @@ class ModelStep:
         head, target, weight = self.architecture.output_head, self.turn_target, self.turn_weight
         labelled = target != IGNORED
         hidden, target, weight = (x if x is None else take_labelled(x, labelled) for x in (hidden, target, weight))
-        return linear_loss(hidden, head.weight, head.bias, target, self.label_smoothing, weight)
+        return linear_loss(hidden, self._matrix.of_head(), head.bias, target, self.label_smoothing, weight)
 
     # -- turns of a stream
 

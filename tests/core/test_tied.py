@@ -1,0 +1,118 @@
+"""The gradient of a matrix that embeds and classifies, against autograd's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_memtune.core import tied
+from hf_memtune.core.loss import linear_loss
+from hf_memtune.core.tied import embed_tied
+from hf_memtune.memory import LiveBytes
+from tests.tolerances import NOTICED, RELATIVE
+
+TOKENS, CLASSES, SIZE = 40, 23, 8  # more tokens than classes: most come more than once
+
+
+def problem(dtype=torch.float64, tokens=TOKENS, classes=CLASSES):
+    torch.manual_seed(0)
+    weight = torch.randn(classes, SIZE, dtype=dtype, requires_grad=True)
+    return weight, torch.randint(0, classes, (2, tokens // 2)), torch.randint(0, classes, (tokens,))
+
+
+def loss_of(embedded, weight, target):
+    return linear_loss(embedded.tanh().flatten(0, 1), weight, None, target)
+
+
+def linked(weight, ids, target, padding_idx=None):
+    embedded, of_head = embed_tied(weight, ids, padding_idx)
+    return torch.autograd.grad(loss_of(embedded, of_head, target), weight)[0]
+
+
+def plain(weight, ids, target, padding_idx=None):
+    embedded = F.embedding(ids, weight, padding_idx)
+    logits = F.linear(embedded.tanh().flatten(0, 1), weight)
+    return torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), weight)[0]
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_gradient_is_that_of_both_uses(dtype, padding_idx):
+    found, expected = linked(*problem(dtype), padding_idx), plain(*problem(dtype), padding_idx)
+    assert (found - expected).norm() <= RELATIVE[dtype] * expected.norm()
+
+
+def test_a_use_that_is_left_out_would_be_noticed():
+    """The sibling: neither the head's gradient alone, nor that with padding's rows, is the whole."""
+    weight, ids, target = problem()
+    expected = plain(weight, ids, target, 3)
+    head = torch.autograd.grad(loss_of(F.embedding(ids, weight).detach(), weight, target), weight)[0]
+    for wrong in (head, linked(weight, ids, target)):
+        assert (wrong - expected).norm() > NOTICED * expected.norm()
+
+
+def test_the_embedding_alone_and_the_head_alone_have_their_gradients():
+    weight, ids, _ = problem()
+    embedded, of_head = embed_tied(weight, ids)
+    (alone,) = torch.autograd.grad(embedded.square().sum(), weight)
+    expected = torch.autograd.grad(F.embedding(ids, weight).square().sum(), weight)[0]
+    assert (alone - expected).norm() <= RELATIVE[torch.float64] * expected.norm()
+    embedded, of_head = embed_tied(weight, ids)
+    assert torch.equal(torch.autograd.grad(of_head.sum(), weight)[0], torch.ones_like(weight))
+
+
+def test_a_frequent_token_keeps_its_small_gradients_in_half_precision():
+    """Added one by one to a large sum in bfloat16, a thousand small numbers would all be lost; torch's embedding on a CPU loses most."""
+    weight, ids = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1, 1000, dtype=torch.long)
+    embedded, of_head = embed_tied(weight, ids)
+    loss = 8 * of_head.sum() + 2**-8 * embedded.sum()
+    (found,) = torch.autograd.grad(loss, weight)
+    expected = torch.tensor([8 + 1000 / 256, 8.0]).to(torch.bfloat16)
+    assert torch.equal(found, expected[:, None].expand(2, 4))
+    one_by_one = torch.full((4,), 8, dtype=torch.bfloat16)
+    for _ in range(1000):
+        one_by_one += 2**-8
+    assert torch.equal(one_by_one, torch.full((4,), 8, dtype=torch.bfloat16))
+
+
+def backward_bytes(embed, tokens=64, classes=4096):
+    """The most that backward makes, while the head's gradient, made in forward, is held."""
+    weight, ids, target = problem(torch.bfloat16, tokens, classes)
+    embedded, of_head = embed(weight, ids)
+    hidden = embedded.flatten(0, 1)
+    with LiveBytes() as live:
+        loss = linear_loss(hidden, of_head, None, target)
+        live.track(embedded)
+        live.reset_peak()
+        before = live.current_bytes
+        loss.backward()
+        return live.peak_bytes - before
+
+
+def test_backward_makes_no_matrix_of_the_embedding_s_size():
+    tokens, classes = 64, 4096
+    made = (
+        classes * 8 + 2 * tokens * 8  # which row takes a token's sum; which token that is; the order
+        + 2 * tokens * SIZE * 4  # rows in float32, and their sums
+        + 4  # the loss's own gradient
+    )  # fmt: skip
+    assert backward_bytes(embed_tied, tokens, classes) == made
+    matrix = classes * SIZE * 2
+    assert made < matrix and backward_bytes(lambda weight, ids: (F.embedding(ids, weight), weight), tokens, classes) > 1.9 * matrix
+
+
+def test_a_second_backward_is_refused():
+    weight, ids, target = problem(torch.bfloat16)
+    embedded, of_head = embed_tied(weight, ids)
+    loss = loss_of(embedded, of_head, target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_traced_tensors_need_no_values():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        into = torch.zeros(CLASSES, SIZE)
+        tied._add_rows(into, torch.zeros(TOKENS, dtype=torch.long), torch.zeros(TOKENS, SIZE), 0)
+    assert into.shape == (CLASSES, SIZE)
