@@ -50,7 +50,7 @@ REVIEW_ARMS = (PLAIN, *crossed(("random", "context", "gradient", "combined"), ("
 SCREEN = (
     Plan("stories-imdb", (PLAIN, *crossed(ratios=("10%",))), rows=4, steps=50, learning_rates=(5e-4,)),
     Plan("stories-imdb", crossed(("random", "combined"), gradients=("cut", "stream"), ratios=("30%",)), rows=4, steps=50, learning_rates=(5e-4,)),
-    Plan("stories-imdb", LARGE_BATCH_ARMS, rows=32, steps=15, learning_rates=(1e-3,)),
+    Plan("stories-imdb", LARGE_BATCH_ARMS, rows=32, steps=15, learning_rates=(5e-4, 1e-3)),
 )
 TUNE = (
     Plan("stories-imdb", STORIES_ARMS, rows=4, steps=50, learning_rates=(2e-4, 5e-4), measured=1),
