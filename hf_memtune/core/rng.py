@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from hf_memtune._compat import with_values
+
 
 class RandomTape:
     """States of torch's generators (that of the CPU, and those of `devices`), kept under names, to go back to."""
@@ -22,6 +24,13 @@ class RandomTape:
         if name not in self._states:
             return
         self._go_to(self._states[name])
+
+    def has_moved(self, name: object) -> bool:
+        """Whether numbers were drawn since a state was kept."""
+        (on_cpu, on_devices), (then_on_cpu, then_on_devices) = self._present(), self._states[name]
+        pairs = [(on_cpu, then_on_cpu), *zip(on_devices, then_on_devices)]
+        with with_values():  # states have them, also while memory is being traced
+            return not all(torch.equal(now, then) for now, then in pairs)
 
     @contextmanager
     def replaying(self, name: object) -> Iterator[None]:

@@ -24,6 +24,7 @@ from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.batch import BodyCall
 from hf_memtune.strategies.context import context_pass
+from hf_memtune.strategies.layer_override import override_of
 from hf_memtune.strategies.overrides import forward_as
 from hf_memtune.strategies.passes import Records, StreamPass
 from hf_memtune.strategies.positions import at_positions
@@ -32,6 +33,7 @@ from hf_memtune.strategies.spans import Span
 if TYPE_CHECKING:
     from hf_memtune.strategies.installed import InstalledStrategy
 
+CONTEXT_TOKENS = 512  # of a row, for which the context pass may take several chunks at once: small matrix products are slow
 NOT_BACKWARD = "the loss of a turn has not gone backward before the next began, which must know what it owes to earlier tokens."
 
 Wanted = Callable[[int, int, Tensor | None], Tensor]
@@ -74,9 +76,21 @@ class ChunkStream:
         """The context pass. The last chunk needs none, since it stores its keys and values itself, unless `last_too`."""
         self._encode()
         self._stored = self._next + int(last_too)
+        together = 1 if records.wanted else self._chunks_together()
         return context_pass(
-            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self.encoded
+            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self.encoded, together
         )
+
+    def _chunks_together(self) -> int:
+        """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
+
+        Without gradient the intermediates of one layer are alive, with it those of all layers. Where it is not so (activation
+        checkpointing, reversible layers), one at a time.
+        """
+        architecture = self.strategy.architecture
+        if any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in architecture.base.modules()):
+            return 1
+        return max(1, min(CONTEXT_TOKENS // self.chunk, len(architecture.decoder.layers) // 4))
 
     def skip(self, first_turn: bool = False) -> None:
         """Pass over chunks of which no token is wanted. The row's first chunk always runs: processes meet there."""

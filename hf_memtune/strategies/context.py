@@ -27,11 +27,14 @@ def context_pass(
     tape: RandomTape | None = None,
     keep_output: bool = False,
     encoded: Tensor | None = None,
+    together: int = 1,
 ) -> Tensor | None:
     """Run the chunks with these numbers, each `chunk` tokens of every row, storing keys and values.
 
     tape: dropout stays on, and the random state at the beginning of each chunk is kept on it, for a pass that runs the chunk
-    again; without one, dropout is off. encoded: the output of the encoder, where there is one and it is known. Returns the last hidden states (B, tokens of all chunks, D) if they are to be kept.
+    again; without one, dropout is off. encoded: the output of the encoder, where there is one and it is known. together: how many
+    chunks may run at once, after the first, if that draws no random numbers, whose order would be another. Returns the last hidden
+    states (B, tokens of all chunks, D) if they are to be kept.
     """
     length, outputs = call.rows["decoder"].length, []
     base = strategy.architecture.base
@@ -39,14 +42,18 @@ def context_pass(
         stack.enter_context(torch.no_grad())
         stack.enter_context(not_checkpointing(base) if tape else evaluating(base))
         stack.enter_context(records.of_last_blocks(strategy.architecture) if records.wanted else nullcontext())
-        for number in chunks:
+        number, count = chunks.start, 1
+        while number < chunks.stop:
             if tape is not None:
                 tape.record(number)
             spans = {name: rows.whole() for name, rows in call.rows.items()}
-            spans["decoder"] = call.rows["decoder"].chunk(number * chunk, min((number + 1) * chunk, length))
+            spans["decoder"] = call.rows["decoder"].chunk(number * chunk, min((number + count) * chunk, length))
             running = ContextPass(spans, store, strategy.places, records, strategy.kernel_knows_causal)
             with strategy.running(running), at_positions(strategy.architecture, call, spans):
                 output = call.forward(**call.at(spans, encoded)).last_hidden_state
             if keep_output:
                 outputs.append(output)
+            is_random = tape is not None and tape.has_moved(number)
+            number += count
+            count = 1 if is_random else min(together, chunks.stop - number)
     return torch.cat(outputs, dim=1) if outputs else None

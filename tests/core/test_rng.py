@@ -71,3 +71,11 @@ def test_the_device_has_a_state_of_its_own():
     assert not torch.equal(torch.rand(4, device=device), drawn)
     tape.replay("a")
     assert torch.equal(torch.rand(4, device=device), drawn)
+
+
+def test_a_tape_tells_whether_numbers_were_drawn(tape):
+    tape.record("a")
+    torch.ones(3).add_(1)
+    assert not tape.has_moved("a")
+    torch.nn.functional.dropout(torch.ones(3))
+    assert tape.has_moved("a")

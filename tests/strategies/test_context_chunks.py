@@ -1,0 +1,85 @@
+"""The context pass of a stream takes several small chunks at once, where that changes neither numbers nor the peak of bytes."""
+
+import pytest
+
+from hf_memtune import StreamingConfig
+from hf_memtune.memory.shapes import SHAPES
+from hf_memtune.memory.trace import trace_causal_lm_step
+from hf_memtune.strategies import chunk_stream, context
+from hf_memtune.strategies.passes import ContextPass
+from tests.strategies.stepping import model_and_batch, plain_twin, stream
+from tests.strategies.twin import worst_difference
+from tests.tolerances import tolerance
+
+LENGTHS, CHUNK = (31, 22), 3  # 11 chunks, of which the context pass runs 10
+
+
+def deep(name="llama", layers=8, **overrides):
+    return model_and_batch(name, lengths=LENGTHS, num_hidden_layers=layers, **overrides)
+
+
+def streamed(model, batch):
+    """A step, and the tokens of each part of its context pass."""
+    widths = []
+
+    def noted(spans, *args):
+        widths.append(spans["decoder"].index.shape[1])
+        return ContextPass(spans, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context, "ContextPass", noted)
+        return stream(model, batch, CHUNK), widths
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layers, expected", [(3, [3] * 10), (8, [3, 6, 6, 6, 6, 3]), (12, [3, 9, 9, 9])])
+def test_the_gradient_is_exact_however_many_run_at_once(layers, expected, side):
+    model, batch, dtype = deep(layers=layers, side=side)
+    taken, found = streamed(model, batch)
+    assert found == expected
+    assert worst_difference(taken.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "gemma3"])
+def test_windows_that_reach_across(name):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 4} if name == "gemma3" else {"layer_types": ["sliding_attention"] * 8}
+    model, batch, dtype = deep(name, **kinds)
+    taken, found = streamed(model, batch)
+    assert max(found) == 2 * CHUNK
+    assert worst_difference(taken.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype, float32_inside=name == "gemma3")
+
+
+def test_keys_and_values_that_are_missing_would_be_noticed(monkeypatch):
+    """The sibling: a pass that counts one chunk too many leaves a gap, which the store refuses."""
+    model, batch, _ = deep()
+    monkeypatch.setattr(chunk_stream.ChunkStream, "_chunks_together", lambda self: 2)
+    original = chunk_stream.context_pass
+
+    def short(strategy, call, store, records, chunk, chunks, *rest):
+        return original(strategy, call, store, records, chunk, range(chunks.stop - 1), *rest)
+
+    monkeypatch.setattr(chunk_stream, "context_pass", short)
+    with pytest.raises(Exception, match="has keys and values of"):
+        stream(model, batch, CHUNK)
+
+
+@pytest.mark.parametrize("change", ["dropout", "checkpointing"])
+def test_one_at_a_time_where_it_matters(change):
+    """Random numbers would be drawn in another order; with checkpointing a chunk with gradient needs less than two without."""
+    model, batch, _ = deep(attention_dropout=0.3 if change == "dropout" else 0.0)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert streamed(model, batch)[1] == [3] * 10
+
+
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_the_peak_is_what_it_was(chunk, monkeypatch):
+    config = SHAPES["Llama-3.2-1B"]()
+    config.num_hidden_layers = 8
+
+    def peak():
+        return trace_causal_lm_step(config, 320, strategy=StreamingConfig(sequence_chunk_size=chunk)).peak_bytes
+
+    together = peak()
+    monkeypatch.setattr(chunk_stream, "CONTEXT_TOKENS", 1)
+    assert peak() == together
