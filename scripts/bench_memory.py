@@ -23,7 +23,8 @@ METHODS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "checkpointing + logit-free loss": {"checkpointing": True, "fused_loss": True},
-    "exact streaming 128": {"strategy": StreamingConfig(sequence_chunk_size=128)},
+    "exact streaming 192": {"strategy": StreamingConfig(sequence_chunk_size=192)},
+    "exact streaming 256": {"strategy": StreamingConfig(sequence_chunk_size=256)},
     "exact streaming 512 + checkpointing": {"strategy": StreamingConfig(sequence_chunk_size=512), "checkpointing": True},
 }
 RATIOS = (0.1, 0.3, 0.5, 1.0)

@@ -28,7 +28,7 @@ SEEKING: dict[str, dict] = {
     "TokenTune 10 %": {"preset": "tokentune"},
     "TokenSeek 10 %": {"preset": "tokenseek", "seek_schedule": "step"},
 }
-STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 256, 512)}
+STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 192, 256, 512)}
 STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"
 
 
