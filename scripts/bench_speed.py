@@ -30,6 +30,7 @@ SEEKING: dict[str, dict] = {
 }
 STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 192, 256, 512)}
 STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"
+LOGIT_FREE = "checkpointing + logit-free loss"  # a stream of one chunk
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
-    every = ["plain", "checkpointing", *SEEKING, *STREAMING, STREAMING_CHECKPOINTED]
+    every = ["plain", "checkpointing", LOGIT_FREE, *SEEKING, *STREAMING, STREAMING_CHECKPOINTED]
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%"))
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, each after an untimed one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -101,6 +102,7 @@ def _installed(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[st
     streaming = {name: StreamingConfig(sequence_chunk_size=n) for name, n in STREAMING.items() if n < arguments.tokens}
     if arguments.tokens > 512:
         streaming[STREAMING_CHECKPOINTED] = StreamingConfig(sequence_chunk_size=512)
+    streaming[LOGIT_FREE] = StreamingConfig(sequence_chunk_size=arguments.tokens)
     installed = {name: Streaming(model, config) for name, config in streaming.items() if name in arguments.methods}
     seeking = {name: settings for name, settings in SEEKING.items() if name in arguments.methods}
     return installed | {n: TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **s)) for n, s in seeking.items()}
@@ -137,9 +139,7 @@ def _methods(model: torch.nn.Module, batch: dict, installed: dict[str, Installed
         return step
 
     found = {"plain": plain, "checkpointing": checkpointed(plain), **{name: stepping(s) for name, s in installed.items()}}
-    if STREAMING_CHECKPOINTED in found:
-        found[STREAMING_CHECKPOINTED] = checkpointed(found[STREAMING_CHECKPOINTED])
-    return found
+    return found | {name: checkpointed(found[name]) for name in (STREAMING_CHECKPOINTED, LOGIT_FREE) if name in found}
 
 
 def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

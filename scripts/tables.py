@@ -9,15 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHODS = (
-    "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 128", "exact streaming 512 + checkpointing",
+    "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
 )  # fmt: skip
 # Rung, its gradient, its name in the results of memory and of speed. Exact ones first.
 LADDER = (
     ("plain Trainer", "exact", "plain", "plain"),
     ("activation checkpointing", "exact", "checkpointing", "checkpointing"),
-    ("checkpointing + logit-free loss", "exact", "checkpointing + logit-free loss", None),
-    ("`sequence_chunk_size=128`", "exact", "exact streaming 128", "exact streaming, chunks of 128"),
+    ("checkpointing + logit-free loss", "exact", "checkpointing + logit-free loss", "checkpointing + logit-free loss"),
+    ("`sequence_chunk_size=256`", "exact", "exact streaming 256", "exact streaming, chunks of 256"),
+    ("`sequence_chunk_size=192`", "exact", "exact streaming 192", "exact streaming, chunks of 192"),
     ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing"),
     ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 %"),
     ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 %"),
@@ -36,6 +37,7 @@ QUALITY_ARMS = {
     "`--preset tokenseek`": ("combined/top/cut/10%",),
 }
 LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
+LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
 
 
 def rows_of(name: str) -> list[dict]:
@@ -67,15 +69,16 @@ def _mib(value: int | None) -> str:
 
 
 def ladder_table() -> str:
-    """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time of long rows."""
+    """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time relative to checkpointing."""
     rows = [row for row in traced_rows() if row["train"] == "lora"]
     peaks = {(row["model"], row["tokens"], row["method"]): row["peak_bytes"] for row in rows}
-    times = {row["method"]: row["relative"] for row in rows_of("speed.jsonl") if row["train"] == "lora" and row["tokens"] == 2048}
+    timed = [row for row in rows_of("speed.jsonl") if all(row[key] == value for key, value in LADDER_TIMED.items())]
+    times = {row["method"]: row["seconds"] for row in timed}
     heads = [f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES]
     lines = ["| | gradient | " + " | ".join(heads) + " | step time |", "|---|---|" + "---:|" * (len(heads) + 1)]
     for title, gradient, memory, speed in LADDER:
         cells = [_mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES]
-        time = f"{times[speed]:.2f} x" if speed in times else "-"
+        time = f"{times[speed] / times['checkpointing']:.2f} x" if speed in times else "-"
         lines.append(f"| {title} | {gradient} | " + " | ".join(cells) + f" | {time} |")
     return "\n".join(lines)
 
@@ -83,15 +86,15 @@ def ladder_table() -> str:
 def speed_table() -> str:
     """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
     lines = [
-        "| tokens | training | method | seconds a step | x plain | x checkpointing |",
-        "|---|---|---|---:|---:|---:|",
+        "| model | tokens | training | method | seconds a step | x plain | x checkpointing |",
+        "|---|---|---|---|---:|---:|---:|",
     ]
     rows = rows_of("speed.jsonl")
     for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in ("train", "tokens", "conditions"))]
+        same = [r for r in rows if all(r[key] == row[key] for key in ("model", "train", "tokens", "conditions"))]
         checkpointing = next(r["seconds"] for r in same if r["method"] == "checkpointing")
         lines.append(
-            f"| {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
+            f"| {row['model']}, {row['conditions']['dtype']} | {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
         )
     return "\n".join(lines)
 

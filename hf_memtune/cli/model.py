@@ -57,7 +57,7 @@ def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: 
 
 def with_reversible_adapters(loaded, model: ModelSource):
     """The handle of the reversible layers that the settings name, put into the model; None where they name none."""
-    from hf_memtune.training.reversible_files import load_reversible
+    from hf_memtune.training.reversible.files import load_reversible
 
     return None if model.reversible_adapters is None else load_reversible(loaded, model.reversible_adapters)
 

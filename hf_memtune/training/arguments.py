@@ -9,7 +9,7 @@ from hf_memtune.config import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
-from hf_memtune.training.preflight_arguments import PreflightArguments
+from hf_memtune.training.preflight.arguments import PreflightArguments
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {

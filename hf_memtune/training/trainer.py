@@ -16,11 +16,11 @@ from hf_memtune.strategies.model_step import ModelStep
 from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.training.callbacks import MemoryCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.guard import FullLossGuard, first_batches, full_loss, rows_of
-from hf_memtune.training.memory_report import MemoryReportCallback
 from hf_memtune.training.normalizer import RunningMean
-from hf_memtune.training.out_of_memory import HalvingSteps
-from hf_memtune.training.preflight import Preflight
-from hf_memtune.training.reversible_trainer import ReversibleMixin
+from hf_memtune.training.preflight.preflight import Preflight
+from hf_memtune.training.recovery.halving import HalvingSteps
+from hf_memtune.training.report.memory_report import MemoryReportCallback
+from hf_memtune.training.reversible.trainer import ReversibleMixin
 from hf_memtune.training.turns import Turns
 
 logger = logging.getLogger(__name__)

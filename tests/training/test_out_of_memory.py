@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hf_memtune import MemTuneError
-from hf_memtune.training import out_of_memory
-from hf_memtune.training.batch_parts import parts_of, row_count, shares, why_not_cut
+from hf_memtune.training.recovery import halving
+from hf_memtune.training.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
 from tests.strategies.tiny_models import tiny_model
 from tests.tolerances import NOTICED, RELATIVE
 from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
@@ -21,7 +21,7 @@ MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB\nof statistics, many l
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
     """Collecting the garbage of the whole test session takes longer than the runs."""
-    monkeypatch.setattr(out_of_memory, "clear_device_cache", lambda garbage_collection: None)
+    monkeypatch.setattr(halving, "clear_device_cache", lambda garbage_collection: None)
 
 
 class _FailsInBackward(torch.autograd.Function):
@@ -108,7 +108,7 @@ def test_halves_learn_what_the_whole_learns(tmp_path, case, where):
 
 def test_a_mean_of_halves_without_their_shares_is_noticed(tmp_path, monkeypatch):
     """Sibling: halves of different numbers of labels are not worth the same."""
-    monkeypatch.setattr(out_of_memory, "shares", lambda inputs, parts, shifted: [1 / len(parts)] * len(parts))
+    monkeypatch.setattr(halving, "shares", lambda inputs, parts, shifted: [1 / len(parts)] * len(parts))
     uneven = {"per_device_train_batch_size": 7}
     assert worst_step(run(tmp_path, "regression", 3, **uneven), run(tmp_path, "regression", **uneven)) > NOTICED
 

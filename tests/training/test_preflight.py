@@ -12,9 +12,9 @@ from transformers import TrainerCallback, set_seed
 
 from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
 from hf_memtune.memory import CATEGORIES
-from hf_memtune.training import flight, snapshot
-from hf_memtune.training.longest import longest_batch, longest_rows, row_lengths
-from hf_memtune.training.preflight_report import PreflightReport
+from hf_memtune.training.preflight import flight, snapshot
+from hf_memtune.training.preflight.longest import longest_batch, longest_rows, row_lengths
+from hf_memtune.training.preflight.report import PreflightReport
 from tests.strategies.tiny_models import tiny_model
 from tests.training.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 

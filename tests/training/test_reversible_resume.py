@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from hf_memtune import (
     MemTuneError,
 )
-from hf_memtune.training.reversible_files import WEIGHTS
+from hf_memtune.training.reversible.files import WEIGHTS
 from tests.training.reversible_runs import ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
 from tests.training.runs import arguments, same_parameters, train
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_memtune.training.memory_advice import optimizer_name, steps_in_backward
+from hf_memtune.training.recovery.advice import optimizer_name, steps_in_backward
 
 
 @dataclass

@@ -25,9 +25,9 @@ from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.strategies.streaming import Streaming
 from hf_memtune.strategies.token_seeking import TokenSeeking
-from hf_memtune.training.apart import apart
-from hf_memtune.training.blank_model import Shapes
-from hf_memtune.training.step_account import StepAccountCallback
+from hf_memtune.training.forecast.apart import apart
+from hf_memtune.training.forecast.blank_model import Shapes
+from hf_memtune.training.report.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
 
 MICRO_BATCHES = 2  # that are run: from the second on, each finds what the one before it found

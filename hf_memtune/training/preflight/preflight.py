@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
-from hf_memtune.training.flight import Flight
-from hf_memtune.training.levers import LeverWatch
-from hf_memtune.training.longest import Longest, longest_batch
-from hf_memtune.training.memory_advice import first_line, is_out_of_memory
-from hf_memtune.training.preflight_report import PreflightReport
+from hf_memtune.training.preflight.flight import Flight
+from hf_memtune.training.preflight.levers import LeverWatch
+from hf_memtune.training.preflight.longest import Longest, longest_batch
+from hf_memtune.training.preflight.report import PreflightReport
+from hf_memtune.training.recovery.advice import first_line, is_out_of_memory
 
 
 class Preflight:

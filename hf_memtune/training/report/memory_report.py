@@ -13,10 +13,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hf_memtune.memory import MemoryAccount
-from hf_memtune.training.memory_advice import optimizer_name
-from hf_memtune.training.preflight_report import PreflightReport
-from hf_memtune.training.savings import Advice, BatchShape, Lever, Savings
-from hf_memtune.training.step_account import StepAccountCallback
+from hf_memtune.training.preflight.report import PreflightReport
+from hf_memtune.training.recovery.advice import optimizer_name
+from hf_memtune.training.report.savings import Advice, BatchShape, Lever, Savings
+from hf_memtune.training.report.step_account import StepAccountCallback
 
 logger = logging.getLogger(__name__)
 

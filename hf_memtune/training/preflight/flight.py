@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from hf_memtune.memory import StepLedger, peak_device_bytes, reset_peak_device_bytes
-from hf_memtune.training.levers import LeverWatch
-from hf_memtune.training.longest import Longest, longest_batch
-from hf_memtune.training.memory_advice import advice
-from hf_memtune.training.preflight_report import PreflightReport
-from hf_memtune.training.savings import BatchShape
-from hf_memtune.training.snapshot import everything_restored
+from hf_memtune.training.preflight.levers import LeverWatch
+from hf_memtune.training.preflight.longest import Longest, longest_batch
+from hf_memtune.training.preflight.report import PreflightReport
+from hf_memtune.training.preflight.snapshot import everything_restored
+from hf_memtune.training.recovery.advice import advice
+from hf_memtune.training.report.savings import BatchShape
 from hf_memtune.units import format_bytes
 
 _STEPS_OF_A_SCALER = 12  # at most, until its scale has fallen so far that the optimizer steps

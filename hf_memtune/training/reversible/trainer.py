@@ -18,8 +18,8 @@ from hf_memtune.reversible_config import ReversibleConfig
 from hf_memtune.strategies.reversible import ReversibleHandle
 from hf_memtune.strategies.token_seeking import resolve_scorer
 from hf_memtune.training.arguments import UNSHARDED
-from hf_memtune.training.reversible_callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
-from hf_memtune.training.reversible_files import is_saved_reversible, load_into, save_reversible
+from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
+from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import ConfigError
-from hf_memtune.training.memory_advice import checkpoints, optimizer_name
+from hf_memtune.training.recovery.advice import checkpoints, optimizer_name
 
 logger = logging.getLogger(__name__)
 

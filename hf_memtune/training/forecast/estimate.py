@@ -19,8 +19,8 @@ from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
-from hf_memtune.training.blank_model import batch_shapes, blank_model
-from hf_memtune.training.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
+from hf_memtune.training.forecast.blank_model import batch_shapes, blank_model
+from hf_memtune.training.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
 
 
 def estimate(

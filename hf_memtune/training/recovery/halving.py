@@ -21,8 +21,8 @@ from torch import Tensor
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.targets import LABEL_NAMES, targets
-from hf_memtune.training.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
-from hf_memtune.training.memory_advice import advice, first_line, is_out_of_memory, steps_in_backward
+from hf_memtune.training.recovery.advice import advice, first_line, is_out_of_memory, steps_in_backward
+from hf_memtune.training.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
 from hf_memtune.training.rng import Generators, preserved_rng
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
 from hf_memtune.strategies.overrides import not_checkpointing
-from hf_memtune.training.memory_advice import checkpoints, optimizer_name
+from hf_memtune.training.recovery.advice import checkpoints, optimizer_name
 from hf_memtune.training.rng import preserved_rng
 
 _WORTH_NAMING = 0.02  # of the peak: less is not worth a change
@@ -94,7 +94,7 @@ class Savings:
     # -- one estimate
 
     def _estimate(self, changes: dict[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
-        from hf_memtune.training.estimate import estimate  # it runs a trainer, whose module imports this one
+        from hf_memtune.training.forecast.estimate import estimate  # it runs a trainer, whose module imports this one
 
         args = copy.copy(self.args)
         vars(args).update({"memory_preflight": False, "memory_report": False} | (changes or {}))

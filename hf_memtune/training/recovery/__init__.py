@@ -1,0 +1,1 @@
+"""When memory runs out all the same: the step again in halves, and advice."""
