@@ -30,9 +30,10 @@ def linear_loss(
 
     token_weight_N: factors of the tokens' losses, finite, constants of the differentiation; None: the plain sum.
 
-    torch's `linear_cross_entropy` serves float32 and float64. It returns the loss in the dtype of its input, ignores chunking
-    with label smoothing and knows no weights of tokens, so half precision, autocast, smoothing and token weights go through
-    `LinearLoss`, whose loss is float32 (float64 where the weight is).
+    torch's `linear_cross_entropy` serves float32 and float64 where the head is not trained. It returns the loss in the dtype of its
+    input, ignores chunking with label smoothing, knows no weights of tokens, and has two gradients of the size of the head at once in
+    backward. So half precision, autocast, smoothing, token weights and trained heads go through `LinearLoss`, whose loss is float32
+    (float64 where the weight is).
     Backward can run once: both form their gradients in forward and hand them over.
     """
     if target_N.numel() == 0:
@@ -42,7 +43,8 @@ def linear_loss(
     exact_scalar = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
     exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)
     plain_sum = not label_smoothing and token_weight_N is None
-    if chunked_linear_cross_entropy is not None and exact_scalar and plain_sum:
+    is_trained = weight_VD.requires_grad and torch.is_grad_enabled()
+    if chunked_linear_cross_entropy is not None and exact_scalar and plain_sum and not is_trained:
         return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, logit_rows(weight_VD.shape[0]))
     return LinearLoss.apply(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, token_weight_N)
 

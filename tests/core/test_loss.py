@@ -66,6 +66,34 @@ def test_half_precision_is_as_near_to_float64_as_the_plain_loss(chunked, weights
         assert (ours.double() - true).norm() <= 1.05 * (plainly.double() - true).norm() + 1e-3 * true.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_that_is_not_trained(chunked, dtype, bias):
+    hidden, weight, bias_V, target = problem(dtype=dtype, bias=bias)
+    weight, bias_V = weight.detach(), None if bias_V is None else bias_V.detach()
+    (found,), (expected,) = (torch.autograd.grad(loss(hidden, weight, bias_V, target), [hidden]) for loss in (linear_loss, plain))
+    assert (found - expected).norm() <= RELATIVE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_trained_head_has_one_gradient_in_memory(dtype):
+    tensors = problem(tokens=8, classes=4096, dtype=dtype, bias=False)
+    loss = linear_loss(*tensors)
+    with LiveBytes() as live:
+        loss.backward()
+    assert live.peak_bytes < tensors[1].nbytes / 10  # it was made in forward: the scalars of backward alone
+
+
+@pytest.mark.skipif(loss_module.chunked_linear_cross_entropy is None, reason="torch has no linear_cross_entropy")
+def test_a_second_gradient_in_memory_would_be_noticed():
+    """The sibling: torch's loss scales into a new one."""
+    *tensors, target = problem(tokens=8, classes=4096, dtype=torch.float32, bias=False)
+    loss = loss_module.chunked_linear_cross_entropy(*tensors, target, 16)
+    with LiveBytes() as live:
+        loss.backward()
+    assert live.peak_bytes >= tensors[1].nbytes
+
+
 def finite_differences(function, tensors, step=1e-6):
     """Central differences of a scalar function, one entry at a time: what gradcheck does, with one backward a graph."""
     found = []
