@@ -17,6 +17,8 @@ def embed_tied(weight_VD: Tensor, ids: Tensor, padding_idx: int | None = None) -
     The gradient that the head finds for that view waits until those of the embeddings are known, and these are added to it in place:
     whoever makes it must not use it any more. Rows of one token are summed in float32 at least, and added to half precision once.
     """
+    if padding_idx is not None and padding_idx < 0:  # counted from the end
+        padding_idx += weight_VD.shape[0]
     return _TiedEmbedding.apply(weight_VD, ids, padding_idx)
 
 
@@ -38,7 +40,7 @@ class _TiedEmbedding(torch.autograd.Function):
                 weight_VD = embedded.new_zeros(ctx.classes, embedded.shape[-1])
             elif 0 in weight_VD.stride():  # expanded, and not to be written to
                 weight_VD = weight_VD.clone()
-            _add_rows(weight_VD, ids.flatten(), embedded.flatten(0, -2), ctx.padding_idx)
+            _add_rows(weight_VD, ids.flatten().long(), embedded.reshape(-1, embedded.shape[-1]), ctx.padding_idx)
         return weight_VD, None, None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_memtune.architectures import Architecture
 from hf_memtune.core.offload import OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import Joined, OwedGradients
 from hf_memtune.core.rng import RandomTape
@@ -42,6 +43,16 @@ Wanted = Callable[[int, int, Tensor | None], Tensor]
 
 def chunk_count(length: int, chunk: int) -> int:
     return math.ceil(length / chunk)
+
+
+def _layers_with_gradient(architecture: Architecture) -> int:
+    """Layers of the decoder that a gradient goes through: those above the embedding, or the first layer, that is trained."""
+    layers = architecture.decoder.layers
+    in_layers = {id(p) for p in layers.parameters()}
+    if any(p.requires_grad and id(p) not in in_layers for p in architecture.base.get_input_embeddings().parameters()):
+        return len(layers)
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return len(layers) - trained.index(True) if any(trained) else 0
 
 
 class ChunkStream:
@@ -84,13 +95,13 @@ class ChunkStream:
     def _chunks_together(self) -> int:
         """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
 
-        Without gradient the intermediates of one layer are alive, with it those of all layers. Where it is not so (activation
-        checkpointing, reversible layers), one at a time.
+        Without gradient the intermediates of one layer are alive, with it those of all layers from the first that is trained. Where it is
+        not so (activation checkpointing, reversible layers, chunks of which few tokens run), one at a time.
         """
-        architecture = self.strategy.architecture
-        if any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in architecture.base.modules()):
+        base = self.strategy.architecture.base
+        if self.wanted is not None or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules()):
             return 1
-        return max(1, min(CONTEXT_TOKENS // self.chunk, len(architecture.decoder.layers) // 4))
+        return max(1, min(CONTEXT_TOKENS // self.chunk, _layers_with_gradient(self.strategy.architecture) // 4))
 
     def skip(self, first_turn: bool = False) -> None:
         """Pass over chunks of which no token is wanted. The row's first chunk always runs: processes meet there."""

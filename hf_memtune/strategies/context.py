@@ -33,7 +33,7 @@ def context_pass(
 
     tape: dropout stays on, and the random state at the beginning of each chunk is kept on it, for a pass that runs the chunk
     again; without one, dropout is off. encoded: the output of the encoder, where there is one and it is known. together: how many
-    chunks may run at once, after the first, if that draws no random numbers, whose order would be another. Returns the last hidden
+    chunks may run at once, after the first, if no random numbers are drawn, whose order would be another. Returns the last hidden
     states (B, tokens of all chunks, D) if they are to be kept.
     """
     length, outputs = call.rows["decoder"].length, []
@@ -51,9 +51,14 @@ def context_pass(
             running = ContextPass(spans, store, strategy.places, records, strategy.kernel_knows_causal)
             with strategy.running(running), at_positions(strategy.architecture, call, spans):
                 output = call.forward(**call.at(spans, encoded)).last_hidden_state
+            if together > 1 and tape is not None and tape.has_moved(number):
+                together = 1
+                if count > 1:  # each of these chunks will run again by itself, and must draw what it drew here
+                    tape.replay(number)
+                    count = 1
+                    continue
             if keep_output:
                 outputs.append(output)
-            is_random = tape is not None and tape.has_moved(number)
             number += count
-            count = 1 if is_random else min(together, chunks.stop - number)
+            count = min(together, chunks.stop - number)
     return torch.cat(outputs, dim=1) if outputs else None

@@ -34,11 +34,22 @@ def plain(weight, ids, target, padding_idx=None):
     return torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), weight)[0]
 
 
-@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_gradient_is_that_of_both_uses(dtype, padding_idx):
     found, expected = linked(*problem(dtype), padding_idx), plain(*problem(dtype), padding_idx)
     assert (found - expected).norm() <= RELATIVE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("shape, dtype", [((), torch.long), ((4,), torch.int32), ((2, 1, 3), torch.long), ((0, 2), torch.long)])
+def test_ids_of_any_shape(shape, dtype):
+    weight, ids, _ = problem()
+    ids = ids.flatten()[: torch.Size(shape).numel()].reshape(shape).to(dtype)
+    embedded, _ = embed_tied(weight, ids)
+    assert embedded.shape == (*shape, SIZE)
+    (found,) = torch.autograd.grad(embedded.square().sum(), weight)
+    (expected,) = torch.autograd.grad(F.embedding(ids, weight).square().sum(), weight)
+    assert (found - expected).norm() <= RELATIVE[torch.float64] * expected.norm()
 
 
 def test_a_use_that_is_left_out_would_be_noticed():

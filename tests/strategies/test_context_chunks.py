@@ -1,6 +1,7 @@
 """The context pass of a stream takes several small chunks at once, where that changes neither numbers nor the peak of bytes."""
 
 import pytest
+import torch
 
 from hf_memtune import StreamingConfig
 from hf_memtune.memory.shapes import SHAPES
@@ -70,6 +71,50 @@ def test_one_at_a_time_where_it_matters(change):
     if change == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert streamed(model, batch)[1] == [3] * 10
+
+
+@pytest.mark.parametrize("token, expected", [(-1, [3, 6, 6, 6, 6, 3]), (7, [3, 6, 6, 6, 3, 3, 3, 3, 3])])
+def test_random_numbers_that_begin_late(token, expected):
+    """Drawn only where a token is, in a chunk that runs with another: that part runs again, a chunk at a time."""
+    model, batch, _ = deep()
+    batch["input_ids"][batch["input_ids"] == 7] = 8
+    batch["input_ids"][:, 20] = 7
+    drawn = {False: {}, True: {}}
+
+    def drop(module, args, output):
+        if not (args[0] == token).any():
+            return output
+        kept = torch.rand(output.shape[:2]) > 0.5
+        drawn[torch.is_grad_enabled()][tuple(args[0].flatten().tolist())] = kept
+        return output * kept[..., None]
+
+    hook = model.get_input_embeddings().register_forward_hook(drop)
+    _, widths = streamed(model, batch)
+    hook.remove()
+    assert widths == expected
+    assert len(drawn[True]) == (token == 7)
+    assert all(torch.equal(drawn[False][ids], kept) for ids, kept in drawn[True].items())
+
+
+def train_the_last_layer(model):
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+
+
+def train_the_layers(model):
+    model.model.embed_tokens.requires_grad_(False)
+
+
+def train_the_head(model):
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change, widest", [(train_the_last_layer, 3), (train_the_layers, 6), (train_the_head, 3)])
+def test_layers_without_gradient_keep_nothing_and_do_not_count(change, widest):
+    model, batch, _ = deep()
+    change(model)
+    assert max(streamed(model, batch)[1]) == widest
 
 
 @pytest.mark.parametrize("chunk", [32, 64])
