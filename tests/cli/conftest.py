@@ -32,11 +32,11 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return fast
 
 
-def llama(folder: Path, chat: bool = False) -> Path:
+def llama(folder: Path, chat: bool = False, vocabulary: int = 64) -> Path:
     """Widths of 64: bitsandbytes quantizes in blocks of 64 along a row, and its kernels on CPUs with AVX-512 need whole ones."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

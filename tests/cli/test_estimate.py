@@ -10,7 +10,7 @@ from hf_memtune.cli import forecast, main
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
-from tests.cli.conftest import ROOT, write_rows
+from tests.cli.conftest import ROOT, llama, write_rows
 
 SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2"
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
@@ -60,6 +60,12 @@ def test_what_cannot_be_estimated_is_said(arguments, problem, capsys):
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """With logits that are most of a step."""
+    return llama(tmp_path_factory.mktemp("models") / "wordy-llama", vocabulary=4096)
+
+
 def rows_file(folder):
     row = {"instruction": "name the colours", "output": "red green blue and one of the sun"}
     return write_rows(folder / "rows.jsonl", [row] * 8)
@@ -71,11 +77,11 @@ def planned(capsys, out, *arguments, code=0):
     return json.loads(said.out.strip().splitlines()[-1]) if code == 0 else said.err
 
 
-def test_a_plan_is_a_recipe_that_trains(model, tmp_path, capsys):
+def test_a_plan_is_a_recipe_that_trains(wordy, tmp_path, capsys):
     """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
     data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no"]
     data += ["--output_dir", tmp_path / "out"]
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16]
+    common = ["--model", wordy, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", 4, "--max_length", 16]
     as_given, fused = (estimated(capsys, *common, *more)["peak_bytes"] for more in ([], ["--sequence_chunk_size", 16]))
     assert fused < as_given
     plan = planned(capsys, tmp_path / "plan.yaml", "--budget", fused, "--allow_approximate", "no", *common, *data)
@@ -96,8 +102,8 @@ def test_what_the_commands_share_has_one_meaning():
     assert {"memory_budget", "sequence_length", "out"} <= plan.keys()
 
 
-def test_a_budget_of_training_is_kept(model, tmp_path, capsys):
-    common = ["--model", model, "--use_cpu", "--report_to", "none", "--max_length", 16, "--per_device_train_batch_size", 4]
+def test_a_budget_of_training_is_kept(wordy, tmp_path, capsys):
+    common = ["--model", wordy, "--use_cpu", "--report_to", "none", "--max_length", 16, "--per_device_train_batch_size", 4]
     data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--output_dir", tmp_path / "out"]
     fused = estimated(capsys, *common, "--sequence_chunk_size", 16)["peak_bytes"]
     assert main(["train", "--memory_budget", str(fused), *map(str, [*common, *data])]) == 0

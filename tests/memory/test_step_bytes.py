@@ -17,6 +17,7 @@ TOKENS = 40
 # What the tiny Llama (3 layers, hidden 32, MLP 48, 4 heads and 2 key heads of 8, float32) saves for one token of the focus pass.
 SAVED_PER_TOKEN = (
     23 * 32 * 4  # hidden states: 7 norms twice (input, normalised), inputs of attention output and of residual sums, the head's
+    + 32 * 4  # the gradient of the head's
     + 12 * 48 * 4  # MLP: gate, activation, up and their product, in 3 layers
     + 3 * 4 * 8 * 4  # queries
     + 6 * 2 * 8 * 4  # live keys and values
@@ -24,7 +25,7 @@ SAVED_PER_TOKEN = (
     + 2 * 8 * 4  # rotary cosine and sine
     + 8 + 1  # its id, and whether it is labelled
 )  # fmt: skip
-SAVED_PER_STEP = 8  # the number of labelled tokens
+SAVED_PER_STEP = 8 + 61 * 32 * 4  # the number of labelled tokens; the gradient of the head, made in forward
 
 
 def saved_bytes(model, ratio=None, checkpointing=False):
