@@ -120,7 +120,7 @@ class ChunkStream:
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = StreamPass(
             {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span},
-            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores,
+            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores, self._is_alone(number, span),
         )
         if stores:
             output = self._forward(running, is_last=number == 0)
@@ -129,6 +129,11 @@ class ChunkStream:
                 output = self._forward(running, is_last=number == 0)
         self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
         return span, output
+
+    def _is_alone(self, number: int, span: Span) -> bool:
+        """Whether a chunk is the whole row and attends to nothing that is stored."""
+        is_whole = number == 0 and self._stored == 0 and span.selection is None and span.index.shape[1] == self.rows.length
+        return is_whole and not self.strategy.config.kv_offload
 
     def _forward(self, running: StreamPass, is_last: bool):
         architecture = self.strategy.architecture

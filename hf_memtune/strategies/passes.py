@@ -182,18 +182,19 @@ class StreamPass(ChunkPass):
     """One chunk of every row, or some tokens of it, with gradient, among the stored keys and values of the tokens before.
 
     Nothing of the stored is copied or saved: see `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
-    yet, because no context pass came by. Attention to and inside a bidirectional encoder is the model's own.
+    yet, because no context pass came by. alone: whether it is all of the row, so that no other chunk will ask for them. Attention to and
+    inside a bidirectional encoder is the model's own.
     """
 
-    def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False):
+    def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False, alone: bool = False):
         super().__init__(spans, store, places, kernel_knows_causal)
         span = spans["decoder"]
         start = span.start if span.selection is None else span.chunk_start
         index = None if span.selection is None else span.index
-        self.owed, self.stores, self.live = owed, stores, Live(start, span.visible, index, span.valid)
+        self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(start, span.visible, index, span.valid)
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
-        if self.places.key_stack(module) == "encoder":
+        if self.alone or self.places.key_stack(module) == "encoder":
             return attention(module, query, key, value, mask, **kwargs)
         if self.stores:
             self.store.write(id(module), key, value, self.live.start, self.live.stop)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from hf_memtune import StreamingConfig
+from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.strategies import chunk_stream, context
 from hf_memtune.strategies.passes import ContextPass
-from tests.strategies.stepping import model_and_batch, plain_twin, stream
+from hf_memtune.units import MIB
+from tests.strategies.stepping import model_and_batch, plain_twin, stream, take_turns
 from tests.strategies.twin import worst_difference
 from tests.tolerances import tolerance
 
@@ -94,6 +95,31 @@ def test_random_numbers_that_begin_late(token, expected):
     assert widths == expected
     assert len(drawn[True]) == (token == 7)
     assert all(torch.equal(drawn[False][ids], kept) for ids, kept in drawn[True].items())
+
+
+@pytest.mark.parametrize("kv_offload", [False, True])
+@pytest.mark.parametrize("chunk, stores", [(16, True), (31, False), (64, False)])
+def test_a_row_of_one_chunk_stores_nothing(chunk, stores, kv_offload):
+    """No other chunk asks for its keys and values. Where they are to be in host memory they are put there, as was asked for."""
+    model, batch, dtype = deep(layers=3)
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=chunk, kv_offload=kv_offload))
+    found = take_turns(model, streaming, batch)
+    streaming.remove()
+    assert worst_difference(found.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+    assert bool(found.step.stored()) is (stores and not kv_offload)
+    homes = getattr(found.step.stream.store, "_homes", {})
+    assert len(homes) == (3 if kv_offload else 0)
+
+
+def test_a_row_of_one_chunk_needs_what_a_fused_loss_needs():
+    """Under activation checkpointing, where plain training keeps no keys and values."""
+    config = SHAPES["Qwen2.5-0.5B"]()
+    config.num_hidden_layers = 4
+    streaming = StreamingConfig(sequence_chunk_size=2048)
+    ours = trace_causal_lm_step(config, 2048, checkpointing=True, strategy=streaming).peak_bytes
+    plain = trace_causal_lm_step(config, 2048, checkpointing=True, fused_loss=True).peak_bytes
+    stored = 4 * 2 * config.num_key_value_heads * 64 * 2 * 2048
+    assert stored == 4 * MIB and ours - plain < MIB / 4
 
 
 def train_the_last_layer(model):
