@@ -48,8 +48,7 @@ def chunk_count(length: int, chunk: int) -> int:
 def _layers_with_gradient(architecture: Architecture) -> int:
     """Layers of the decoder that a gradient goes through: those above the embedding, or the first layer, that is trained."""
     layers = architecture.decoder.layers
-    in_layers = {id(p) for p in layers.parameters()}
-    if any(p.requires_grad and id(p) not in in_layers for p in architecture.base.get_input_embeddings().parameters()):
+    if any(p.requires_grad for p in architecture.base.get_input_embeddings().parameters()):
         return len(layers)
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     return len(layers) - trained.index(True) if any(trained) else 0
@@ -116,11 +115,12 @@ class ChunkStream:
             raise MemTuneError(NOT_BACKWARD)
         number, self._next = self._next, self._next - 1
         stores = number >= self._stored
+        alone = self._stored == 0 and not self.strategy.config.kv_offload  # the row is one chunk, and no pass has stored it
         span = self._span(number)
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = StreamPass(
             {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span},
-            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores, self._is_alone(number, span),
+            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores, alone,
         )
         if stores:
             output = self._forward(running, is_last=number == 0)
@@ -129,11 +129,6 @@ class ChunkStream:
                 output = self._forward(running, is_last=number == 0)
         self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
         return span, output
-
-    def _is_alone(self, number: int, span: Span) -> bool:
-        """Whether a chunk is the whole row and attends to nothing that is stored."""
-        is_whole = number == 0 and self._stored == 0 and span.selection is None and span.index.shape[1] == self.rows.length
-        return is_whole and not self.strategy.config.kv_offload
 
     def _forward(self, running: StreamPass, is_last: bool):
         architecture = self.strategy.architecture

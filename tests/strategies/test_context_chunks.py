@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_memtune import Streaming, StreamingConfig
+from hf_memtune import MemTuneError, Streaming, StreamingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.strategies import chunk_stream, context
@@ -52,7 +52,7 @@ def test_windows_that_reach_across(name):
 
 
 def test_keys_and_values_that_are_missing_would_be_noticed(monkeypatch):
-    """The sibling: a pass that counts one chunk too many leaves a gap, which the store refuses."""
+    """The sibling: a pass that leaves out its last chunk leaves a gap, which the store refuses."""
     model, batch, _ = deep()
     monkeypatch.setattr(chunk_stream.ChunkStream, "_chunks_together", lambda self: 2)
     original = chunk_stream.context_pass
@@ -61,7 +61,7 @@ def test_keys_and_values_that_are_missing_would_be_noticed(monkeypatch):
         return original(strategy, call, store, records, chunk, range(chunks.stop - 1), *rest)
 
     monkeypatch.setattr(chunk_stream, "context_pass", short)
-    with pytest.raises(Exception, match="has keys and values of"):
+    with pytest.raises(MemTuneError, match="has keys and values of"):
         stream(model, batch, CHUNK)
 
 
