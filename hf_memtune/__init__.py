@@ -16,36 +16,36 @@ _EXPORTS = {
     "StreamOverflowError": "errors",
     "TokenScoreError": "errors",
     "UnsupportedModelError": "errors",
-    "CheckpointConfig": "reversible_config",
-    "ReversibleConfig": "reversible_config",
-    "StreamingConfig": "config",
-    "TokenSeekingConfig": "config",
+    "CheckpointConfig": "settings.reversible",
+    "ReversibleConfig": "settings.reversible",
+    "StreamingConfig": "settings.methods",
+    "TokenSeekingConfig": "settings.methods",
     "SeekingContext": "core.scorers",
     "register_scorer": "core.scorers",
     "Selection": "core.selection",
-    "ReversibleHandle": "strategies.reversible",
-    "checkpoint_in_two_levels": "strategies.two_level",
-    "make_reversible": "strategies.reversible",
+    "ReversibleHandle": "methods.reversible.handle",
+    "checkpoint_in_two_levels": "methods.two_level",
+    "make_reversible": "methods.reversible.handle",
     "load_reversible": "training.reversible.files",
     "save_reversible": "training.reversible.files",
     "CheckpointCallback": "training.reversible.callbacks",
     "ReversibleCallback": "training.reversible.callbacks",
-    "Streaming": "strategies.streaming",
-    "TokenSeeking": "strategies.token_seeking",
+    "Streaming": "methods.streaming.streaming",
+    "TokenSeeking": "methods.seeking.token_seeking",
     "LiveBytes": "memory",
     "MemoryAccount": "memory",
     "MemoryEstimate": "memory.estimate",
     "StepLedger": "memory",
-    "StepAccountCallback": "training.report.step_account",
-    "estimate": "training.forecast.estimate",
+    "StepAccountCallback": "training.care.report.step_account",
+    "estimate": "forecast.estimate",
     "SavedBytes": "memory",
     "MemEfficientArgumentsMixin": "training.arguments",
     "MemEfficientMixin": "training.trainer",
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
     "MemoryCallback": "training.callbacks",
-    "MemoryReport": "training.report.memory_report",
-    "PreflightReport": "training.preflight.report",
+    "MemoryReport": "training.care.report.memory_report",
+    "PreflightReport": "training.care.preflight.report",
     "StreamingCallback": "training.callbacks",
     "TokenMapCallback": "training.callbacks",
     "TokenSeekingCallback": "training.callbacks",
@@ -56,7 +56,14 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    if _EXPORTS[name] == "training.trainer":  # what forecasts is above what trains, and handed to it
+        found.estimate = staticmethod(_estimate)
+    return found
+
+
+def _estimate(*args, **kwargs):
+    return import_module(f"{__name__}.forecast.estimate").estimate(*args, **kwargs)
 
 
 def __dir__():

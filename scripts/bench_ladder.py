@@ -17,7 +17,7 @@ from rich.progress import track
 from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.plan import PlanArguments, make_parser
 from hf_memtune.errors import MemTuneError
-from hf_memtune.training.forecast.ladder import ladder
+from hf_memtune.forecast.ladder import ladder
 
 MODELS, TOKENS, ROWS = ("Llama-3.1-8B", "Llama-3.2-1B"), 2048, 2
 

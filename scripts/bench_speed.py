@@ -20,7 +20,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
-from hf_memtune.strategies.installed import InstalledStrategy
+from hf_memtune.methods.installed import InstalledStrategy
 
 SEEKING: dict[str, dict] = {
     "seeking 10 %": {"token_ratio": 0.1},

@@ -10,7 +10,7 @@ def blank_trainable(model: ModelArguments, data: DataSource, sizes: str | None =
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from hf_memtune.cli.model import four_bits, with_adapters
-    from hf_memtune.training.forecast.blank_model import blank_model, in_four_bits
+    from hf_memtune.forecast.blank_model import blank_model, in_four_bits
 
     config = read_config(model.model_name_or_path, sizes)
     if model.attn_implementation is not None:

@@ -58,8 +58,8 @@ def within_budget(arguments: list[str]) -> list[str]:
 
 def climb(arguments: list[str], parser: Callable, more: type, stop_at_first: bool):
     """(plan, settings as given) for the flags of a command. parser: makes the parser to read them with."""
-    from hf_memtune.training.forecast.ladder import ladder
-    from hf_memtune.training.forecast.plan import make_plan
+    from hf_memtune.forecast.ladder import ladder
+    from hf_memtune.forecast.plan import make_plan
 
     def read(changes: dict):
         return forecast.parse([*arguments, *flags(changes)], parser(), more)
@@ -84,7 +84,7 @@ def _shown(rungs: list):
 
 
 def _refusal(plan, arguments: list[str], parser: Callable, more: type, given) -> ConfigError:
-    from hf_memtune.training.forecast.plan import refusal
+    from hf_memtune.forecast.plan import refusal
 
     return refusal(plan, None if plan.smallest is None else _shorter(plan, arguments, parser, more, given))
 

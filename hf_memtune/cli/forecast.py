@@ -96,7 +96,7 @@ def predict(forecast: Forecast):
 
     from hf_memtune.cli.blank import blank_trainable
     from hf_memtune.cli.model import check_length
-    from hf_memtune.training.forecast.estimate import estimate
+    from hf_memtune.forecast.estimate import estimate
 
     if forecast.model.reversible_adapters is not None:
         got = forecast.model.reversible_adapters

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource, changed
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.errors import ConfigError
 
 

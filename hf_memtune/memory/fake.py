@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.strategies.layer_override import override_of
+from hf_memtune.methods.layer_override import override_of
 
 
 def fake_copy(model: nn.Module) -> nn.Module:

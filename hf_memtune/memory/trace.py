@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from hf_memtune.config import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.memory.fake import sdpa_without_padding, use_sdpa
 from hf_memtune.memory.live import Entry, LiveBytes
-from hf_memtune.strategies.installed import InstalledStrategy
-from hf_memtune.strategies.streaming import Streaming
-from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.methods.installed import InstalledStrategy
+from hf_memtune.methods.streaming.streaming import Streaming
+from hf_memtune.methods.seeking.token_seeking import TokenSeeking
 
 
 @dataclass(frozen=True)

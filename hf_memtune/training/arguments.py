@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
-from hf_memtune.reversible_config import CheckpointConfig, ReversibleConfig
-from hf_memtune.training.preflight.arguments import PreflightArguments
+from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
+from hf_memtune.training.care.preflight.arguments import PreflightArguments
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
 _UNSUPPORTED = {

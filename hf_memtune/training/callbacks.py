@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_memtune.config import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
-from hf_memtune.strategies.streaming import Streaming
-from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.methods.streaming.streaming import Streaming
+from hf_memtune.methods.seeking.token_seeking import TokenSeeking
 from hf_memtune.training.offline import OfflineScores
 from hf_memtune.training.rng import preserved_rng
 

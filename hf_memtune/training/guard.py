@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hf_memtune.architectures import Architecture, describe
 from hf_memtune.core.loss import IGNORED, linear_loss
-from hf_memtune.strategies.overrides import evaluating, forward_as
-from hf_memtune.strategies.targets import LABEL_NAMES, model_inputs, targets
+from hf_memtune.methods.overrides import evaluating, forward_as
+from hf_memtune.methods.seeking.targets import LABEL_NAMES, model_inputs, targets
 from hf_memtune.training.rng import preserved_rng
 
 WINDOW = 5  # logs: a mean of fewer has a standard error that is itself mostly chance

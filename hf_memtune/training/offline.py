@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
-from hf_memtune.strategies.overrides import instance_attribute
-from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.methods.overrides import instance_attribute
+from hf_memtune.methods.seeking.token_seeking import TokenSeeking
 from hf_memtune.training.fingerprint import model_fingerprint
 from hf_memtune.training.rng import preserved_rng
 

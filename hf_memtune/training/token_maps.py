@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.scoring import combined_score
-from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.methods.seeking.token_seeking import TokenSeeking
 from hf_memtune.visualization.token_map import TokenMap
 
 

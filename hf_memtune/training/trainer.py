@@ -8,18 +8,18 @@ from transformers import Trainer
 
 from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures import describe
-from hf_memtune.config import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
 from hf_memtune.errors import ConfigError, MemTuneError
-from hf_memtune.strategies.model_step import ModelStep
-from hf_memtune.strategies.reversible import ReversibleHandle
+from hf_memtune.methods.model_step import ModelStep
+from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.training.callbacks import MemoryCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.guard import FullLossGuard, first_batches, full_loss, rows_of
 from hf_memtune.training.normalizer import RunningMean
-from hf_memtune.training.preflight.preflight import Preflight
-from hf_memtune.training.recovery.halving import HalvingSteps
-from hf_memtune.training.report.memory_report import MemoryReportCallback
+from hf_memtune.training.care.preflight.preflight import Preflight
+from hf_memtune.training.care.recovery.halving import HalvingSteps
+from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.reversible.trainer import ReversibleMixin
 from hf_memtune.training.turns import Turns
 
@@ -36,6 +36,8 @@ class MemEfficientMixin(ReversibleMixin):
     Everything else is Trainer's. Evaluation and prediction are plain full forwards, through reversible layers where there are any;
     checkpoints are plain checkpoints, but those of reversible layers hold adapters and head alone.
     """
+
+    estimate = None  # predicts the memory of a step; handed down by the top package, since forecasts run a trainer
 
     def __init__(self, *args, token_scorer: TokenScorer | None = None, reversible: ReversibleHandle | None = None, **kwargs):
         super().__init__(*args, **kwargs)

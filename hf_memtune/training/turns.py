@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
-from hf_memtune.strategies.model_step import ModelStep
+from hf_memtune.methods.model_step import ModelStep
 
 
 class Turns:

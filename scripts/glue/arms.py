@@ -37,7 +37,7 @@ def prepare(arm: str, model) -> None:
 
     from hf_memtune import ReversibleConfig
     from hf_memtune.architectures.stacks import layer_stacks
-    from hf_memtune.strategies.adapters import Switch, freeze_but, places_of, put_adapters, trained_parameters
+    from hf_memtune.methods.reversible.adapters import Switch, freeze_but, places_of, put_adapters, trained_parameters
 
     if arm != ADAPTERS:
         return

@@ -10,8 +10,8 @@ from hf_memtune.memory import trace
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.units import MIB
-from tests.strategies.stepping import PUBLISHED, seeking_on
-from tests.strategies.tiny_models import batch_for, tiny_model
+from tests.methods.stepping import PUBLISHED, seeking_on
+from tests.methods.tiny_models import batch_for, tiny_model
 
 TOKENS = 40
 # What the tiny Llama (3 layers, hidden 32, MLP 48, 4 heads and 2 key heads of 8, float32) saves for one token of the focus pass.

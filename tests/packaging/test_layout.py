@@ -18,12 +18,13 @@ TOP_LEVEL_ALSO = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "
 # THE FLOORS, top to bottom: a module imports from its own part and from lower floors only.
 FLOORS = [
     {"cli", "__main__"},
+    {"forecast"},
     {"training"},
     {"evaluation", "visualization", "memory"},
-    {"strategies"},
+    {"methods"},
     {"architectures"},
     {"core"},
-    {"config", "reversible_config", "presets", "errors", "units", "_compat"},
+    {"settings", "errors", "units", "_compat"},
 ]
 GROUND = FLOORS[-1]  # its parts may import one another; nowhere else may neighbours
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "evaluate", "matplotlib", "numpy", "peft", "torch", "transformers"}
@@ -149,13 +150,13 @@ def test_imports_go_down():
     "module, source",
     [
         ("hf_memtune.core.scoring", "from hf_memtune.training import trainer"),
-        ("hf_memtune.core.scoring", "def f():\n    import hf_memtune.strategies.seek"),
+        ("hf_memtune.core.scoring", "def f():\n    import hf_memtune.methods.seek"),
         ("hf_memtune.core.scoring", "from ..architectures import llama"),
         ("hf_memtune.core.__init__", "from ..architectures.llama import LLAMA"),
         ("hf_memtune.core.scoring", "from .. import cli"),
         ("hf_memtune.errors", "from hf_memtune import core"),
-        ("hf_memtune.strategies.seek", "from hf_memtune import MemEfficientTrainer"),
-        ("hf_memtune.strategies.seek", "import hf_memtune"),
+        ("hf_memtune.methods.seek", "from hf_memtune import MemEfficientTrainer"),
+        ("hf_memtune.methods.seek", "import hf_memtune"),
         ("hf_memtune.memory.ledger", "from hf_memtune.evaluation import load_metric"),
         ("hf_memtune.units", "import importlib\nimportlib.import_module('hf_memtune.core')"),
     ],
@@ -169,7 +170,7 @@ def test_an_upward_import_is_seen(module, source):
     [
         ("hf_memtune.training.trainer", "from ..core.scoring import score\nfrom . import arguments"),
         ("hf_memtune.core.__init__", "from .scoring import score"),
-        ("hf_memtune.config", "from .errors import MemTuneError"),
+        ("hf_memtune.settings.methods", "from .errors import MemTuneError"),
         ("hf_memtune.cli.main", "from hf_memtune import __version__"),
         ("hf_memtune.core.scoring", "import torch, hf_memtune_other"),
     ],

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.strategies.tiny_models import tiny_model  # noqa: E402
+from tests.methods.tiny_models import tiny_model  # noqa: E402
 from tests.training.runs import arguments, exact_model, text_rows, train  # noqa: E402
 
 ROWS_A_STEP = 8

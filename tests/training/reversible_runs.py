@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from hf_memtune import (
     MemEfficientTrainer,
 )
-from tests.strategies.reversible_models import twin
-from tests.strategies.tiny_models import tiny_model
+from tests.methods.reversible_models import twin
+from tests.methods.tiny_models import tiny_model
 from tests.training.runs import arguments, text_rows
 
 ROWS = text_rows(24)

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
-from tests.strategies.tiny_models import VOCABULARY, tiny_model
-from tests.strategies.twin import worst_difference
+from tests.methods.tiny_models import VOCABULARY, tiny_model
+from tests.methods.twin import worst_difference
 
 # The best of scores that read the model, which most tests are about. Summed attention favours the first tokens; its mean spreads
 # the choice over the row.

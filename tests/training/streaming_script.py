@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, Streaming, StreamingConfig  # noqa: E402
-from tests.strategies.tiny_models import tiny_model  # noqa: E402
-from tests.strategies.twin import shifted  # noqa: E402
+from tests.methods.tiny_models import tiny_model  # noqa: E402
+from tests.methods.twin import shifted  # noqa: E402
 from tests.training.runs import SEEKING, GradientRecorder, arguments, exact_model, pad_right, text_rows, trainer_for  # noqa: E402
 
 ROWS_A_STEP = 8

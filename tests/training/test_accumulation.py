@@ -99,7 +99,7 @@ def test_row_tasks_accumulate_as_in_transformers(tmp_path):
     """With one loss for a row the Trainer's own rule applies: nothing of ours scales it."""
     from transformers import Trainer
 
-    from tests.strategies.tiny_models import tiny_model
+    from tests.methods.tiny_models import tiny_model
 
     rows = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(text_rows(8))]
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}

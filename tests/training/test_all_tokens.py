@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from hf_memtune.evaluation import load_metric
-from tests.strategies.tiny_models import tiny_model
+from tests.methods.tiny_models import tiny_model
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training.runs import arguments, pad_right, text_rows, train, worst_step
 

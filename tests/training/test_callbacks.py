@@ -6,7 +6,7 @@ from transformers import AttentionInterface, Trainer, TrainerCallback
 
 from hf_memtune import ConfigError, LiveBytes, MemoryCallback, TokenMapCallback, TokenSeekingCallback, TokenSeekingConfig
 from hf_memtune.core.selection import Selection, budget
-from tests.strategies.tiny_models import tiny_model
+from tests.methods.tiny_models import tiny_model
 from tests.training.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)

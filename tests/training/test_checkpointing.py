@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer, SavedBytes
-from tests.strategies.tiny_models import tiny_model
-from tests.strategies.twin import worst_difference
+from tests.methods.tiny_models import tiny_model
+from tests.methods.twin import worst_difference
 from tests.tolerances import FLOAT32_INSIDE, RELATIVE
 from tests.training.runs import arguments, llama, text_rows, train, worst_step
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune import ConfigError, TokenSeeking, TokenSeekingConfig
-from tests.strategies.tiny_models import batch_for, tiny_model
+from tests.methods.tiny_models import batch_for, tiny_model
 from tests.training.runs import arguments, llama, text_rows, train, trainer_for
 
 ROWS = text_rows(8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.strategies.twin import worst_difference
+from tests.methods.twin import worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training import distributed_script
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, first_batches, full_loss, rose, rows_of
-from tests.strategies.tiny_models import batch_for, tiny_model
+from tests.methods.tiny_models import batch_for, tiny_model
 from tests.tolerances import FLOAT32_INSIDE
 from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train
 

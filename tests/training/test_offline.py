@@ -9,10 +9,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hf_memtune import MemEfficientTrainer, StaleCacheError
-from hf_memtune.strategies.token_seeking import TokenSeeking
+from hf_memtune.methods.seeking.token_seeking import TokenSeeking
 from hf_memtune.training import offline
 from hf_memtune.training.fingerprint import model_fingerprint
-from tests.strategies.tiny_models import tiny_model
+from tests.methods.tiny_models import tiny_model
 from tests.training.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(16)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from hf_memtune import MemTuneError
-from hf_memtune.training.recovery import halving
-from hf_memtune.training.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
-from tests.strategies.tiny_models import tiny_model
+from hf_memtune.training.care.recovery import halving
+from hf_memtune.training.care.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
+from tests.methods.tiny_models import tiny_model
 from tests.tolerances import NOTICED, RELATIVE
 from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
 

@@ -12,10 +12,10 @@ from transformers import TrainerCallback, set_seed
 
 from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
 from hf_memtune.memory import CATEGORIES
-from hf_memtune.training.preflight import flight, snapshot
-from hf_memtune.training.preflight.longest import longest_batch, longest_rows, row_lengths
-from hf_memtune.training.preflight.report import PreflightReport
-from tests.strategies.tiny_models import tiny_model
+from hf_memtune.training.care.preflight import flight, snapshot
+from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
+from hf_memtune.training.care.preflight.report import PreflightReport
+from tests.methods.tiny_models import tiny_model
 from tests.training.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)

@@ -18,8 +18,8 @@ from hf_memtune import (
 )
 from hf_memtune.training.reversible import files as reversible_files
 from hf_memtune.training.reversible.files import SETTINGS, WEIGHTS
-from tests.strategies.reversible_models import model_of
-from tests.strategies.tiny_models import tiny_model
+from tests.methods.reversible_models import model_of
+from tests.methods.tiny_models import tiny_model
 from tests.training.reversible_runs import CENTRED, ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
 from tests.training.runs import arguments, pad_right, train, trainer_for
 

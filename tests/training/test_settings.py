@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, MemTuneError, TokenSeekingConfig, register_scorer
-from hf_memtune.config import STREAM_CHUNKS, StreamingConfig
+from hf_memtune.settings.methods import STREAM_CHUNKS, StreamingConfig
 from hf_memtune.core import scorers
-from hf_memtune.presets import PRESET_NAMES, PRESETS, preset_values
+from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, preset_values
 from tests.training.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(8)

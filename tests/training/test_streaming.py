@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from hf_memtune import ConfigError, MemEfficientTrainer, MemEfficientTrainingArguments, MemTuneError
 from hf_memtune.core.owed import OwedSums
 from hf_memtune.training.turns import Turns
-from tests.strategies.tiny_models import VOCABULARY, tiny_model
-from tests.strategies.twin import shifted, worst_difference
+from tests.methods.tiny_models import VOCABULARY, tiny_model
+from tests.methods.twin import shifted, worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training.runs import arguments, exact_model, llama, same_parameters, text_rows, train, trainer_for, worst_step
 from tests.training.test_accumulation import LOGGED

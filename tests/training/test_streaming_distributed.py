@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.strategies.twin import worst_difference
+from tests.methods.twin import worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training import streaming_script
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from hf_memtune import ConfigError, MemEfficientArgumentsMixin, MemEfficientMixin
-from tests.strategies.tiny_models import VOCABULARY
+from tests.methods.tiny_models import VOCABULARY
 from tests.tolerances import NOTICED, RELATIVE
 from tests.training.runs import SEEKING, arguments, llama, text_rows, train, worst_step
 

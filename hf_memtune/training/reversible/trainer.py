@@ -11,12 +11,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
-from hf_memtune.config import TokenSeekingConfig
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError, MemTuneError
-from hf_memtune.reversible_config import ReversibleConfig
-from hf_memtune.strategies.reversible import ReversibleHandle
-from hf_memtune.strategies.token_seeking import resolve_scorer
+from hf_memtune.settings.reversible import ReversibleConfig
+from hf_memtune.methods.reversible.handle import ReversibleHandle
+from hf_memtune.methods.seeking.token_seeking import resolve_scorer
 from hf_memtune.training.arguments import UNSHARDED
 from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible

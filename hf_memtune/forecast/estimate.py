@@ -1,0 +1,144 @@
+"""How many bytes a training step will need, before there is one: no GPU, no weights, no data.
+
+    estimate(LlamaConfig(...), MemEfficientTrainingArguments("out", sequence_chunk_size=512), sequence_length=2048).peak_bytes
+
+The trainer itself runs one step on tensors without values (`rehearsal`); of a deep model, on two short ones (`memory.depth`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_memtune.architectures.stacks import layer_stacks
+from hf_memtune.errors import ConfigError, UnsupportedModelError
+from hf_memtune.memory.account import MemoryAccount
+from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
+from hf_memtune.memory.estimate import MemoryEstimate
+from hf_memtune.forecast.blank_model import batch_shapes, blank_model
+from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
+
+
+def estimate(
+    model_or_config: nn.Module | PreTrainedConfig,
+    args: Any,
+    batch_size: int | None = None,
+    sequence_length: int = 1024,
+    padded: bool | None = None,
+    evaluation: bool | None = None,
+    every_layer: bool = False,
+) -> MemoryEstimate:
+    """The bytes of one optimizer step of MemEfficientTrainer, by phase and category, on the longest batch.
+
+    Args:
+        model_or_config: a model, or a PEFT model around one, on any device ("meta" has no weights); or a config, whose model is trained
+            whole in the config's dtype. It is not changed.
+        args: MemEfficientTrainingArguments: strategies, optimizer, precision, accumulation, checkpointing.
+        batch_size: rows of a micro-batch; None: args.per_device_train_batch_size.
+        sequence_length: tokens of the longest row.
+        padded: whether rows of a batch differ in length, so that attention needs a mask; None: if there is more than one row.
+        evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows) too; None: if args evaluate.
+        every_layer: trace all layers, where a few are enough: slower, and the same to the byte.
+
+    Raises:
+        ConfigError: settings that cannot work, or whose memory depends on values of tensors.
+        UnsupportedModelError: a model that cannot run without values (mixtures of experts), or that the strategy does not support.
+    """
+    rows = args.per_device_train_batch_size if batch_size is None else batch_size
+    if found := _problems(args, rows, sequence_length):
+        raise ConfigError(found)
+    model = blank_model(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    padded = rows > 1 if padded is None else padded
+    evaluated = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" if evaluation is None else evaluation
+    shapes = batch_shapes(model, args.per_device_eval_batch_size, sequence_length) if evaluated else None
+    scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
+    account, flops, how = _traced(model, args, scene, every_layer)
+    flops = flops * args.gradient_accumulation_steps // min(args.gradient_accumulation_steps, MICRO_BATCHES)
+    return MemoryEstimate(account, _conditions(model, args, scene, rows, sequence_length), flops, how)
+
+
+def _problems(args: Any, rows: int, tokens: int) -> list[str]:
+    found = []
+    for name, value in (("batch_size", rows), ("sequence_length", tokens)):
+        if not isinstance(value, int) or value < 1:
+            found.append(f"{name}: got {value!r}, expected 1 or more.")
+    if args.token_seeking and args.token_gradient == "skip":
+        found.append(
+            "token_gradient: got 'skip', whose memory depends on which tokens are skipped, which depends on the data. Expected 'cut' or "
+            "'stream'; an estimate of 'stream' with the same sequence_chunk_size holds where hardly anything is skipped."
+        )
+    for name in ("deepspeed", "fsdp", "parallelism_config", "torch_compile", "use_liger_kernel"):
+        if getattr(args, name, None):
+            found.append(f"{name}: got {getattr(args, name)!r}, under which other code runs than the trace sees. Estimate without it.")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+        found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
+    if args.kv_offload:
+        found.append("kv_offload: got True; what is moved to the host is not predicted. Estimate without it, which needs at least as much.")
+    if args.world_size > 1:
+        found.append(f"{args.world_size} processes: expected one. Estimate in a process of its own; each of several needs what one needs.")
+    return found
+
+
+def _traced(model: nn.Module, args: Any, scene: Scene, every_layer: bool) -> tuple[MemoryAccount, int, str | None]:
+    depths = None if every_layer else _depths(model, args)
+    if depths is not None:
+        few, more = (rehearse(model, args, replace(scene, layers=count)) for count in (depths.shorter, depths.longer))
+        account = _extrapolated(few, more, depths)
+        if account is not None:
+            flops = few.step.flops + depths.steps * (more.step.flops - few.step.flops)
+            how = f"{depths.wanted} layers, from traces of {depths.shorter} and {depths.longer}"
+            return account, flops, how
+    whole = rehearse(model, args, scene)
+    return _with_evaluation(whole.step.account(), whole.evaluation and whole.evaluation.account()), whole.step.flops, None
+
+
+def _extrapolated(few: Rehearsed, more: Rehearsed, depths: Depths) -> MemoryAccount | None:
+    step = extrapolate(few.step.log, more.step.log, depths.steps)
+    if step is None or few.evaluation is None:
+        return step
+    return _with_evaluation(step, extrapolate(few.evaluation.log, more.evaluation.log, depths.steps))
+
+
+def _with_evaluation(step: MemoryAccount, evaluation: MemoryAccount | None) -> MemoryAccount:
+    if evaluation is None:
+        return step
+    (phase,) = (phase for phase in evaluation.phases if phase.phase == "evaluation")
+    taken = evaluation if phase.peak_bytes > step.peak_bytes else step
+    return replace(step, phases=(*step.phases, phase), tensors=taken.tensors)
+
+
+def _depths(model: nn.Module, args: Any) -> Depths | None:
+    """The layers to trace; None where all must be: what runs in a layer then depends on which one it is, or on how many there are."""
+    options = getattr(args, "activation_checkpointing_kwargs", None) or {}
+    if args.checkpoint_levels or args.reversible_layers is not None or options.get("every_n_layers", 1) != 1 or options.get("offload"):
+        return None
+    if args.token_seeking and args.context_layer is not None and args.context_layer >= 0:
+        return None
+    try:
+        stacks = layer_stacks(model)
+    except UnsupportedModelError:
+        return None
+    if len(stacks) != 1:
+        return None
+    kinds = getattr(stacks[0].config, "layer_types", None) or [None] * len(stacks[0].layers)
+    return depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)])
+
+
+def _conditions(model: nn.Module, args: Any, scene: Scene, rows: int, tokens: int) -> dict[str, Any]:
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    return {
+        "model": type(model).__name__,
+        "rows": rows,
+        "tokens": tokens,
+        "micro_batches": args.gradient_accumulation_steps,
+        "padded": scene.padded,
+        "weights": dtypes,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }

@@ -1,0 +1,122 @@
+"""The arguments of a model's body for a pass over some of its tokens.
+
+Shape legend: B rows of a batch, T tokens in a row (padding included).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
+
+from hf_memtune._compat import is_fake
+from hf_memtune.architectures import Architecture
+from hf_memtune.architectures.positions import check_rope, token_positions
+from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.attention.spans import Rows, Span
+
+
+class BodyCall:
+    """One call of the model's body, taken apart so that it can be repeated for chosen tokens."""
+
+    def __init__(self, architecture: Architecture, forward: Callable, args: tuple, kwargs: dict[str, Any]):
+        self.architecture, self.forward = architecture, forward
+        signature = inspect.signature(type(architecture.base).forward)
+        bound = signature.bind(architecture.base, *args, **kwargs)
+        variadic = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        self.arguments = {k: v for k, v in list(bound.arguments.items())[1:] if k not in variadic and v is not None}
+        for name in variadic:
+            self.arguments |= {k: v for k, v in bound.arguments.get(name, {}).items() if v is not None}
+        positions = self.arguments.get("position_ids")
+        if positions is not None and positions.dim() == 1:
+            self.arguments["position_ids"] = positions[None]
+        self.accepts_positions = "position_ids" in signature.parameters
+        self._check()
+        self.rows = {name: self._rows(name) for name in architecture.stacks}
+
+    def _check(self) -> None:
+        if self.arguments.get("past_key_values") is not None:
+            raise MemTuneError("training steps take whole rows: past_key_values must not be given to them.")
+        if self.arguments.get("cu_seq_lens_q") is not None and self.arguments.get("position_ids") is None:
+            raise MemTuneError("packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch.")
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+            if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
+                raise MemTuneError(
+                    f"{name}=True asks for values of every token, which a pass over a part of them does not have. Turn it off "
+                    "in the batch and in the model's config for training."
+                )
+
+    def _rows(self, stack: str) -> Rows:
+        prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
+        ids, embeds = self.arguments.get(f"{prefix}input_ids"), self.arguments.get(f"{prefix}inputs_embeds")
+        like = ids if ids is not None else embeds
+        if like is None:
+            raise MemTuneError(f"the batch has neither {prefix}input_ids nor {prefix}inputs_embeds.")
+        mask = self.arguments.get(f"{prefix}attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise MemTuneError(
+                f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens): a ready-made mask cannot be "
+                "evaluated for a part of the tokens. For packed rows pass position_ids that restart and no mask."
+            )
+        given = self.arguments.get("position_ids") if not prefix else None
+        positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
+        segments = None
+        makes_a_mask = self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
+        if given is not None and mask is None and not makes_a_mask:  # as transformers: only without a mask do positions pack
+            segments = find_packed_sequence_indices(given.expand(like.shape[0], -1))
+        check_rope(self.architecture, like.shape[1])
+        return Rows(like.shape[0], like.shape[1], _padding(mask), positions, segments)
+
+    def input_ids(self, stack: str) -> Tensor | None:
+        """(B, T) int64 of a stack, or None where it was given embeddings."""
+        prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
+        return self.arguments.get(f"{prefix}input_ids")
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """The arguments of an encoder-decoder model's body that are its encoder's."""
+        return {k: v for k, v in self.arguments.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
+
+    def at(self, spans: dict[str, Span], encoded: Tensor | None = None) -> dict[str, Any]:
+        """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole.
+
+        encoded: the output (B, T, D) of an encoder that shall not run again.
+        """
+        arguments = {"use_cache": False} if encoded is None else {"use_cache": False, "encoder_outputs": (encoded,)}
+        for name, value in self.arguments.items():
+            if name in ("use_cache", "past_key_values", "encoder_outputs") or name.endswith("attention_mask"):
+                continue
+            span = spans["encoder" if self.architecture.is_encoder_decoder and not name.startswith("decoder_") else "decoder"]
+            arguments[name] = span.take(value) if _is_per_token(value, span.rows) else value
+        for stack, span in spans.items():
+            prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
+            arguments[f"{prefix}attention_mask"] = self._whole_mask(f"{prefix}attention_mask", span.rows)
+        if self.accepts_positions:
+            arguments["position_ids"] = spans["decoder"].take(spans["decoder"].rows.positions)
+        return arguments
+
+    def _whole_mask(self, name: str, rows: Rows) -> Tensor:
+        # always given: without one transformers would look for packed rows in the positions of the kept tokens
+        given = self.arguments.get(name)
+        return given if given is not None else rows.positions.new_ones(rows.batch, rows.length)
+
+
+def _is_per_token(value: Any, rows: Rows) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() >= 2
+        and value.shape[0] in (1, rows.batch)
+        and value.shape[1] == rows.length
+    )
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """(B, T) bool, or None where every token is real. Traced masks have no values: they say themselves whether they stand for padding."""
+    if mask is None or (is_fake(mask) and not getattr(mask, "stands_for_padding", False)):
+        return None
+    if is_fake(mask):
+        return mask.bool()
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
+
+

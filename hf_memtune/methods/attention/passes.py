@@ -1,0 +1,204 @@
+"""The passes of a step through a model's attention: context (store keys and values), focus (kept tokens), stream (chunks).
+
+Shape legend: B rows, H query heads, K key heads, T tokens in a row, S tokens of the pass, C channels of a head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from hf_memtune.architectures import Architecture, tables
+from hf_memtune.core.owed import Live, OwedGradients
+from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.attention.spans import Span, attention_mask
+
+
+class Places:
+    """Where in the model an attention module stands: in which stack, and whose keys it reads."""
+
+    def __init__(self, architecture: Architecture):
+        encoder = architecture.stacks["encoder"].module.modules() if architecture.is_encoder_decoder else ()
+        self._encoder = {id(module) for module in encoder}
+        self._cross = {
+            id(module)
+            for name, module in architecture.base.named_modules()
+            if name.rpartition(".")[2] in tables.CROSS_ATTENTION_NAMES
+        }
+
+    def is_cross(self, module: nn.Module) -> bool:
+        return id(module) in self._cross
+
+    def key_stack(self, module: nn.Module) -> str:
+        return "encoder" if id(module) in self._encoder or id(module) in self._cross else "decoder"
+
+
+class ModelPass:
+    """What all passes share: which span queries and keys come from, and the mask between them."""
+
+    def __init__(self, spans: dict[str, Span], store: KeyValueStore, places: "Places"):
+        self.spans, self.store, self.places = spans, store, places
+        self.stack = "decoder"  # whose mask is asked for; set by the router when a stack is entered
+        self._rules: list[tuple[Tensor | None, str, Callable]] = []
+
+    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor]) -> Tensor | None:
+        queries, keys = self.spans[self.stack], self.spans[self.stack]
+        if self.stack == "decoder" and "encoder" in self.spans and mask_function is bidirectional_mask_function:
+            keys = self.spans["encoder"].rows.whole()
+        mask = self.build(mask_function, queries, keys)
+        mask = mask if mask is None else finish(mask)
+        self._rules.append((mask, self.stack, mask_function))
+        return mask
+
+    def build(self, mask_function: Callable, queries: Span, keys: Span) -> Tensor | None:
+        return attention_mask(mask_function, queries, keys)
+
+    def rule_of(self, mask: Tensor | None, stack: str) -> Callable:
+        """The index-based rule that a mask was made from."""
+        rules = [rule for made, of, rule in self._rules if made is mask and of == stack]
+        rules = rules or [rule for _, of, rule in self._rules if of == stack]
+        if not rules:
+            raise MemTuneError("an attention layer ran without asking for a mask first: its mask rule is unknown.")
+        return rules[-1]
+
+
+class ChunkPass(ModelPass):
+    """All tokens of a chunk of every row; no mask is made where the kernel needs none."""
+
+    def __init__(self, spans, store, places, kernel_knows_causal: bool):
+        super().__init__(spans, store, places)
+        self.kernel_knows_causal = kernel_knows_causal
+
+    def build(self, mask_function, queries, keys):
+        if queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
+            if mask_function is bidirectional_mask_function:
+                return None
+            from_the_first = queries.start == 0 and queries.index.shape[1] == keys.visible
+            if mask_function is causal_mask_function and from_the_first and self.kernel_knows_causal:
+                return None
+        return attention_mask(mask_function, queries, keys)
+
+
+class ContextPass(ChunkPass):
+    """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
+
+    def __init__(self, spans, store, places, records: "Records", kernel_knows_causal: bool):
+        super().__init__(spans, store, places, kernel_knows_causal)
+        self.records = records
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        keys = self.spans[self.places.key_stack(module)]
+        self.store.write(id(module), key, value, keys.start, keys.rows.length)
+        self.records.attention_call(self, module, query, mask, kwargs)
+        key, value = self.store.prefix(id(module), keys.visible)
+        return attention(module, query, key, value, mask, **kwargs)
+
+
+class Records:
+    """What a context pass leaves for scoring: inputs of the last block, and queries of the context layer, by stack.
+
+    hidden: chunks (B, chunk, D) of the last block's input. queries: chunks (B, H, chunk, C) after rotary embedding.
+    calls: of the context layer, its attention module's id, its mask rule, and its scaling, softcap and sinks.
+    wanted: False where nothing will be scored, and so nothing is recorded.
+    """
+
+    def __init__(self, context_modules: dict[int, str], wanted: bool = True):
+        self.context_modules, self.wanted = context_modules if wanted else {}, wanted
+        self.hidden: dict[str, list[Tensor]] = {}
+        self.queries: dict[str, list[Tensor]] = {}
+        self.calls: dict[str, tuple[int, Callable, dict]] = {}
+
+    def clear(self) -> None:
+        """Let go of what was recorded, before the focus pass needs the memory."""
+        self.hidden.clear()
+        self.queries.clear()
+
+    def attention_call(self, running: ModelPass, module: nn.Module, query: Tensor, mask, kwargs: dict) -> None:
+        stack = self.context_modules.get(id(module))
+        if stack is None or running.places.is_cross(module):
+            return
+        self.queries.setdefault(stack, []).append(query.detach())
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        call = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        self.calls[stack] = (id(module), running.rule_of(mask, stack), call)
+
+    @contextmanager
+    def of_last_blocks(self, architecture: Architecture) -> Iterator[None]:
+        """While open, the inputs of the last blocks are recorded."""
+        with ExitStack() as stack:
+            for name, part in architecture.stacks.items():
+                hook = partial(self.last_input, name)
+                stack.callback(part.layers[-1].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def last_input(self, stack: str, module, args, kwargs) -> None:
+        """Forward pre-hook of the last block of a stack."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(hidden, Tensor):  # or what travels between reversible layers: the last of them does not run alone
+            self.hidden.setdefault(stack, []).append(hidden.detach())
+
+
+class FocusPass(ModelPass):
+    """The selected tokens, with gradient: their live keys and values take their places among the stored ones."""
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        span = self.spans[self.places.key_stack(module)]
+        stored = self.store.prefix(id(module), span.rows.length)
+        run = partial(_attend_among, module, attention, kwargs, mask, stored, span)
+        if not torch.is_grad_enabled():
+            return run(query, key, value), None
+        # recomputed in backward, or autograd would save a copy of all keys and values for every layer
+        output = checkpoint(
+            run,
+            query,
+            key,
+            value,
+            use_reentrant=False,
+            preserve_rng_state=bool(kwargs.get("dropout")),
+            determinism_check="none",
+        )
+        return output, None
+
+
+def _attend_among(module, attention, kwargs, mask, stored, span: Span, query, key, value) -> Tensor:
+    key = place(stored[0], key, span.index, span.valid)
+    value = place(stored[1], value, span.index, span.valid)
+    return attention(module, query, key, value, mask, **kwargs)[0]
+
+
+class WholePass(ChunkPass):
+    """All tokens at once, through a kernel that a pass can use, storing nothing."""
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        return attention(module, query, key, value, mask, **kwargs)
+
+
+class StreamPass(ChunkPass):
+    """One chunk of every row, or some tokens of it, with gradient, among the stored keys and values of the tokens before.
+
+    Nothing of the stored is copied or saved: see `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
+    yet, because no context pass came by. alone: whether it is all of the row, so that no other chunk will ask for them. Attention to and
+    inside a bidirectional encoder is the model's own.
+    """
+
+    def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False, alone: bool = False):
+        super().__init__(spans, store, places, kernel_knows_causal)
+        span = spans["decoder"]
+        start = span.start if span.selection is None else span.chunk_start
+        index = None if span.selection is None else span.index
+        self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(start, span.visible, index, span.valid)
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        if self.alone or self.places.key_stack(module) == "encoder":
+            return attention(module, query, key, value, mask, **kwargs)
+        if self.stores:
+            self.store.write(id(module), key, value, self.live.start, self.live.stop)
+        stored = self.store.prefix(id(module), self.live.stop)
+        with self.store.unsaved(id(module), stored):
+            key, value = self.owed.attach(id(module), (key, value), stored, self.live)
+            return attention(module, query, key, value, mask, **kwargs)

@@ -1,0 +1,94 @@
+"""What overrides of the forward of one layer in a stack have in common, with transformers' own loop around it as it is.
+
+The override is a bound method of an object that holds the layer, so that a deep copy of the model has overrides of its own.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.methods.overrides import not_checkpointing
+
+
+class LayerOverride:
+    """Runs in place of the forward of one layer.
+
+    earlier: an override of that forward which was there before, or None. again_within: makes a context around the layer; the one that
+    is set when it runs forward is entered again when it runs for backward.
+    """
+
+    def __init__(self, layer: nn.Module, name: str):
+        self.layer, self.name = layer, name
+        self.earlier = vars(layer).get("forward")
+        self.again_within: Callable[[], AbstractContextManager] = nullcontext
+
+    def alone(self, *args, **kwargs):
+        """In place of the layer where it runs without those before it."""
+        return self.forward(*args, **kwargs)
+
+    def _bound(self, function: Callable) -> Callable:
+        """`function` within the context that is set at present."""
+        return partial(_within, self.again_within, function)
+
+    def _taken_apart(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+        """The hidden states, or what travels in their place, and the other arguments."""
+        kwargs = dict(kwargs)
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        return hidden, *self._arguments(args, kwargs)
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Where backward may run the layer again: without caches, which it would write to again, found by type."""
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModelError(
+                f"{self.name}: got output_attentions=True, expected False: attention weights would come from inside "
+                "layers that run twice, without a gradient."
+            )
+        kwargs = {name: self._no_cache(value) for name, value in kwargs.items()}
+        return tuple(map(self._no_cache, args)), kwargs | ({"use_cache": False} if "use_cache" in kwargs else {})
+
+    def _no_cache(self, value: Any) -> Any:
+        if not isinstance(value, Cache):
+            return value
+        if value.get_seq_length():
+            raise UnsupportedModelError(
+                f"{self.name}: got a cache with {value.get_seq_length()} tokens in training, expected none (prefix "
+                "tuning makes one). Use adapters or LoRA inside the layers."
+            )
+        return None
+
+    def _original(self, *args, **kwargs):
+        return self.earlier(*args, **kwargs) if self.earlier is not None else type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def _whole(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
+        if getattr(self.layer, "gradient_checkpointing", False):
+            with not_checkpointing(self.layer):
+                return self._parted(self._original(x, *args, **kwargs))
+        return self._parted(self._original(x, *args, **kwargs))
+
+    def _parted(self, output: Tensor | tuple) -> tuple[Tensor, tuple | None]:
+        return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+
+    def _interrupted(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.name} was not given what the layer before it returned, as it is: between the layers of this model something happens "
+            "to the hidden states. Train it with activation checkpointing instead (--activation_checkpointing)."
+        )
+
+
+def override_of(layer: nn.Module) -> LayerOverride | None:
+    """The override that a layer has at present."""
+    found = getattr(vars(layer).get("forward"), "__self__", None)
+    return found if isinstance(found, LayerOverride) else None
+
+
+def _within(context: Callable[[], AbstractContextManager], function: Callable, *args, **kwargs) -> Any:
+    with context():
+        return function(*args, **kwargs)

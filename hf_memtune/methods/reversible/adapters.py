@@ -1,0 +1,136 @@
+"""Adapters inside the layers of a model: put in, frozen around, taken out again.
+
+They are submodules of their layer, under one name, so that optimizers, wrappers and checkpoints find them; the names of what was
+there before stay as they are.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hf_memtune.architectures.layouts import Layout
+from hf_memtune.architectures.stacks import LayerStack, unwrapped
+from hf_memtune.core.adapter import Adapter
+from hf_memtune.settings.reversible import ReversibleConfig
+
+ADAPTERS = "reversible_adapters"
+PLACES = {"centred": ("mlp",), "meft1": ("mlp", "coupling"), "meft2": ("mlp", "coupling"), "meft3": ("mlp", "attention")}
+"""By coupling: adapters parallel to the MLP, after the attention, and the one that is a half step by itself, of reversible layers alone."""
+
+
+class Switch:
+    """What acts at present: the reversible coupling at all, and which adapters beside the blocks of a layer."""
+
+    def __init__(self):
+        self.is_on = True
+        self.places: tuple[str, ...] = ("attention", "mlp")
+
+    @contextmanager
+    def only(self, *places: str) -> Iterator[None]:
+        """Of the adapters beside blocks, let these alone act."""
+        before, self.places = self.places, places
+        try:
+            yield
+        finally:
+            self.places = before
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model as it was."""
+        before, self.is_on = self.is_on, False
+        try:
+            with self.only():
+                yield
+        finally:
+            self.is_on = before
+
+
+class BesideBlock:
+    """Hooks of one adapter, which adds to a module's output what it makes of an earlier module's input, or of that output itself."""
+
+    def __init__(self, adapter: nn.Module, place: str, switch: Switch):
+        self.adapter, self.place, self.switch = adapter, place, switch
+        self._seen: Tensor | None = None
+
+    @property
+    def acts(self) -> bool:
+        return self.place in self.switch.places
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.acts:
+            self._seen = args[0] if args else kwargs["hidden_states"]
+
+    def add_seen(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen, self._seen = self._seen, None
+        return output + self.adapter(seen) if self.acts else output
+
+    def add_own(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + self.adapter(output) if self.acts else output
+
+
+def places_of(coupling: str, is_reversible: bool) -> tuple[str, ...]:
+    """Where one layer has adapters: a parameter that is never used would hold up distributed training."""
+    return tuple(place for place in PLACES[coupling] if is_reversible or place != "coupling")
+
+
+def put_adapters(
+    layer: nn.Module, layout: Layout, config: ReversibleConfig, places: tuple[str, ...], switch: Switch, undo: ExitStack
+) -> None:
+    """Give one layer adapters at these places; `switch` says which of them act. What takes them out goes to `undo`."""
+    layer.add_module(ADAPTERS, _adapters(layer, layout, config, places))
+    undo.callback(delattr, layer, ADAPTERS)
+    for place, adapter in getattr(layer, ADAPTERS).items():
+        beside = BesideBlock(adapter, place, switch)
+        if place == "mlp":
+            source, target = layer.get_submodule(layout.mlp_input), layer.get_submodule(layout.mlp_output)
+            undo.callback(source.register_forward_pre_hook(beside.see, with_kwargs=True).remove)
+            undo.callback(target.register_forward_hook(beside.add_seen).remove)
+        elif place == "attention":
+            undo.callback(layer.get_submodule(layout.attention_output).register_forward_hook(beside.add_own).remove)
+
+
+def _adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig, places: tuple[str, ...]) -> nn.ModuleDict:
+    weight = next(p for p in layer.get_submodule(layout.mlp_output).parameters())
+    width = _width(layer, layout)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    settings = (config.adapter_rank, config.adapter_activation, config.adapter_dropout, config.adapter_init_std, weight.device, dtype)
+    return nn.ModuleDict({place: Adapter(width, *settings) for place in places}).train(layer.training)
+
+
+def _width(layer: nn.Module, layout: Layout) -> int:
+    """Channels of the hidden states: what the attention's last linear layer returns."""
+    linear = layer.get_submodule(layout.attention_output)
+    width = getattr(linear, "out_features", None) or getattr(linear, "nf", None)  # nf: of GPT-2's Conv1D
+    return width if width is not None else linear.get_base_layer().nf
+
+
+def freeze_but(model: nn.Module, trained: Iterable[nn.Parameter], undo: ExitStack) -> None:
+    """Only these parameters, and what a PEFT wrapper trains, require grad; after `undo` those that did."""
+    wanted = {id(p) for p in trained}
+    if model is not unwrapped(model):
+        wanted |= {id(p) for p in model.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        parameter.requires_grad_(id(parameter) in wanted)
+
+
+def trained_parameters(model: nn.Module, stacks: Iterable[LayerStack], config: ReversibleConfig) -> list[nn.Parameter]:
+    """Of the adapters, and of the head where it is to be trained. Without adapters: none, for then nothing is chosen here."""
+    if not config.adapter_rank:
+        return []
+    found = [p for stack in stacks for layer in stack.layers for p in getattr(layer, ADAPTERS).parameters()]
+    head_model = unwrapped(model)
+    trains_head = config.train_head if config.train_head is not None else head_model.get_output_embeddings() is None
+    return found + (head_parameters(head_model) if trains_head else [])
+
+
+def head_parameters(head_model: nn.Module) -> list[nn.Parameter]:
+    """What follows the body: the pooler of the body, and all that is not in it. Where the body is the model: the output embeddings."""
+    base = head_model.base_model
+    if base is head_model:
+        output = head_model.get_output_embeddings()
+        return [] if output is None else list(output.parameters())
+    in_body = {id(p) for name, p in base.named_parameters() if not name.startswith("pooler.")}
+    return [p for p in head_model.parameters() if id(p) not in in_body]

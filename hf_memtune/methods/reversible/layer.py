@@ -1,0 +1,113 @@
+"""One layer of a model in its reversible form: an override of its forward, around which transformers' own loop runs as it is.
+
+Between layers travels a plain tuple (newest, older, tape) in the place of the hidden states: a class of its own would be taken apart by
+wrappers that look for tensors in arguments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_memtune.architectures.layouts import Layout
+from hf_memtune.core.coupling import Coupling, FloatArithmetic
+from hf_memtune.core.fixed_point import FixedPointArithmetic
+from hf_memtune.core.recompute import Arguments, Parameters
+from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
+from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch
+from hf_memtune.methods.layer_override import LayerOverride
+from hf_memtune.methods.overrides import forwards_as
+
+
+@dataclass
+class ReversibleStack:
+    """What the reversible layers of one stack share.
+
+    names: of these layers. weights: of the newest and the older stream in what the stack hands on. fraction_bits: None for float.
+    compared: (tape, input) of the passes whose inverse is being looked at; None: of none. headroom_bits: the fewest so far.
+    """
+
+    names: Sequence[str]
+    coupling: Coupling
+    weights: tuple[float, float]
+    fraction_bits: int | None
+    switch: Switch
+    layout: Layout | None = None
+    compared: list[tuple[Tape, Tensor]] | None = field(default=None, repr=False)
+    headroom_bits: float | None = None
+
+    def start(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tape]:
+        """The pair of streams, both of them the input of the first layer."""
+        is_float = self.fraction_bits is None
+        arithmetic = FloatArithmetic(hidden.dtype) if is_float else FixedPointArithmetic(hidden.dtype, self.fraction_bits)
+        tape = Tape(arithmetic, compares=self.compared is not None)
+        if self.compared is not None:
+            hidden = hidden.detach().requires_grad_()
+            self.compared.append((tape, hidden))
+        if torch.is_grad_enabled():
+            return *EnterStreams.apply(hidden, tape), tape
+        tape.enter(hidden)
+        return *tape.values(), tape
+
+    def finish(self, newest: Tensor, older: Tensor, tape: Tape) -> Tensor:
+        """What the layers after the stack get."""
+        headroom = tape.arithmetic.check(len(self.coupling.halves), self.names)
+        if headroom is not None:
+            self.headroom_bits = headroom if self.headroom_bits is None else min(headroom, self.headroom_bits)
+        if torch.is_grad_enabled():
+            return LeaveStreams.apply(newest, older, tape, self.weights)
+        return blended_output((newest, older), self.weights)
+
+
+class ReversibleInStack(LayerOverride):
+    """Runs in place of the forward of one reversible layer."""
+
+    def __init__(self, layer: nn.Module, position: int, stack: ReversibleStack):
+        super().__init__(layer, stack.names[position])
+        self.position, self.stack = position, stack
+
+    def forward(self, *args, **kwargs):
+        """As the layer's own, but hidden states and the first output may be the pair and its tape."""
+        if not self.stack.switch.is_on:
+            return self._original(*args, **kwargs)
+        hidden, args, kwargs = self._taken_apart(args, kwargs)
+        newest, older, tape = self._received(hidden)
+        functions = {name: self._bound(function) for name, function in self.functions.items()}
+        run = LayerRun(
+            self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device
+        )
+        newest, older, extras = run_layer(run, newest, older)
+        is_last = self.position + 1 == len(self.stack.names)
+        hidden = self.stack.finish(newest, older, tape) if is_last else (newest, older, tape)
+        return hidden if extras is None else (hidden, *extras)
+
+    def _received(self, hidden: Any) -> tuple[Tensor, Tensor, Tape]:
+        if self.position == 0 and isinstance(hidden, Tensor):
+            return self.stack.start(hidden)
+        if self.position and isinstance(hidden, tuple) and isinstance(hidden[-1], Tape) and hidden[-1].position == self.position:
+            return hidden
+        raise self._interrupted()
+
+    # -- the functions of the coupling
+
+    @property
+    def functions(self) -> Functions:
+        """Every function that a coupling may name."""
+        return {"layer": self._whole, "adapter": self._adapter, "attention": self._attention, "mlp": self._mlp}
+
+    def _adapter(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        return getattr(self.layer, ADAPTERS)["coupling"](x), None
+
+    def _attention(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
+        """The layer up to its MLP, which does nothing."""
+        quiet = self.stack.layout.quieted(self.layer, self.stack.layout.without_mlp)
+        with self.stack.switch.only("attention"), forwards_as(quiet):
+            return self._whole(x, *args, **kwargs)
+
+    def _mlp(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        """The layer from its MLP on: attention does nothing. What it returns beside is that of the other half."""
+        quiet = self.stack.layout.quieted(self.layer, self.stack.layout.without_attention)
+        with self.stack.switch.only("mlp"), forwards_as(quiet):
+            return self._whole(x, *args, **kwargs)[0], None

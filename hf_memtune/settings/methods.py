@@ -1,0 +1,350 @@
+"""Settings of every strategy, as flat dataclass fields: they become CLI flags and YAML keys under the same names.
+
+Each help text says the unit and what a larger value does. `problems()` lists everything that cannot work. A setting that a preset
+may fill is None until it is given, and is filled when the settings are made: see presets.py.
+"""
+
+from dataclasses import dataclass, field, fields
+
+from hf_memtune.errors import ConfigError
+from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
+
+GRADIENT_NORMS = ("l2", "l1", "sum")
+CONTEXT_NORMALIZERS = ("sum", "mean")
+SELECTION_POOLS = ("all", "labels")
+ALWAYS_KEPT = ("none", "first_last")
+SCHEDULES = ("step", "epoch", "once")
+SELECTIONS = ("top", "sample")
+TOKEN_GRADIENTS = ("cut", "stream", "skip")
+# A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
+STREAM_CHUNKS = {"stream": 512, "skip": 64}
+
+
+def _setting(default, help_text: str, choices=None):
+    metadata = {"help": help_text}
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+def _filled(name: str, help_text: str, choices=None):
+    """A setting that a preset may fill."""
+    return _setting(None, f"{help_text} {described_default(name)}", choices)
+
+
+@dataclass
+class StreamingConfig:
+    """Settings of exact streaming: backward of a causal model in chunks of its rows."""
+
+    sequence_chunk_size: int | None = _setting(
+        None,
+        "Exact streaming backward of causal models: forward in chunks of this many tokens of each row, backward from the last "
+        "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
+        "Smaller: less memory, more kernel launches. A size larger than the row is plain training. Default: off.",
+    )
+    kv_offload: bool = _setting(
+        False,
+        "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
+        "gradients summed for them, in pinned host memory, with those of two layers at most on the GPU. Memory of the GPU then hardly "
+        "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
+    )
+
+    @classmethod
+    def of(cls, settings: "StreamingConfig") -> "StreamingConfig":
+        """These settings alone, out of arguments that have more fields."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
+    @property
+    def streams(self) -> bool:
+        """Whether backward goes through the rows in chunks."""
+        return self.sequence_chunk_size is not None
+
+    @property
+    def stream_chunk_size(self) -> int | None:
+        """Tokens of each row in a chunk of streaming, or None where nothing streams."""
+        return self.sequence_chunk_size if self.streams else None
+
+    @property
+    def switch(self) -> str | None:
+        """Name of the setting that turns the strategy on, or None where none is on."""
+        return "sequence_chunk_size" if self.streams else None
+
+    @property
+    def streamed_by(self) -> str | None:
+        """Name of the setting that makes backward stream, or None."""
+        return self.switch if self.streams else None
+
+    @property
+    def is_mean_of_kept(self) -> bool:
+        """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
+        return False
+
+    def __post_init__(self):
+        found = self.problems()
+        if found:
+            raise ConfigError(found)
+
+    def problems(self) -> list[str]:
+        """Every value that cannot work, as one message each: setting, got, expected."""
+        size = self.sequence_chunk_size
+        if size is None or (type(size) is int and size >= 1):
+            return []
+        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more. Leave it out to turn streaming off."]
+
+    def ineffective(self) -> list[str]:
+        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
+        return ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
+
+
+@dataclass
+class TokenSeekingConfig(StreamingConfig):
+    """Settings of token seeking and ditching (TokenSeek, arXiv 2601.19739; TokenTune, arXiv 2501.18824).
+
+    Settings filled from a preset are made concrete when the object is. `of` carries over which of them were given, so a changed
+    `preset` or `token_scorer` fills the others anew; dataclasses.replace hands every value on as it is.
+    """
+
+    token_seeking: bool = _setting(
+        False, "Backpropagate through a part of the tokens of each instance only (token_ratio); every token is still seen forward."
+    )
+    preset: str | None = _setting(
+        None,
+        "Published method whose settings fill those that are not given: tokenseek (TokenSeek, scored once before training) or "
+        "tokentune (TokenTune, random tokens). Default: none, the library's own choices.",
+        PRESET_NAMES,
+    )
+    token_ratio: float | None = _filled(
+        "token_ratio",
+        "Fraction of the real (not padding) tokens of each instance to keep, in (0, 1], rounded up, at least 1 token. "
+        "Larger: gradients nearer to those of plain training, more memory, slower.",
+    )
+    token_scorer: str | None = _filled(
+        "token_scorer",
+        "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient, random "
+        "(TokenTune; the same for all in token_selection=sample), loss (of the token's own prediction), or a registered name.",
+    )
+    context_weight: float | None = _filled(
+        "context_weight",
+        "Alpha of eq. 5, no unit: weight of log(attention received) in the combined score. 0 leaves it out.",
+    )
+    gradient_weight: float | None = _filled(
+        "gradient_weight",
+        "Beta of eq. 5, no unit: weight of the gradient score, scaled to [0, 1] per instance. 0 leaves it out.",
+    )
+    context_layer: int | None = _filled(
+        "context_layer",
+        "Layer whose attention is the context score, counted from 0; negative counts from the last layer.",
+    )
+    context_normalize: str | None = _filled(
+        "context_normalize",
+        "sum: attention a token receives from all rows, as in the paper, which favours early positions; mean: divided "
+        "by the number of rows that can see the token.",
+        CONTEXT_NORMALIZERS,
+    )
+    gradient_norm: str | None = _filled(
+        "gradient_norm",
+        "How the gradient at a token is accumulated over the hidden dimension: l2, l1, or signed sum.",
+        GRADIENT_NORMS,
+    )
+    select_from: str | None = _filled(
+        "select_from",
+        "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens "
+        "then take none of the budget).",
+        SELECTION_POOLS,
+    )
+    token_selection: str | None = _filled(
+        "token_selection",
+        "How scores choose. top: the highest, as in the papers. sample: drawn without replacement with probability growing with "
+        "the score, each kept token's loss weighted by the inverse of its inclusion probability, so that the expected loss "
+        "gradient is that of all labelled tokens.",
+        SELECTIONS,
+    )
+    token_gradient: str | None = _filled(
+        "token_gradient",
+        "What the gradient of the kept tokens flows through. cut: keys and values of the other tokens are constants, as in the "
+        "papers. stream: the exact gradient through all keys and values, by streaming. skip: streaming in which tokens without "
+        "loss whose incoming key and value gradient is below skip_threshold of the row's total are not recomputed.",
+        TOKEN_GRADIENTS,
+    )
+    skip_threshold: float = _setting(
+        0.01,
+        "token_gradient=skip: share, in [0, 1], of the key and value gradient of a row below which tokens without loss are left "
+        "out of backward. Larger: faster, further from the exact gradient. 0 leaves out nothing.",
+    )
+    always_keep: str | None = _filled(
+        "always_keep",
+        "Tokens kept whatever their score, out of the budget: none, or first_last (the first and the last real token).",
+        ALWAYS_KEPT,
+    )
+    seek_schedule: str | None = _filled(
+        "seek_schedule",
+        "When tokens are scored: step (every step, with the model as it is), epoch (one pass over the data set before "
+        "each epoch), once (one pass before training, the paper's offline seeking, kept on disk and reused).",
+        SCHEDULES,
+    )
+    seek_cache_dir: str | None = _setting(
+        None, "Folder for the scores of seek_schedule=once. Default: beside the data set, else in output_dir."
+    )
+    context_chunk_size: int = _setting(
+        512,
+        "Tokens of each row that go through the pass over all tokens at a time (causal models; others run whole). "
+        "Smaller: less memory, more kernel launches.",
+    )
+
+    @classmethod
+    def of(cls, settings: "TokenSeekingConfig", **changed) -> "TokenSeekingConfig":
+        """These settings alone, out of arguments that have more fields, with some of them changed.
+
+        What was not given there is filled again, so that it follows a changed preset.
+        """
+        values = {f.name: getattr(settings, f.name) for f in fields(cls)}
+        unset = dict.fromkeys(PRESETS[None].keys() - settings.given)
+        return cls(**values | unset | changed)
+
+    def __post_init__(self):
+        self._fill()
+        super().__post_init__()
+
+    def _fill(self) -> None:
+        """Fill in what was not given, and remember with what."""
+        values = preset_values(self.preset)
+        left_out = {name for name in values if getattr(self, name) is None}
+        if all(values[name] is None for name in left_out):
+            # nothing was left out: a copy of settings that are filled already, where what equals a default is one
+            left_out = {name for name in values if getattr(self, name) == values[name]}
+        self._filled = {name: values[name] for name in left_out}
+        for name, value in self._filled.items():
+            setattr(self, name, value)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings a preset may fill that were given, or changed since, even to what would be filled in."""
+        kept = {name for name, value in self._filled.items() if getattr(self, name) == value}
+        return frozenset(PRESETS[None].keys() - kept)
+
+    @property
+    def streams(self) -> bool:
+        """Whether backward goes through the rows in chunks."""
+        return self.token_gradient in STREAM_CHUNKS if self.token_seeking else super().streams
+
+    @property
+    def stream_chunk_size(self) -> int | None:
+        """Tokens of each row in a chunk of streaming, or None where nothing streams."""
+        if not self.streams or self.sequence_chunk_size is not None:
+            return super().stream_chunk_size
+        return STREAM_CHUNKS[self.token_gradient]
+
+    @property
+    def switch(self) -> str | None:
+        """Name of the setting that turns the strategy on, or None where none is on."""
+        return "token_seeking" if self.token_seeking else super().switch
+
+    @property
+    def streamed_by(self) -> str | None:
+        """Name of the setting that makes backward stream, or None."""
+        return "token_gradient" if self.token_seeking and self.streams else super().streamed_by
+
+    @property
+    def is_mean_of_kept(self) -> bool:
+        """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
+        return self.token_seeking and self.token_selection == "top"
+
+    @property
+    def kept_always(self) -> str:
+        """`always_keep` with its default resolved."""
+        is_tokentune = self.token_scorer == "random" and self.token_selection == "top"
+        return self.always_keep or ("first_last" if is_tokentune else "none")
+
+    def for_row_loss(self) -> "TokenSeekingConfig":
+        """The same for a model whose loss is one for a row: what was not given follows what was measured on such."""
+        changed = {name: value for name, value in row_loss_values(self.preset).items() if name not in self.given}
+        return self.of(self, **changed) if changed else self
+
+    def without_token_weights(self) -> "TokenSeekingConfig":
+        """The same for a loss whose tokens cannot be weighed: `top`, unless `sample` was asked for, which is then refused."""
+        return self if "token_selection" in self.given else self.of(self, token_selection="top")
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}: got {getattr(self, name)!r}, expected {wanted}."
+            for holds, name, wanted in [*self._ranges(), *self._choices()]
+            if not holds
+        ]
+        return super().problems() + found + self._impossible_combinations()
+
+    def _ranges(self) -> list[tuple[bool, str, str]]:
+        return [
+            (0 < self.token_ratio <= 1, "token_ratio", "a fraction in (0, 1], such as 0.1 for a tenth of the tokens"),
+            (self.context_weight >= 0, "context_weight", "0 or more"),
+            (self.gradient_weight >= 0, "gradient_weight", "0 or more"),
+            (0 <= self.skip_threshold <= 1, "skip_threshold", "a share in [0, 1], such as 0.01 for a hundredth"),
+            (self.context_chunk_size >= 1, "context_chunk_size", "1 token or more"),
+        ]
+
+    def _choices(self) -> list[tuple[bool, str, str]]:
+        allowed = {
+            "preset": (None, *PRESET_NAMES),
+            "context_normalize": CONTEXT_NORMALIZERS,
+            "gradient_norm": GRADIENT_NORMS,
+            "select_from": SELECTION_POOLS,
+            "token_selection": SELECTIONS,
+            "token_gradient": TOKEN_GRADIENTS,
+            "always_keep": (None, *ALWAYS_KEPT),
+            "seek_schedule": SCHEDULES,
+        }
+        return [
+            (getattr(self, name) in choices, name, f"one of {tuple(c for c in choices if c is not None)}")
+            for name, choices in allowed.items()
+        ]
+
+    def _impossible_combinations(self) -> list[str]:
+        found = []
+        if self.token_scorer == "combined" and self.context_weight == self.gradient_weight == 0:
+            found.append(
+                "context_weight and gradient_weight: both are 0, so token_scorer=combined would rank nothing. "
+                "Raise one of them, or choose token_scorer=random."
+            )
+        is_chosen = "token_scorer" in self.given or "token_scorer" in PRESETS.get(self.preset or "", {})
+        return found + (self.schedule_problems() if is_chosen else [])
+
+    def schedule_problems(self) -> list[str]:
+        """What a random choice cannot do. Not among the others where token_scorer was left out: a Trainer may be given a function."""
+        if self.token_scorer != "random" or self.seek_schedule == "step":
+            return []
+        origin = "" if "seek_schedule" in self.given or self.preset is None else f" of preset={self.preset}"
+        return [
+            f"seek_schedule: got {self.seek_schedule!r}{origin} with token_scorer=random, expected 'step': a random choice needs no "
+            "pass over the data set, and is drawn anew each step. For scores that last choose token_scorer=combined, for one."
+        ]
+
+    def ineffective(self) -> list[str]:
+        given = self.given | {f.name for f in fields(TokenSeekingConfig) if self._differs(f)}
+        if not self.token_seeking:
+            idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
+            return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
+        by_default = "token_scorer" not in self.given and self.preset is None
+        unless = {"token_scorer": ", unless the trainer is given a function, or a model whose loss is one for a row"} if by_default else {}
+        return [
+            f"{name} has no effect with {reason}={getattr(self, reason)}{unless.get(reason, '')}"
+            for name, reason in sorted(self._idle().items())
+            if name in given
+        ]
+
+    def _differs(self, setting) -> bool:
+        return setting.name not in PRESETS[None] and getattr(self, setting.name) != setting.default
+
+    def _idle(self) -> dict[str, str]:
+        """Names of the settings that are not read, each with the setting because of which it is not."""
+        scorer, found = self.token_scorer, {}
+        if scorer != "combined":
+            found |= dict.fromkeys(("context_weight", "gradient_weight"), "token_scorer")
+        if scorer in ("gradient", "random", "loss"):
+            found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
+        if scorer in ("context", "random", "loss"):
+            found["gradient_norm"] = "token_scorer"
+        if self.seek_schedule != "once":
+            found["seek_cache_dir"] = "seek_schedule"
+        if self.token_gradient != "skip":
+            found["skip_threshold"] = "token_gradient"
+        unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
+        return found | dict.fromkeys(unread, "token_gradient")

@@ -1,0 +1,197 @@
+"""A micro-batch that does not fit is taken in halves, and training goes on: one optimizer step, one global batch, one order of rows.
+
+When memory runs out, backward may have added a part of its gradient already. So the gradients of the accumulated batch are thrown
+away, and its micro-batches run again from the first, each as before and from the state of the random generators it began with; the one
+that did not fit, and from then on every one with as many rows, runs in parts of half as many rows. Its loss is that of the whole: see
+`_run_parts`.
+
+What is not the same as if there had been room: dropout masks and other draws of micro-batches that were cut (their rows draw one after
+another), and what is no sum over rows: batch statistics, load-balancing losses of routers.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
+
+from hf_memtune.core.loss import IGNORED
+from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
+from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory, steps_in_backward
+from hf_memtune.training.care.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
+from hf_memtune.training.rng import Generators, preserved_rng
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Any, dict[str, Any], Any], Tensor]
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What a micro-batch ran on, and how many rows at a time. Its inputs are held by the trainer's own loop in any case."""
+
+    inputs: dict[str, Any]
+    num_items: Any
+    generators: Generators
+    rows_at_most: int | None
+
+
+class HalvingSteps:
+    """Runs the training steps of one trainer, in parts where they do not fit.
+
+    rows_at_most: rows that run at a time; None: as many as there are. is_on: False lets the error through: in a preflight, under
+    auto_find_batch_size, whose way is another, and where backward changes weights or processes hold parts of one model.
+    share: what the trainer multiplies a mean loss by, in a part of a micro-batch.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.is_on, self.share = trainer, _can_run_again(trainer), 1.0
+        self.rows_at_most: int | None = None
+        self._is_sum: bool | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """The next accumulated batch begins."""
+        self._done: list[_MicroBatch] = []
+        self._tokens = dict(self.trainer.memory_callback._tokens)
+
+    def run(self, step: Step, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        """The loss of one training step, whose gradient is then there."""
+        if not self.is_on:
+            return step(model, inputs, num_items)
+        now = _MicroBatch(inputs, num_items, Generators.now(self.trainer.args.device), self.rows_at_most)
+        fitted, failure = self._try(step, model, now)
+        while failure is not None:
+            self._halve(inputs, failure)
+            now = replace(now, rows_at_most=self.rows_at_most)
+            clear_device_cache(garbage_collection=True)  # the graph of a failed forward is a ring of references
+            fitted, failure = self._again(step, model, now)
+        self._done.append(now)
+        return fitted
+
+    def shared(self, found: Any) -> Any:
+        """A loss, or a pair of it and outputs, with the loss made the share of the part that runs."""
+        if self.share == 1.0:
+            return found
+        return (found[0] * self.share, *found[1:]) if isinstance(found, tuple) else found * self.share
+
+    def _try(self, step: Step, model: Any, batch: _MicroBatch) -> tuple[Tensor | None, str | None]:
+        """The loss, or why there was no room for it. When this returns, the frames that hold the activations are gone."""
+        try:
+            return self._run(step, model, batch), None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, first_line(error)
+
+    def _again(self, step: Step, model: Any, now: _MicroBatch) -> tuple[Tensor | None, str | None]:
+        """From the first micro-batch of the accumulated batch to this one."""
+        trainer = self.trainer
+        model.zero_grad()
+        trainer.running_mean.restart()
+        trainer.memory_callback._tokens = dict(self._tokens)
+        fitted, failure = None, None
+        for batch in [*self._done, now]:
+            batch.generators.restore()
+            fitted, failure = self._try(step, model, batch)
+            if failure is not None:  # also of an earlier one, if it has less room than it had
+                self._done = [replace(done, rows_at_most=now.rows_at_most) for done in self._done]
+                break
+        return fitted, failure
+
+    def _halve(self, inputs: dict[str, Any], failure: str) -> None:
+        rows, args = row_count(inputs), self.trainer.args
+        at_most = min(rows or 1, self.rows_at_most or rows or 1)
+        why = "one row at a time is the least there is" if at_most == 1 < (rows or 1) else why_not_cut(inputs)
+        if args.world_size > 1:
+            why = "the other processes wait for its gradient, so it cannot run again alone"
+        elif why is None and leaves_out_answers(inputs):
+            why = "some of its answers lie outside their rows, so that the means of two halves are not the mean of the whole"
+        if why is not None:
+            remedies = "; ".join(advice(self.trainer, at_most))
+            raise MemTuneError(
+                f"no memory for a micro-batch of {at_most} rows ({failure}), and it cannot be halved: {why}. Try {remedies}."
+            )
+        self.rows_at_most = -(-at_most // 2)
+        logger.warning(
+            "no memory for %d rows at step %d (%s): from here on %d at a time, in %d times as many micro-batches. The global batch and the "
+            "order of its rows stay as they are; where there is dropout, its masks are others.",
+            at_most, self.trainer.state.global_step, failure, self.rows_at_most, -(-rows // self.rows_at_most),
+        )  # fmt: skip
+
+    # -- one micro-batch
+
+    def _run(self, step: Step, model: Any, batch: _MicroBatch) -> Tensor:
+        rows = row_count(batch.inputs)
+        if batch.rows_at_most is None or rows is None or rows <= batch.rows_at_most or why_not_cut(batch.inputs):
+            return step(model, batch.inputs, batch.num_items)
+        return self._run_parts(step, model, batch)
+
+    def _run_parts(self, step: Step, model: Any, batch: _MicroBatch) -> Tensor:
+        """The sum of the losses of the parts, each of which goes backward by itself.
+
+        A loss that is a sum over tokens divided by the count of the accumulated batch adds up as it is. A mean over the micro-batch is
+        multiplied by each part's share of it; a part without a label has none, and is left out.
+        """
+        parts, num_items = parts_of(batch.inputs, batch.rows_at_most), batch.num_items
+        if self._counts_itself:
+            num_items = self._whole_count(batch.inputs) if num_items is None else num_items
+            weights = [1.0] * len(parts)
+        elif num_items is not None and self._adds_up(model, parts[0], num_items):
+            weights = [1.0] * len(parts)
+        else:
+            weights = shares(batch.inputs, parts, getattr(self.trainer, "_loss_shifts_labels", False))
+        total: Tensor | float = 0.0
+        for part, weight in zip(parts, weights):
+            if weight:
+                total = total + self._run_part(step, model, part, num_items, weight)
+        return total
+
+    def _run_part(self, step: Step, model: Any, part: dict[str, Any], num_items: Any, weight: float) -> Tensor:
+        self.share = weight
+        try:
+            return step(model, part, num_items)
+        finally:
+            self.share = 1.0
+
+    @property
+    def _counts_itself(self) -> bool:
+        """Whether a strategy divides summed losses of tokens by a count: see turns.py and normalizer.py."""
+        callback = self.trainer.strategy_callback
+        return callback is not None and callback.strategy.architecture.task.loss_per_token
+
+    def _whole_count(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What the strategy divides a whole micro-batch by where the trainer counts nothing: the mean of the means of micro-batches."""
+        labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}
+        target = targets(self.trainer.strategy_callback.strategy.architecture, labels)
+        if target is None:
+            return None
+        return (target != IGNORED).sum().clamp_min(1) * self.trainer.current_gradient_accumulation_steps
+
+    def _adds_up(self, model: Any, part: dict[str, Any], num_items: Any) -> bool:
+        """Whether the loss is divided by the count it is given. Some heads ignore it (regression), which only their loss tells."""
+        if self._is_sum is None:
+            once, twice = (self._loss_at(model, part, count) for count in (num_items, 2 * num_items))
+            if once == 0:
+                return True  # nothing has a label here, which tells nothing
+            if not any(abs(twice - wanted) <= 1e-3 * abs(once) for wanted in (once, once / 2)):
+                raise MemTuneError(
+                    "no memory for a micro-batch, and it cannot be halved: its loss is neither a mean over it nor a sum divided by "
+                    f"num_items_in_batch (got {twice:g} for twice the count, {once:g} for the count). {'; '.join(advice(self.trainer, 2))}."
+                )
+            self._is_sum = abs(twice - once / 2) < abs(twice - once)
+        return self._is_sum
+
+    def _loss_at(self, model: Any, part: dict[str, Any], num_items: Any) -> float:
+        trainer = self.trainer
+        with torch.no_grad(), preserved_rng(trainer.args.device), trainer.compute_loss_context_manager():
+            return float(trainer.plain_loss(model, trainer._prepare_inputs(part), num_items)[0])
+
+
+def _can_run_again(trainer: Any) -> bool:
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return not (trainer.args.auto_find_batch_size or steps_in_backward(trainer.args) or is_sharded)

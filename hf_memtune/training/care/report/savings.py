@@ -1,0 +1,184 @@
+"""What each setting that is on saves, and what the best one that is not on would: peaks of the same step, traced without values.
+
+A peak is that of `estimate`, in which the trainer itself runs a step on tensors without values: exact, and no memory is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from hf_memtune._compat import is_fake
+from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.overrides import not_checkpointing
+from hf_memtune.training.care.recovery.advice import checkpoints, optimizer_name
+from hf_memtune.training.rng import preserved_rng
+
+_WORTH_NAMING = 0.02  # of the peak: less is not worth a change
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Of the batch that was measured. padded: whether its rows differ in length, so that attention needs masks."""
+
+    rows: int
+    tokens: int
+    padded: bool
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> BatchShape | None:
+        """None where there are no input_ids."""
+        if (ids := batch.get("input_ids")) is None:
+            return None
+        mask = batch.get("attention_mask")
+        return cls(*ids.shape[:2], padded=mask is not None and not bool((mask != 0).all()))
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A setting that is on, and the peak without it and with it, in bytes; None where that is not known, and `note` says why."""
+
+    setting: str
+    without_bytes: int | None
+    with_bytes: int | None
+    note: str | None = None
+
+    @property
+    def saved_bytes(self) -> int | None:
+        return None if self.without_bytes is None or self.with_bytes is None else self.without_bytes - self.with_bytes
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The setting, not on yet, that saves most; one that keeps the gradient exact, if any of these is worth it."""
+
+    setting: str
+    peak_bytes: int
+    saved_bytes: int
+    exact: bool
+
+
+class Savings:
+    """Estimates around one batch shape of a trainer, between steps or after training. predicted: that of its settings, if it is known."""
+
+    def __init__(self, trainer: Any, shape: BatchShape, predicted: Any = None):
+        self.trainer, self.args, self.shape = trainer, trainer.args, shape
+        self.predicted = self._estimate() if predicted is None else predicted
+
+    def levers(self) -> Iterator[Lever]:
+        """Every setting that is on, with what it saves."""
+        with_bytes = self.predicted.peak_bytes
+        for setting, changes, around in self._enabled():
+            if changes is None:
+                yield Lever(setting, None, with_bytes, "not traced: it would have to be taken out of the model")
+                continue
+            found = self._try(changes, around=around)
+            yield Lever(setting, found if isinstance(found, int) else None, with_bytes, None if isinstance(found, int) else found)
+        if hasattr(self.trainer.model, "peft_config"):
+            found = self._try({}, model=self.trainer.model.get_base_model().config)
+            note = "without: every parameter trained" if isinstance(found, int) else found
+            yield Lever("adapters (peft)", found if isinstance(found, int) else None, with_bytes, note)
+
+    def advice(self) -> Advice | None:
+        """The best setting that is not on."""
+        peak, found = self.predicted.peak_bytes, []
+        for setting, changes, rows, exact in self._candidates():
+            bytes_then = self._try(changes, rows=rows)
+            if isinstance(bytes_then, int) and peak - bytes_then > _WORTH_NAMING * peak:
+                found.append(Advice(setting, bytes_then, peak - bytes_then, exact))
+        return max(found, key=lambda advice: (advice.exact, advice.saved_bytes), default=None)
+
+    # -- one estimate
+
+    def _estimate(self, changes: dict[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
+        if self.trainer.estimate is None:
+            raise MemTuneError("no forecast was handed to this trainer: import its class from hf_memtune")
+        args = copy.copy(self.args)
+        vars(args).update({"memory_preflight": False, "memory_report": False} | (changes or {}))
+        with preserved_rng(args.device):  # a trainer that is made sets the seed
+            found = self.trainer.estimate(
+                self.trainer.model if model is None else model, args, batch_size=rows or self.shape.rows,
+                sequence_length=self.shape.tokens, padded=self.shape.padded,
+            )  # fmt: skip
+        self._require_untouched()
+        return found
+
+    def _require_untouched(self) -> None:
+        """A forward that was put on the model as a closure is not copied with it, and runs the model itself."""
+        touched = [p for p in self.trainer.model.parameters() if p.grad is not None and is_fake(p.grad)]
+        for parameter in touched:
+            parameter.grad = None
+        if touched:
+            raise MemTuneError("the forward of the model is a function that no copy of it has")
+
+    def _try(self, changes: dict[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
+        """The peak, or why there is none."""
+        try:
+            with around():
+                return self._estimate(changes, rows, model).peak_bytes
+        except Exception as error:  # whatever a step without values runs into: a report must not cost a finished run
+            return f"not traced: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}"
+
+    # -- settings
+
+    def _enabled(self) -> Iterator[tuple[str, dict[str, Any] | None, Any]]:
+        args = self.args
+        if args.token_seeking:
+            name = f"token_seeking, token_ratio={args.token_ratio:g}, token_gradient={args.token_gradient}"
+            yield name, {"token_seeking": False, "sequence_chunk_size": None, "kv_offload": False}, nullcontext
+        elif args.streams:
+            yield f"sequence_chunk_size={args.sequence_chunk_size}", {"sequence_chunk_size": None, "kv_offload": False}, nullcontext
+        if checkpoints(args):
+            yield "gradient_checkpointing", dict.fromkeys(_checkpoint_names(args), False), self._without_checkpoints
+        if args.checkpoint_levels:
+            yield f"checkpoint_levels={args.checkpoint_levels}", {"checkpoint_levels": None}, nullcontext
+        if self.trainer.reversible is not None:
+            yield f"reversible={args.reversible}", None, nullcontext
+        if "8bit" in optimizer_name(args):
+            yield f"optim={optimizer_name(args)}", {"optim": "adamw_torch"}, nullcontext
+
+    @contextmanager
+    def _without_checkpoints(self) -> Iterator[None]:
+        """Without the hooks, too, that give the embeddings' output a gradient for checkpointing alone."""
+        hooked = [(m, m._forward_hooks) for m in self.trainer.model.modules() if m._forward_hooks]
+        with not_checkpointing(self.trainer.model):
+            try:
+                for module, hooks in hooked:
+                    module._forward_hooks = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_for_checkpoints(hook))
+                yield
+            finally:
+                for module, hooks in hooked:
+                    module._forward_hooks = hooks
+
+    def _candidates(self) -> Iterator[tuple[str, dict[str, Any], int | None, bool]]:
+        """Setting, what it changes, rows of a micro-batch, whether the gradient stays exact."""
+        args, rows, tokens = self.args, self.shape.rows, self.shape.tokens
+        if rows > 1:
+            steps = 2 * args.gradient_accumulation_steps
+            setting = f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps}"
+            yield setting, {"gradient_accumulation_steps": steps}, rows // 2, True
+        layers_run_again = checkpoints(args) or args.checkpoint_levels or self.trainer.reversible is not None
+        if not layers_run_again:
+            yield "gradient_checkpointing=True", dict.fromkeys(_checkpoint_names(args), True), None, True
+        if not args.token_seeking and self.trainer.reversible is None:
+            chunk = args.sequence_chunk_size or 2 * min(512, tokens)
+            if (smaller := chunk // 2) >= 16:
+                yield f"sequence_chunk_size={smaller}", {"sequence_chunk_size": smaller}, None, True
+        if optimizer_name(args).startswith("adamw_torch"):
+            yield "optim=adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}, None, True
+        if not args.token_seeking:
+            yield "token_seeking=True", {"token_seeking": True, "sequence_chunk_size": None}, None, False
+        elif args.token_ratio > 0.1:
+            yield f"token_ratio={args.token_ratio / 2:g}", {"token_ratio": args.token_ratio / 2}, None, False
+
+
+def _is_for_checkpoints(hook: Any) -> bool:
+    """transformers calls it make_inputs_require_grads, peft make_inputs_require_grad."""
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+
+
+def _checkpoint_names(args: Any) -> list[str]:
+    return [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]

@@ -1,0 +1,437 @@
+"""Token seeking together with what people train with: adapters, quantised weights, checkpointing, autocast, dropout."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from hf_memtune.errors import MemTuneError, UnsupportedModelError
+from hf_memtune.memory import SavedBytes
+from hf_memtune.methods import passes
+from tests.methods.stepping import assert_equal_step, has_float32_inside, model_and_batch, seeking_on, take_step, token_twin
+from tests.methods.tiny_models import batch_for, lm_head
+from tests.methods.twin import gradients, twin_loss, worst_difference
+from tests.tolerances import NOTICED, RELATIVE, tolerance
+
+SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
+REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
+NAMES = ["llama", "gemma2", "mixtral", "gpt2", "opt", "bert", "bart"]
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def with_lora(model, targets="all-linear", seed=5, **settings):
+    """Random adapters: with the usual zero one, half of the gradients would be zero."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **settings)
+    return peft.get_peft_model(model, config)
+
+
+def lora_twin(model, batch, kept, head="causal_lm"):
+    loss = twin_loss(model.get_base_model(), batch, kept, causal_lm=head == "causal_lm")
+    return loss.detach(), gradients(model, loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "bart"])
+def test_lora_alone_learns_and_equals_the_twin(name):
+    model, batch, dtype = model_and_batch(name)
+    targets = ["c_attn", "c_fc"] if name == "gpt2" else "all-linear"
+    model = with_lora(model, targets)
+    taken = take_step(model, batch, **SPREAD)
+    assert taken.gradients and all("lora_" in parameter for parameter in taken.gradients)
+    loss, expected = lora_twin(model, batch, taken.kept, lm_head(name))
+    assert_equal_step(taken, loss, expected, dtype, has_float32_inside(name))
+
+
+def test_lora_around_the_head_equals_the_twin():
+    model, batch, dtype = model_and_batch("llama")
+    model = with_lora(model, ["q_proj", "down_proj", "lm_head"])
+    taken = take_step(model, batch, **SPREAD)
+    assert not taken.fused  # the head is no longer one product
+    assert any("lm_head" in parameter for parameter in taken.gradients)
+    loss, expected = lora_twin(model, batch, taken.kept)
+    assert_equal_step(taken, loss, expected, dtype)
+
+
+def test_a_classifier_saved_beside_the_adapters_equals_the_twin():
+    """peft trains a copy of the classifier (modules_to_save), in a wrapper of its own."""
+    model, batch, dtype = model_and_batch("bert", head="token_classification")
+    model = with_lora(model, ["query", "value"], modules_to_save=["classifier"])
+    taken = take_step(model, batch, **SPREAD)
+    assert any("modules_to_save" in parameter for parameter in taken.gradients)
+    loss, expected = lora_twin(model, batch, taken.kept, None)
+    assert_equal_step(taken, loss, expected, dtype)
+
+
+def test_adapters_of_the_wrong_weights_are_noticed():
+    model, batch, dtype = model_and_batch("llama")
+    untouched = copy.deepcopy(model)
+    taken = take_step(with_lora(model), batch, **SPREAD)
+    _, expected = lora_twin(with_lora(untouched, seed=6), batch, taken.kept)
+    assert worst_difference(taken.gradients, expected) > NOTICED
+
+
+# -- quantised weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantised_llama(tmp_path_factory):
+    """A tiny checkpoint, loaded as a user loads one for QLoRA: NF4 weights, computing in float32 or bfloat16."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0,
+    )
+    model = tf.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+
+    def load(dtype):
+        pytest.importorskip("bitsandbytes")
+        settings = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return tf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=dtype, device_map="cpu").train()
+
+    return load
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_qlora_equals_the_twin_on_the_same_quantised_weights(quantised_llama, dtype):
+    model = quantised_llama(dtype)
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    model = with_lora(model)
+    batch = batch_for(model)
+    taken = take_step(model, batch, **SPREAD)
+    assert taken.gradients and all("lora_" in parameter for parameter in taken.gradients)
+    loss, expected = lora_twin(model, batch, taken.kept)
+    assert abs(taken.loss - loss) <= tolerance(dtype) * loss
+    assert whole_error(taken.gradients, expected) <= tolerance(dtype)
+
+
+def dequantised(model):
+    """The same model with plain linears of the values that its 4-bit weights stand for: slow, and obviously differentiable."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
+            weight = module.weight
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=torch.float32)
+            linear.weight = torch.nn.Parameter(dequantize_4bit(weight.data, weight.quant_state).float(), requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, linear)
+    return plain
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["fresh", "with an evaluation"])
+def test_gradients_pass_through_4bit_weights(quantised_llama, evaluated):
+    """Some kernels for 4-bit weights have no derivative, and a twin on the same weights would not notice."""
+    model = with_lora(quantised_llama(torch.float32)).eval()  # as peft hands it over
+    plain = dequantised(model)
+    batch = batch_for(model)
+    seeking = seeking_on(model, **SPREAD)
+    if evaluated:
+        with torch.no_grad():
+            model.eval()(**batch)
+    model.train()
+    with seeking.step(batch) as step:
+        outputs = model(**step.inputs)
+    found = gradients(model, step.loss_sum(outputs) / step.kept_labels)
+    seeking.remove()
+    kept = {name: selection.kept_mask() for name, selection in step.selection.items()}
+    _, expected = lora_twin(plain.train(), batch, kept)
+    assert whole_error(found, expected) <= 10 * tolerance(torch.float32)
+
+
+def test_weights_that_an_evaluation_has_repacked_are_refused(quantised_llama):
+    model = quantised_llama(torch.bfloat16)
+    layers = [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
+    if not layers:
+        pytest.skip("bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only")
+    seeking_on(model).remove()
+    assert all(module.support_avx512bf16_for_cpu for module in layers)  # removed without a trace
+    with torch.no_grad():
+        model.eval()(**batch_for(model))
+    with pytest.raises(UnsupportedModelError, match="repacked"):
+        seeking_on(model)
+
+
+def test_qlora_with_checkpointing_gives_the_same_gradients(quantised_llama):
+    model = with_lora(quantised_llama(torch.float32))
+    batch = batch_for(model)
+    taken = take_step(model, batch, **SPREAD)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    again = take_step(model, batch, **SPREAD)
+    assert whole_error(again.gradients, taken.gradients) <= tolerance(torch.float32)
+
+
+def whole_error(found, expected):
+    """Relative error of the gradient as one vector: in half precision single parameters may be all rounding."""
+    assert found.keys() == expected.keys()
+    distance = sum((found[name].double() - g.double()).square().sum() for name, g in expected.items())
+    return float((distance / sum(g.double().square().sum() for g in expected.values())).sqrt())
+
+
+# -- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+def checkpointed(model, reentrant):
+    """A copy with activation checkpointing on."""
+    model = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+@REENTRANT
+@pytest.mark.parametrize("scorer", ["combined", "random"])
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_no_gradient(name, scorer, reentrant):
+    model, batch, dtype = model_and_batch(name)
+    torch.manual_seed(0)
+    taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=4, **SPREAD)
+    torch.manual_seed(0)
+    again = take_step(checkpointed(model, reentrant), batch, token_scorer=scorer, context_chunk_size=4, **SPREAD)
+    assert_equal_step(again, taken.loss, taken.gradients, dtype, has_float32_inside(name))
+
+
+@REENTRANT
+def test_checkpointing_changes_no_gradient_of_a_pooled_head(reentrant):
+    model, batch, dtype = model_and_batch("bert", head="sequence_classification")
+    taken = take_step(model, batch, **SPREAD)
+    assert_equal_step(take_step(checkpointed(model, reentrant), batch, **SPREAD), taken.loss, taken.gradients, dtype)
+
+
+@REENTRANT
+def test_checkpointed_lora_equals_the_twin(reentrant):
+    model, batch, dtype = model_and_batch("llama")
+    model = with_lora(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    taken = take_step(model, batch, **SPREAD)
+    model.gradient_checkpointing_disable()
+    loss, expected = lora_twin(model, batch, taken.kept)
+    assert_equal_step(taken, loss, expected, dtype)
+
+
+def saved_bytes(model, batch, **settings):
+    """Bytes held for backward when the forward is done; what scoring held before is gone by then."""
+    seeking = seeking_on(model, **settings)
+    with seeking.step(batch) as step, SavedBytes(exclude=model) as saved:
+        loss = step.loss_sum(model(**step.inputs))
+    held = saved.current_bytes
+    loss.backward()
+    seeking.remove()
+    return held
+
+
+@REENTRANT
+def test_checkpointing_saves_fewer_bytes(reentrant):
+    model, batch, _ = model_and_batch("llama", lengths=(48, 40))
+    plain = saved_bytes(model, batch)
+    assert saved_bytes(checkpointed(model, reentrant), batch) < 0.7 * plain
+
+
+def test_fewer_tokens_save_fewer_bytes():
+    model, batch, _ = model_and_batch("llama", lengths=(48, 40))
+    assert saved_bytes(model, batch, token_ratio=0.1) < 0.5 * saved_bytes(model, batch, token_ratio=1.0)
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_each_backward_recomputes_the_step_of_its_own_forward(name, reentrant):
+    """Two forwards before one backward: the selection, keys and values of the second must not serve the first."""
+    model, batch, dtype = model_and_batch(name)
+    other = batch_for(model, lm_head(name), lengths=(10, 12), seed=7)
+    separate = [take_step(model, each, **SPREAD).gradients for each in (batch, other)]
+    expected = {parameter: separate[0][parameter] + separate[1][parameter] for parameter in separate[0]}
+    model = checkpointed(model, reentrant)
+    seeking, losses = seeking_on(model, **SPREAD), []
+    for each in (batch, other):
+        with seeking.step(each) as step:
+            losses.append(step.loss_sum(model(**step.inputs)) / step.kept_labels)
+    assert worst_difference(gradients(model, sum(losses)), expected) <= tolerance(dtype)
+    seeking.remove()
+
+
+def test_a_recompute_with_the_state_of_another_step_is_noticed():
+    """The sibling of the test above: the gradients of its two steps are far apart."""
+    model, batch, _ = model_and_batch("llama")
+    other = batch_for(model, "causal_lm", lengths=(10, 12), seed=7)
+    first, second = (take_step(model, each, **SPREAD).gradients for each in (batch, other))
+    assert worst_difference(first, second) > NOTICED
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------------
+
+DROPOUT = {
+    "llama": dict(attention_dropout=0.3),
+    "gpt2": dict(attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3),
+    "bert": dict(attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.3),
+    "bart": dict(attention_dropout=0.3, dropout=0.3, activation_dropout=0.3),
+}
+
+
+def dropping(name):
+    model, batch, dtype = model_and_batch(name, **DROPOUT[name])
+    return model, batch, dtype
+
+
+def step_with_seed(model, batch, seed):
+    torch.manual_seed(seed)
+    return take_step(model, batch, **SPREAD)
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_is_replayed_when_recomputed(name, reentrant):
+    model, batch, dtype = dropping(name)
+    taken = step_with_seed(model, batch, 11)
+    again = step_with_seed(checkpointed(model, reentrant), batch, 11)
+    assert_equal_step(again, taken.loss, taken.gradients, dtype)
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_another_seed_of_dropout_is_noticed(name):
+    model, batch, dtype = dropping(name)
+    first, second = step_with_seed(model, batch, 11), step_with_seed(model, batch, 12)
+    assert first.selection["decoder"].index.equal(second.selection["decoder"].index)  # scoring knows no dropout
+    assert worst_difference(first.gradients, second.gradients) > NOTICED
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_attention_is_recomputed_with_the_dropout_of_its_forward(monkeypatch, name):
+    """Attention is recomputed in backward whether or not layers are checkpointed: the same as if it were kept."""
+    model, batch, dtype = dropping(name)
+    taken = step_with_seed(model, batch, 11)
+    monkeypatch.setattr(passes, "checkpoint", lambda attention, *args, **settings: attention(*args))
+    kept = step_with_seed(model, batch, 11)
+    assert_equal_step(taken, kept.loss, kept.gradients, dtype)
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_a_recompute_with_other_random_numbers_is_noticed(monkeypatch, name):
+    model, batch, _ = dropping(name)
+    taken = step_with_seed(model, batch, 11)
+    recompute = passes.checkpoint
+    forgetful = lambda *args, **settings: recompute(*args, **settings | {"preserve_rng_state": False})  # noqa: E731
+    monkeypatch.setattr(passes, "checkpoint", forgetful)
+    assert worst_difference(taken.gradients, step_with_seed(model, batch, 11).gradients) > NOTICED
+
+
+# -- autocast --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "bart"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_is_as_near_to_float32_as_bfloat16_allows(name, checkpointing):
+    model, batch, _ = model_and_batch(name, dtype=torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    scores = {stack: mask.double() for stack, mask in take_step(model, batch, **SPREAD).kept.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taken = take_step(model, batch, scores=scores)
+    model.gradient_checkpointing_disable()
+    loss, expected = token_twin(model, batch, taken.kept, lm_head(name))
+    assert all(g.dtype == torch.float32 for g in taken.gradients.values())
+    assert abs(taken.loss - loss) <= RELATIVE[torch.bfloat16] * loss
+    assert whole_error(taken.gradients, expected) <= RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("scorer", ["combined", "loss"])
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_scoring_runs_under_autocast(name, chunk, scorer):
+    model, batch, _ = model_and_batch(name, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, **SPREAD)
+    assert all(torch.isfinite(g).all() for g in taken.gradients.values())
+
+
+# -- batches without anything to learn -------------------------------------------------------------------------------
+
+
+def step_without_loss(model, batch, **settings):
+    seeking = seeking_on(model, **settings)
+    with seeking.step(batch) as step:
+        outputs = model(**step.inputs)
+    loss = step.loss_sum(outputs)
+    seeking.remove()
+    return step, loss, gradients(model, loss)
+
+
+@pytest.mark.parametrize("scorer", ["combined", "random", "loss"])
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "gpt2"])
+def test_a_batch_without_labels_costs_nothing(name, chunk, scorer):
+    model, batch, _ = model_and_batch(name)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for select_from in ("all", "labels"):
+        step, loss, found = step_without_loss(model, batch, token_scorer=scorer, context_chunk_size=chunk, select_from=select_from)
+        assert step.kept_labels == 0 and loss == 0 and loss.requires_grad
+        assert all((g == 0).all() for g in found.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_kept_tokens_without_labels_cost_nothing(name):
+    """A prompt that takes the whole budget: its tokens are kept and have nothing to predict."""
+    model, batch, _ = model_and_batch(name)
+    batch["labels"][:, :8] = -100
+    seeking = seeking_on(model, lambda seen: -torch.arange(13.0).expand(2, -1))
+    with seeking.step(batch) as step:
+        loss = step.loss_sum(model(**step.inputs))
+    seeking.remove()
+    assert step.kept_labels == 0 and loss == 0
+    assert all((g == 0).all() for g in gradients(model, loss).values())
+
+
+def test_selecting_from_labels_spends_the_budget_on_them():
+    model, batch, dtype = model_and_batch("llama")
+    batch["labels"][:, :6] = -100
+    taken = take_step(model, batch, select_from="labels", **SPREAD)
+    kept, target = taken.kept["decoder"], torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    assert (target[kept] != -100).all()
+    loss, expected = token_twin(model, batch, kept={"decoder": kept}, head="causal_lm")
+    assert_equal_step(taken, loss, expected, dtype)
+
+
+# -- misuse and old versions -------------------------------------------------------------------------------------------
+
+
+def test_casts_made_without_gradient_are_not_reused():
+    """Autocast keeps casts of weights; torch 2.9 reuses those of the context pass in the focus pass, which then has no gradient."""
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+    cleared = []
+    original = torch.clear_autocast_cache
+    torch.clear_autocast_cache = lambda: (cleared.append(True), original())
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            taken = take_step(model, batch, **SPREAD)
+    finally:
+        torch.clear_autocast_cache = original
+    assert cleared
+    assert taken.gradients.keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_a_second_call_within_a_step_is_refused():
+    model, batch, _ = model_and_batch("llama")
+    seeking = seeking_on(model)
+    with pytest.raises(MemTuneError, match="more often"), seeking.step(batch) as step:
+        model(**step.inputs)
+        model(**step.inputs)
+    seeking.remove()
+
+
+@pytest.mark.parametrize("scorer", ["combined", "context", "gradient", "random", "loss"])
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_every_score_can_be_looked_at_whatever_the_scorer(name, scorer):
+    model, batch, _ = model_and_batch(name)
+    seeking = seeking_on(model, token_scorer=scorer)
+    step = seeking.inspect(batch, ("context_score", "gradient_score", "token_loss"))
+    seeking.remove()
+    assert all(score.shape == batch["input_ids"].shape for score in step.inspection["decoder"].values())

@@ -1,0 +1,156 @@
+"""The context pass of a stream takes several small chunks at once, where that changes neither numbers nor the peak of bytes."""
+
+import pytest
+import torch
+
+from hf_memtune import MemTuneError, Streaming, StreamingConfig
+from hf_memtune.memory.shapes import SHAPES
+from hf_memtune.memory.trace import trace_causal_lm_step
+from hf_memtune.methods import chunk_stream, context
+from hf_memtune.methods.attention.passes import ContextPass
+from hf_memtune.units import MIB
+from tests.methods.stepping import model_and_batch, plain_twin, stream, take_turns
+from tests.methods.twin import worst_difference
+from tests.tolerances import tolerance
+
+LENGTHS, CHUNK = (31, 22), 3  # 11 chunks, of which the context pass runs 10
+
+
+def deep(name="llama", layers=8, **overrides):
+    return model_and_batch(name, lengths=LENGTHS, num_hidden_layers=layers, **overrides)
+
+
+def streamed(model, batch):
+    """A step, and the tokens of each part of its context pass."""
+    widths = []
+
+    def noted(spans, *args):
+        widths.append(spans["decoder"].index.shape[1])
+        return ContextPass(spans, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context, "ContextPass", noted)
+        return stream(model, batch, CHUNK), widths
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("layers, expected", [(3, [3] * 10), (8, [3, 6, 6, 6, 6, 3]), (12, [3, 9, 9, 9])])
+def test_the_gradient_is_exact_however_many_run_at_once(layers, expected, side):
+    model, batch, dtype = deep(layers=layers, side=side)
+    taken, found = streamed(model, batch)
+    assert found == expected
+    assert worst_difference(taken.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "gemma3"])
+def test_windows_that_reach_across(name):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 4} if name == "gemma3" else {"layer_types": ["sliding_attention"] * 8}
+    model, batch, dtype = deep(name, **kinds)
+    taken, found = streamed(model, batch)
+    assert max(found) == 2 * CHUNK
+    assert worst_difference(taken.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype, float32_inside=name == "gemma3")
+
+
+def test_keys_and_values_that_are_missing_would_be_noticed(monkeypatch):
+    """The sibling: a pass that leaves out its last chunk leaves a gap, which the store refuses."""
+    model, batch, _ = deep()
+    monkeypatch.setattr(chunk_stream.ChunkStream, "_chunks_together", lambda self: 2)
+    original = chunk_stream.context_pass
+
+    def short(strategy, call, store, records, chunk, chunks, *rest):
+        return original(strategy, call, store, records, chunk, range(chunks.stop - 1), *rest)
+
+    monkeypatch.setattr(chunk_stream, "context_pass", short)
+    with pytest.raises(MemTuneError, match="has keys and values of"):
+        stream(model, batch, CHUNK)
+
+
+@pytest.mark.parametrize("change", ["dropout", "checkpointing"])
+def test_one_at_a_time_where_it_matters(change):
+    """Random numbers would be drawn in another order; with checkpointing a chunk with gradient needs less than two without."""
+    model, batch, _ = deep(attention_dropout=0.3 if change == "dropout" else 0.0)
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert streamed(model, batch)[1] == [3] * 10
+
+
+@pytest.mark.parametrize("token, expected", [(-1, [3, 6, 6, 6, 6, 3]), (7, [3, 6, 6, 6, 3, 3, 3, 3, 3])])
+def test_random_numbers_that_begin_late(token, expected):
+    """Drawn only where a token is, in a chunk that runs with another: that part runs again, a chunk at a time."""
+    model, batch, _ = deep()
+    batch["input_ids"][batch["input_ids"] == 7] = 8
+    batch["input_ids"][:, 20] = 7
+    drawn = {False: {}, True: {}}
+
+    def drop(module, args, output):
+        if not (args[0] == token).any():
+            return output
+        kept = torch.rand(output.shape[:2]) > 0.5
+        drawn[torch.is_grad_enabled()][tuple(args[0].flatten().tolist())] = kept
+        return output * kept[..., None]
+
+    hook = model.get_input_embeddings().register_forward_hook(drop)
+    _, widths = streamed(model, batch)
+    hook.remove()
+    assert widths == expected
+    assert len(drawn[True]) == (token == 7)
+    assert all(torch.equal(drawn[False][ids], kept) for ids, kept in drawn[True].items())
+
+
+@pytest.mark.parametrize("kv_offload", [False, True])
+@pytest.mark.parametrize("chunk, stores", [(16, True), (31, False), (64, False)])
+def test_a_row_of_one_chunk_stores_nothing(chunk, stores, kv_offload):
+    """No other chunk asks for its keys and values. Where they are to be in host memory they are put there, as was asked for."""
+    model, batch, dtype = deep(layers=3)
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=chunk, kv_offload=kv_offload))
+    found = take_turns(model, streaming, batch)
+    streaming.remove()
+    assert worst_difference(found.gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+    assert bool(found.step.stored()) is (stores and not kv_offload)
+    homes = getattr(found.step.stream.store, "_homes", {})
+    assert len(homes) == (3 if kv_offload else 0)
+
+
+def test_a_row_of_one_chunk_needs_what_a_fused_loss_needs():
+    """Under activation checkpointing, where plain training keeps no keys and values."""
+    config = SHAPES["Qwen2.5-0.5B"]()
+    config.num_hidden_layers = 4
+    streaming = StreamingConfig(sequence_chunk_size=2048)
+    ours = trace_causal_lm_step(config, 2048, checkpointing=True, strategy=streaming).peak_bytes
+    plain = trace_causal_lm_step(config, 2048, checkpointing=True, fused_loss=True).peak_bytes
+    stored = 4 * 2 * config.num_key_value_heads * 64 * 2 * 2048
+    assert stored == 4 * MIB and ours - plain < MIB / 4
+
+
+def train_the_last_layer(model):
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+
+
+def train_the_layers(model):
+    model.model.embed_tokens.requires_grad_(False)
+
+
+def train_the_head(model):
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change, widest", [(train_the_last_layer, 3), (train_the_layers, 6), (train_the_head, 3)])
+def test_layers_without_gradient_keep_nothing_and_do_not_count(change, widest):
+    model, batch, _ = deep()
+    change(model)
+    assert max(streamed(model, batch)[1]) == widest
+
+
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_the_peak_is_what_it_was(chunk, monkeypatch):
+    config = SHAPES["Llama-3.2-1B"]()
+    config.num_hidden_layers = 8
+
+    def peak():
+        return trace_causal_lm_step(config, 320, strategy=StreamingConfig(sequence_chunk_size=chunk)).peak_bytes
+
+    together = peak()
+    monkeypatch.setattr(chunk_stream, "CONTEXT_TOKENS", 1)
+    assert peak() == together

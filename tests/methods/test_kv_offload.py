@@ -1,0 +1,225 @@
+"""Steps whose keys, values and owed gradients are at home in host memory: the gradients are those without, bit for bit."""
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.core.offload import Fetched, HostTensor, OffloadedStore, OffloadedSums
+from tests.methods.stepping import lm_head, model_and_batch, seeking_on, take_turns
+from tests.methods.tiny_models import batch_for
+from tests.methods.twin import worst_difference
+from tests.tolerances import NOTICED, tolerance
+
+CHUNK, LENGTHS = 4, (13, 9)
+NAMES = ["llama", "qwen2-sliding", "gpt2", "gemma2", "bart"]
+STRATEGIES = ["exact", "stream", "skip"]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def strategy_on(model, kind="exact", offload=True):
+    if kind == "exact":
+        return Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=offload))
+    more = {"skip_threshold": 0.05} if kind == "skip" else {}
+    return seeking_on(model, token_gradient=kind, sequence_chunk_size=CHUNK, kv_offload=offload, **more)
+
+
+def step(model, batch, kind="exact", offload=True):
+    strategy = strategy_on(model, kind, offload)
+    try:
+        return take_turns(model, strategy, batch)
+    finally:
+        strategy.remove()
+
+
+def made(name="llama", side="right", checkpointing=None, lora=False, dtype=torch.float64, **overrides):
+    """A tiny model and its batch. checkpointing: None, or whether it is reentrant."""
+    model, batch, _ = model_and_batch(name, side, lengths=LENGTHS, dtype=dtype, **overrides)
+    if lora:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model.train(), batch
+
+
+def same(found, expected) -> bool:
+    """Bit for bit."""
+    ours, theirs = found.gradients, expected.gradients
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def assert_same_as_without(model, batch, kind="exact"):
+    found, expected = step(model, batch, kind), step(model, batch, kind, offload=False)
+    assert same(found, expected) and torch.equal(found.loss, expected.loss) and found.turns == expected.turns
+    assert isinstance(found.step.stream.store, OffloadedStore) and not isinstance(expected.step.stream.store, OffloadedStore)
+
+
+# -- exactness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_without(name, checkpointing, dtype):
+    assert_same_as_without(*made(name, checkpointing=checkpointing, dtype=dtype))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gpt2"])
+def test_so_they_are_with_lora_padding_and_seeking(name, checkpointing, kind, side):
+    assert_same_as_without(*made(name, side, checkpointing, lora=True), kind)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_rows_without_padding_and_dropout(kind):
+    """Without padding the first chunk needs no mask, and goes another way through the kernel; dropout is drawn again in each pass."""
+    model, _ = made("llama", attention_dropout=0.0)
+    assert_same_as_without(model, batch_for(model, lm_head("llama"), lengths=(13, 13)), kind)
+    model, batch = made("gpt2", resid_pdrop=0.2, attn_pdrop=0.2)
+    results = []
+    for offload in (True, False):
+        torch.manual_seed(3)
+        results.append(step(model, batch, kind, offload))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("which", ["keys and values", "sums"])
+def test_a_home_that_changes_between_passes_is_noticed(monkeypatch, kind, which):
+    """What the comparisons above must notice: that the homes are really read."""
+    model, batch = made()
+    expected = step(model, batch, kind, offload=False)
+    kinds = {"keys and values": OffloadedStore, "sums": OffloadedSums}
+    send = HostTensor.send
+
+    def corrupting(self, part, start):
+        send(self, part + 0.1 * part.abs().max() if id(self) in homes() else part, start)
+
+    strategy, opened = strategy_on(model, kind), []
+    homes = lambda: {id(h) for s in opened for h in _homes_of(s, kinds[which])}  # noqa: E731
+    monkeypatch.setattr(kinds[which], "__init__", _noting(kinds[which].__init__, opened))
+    monkeypatch.setattr(HostTensor, "send", corrupting)
+    found = take_turns(model, strategy, batch)
+    strategy.remove()
+    assert opened and worst_difference(found.gradients, expected.gradients) > NOTICED
+
+
+def _noting(init, opened):
+    def run(self, *args):
+        init(self, *args)
+        opened.append(self)
+
+    return run
+
+
+def _homes_of(holder, kind) -> list[HostTensor]:
+    homes = holder._homes.values()
+    return [home for pair in homes for home in pair] if kind is OffloadedStore else list(homes)
+
+
+# -- copies that arrive late -----------------------------------------------------------------------------------------
+
+
+class Late:
+    """The arrival of a copy, as late as can be: when the present stream waits for it."""
+
+    def __init__(self, copy, home):
+        self.copy, self.home, self.waited = copy, home, 0
+
+    def wait(self):
+        if not self.waited:
+            self.copy.copy_(self.home)
+        self.waited += 1
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Copies that are fetched ahead are not there before they are waited for, as on CUDA."""
+    made = []
+
+    def fetch_ahead(self, stop):
+        home = self._home_TBKC.narrow(0, 0, stop)
+        made.append(Late(torch.full_like(home, torch.nan), home))
+        return Fetched(made[-1].copy, made[-1])
+
+    monkeypatch.setattr(HostTensor, "fetch_ahead", fetch_ahead)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=Late.wait))
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_copies_are_waited_for_before_they_are_used_and_before_they_are_dropped(late, kind, checkpointing):
+    model, batch = made(checkpointing=checkpointing, num_hidden_layers=6)
+    found, expected = step(model, batch, kind), step(model, batch, kind, offload=False)
+    assert same(found, expected)
+    del found
+    assert len(late) > 6 and all(arrival.waited for arrival in late)
+
+
+def test_a_copy_that_is_not_waited_for_is_noticed(late, monkeypatch):
+    model, batch = made()
+    monkeypatch.setattr(Fetched, "ready", lambda self: self._copy)
+    assert any(gradient.isnan().any() for gradient in step(model, batch).gradients.values())
+
+
+# -- what is on the device -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Weak references to the storages of all copies that were made on the device."""
+    noted, fetch = [], HostTensor.fetch
+
+    def noting(self, stop):
+        found = fetch(self, stop)
+        noted.append(weakref.ref(found.ready().untyped_storage()))
+        return found
+
+    monkeypatch.setattr(HostTensor, "fetch", noting)
+    return noted
+
+
+def most_alive_after_forward(model, batch, fetched) -> int:
+    """Copies on the device when a turn has gone forward and is about to go backward."""
+    strategy, most = strategy_on(model), 0
+    with strategy.step(batch) as running:
+        for _ in running.turns():
+            loss = running.loss_sum(model(**running.inputs)) / running.loss_tokens
+            most = max(most, sum(reference() is not None for reference in fetched))
+            loss.backward()
+    strategy.remove()
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_chunk_that_went_forward_leaves_two_layers_on_the_device(name, checkpointing, fetched):
+    model, batch = made(name, checkpointing=checkpointing, num_hidden_layers=6)
+    assert most_alive_after_forward(model, batch, fetched) <= 2 * 2  # keys and values
+
+
+def test_without_addresses_all_layers_stay(monkeypatch, fetched):
+    """The sibling: autograd does save them, and the count does see them."""
+    monkeypatch.setattr(OffloadedStore, "unsaved", lambda self, key, stored: torch.enable_grad())
+    model, batch = made("llama", num_hidden_layers=6)
+    assert most_alive_after_forward(model, batch, fetched) >= 2 * 6
+
+
+@on_gpu
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_on_a_gpu_copies_arrive_in_time(kind, checkpointing):
+    """Several steps in a row, so that memory is used again while copies are on their way."""
+    model, batch = made(checkpointing=checkpointing, num_hidden_layers=6)
+    model, batch = model.cuda(), {name: value.cuda() for name, value in batch.items()}
+    expected = step(model, batch, kind, offload=False)
+    for _ in range(5):
+        assert worst_difference(step(model, batch, kind).gradients, expected.gradients) <= tolerance(torch.float64)

@@ -1,0 +1,101 @@
+"""Several sequences in one row: positions that restart and no mask, as transformers tells packed rows itself."""
+
+import pytest
+import torch
+
+from tests.methods.stepping import assert_equal_step, has_float32_inside, seeking_on, take_step, token_twin
+from tests.methods.test_scores import column_sums, scores_seen
+from tests.methods.tiny_models import CAUSAL, VOCABULARY, tiny_model
+from tests.methods.twin import gradients, worst_difference
+from tests.tolerances import NOTICED, close
+
+SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
+SEGMENTS = ((5, 8), (4, 6, 3))  # two rows of 13 tokens
+CHUNKS = [4, 512]  # boundaries inside sequences, and none
+
+
+def packed_batch(segments=SEGMENTS):
+    """Rows of sequences; the first token of each has no label, or the last of the one before would predict it.
+
+    Transformers looks for packed rows only where it makes no cache, and for training the Trainer turns the cache off.
+    """
+    torch.manual_seed(3)
+    ids = torch.randint(5, VOCABULARY, (len(segments), sum(segments[0])))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in segments])
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100), "use_cache": False}
+
+
+def unpacked(batch, segments=SEGMENTS):
+    """The same sequences, one a row of its own."""
+    for row, lengths in enumerate(segments):
+        for part in batch["input_ids"][row].split(lengths):
+            yield {"input_ids": part[None], "labels": part[None]}
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_all_tokens_kept_is_plain_training(name, chunk):
+    model, batch = tiny_model(name), packed_batch()
+    loss = model(**batch).loss
+    expected = gradients(model, loss)
+    taken = take_step(model, batch, token_ratio=1.0, context_chunk_size=chunk)
+    assert_equal_step(taken, loss.detach(), expected, torch.float64, float32_inside=True)  # transformers' loss is in float32
+
+
+@pytest.mark.parametrize("scorer", ["combined", "random"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_gradient_equals_the_twin(name, chunk, scorer):
+    model, batch = tiny_model(name), packed_batch()
+    taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, **SPREAD)
+    loss, expected = token_twin(model, batch, taken.kept, "causal_lm")
+    assert_equal_step(taken, loss, expected, torch.float64, has_float32_inside(name))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2"])
+def test_packed_sequences_learn_as_if_each_had_a_row(name, chunk):
+    model, batch = tiny_model(name), packed_batch()
+    seeking = seeking_on(model, token_ratio=1.0, context_chunk_size=chunk)
+    with seeking.step(batch) as step:
+        outputs = model(**step.inputs)
+    found = gradients(model, step.loss_sum(outputs))
+    seeking.remove()
+    alone = sum(model(**row).loss * (row["labels"].shape[1] - 1) for row in unpacked(batch))
+    assert worst_difference(found, gradients(model, alone)) <= 1e-6
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
+def test_context_score_stays_inside_a_sequence(name, chunk):
+    model, batch = tiny_model(name), packed_batch()
+    found = scores_seen(model, batch, "context_score", context_chunk_size=chunk)["decoder"]["context_score"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**batch, output_attentions=True).attentions[-1]
+    expected = column_sums(weights, torch.ones_like(batch["input_ids"], dtype=torch.bool))
+    torch.testing.assert_close(found, expected.double(), **close(torch.float64, float32_inside=True))
+
+
+def test_one_row_of_positions_serves_every_row():
+    model, batch = tiny_model("llama"), packed_batch(((5, 8), (5, 8)))
+    taken = take_step(model, batch, **SPREAD)
+    shared = take_step(model, batch | {"position_ids": batch["position_ids"][:1]}, **SPREAD)
+    assert_equal_step(shared, taken.loss, taken.gradients, torch.float64)
+
+
+def test_positions_beside_a_mask_do_not_pack():
+    """As in transformers: with an attention mask, positions are positions and nothing else."""
+    model, batch = tiny_model("llama"), packed_batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    taken = take_step(model, batch, **SPREAD)
+    loss, expected = token_twin(model, batch, taken.kept, "causal_lm")
+    assert_equal_step(taken, loss, expected, torch.float64)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rows_that_are_not_kept_apart_are_noticed(name):
+    model, batch = tiny_model(name), packed_batch()
+    taken = take_step(model, batch, token_ratio=1.0)
+    mixed = {k: v for k, v in batch.items() if k != "position_ids"}
+    assert worst_difference(taken.gradients, gradients(model, model(**mixed).loss)) > NOTICED

@@ -1,0 +1,231 @@
+"""A model or batch on which ditching would not be exact is refused by name, with the reason and what to do instead."""
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_memtune import TokenSeeking, TokenSeekingConfig, register_scorer
+from hf_memtune.core import scorers
+from hf_memtune.errors import ConfigError, MemTuneError, TokenScoreError, UnsupportedModelError
+from tests.methods.stepping import model_and_batch, seeking_on, take_step
+from tests.methods.twin import gradients, worst_difference
+from tests.tolerances import tolerance
+
+_LLAMA = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_BERT = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+
+# config, class, and what the message must name
+CANNOT_DITCH = {
+    "state space": (lambda: tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2), tf.MambaForCausalLM, "MambaBlock"),
+    "recurrent": (lambda: tf.RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), tf.RwkvForCausalLM, "RwkvBlock"),
+    "linear attention": (lambda: tf.Qwen3NextConfig(**_LLAMA, **_LINEAR, **_EXPERTS, head_dim=8), tf.Qwen3NextForCausalLM, "Qwen3NextGatedDeltaNet"),
+    "short convolution": (lambda: tf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"] * 2), tf.Lfm2ForCausalLM, "Lfm2ShortConv"),
+    "beside attention": (lambda: tf.FalconH1Config(**_LLAMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1), tf.FalconH1ForCausalLM, "FalconH1Mixer"),
+    "relative bias": (lambda: tf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), tf.T5ForConditionalGeneration, "relative positions"),
+    "Fourier": (lambda: tf.FNetConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2), tf.FNetForMaskedLM, "FNetLayer"),
+    "relative positions": (lambda: tf.DebertaV2Config(**_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"]), tf.DebertaV2ForMaskedLM, "DebertaV2Layer"),
+    "attention of its own": (lambda: tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), tf.BloomForCausalLM, "BloomBlock"),
+    "ready-made masks": (lambda: tf.FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tf.FalconForCausalLM, "cannot run on a part"),
+    "work after the interface": (lambda: tf.DiffLlamaConfig(**_LLAMA), tf.DiffLlamaForCausalLM, "differ"),
+    "shared layers": (lambda: tf.AlbertConfig(**_BERT, embedding_size=32), tf.AlbertForMaskedLM, "none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT_DITCH)
+def test_a_model_that_cannot_be_exact_is_refused(case):
+    config, build, named = CANNOT_DITCH[case]
+    model = build(config())
+    with pytest.raises(UnsupportedModelError) as refused:
+        seeking_on(model)
+    message = str(refused.value)
+    assert build.__name__ in message
+    assert named in message
+    assert "activation checkpointing" in message  # the remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_does_not_hide_a_mixer_beside_attention(dtype):
+    """What it adds can be smaller than the rounding of hidden states: it is refused for what it is, not for what it does."""
+    config, build, named = CANNOT_DITCH["beside attention"]
+    with pytest.raises(UnsupportedModelError, match=named):
+        seeking_on(build(config()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_precision_leads_to_a_false_refusal(dtype):
+    for name in ("llama", "gemma2", "bert", "bart"):
+        model, _, _ = model_and_batch(name, dtype=dtype)
+        seeking = seeking_on(model)
+        assert seeking.facts.tail_problem is None
+        seeking.remove()
+
+
+# -- parts that are missing or in the way ----------------------------------------------------------------------------
+
+
+def test_a_bare_body_is_refused():
+    with pytest.raises(UnsupportedModelError, match="LlamaModel has no head.*AutoModelForCausalLM"):
+        seeking_on(tf.LlamaModel(tf.LlamaConfig(**_LLAMA)))
+
+
+def test_a_model_of_another_library_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear is not a transformers model"):
+        seeking_on(nn.Linear(2, 2))
+
+
+def test_an_encoder_decoder_with_another_head_is_refused():
+    model, _, _ = model_and_batch("bart", head="sequence_classification")
+    with pytest.raises(UnsupportedModelError, match="sequence-to-sequence"):
+        seeking_on(model)
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig])
+def test_prompt_learning_is_refused(config):
+    model, _, _ = model_and_batch("llama", dtype=torch.float32)
+    settings = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=3, token_dim=32, num_attention_heads=2)
+    with pytest.raises(UnsupportedModelError, match="virtual tokens.*LoRA"):
+        seeking_on(peft.get_peft_model(model, config(**settings)))
+
+
+def test_an_auxiliary_router_loss_is_refused():
+    model, _, _ = model_and_batch("mixtral", output_router_logits=True)
+    with pytest.raises(UnsupportedModelError, match="output_router_logits = False"):
+        seeking_on(model)
+
+
+def test_a_last_block_that_reads_keys_of_others_can_be_chosen_by_attention_and_not_by_gradient():
+    """Gemma 3n shares keys between layers: ditching is exact, and the last block cannot run alone."""
+    torch.manual_seed(0)
+    settings = {**_LLAMA, "num_hidden_layers": 5}
+    layers = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    shared = dict(head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, num_kv_shared_layers=2, laurel_rank=4)
+    config = tf.Gemma3nTextConfig(
+        **settings, **shared, sliding_window=8, altup_num_inputs=2, layer_types=layers, activation_sparsity_pattern=[0.0] * 5
+    )
+    model = tf.Gemma3nForCausalLM(config).train()
+    for scorer in ("combined", "gradient", "loss"):
+        with pytest.raises(UnsupportedModelError, match="token_scorer=context or random"):
+            seeking_on(model, token_scorer=scorer)
+    batch = {"input_ids": torch.randint(5, 61, (2, 13)), "use_cache": False}
+    batch["labels"] = batch["input_ids"]
+    expected = gradients(model, model(**batch).loss)
+    for scorer, chunk in [("context", 512), ("random", 4), ("context", 4)]:
+        taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, token_ratio=1.0)
+        assert worst_difference(taken.gradients, expected) <= 10 * tolerance(torch.float32)  # AltUp and its float32 norms
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [3, -4, 99])
+def test_a_context_layer_that_does_not_exist_is_refused(layer):
+    model, _, _ = model_and_batch("llama")
+    with pytest.raises(ConfigError, match=f"context_layer: got {layer}.*LlamaForCausalLM.*0 to 2"):
+        seeking_on(model, context_layer=layer)
+
+
+def test_an_unknown_scorer_is_refused_with_the_known_ones():
+    model, _, _ = model_and_batch("llama")
+    with pytest.raises(ConfigError, match="'magic'.*combined.*register_scorer"):
+        seeking_on(model, token_scorer="magic")
+
+
+def test_every_problem_of_the_settings_is_told_at_once():
+    with pytest.raises(ConfigError) as refused:
+        TokenSeekingConfig(token_ratio=0.0, gradient_norm="l3", context_chunk_size=0)
+    assert len(refused.value.problems) == 3
+
+
+def test_a_registered_scorer_can_be_named(monkeypatch):
+    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    register_scorer("early", lambda seen: -torch.arange(seen.attention_mask.shape[1]).expand(seen.attention_mask.shape).float())
+    model, batch, _ = model_and_batch("llama")
+    taken = take_step(model, batch, token_scorer="early")
+    assert taken.kept["decoder"][0].tolist() == [True] * 5 + [False] * 8
+
+
+# -- scores and batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scorer, got",
+    [
+        (lambda seen: torch.zeros(2), r"\(2,\)"),
+        (lambda seen: torch.zeros(2, 12), r"\(2, 12\)"),
+        (lambda seen: [[0.0] * 13] * 2, "list"),
+    ],
+)
+def test_scores_of_a_wrong_shape_are_refused(scorer, got):
+    model, batch, _ = model_and_batch("llama")
+    with pytest.raises(TokenScoreError, match=rf"returned {got}, expected a tensor of shape \(2, 13\)"):
+        take_step(model, batch, scorer=scorer)
+
+
+def test_scores_without_an_order_are_refused():
+    """NaN would silently sort before every number."""
+    model, batch, _ = model_and_batch("llama")
+    with pytest.raises(TokenScoreError, match="NaN"):
+        take_step(model, batch, scorer=lambda seen: torch.full(seen.attention_mask.shape, torch.nan))
+
+
+def test_padding_may_have_any_score():
+    model, batch, _ = model_and_batch("llama")
+    plain = take_step(model, batch, scorer=lambda seen: torch.arange(13.0).expand(2, -1))
+    padded = take_step(model, batch, scorer=lambda seen: torch.arange(13.0).expand(2, -1).masked_fill(~seen.attention_mask, torch.nan))
+    assert plain.kept["decoder"].equal(padded.kept["decoder"])
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"attention_mask": torch.ones(2, 1, 13, 13, dtype=torch.bool)}, "4 dimensions.*position_ids that restart"),
+        ({"output_hidden_states": True}, "output_hidden_states=True"),
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"past_key_values": tf.DynamicCache()}, "past_key_values"),
+    ],
+)
+def test_a_batch_that_cannot_be_ditched_is_refused(extra, message):
+    model, batch, _ = model_and_batch("llama")
+    with pytest.raises(MemTuneError, match=message):
+        take_step(model, batch | extra)
+
+
+@pytest.mark.parametrize("wanted", ["output_router_logits"])
+def test_a_batch_that_asks_for_router_losses_is_refused(wanted):
+    model, batch, _ = model_and_batch("mixtral")
+    with pytest.raises(MemTuneError, match=wanted):
+        take_step(model, batch | {wanted: True})
+
+
+def test_a_config_that_asks_for_every_hidden_state_is_refused():
+    model, batch, _ = model_and_batch("llama", output_hidden_states=True)
+    with pytest.raises(MemTuneError, match="output_hidden_states=True"):
+        take_step(model, batch)
+
+
+def test_rows_past_the_length_of_changing_frequencies_are_refused():
+    config = tf.LlamaConfig(**_LLAMA | {"max_position_embeddings": 8}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    model = tf.LlamaForCausalLM(config)
+    batch = {"input_ids": torch.arange(5, 18)[None]}
+    with pytest.raises(UnsupportedModelError, match="dynamic.*past 8 tokens.*13"):
+        take_step(model, batch | {"labels": batch["input_ids"]})
+
+
+def test_a_decoder_without_input_says_what_to_put_in():
+    model, batch, _ = model_and_batch("bart")
+    del batch["labels"]
+    with pytest.raises(MemTuneError, match="put decoder_input_ids into the batch"):
+        take_step(model, batch)
+
+
+def test_checking_can_be_left_out_and_then_nothing_is_compared():
+    """For traced models, whose tensors have no values. The sibling: what the check would have refused, it lets pass."""
+    config, build, _ = CANNOT_DITCH["work after the interface"]
+    TokenSeeking(build(config()), TokenSeekingConfig(token_seeking=True), check=False).remove()

@@ -1,0 +1,119 @@
+"""Reversible layers refuse, before anything is changed, what they cannot do; and raise where they cannot go on."""
+
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+
+from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
+from hf_memtune.methods.reversible.handle import make_reversible
+from tests.methods.reversible_models import inputs_of, model_of, reversible_of, settings
+from tests.methods.test_reversible_removal import same_state, state_of
+
+
+def refused(model, coupling="centred", match=None, **changed):
+    before = state_of(model)
+    with pytest.raises(UnsupportedModelError, match=match):
+        reversible_of(model, coupling, **changed)
+    assert same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("name, key", [("opt", "layerdrop"), ("bart", "encoder_layerdrop"), ("bart", "decoder_layerdrop")])
+def test_layerdrop_is_refused(name, key):
+    refused(model_of(name, **{key: 0.1}), match=f"{key}=0.1: layers are left out at random")
+
+
+def test_router_losses_are_refused():
+    refused(model_of("mixtral", output_router_logits=True), match="auxiliary loss of its routers")
+
+
+def test_attention_weights_are_refused():
+    refused(model_of("bert", attn_implementation="eager", output_attentions=True), match="output_attentions=True")
+    model = model_of("llama", attn_implementation="eager")
+    reversible_of(model, "centred")
+    with pytest.raises(UnsupportedModelError, match="without a gradient"):
+        model(**inputs_of("llama", model), output_attentions=True)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "cohere2"])
+def test_parallel_blocks_are_refused_for_meft3_alone(name):
+    refused(model_of(name), "meft3", match="beside each other")
+    reversible_of(model_of(name), "meft1")
+
+
+@pytest.mark.parametrize("changed, match", [({"num_hidden_layers": 1}, "no stack of two"), ({"reversible_layers": 4}, "expected 2 to 3")])
+def test_too_few_layers_are_refused(changed, match):
+    of_model = {key: value for key, value in changed.items() if key.startswith("num")}
+    refused(model_of("llama", **of_model), match=match, **{key: value for key, value in changed.items() if key not in of_model})
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = model_of("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    refused(model, match="spread over 0, cpu")
+
+
+def test_an_unknown_layout_is_refused_for_adapters_alone():
+    refused(model_of("modernbert"), match="is laid out is not known")
+    reversible_of(model_of("modernbert"), "centred", adapter_rank=0)
+
+
+def test_one_layer_in_two_places_is_refused():
+    model = model_of("llama")
+    model.model.layers[2] = model.model.layers[0]
+    refused(model, match="several places")
+
+
+def test_reversible_twice_is_refused():
+    model = model_of("bert")
+    handle = reversible_of(model, "centred")
+    with pytest.raises(UnsupportedModelError, match="reversible already"):
+        reversible_of(model, "centred", adapter_rank=0)
+    handle.restore()
+    reversible_of(model, "centred")
+
+
+def test_a_plain_module_and_no_coupling_are_refused():
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
+        make_reversible(torch.nn.Linear(2, 2), settings("centred"))
+    with pytest.raises(ConfigError, match="expected a coupling"):
+        make_reversible(model_of("bert"), ReversibleConfig())
+
+
+def test_prefix_tuning_is_refused():
+    adapted = get_peft_model(model_of("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    reversible_of(adapted, "centred", adapter_rank=0)
+    batch = {key: value for key, value in inputs_of("llama", adapted).items() if key != "use_cache"}
+    with pytest.raises(UnsupportedModelError, match="cache with 3 tokens"):
+        adapted(**batch)
+
+
+def test_something_between_the_layers_is_refused():
+    model = model_of("llama")
+    reversible_of(model, "centred")
+    first, second = model.model.layers[0], model.model.layers[1]
+    model.model.layers[0], model.model.layers[1] = second, first
+    with pytest.raises(UnsupportedModelError, match="was not given what the layer before it returned"):
+        model(**inputs_of("llama", model))
+
+
+def test_a_loss_from_the_middle_is_refused():
+    model = model_of("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    reversible_of(model, "centred", adapter_rank=0)
+    hidden = model(**inputs_of("llama", model), output_hidden_states=True).hidden_states
+    with pytest.raises(InverseError, match="in the middle of the stack"):
+        hidden[1].sum().backward()
+
+
+def test_overflow_raises_before_backward_and_names_the_layer():
+    model = model_of("llama", dtype=torch.float32)
+    batch = inputs_of("llama", model)
+    handle = reversible_of(model, "centred", "exact", reversible_fraction_bits=20)
+    model(**batch)
+    assert 5 < handle.headroom_bits < 12
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e6)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(StreamOverflowError, match=r"model.layers.1: its output reaches .* reversible_fraction_bits to \d+ or less"):
+            model(**batch)

@@ -1,0 +1,339 @@
+"""The scores are those of the full model: its own attention weights, autograd's gradient, its own loss, without computing them so."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_memtune.core.scoring import attention_received, minmax
+from hf_memtune.core.selection import select
+from hf_memtune.memory import LiveBytes
+from hf_memtune.methods import token_scores
+from tests.methods.stepping import RATIO, model_and_batch, seeking_on, take_step
+from tests.methods.tiny_models import CAUSAL, MASKED, lm_head
+from tests.methods.twin import shifted
+from tests.tolerances import NOTICED, close
+
+EVERY = [*CAUSAL, *MASKED, "bart"]
+CHUNKS = [4, 512]
+
+
+def scores_seen(model, batch, *names, **settings):
+    """The named entries of every SeekingContext of one step, in the order of asking, by stack."""
+    seen = []
+
+    def scorer(context):
+        seen.append({name: getattr(context, name).detach().clone() for name in names})
+        return torch.rand(context.attention_mask.shape)
+
+    seeking = seeking_on(model, scorer, **settings)
+    with seeking.step(batch) as step:
+        model(**(step.inputs | ({} if seeking.architecture.task.loss_per_token else step.labels)))
+    seeking.remove()
+    return dict(zip(seeking.architecture.stacks, seen))
+
+
+def inputs_of(model, batch):
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return inputs
+
+
+def real_of(batch, stack="decoder", name=""):
+    """Padding of a decoder shows in its labels alone."""
+    return batch["labels"] != -100 if name == "bart" and stack == "decoder" else batch["attention_mask"].bool()
+
+
+# -- context score ---------------------------------------------------------------------------------------------------
+
+
+def attention_weights(model, batch, layer, stack="decoder"):
+    """(B, H, T, T), of the model's own eager attention."""
+    eager = copy.deepcopy(model).eval()
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = eager(**inputs_of(model, batch), output_attentions=True)
+    if model.config.is_encoder_decoder:
+        return (outputs.encoder_attentions if stack == "encoder" else outputs.decoder_attentions)[layer]
+    return outputs.attentions[layer]
+
+
+def column_sums(weights, real, normalize="sum"):
+    counted = weights.mean(1) * real[:, :, None]
+    if normalize == "sum":
+        return counted.sum(1)
+    return counted.sum(1) / ((weights[:, 0] > 0) & real[:, :, None]).sum(1).clamp_min(1)
+
+
+def scored_model(name, side="right"):
+    """Eager attention is the reference, so rows that see nothing must not occur in float64, nor small windows beside padding."""
+    window = {"sliding_window": 8} if name in ("mistral-sliding", "qwen2-sliding", "gemma3") else {}
+    return model_and_batch(name, side, **window, **({"dtype": torch.float32} if side == "left" else {}))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", [*EVERY, "gpt-oss"])
+def test_context_score_is_the_column_sum_of_the_attention_matrix(name, chunk):
+    model, batch, dtype = scored_model(name)
+    found = scores_seen(model, batch, "context_score", context_chunk_size=chunk)
+    for stack, seen in found.items():
+        expected = column_sums(attention_weights(model, batch, -1, stack), real_of(batch, stack, name))
+        torch.testing.assert_close(seen["context_score"], expected.to(dtype), **close(dtype, float32_inside=True))
+
+
+def test_padding_of_a_decoder_changes_nothing():
+    model, batch, dtype = scored_model("bart")
+    wider = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 5), value=-100)}
+    names = ("context_score", "gradient_score")
+    found, expected = (scores_seen(model, b, *names)["decoder"] for b in (wider, batch))
+    real = real_of(batch, name="bart")
+    for name in names:
+        torch.testing.assert_close(found[name][:, : real.shape[1]][real], expected[name][real], **close(dtype))
+    labels = batch["labels"].clone()
+    labels[:, 3] = (labels[:, 3] + 1) % 61
+    other = scores_seen(model, {**batch, "labels": labels}, *names)["decoder"]
+    assert not torch.allclose(other["gradient_score"][real], expected["gradient_score"][real])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@pytest.mark.parametrize("normalize", ["sum", "mean"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma2", "bert"])
+def test_context_score_of_any_layer(name, normalize, layer, chunk):
+    model, batch, dtype = scored_model(name)
+    settings = dict(context_layer=layer, context_normalize=normalize, context_chunk_size=chunk)
+    found = scores_seen(model, batch, "context_score", **settings)["decoder"]["context_score"]
+    expected = column_sums(attention_weights(model, batch, layer), real_of(batch), normalize)
+    torch.testing.assert_close(found, expected.to(dtype), **close(dtype, float32_inside=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "opt"])
+def test_context_score_beside_left_padding(name):
+    model, batch, dtype = scored_model(name, "left")
+    found = scores_seen(model, batch, "context_score", context_chunk_size=4)["decoder"]["context_score"]
+    expected = column_sums(attention_weights(model, batch, -1), real_of(batch))
+    real = real_of(batch)
+    torch.testing.assert_close(found[real], expected.to(dtype)[real], **close(dtype))
+
+
+@pytest.mark.parametrize("wrong", ["layer", "padding rows", "heads", "softcap"])
+def test_a_wrong_attention_matrix_is_noticed(wrong):
+    model, batch, _ = scored_model("gemma2")
+    found = scores_seen(model, batch, "context_score")["decoder"]["context_score"]
+    reference = copy.deepcopy(model)
+    if wrong == "softcap":
+        for layer in reference.model.layers:
+            layer.self_attn.attn_logit_softcapping = 0.01
+    weights = attention_weights(reference, batch, 0 if wrong == "layer" else -1)
+    weights = weights[:, :1] if wrong == "heads" else weights
+    real = torch.ones_like(real_of(batch)) if wrong == "padding rows" else real_of(batch)
+    assert (found - column_sums(weights, real)).abs().max() > NOTICED
+
+
+# -- gradient score --------------------------------------------------------------------------------------------------
+
+
+def last_block_gradients(model, batch, name, head=None):
+    """{stack: (B, T, D)}: autograd's gradient of the summed loss at the last block's input, everything below frozen."""
+    base, leaves, hooks = model.base_model, {}, []
+    stacks = {"encoder": base.encoder, "decoder": base.decoder} if model.config.is_encoder_decoder else {"decoder": base}
+    for stack, module in stacks.items():
+        layers = [m for m in module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3][0]
+        hooks.append(layers[-1].register_forward_pre_hook(_leaf_for(leaves, stack), with_kwargs=True))
+    outputs = model(**(inputs_of(model, batch) if head is None else batch))
+    for hook in hooks:
+        hook.remove()
+    loss = outputs.loss
+    if head is None:
+        target = shifted(batch["labels"]) if lm_head(name) == "causal_lm" else batch["labels"]
+        if not model.config.is_encoder_decoder:  # padding is never kept, so its own prediction does not count
+            target = target.masked_fill(batch["attention_mask"] == 0, -100)
+        loss = F.cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum")
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+
+
+def _leaf_for(leaves, stack):
+    def cut(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        leaves[stack] = hidden.detach().requires_grad_()
+        return ((leaves[stack], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": leaves[stack]})
+
+    return cut
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", EVERY)
+def test_gradient_score_is_autograds_gradient_at_the_last_block(name, side, chunk):
+    model, batch, dtype = model_and_batch(name, side)
+    found = scores_seen(model, batch, "gradient_score", context_chunk_size=chunk)
+    expected = last_block_gradients(model, batch, name)
+    for stack, seen in found.items():
+        score = seen["gradient_score"]
+        torch.testing.assert_close(score, expected[stack].norm(dim=-1), **close(dtype, name in ("gemma2", "gemma3")))
+
+
+@pytest.mark.parametrize("head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "distilbert")])
+def test_gradient_score_of_a_pooled_head(head, name):
+    model, batch, dtype = model_and_batch(name, head=head)
+    found = scores_seen(model, batch, "gradient_score")["decoder"]["gradient_score"]
+    torch.testing.assert_close(found, last_block_gradients(model, batch, name, head)["decoder"].norm(dim=-1), **close(dtype))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("norm", ["l2", "l1", "sum"])
+def test_gradient_norms(norm, chunk):
+    model, batch, dtype = model_and_batch("llama")
+    found = scores_seen(model, batch, "gradient_score", gradient_norm=norm, context_chunk_size=chunk)["decoder"]
+    gradient = last_block_gradients(model, batch, "llama")["decoder"]
+    expected = {"l2": gradient.norm(dim=-1), "l1": gradient.abs().sum(-1), "sum": gradient.sum(-1)}[norm]
+    torch.testing.assert_close(found["gradient_score"], expected, **close(dtype))
+
+
+def test_a_gradient_that_lacks_later_chunks_is_noticed(monkeypatch):
+    """The streamed gradient is exact because a chunk gets what later chunks owe its keys and values: without it, not."""
+    model, batch, _ = model_and_batch("llama")
+    expected = last_block_gradients(model, batch, "llama")["decoder"].norm(dim=-1)
+    monkeypatch.setattr(torch.Tensor, "add_", lambda owed, prefix: owed)  # how a later chunk's debt is booked
+    found = scores_seen(model, batch, "gradient_score", context_chunk_size=4)["decoder"]["gradient_score"]
+    assert (found - expected).abs().max() > NOTICED
+
+
+# -- loss, hidden states, combination --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [("token_loss", "gradient_score"), ("gradient_score", "token_loss")])
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "bert", "roberta", "distilbert"])
+def test_token_loss_is_the_loss_of_each_position(name, chunk, order):
+    model, batch, dtype = model_and_batch(name)
+    found = scores_seen(model, batch, *order, context_chunk_size=chunk)["decoder"]["token_loss"]
+    target = shifted(batch["labels"]) if lm_head(name) == "causal_lm" else batch["labels"]
+    expected = F.cross_entropy(model(**inputs_of(model, batch)).logits.transpose(1, 2), target, reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), **close(torch.float32))
+    assert (found[target == -100] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", EVERY)
+def test_last_hidden_state_is_that_of_the_body(name, chunk):
+    model, batch, dtype = model_and_batch(name)
+    found = scores_seen(model, batch, "gradient_score", "last_hidden_state", context_chunk_size=chunk)
+    with torch.no_grad():
+        outputs = model.base_model(**inputs_of(model, batch))
+    expected = {"decoder": outputs.last_hidden_state, "encoder": getattr(outputs, "encoder_last_hidden_state", None)}
+    for stack, seen in found.items():
+        real = real_of(batch, stack, name)
+        torch.testing.assert_close(seen["last_hidden_state"][real], expected[stack][real], **close(dtype, name in ("gemma2", "gemma3")))
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (5.0, 0.5), (0.0, 1.0), (1.0, 0.0)])
+def test_combined_is_equation_5(alpha, beta):
+    model, batch, _ = model_and_batch("llama")
+    seen = scores_seen(model, batch, "context_score", "gradient_score")["decoder"]
+    real = batch["attention_mask"].bool()
+    combined = alpha * seen["context_score"].clamp_min(1e-30).log() + beta * minmax(seen["gradient_score"], real)
+    taken = take_step(model, batch, context_weight=alpha, gradient_weight=beta)
+    assert torch.equal(taken.kept["decoder"], select(combined, RATIO, real).kept_mask())
+
+
+def test_the_loss_scorer_is_refused_for_encoders_by_name():
+    """An encoder's tokens have no loss of their own; the decoder's must not be taken for it."""
+    model, batch, _ = model_and_batch("bart")
+    with pytest.raises(ValueError, match="encoder"):
+        take_step(model, batch, token_scorer="loss")
+
+
+# -- only what is asked for ------------------------------------------------------------------------------------------
+
+COSTLY = ("attention_received", "linear_loss_gradient")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often each costly function of the scores ran."""
+    counts = dict.fromkeys(COSTLY, 0)
+
+    def spy(name, function):
+        def run(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    for name in COSTLY:
+        monkeypatch.setattr(token_scores, name, spy(name, getattr(token_scores, name)))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "settings, attention, gradient",
+    [
+        (dict(token_scorer="random"), 0, 0),
+        (dict(token_scorer="context"), 1, 0),
+        (dict(token_scorer="gradient"), 0, 1),
+        (dict(token_scorer="loss"), 0, 1),
+        (dict(token_scorer="combined"), 1, 1),
+        (dict(token_scorer="combined", gradient_weight=0.0), 1, 0),
+        (dict(token_scorer="combined", context_weight=0.0), 0, 1),
+    ],
+)
+def test_scores_are_computed_when_asked_for_and_only_then(computed, settings, attention, gradient):
+    model, batch, _ = model_and_batch("llama")
+    take_step(model, batch, **settings)
+    assert computed == {"attention_received": attention, "linear_loss_gradient": gradient}
+
+
+def test_scores_are_computed_once(computed):
+    model, batch, _ = model_and_batch("llama")
+    take_step(model, batch, scorer=lambda seen: seen.context_score + seen.gradient_score + seen.context_score + seen.token_loss)
+    assert computed == {"attention_received": 1, "linear_loss_gradient": 1}
+
+
+def test_a_scorer_that_looks_at_nothing_costs_nothing(computed):
+    model, batch, _ = model_and_batch("llama")
+    take_step(model, batch, scorer=lambda seen: torch.rand(seen.attention_mask.shape))
+    assert computed == {"attention_received": 0, "linear_loss_gradient": 0}
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def causal(start, stop):
+    keys = torch.arange(stop)
+    return (torch.arange(start, stop)[:, None] >= keys)[None, None], stop
+
+
+def received_in_chunks(query, key):
+    return attention_received(query, key, causal, scaling=0.3, row_chunk=16)[0]
+
+
+def received_at_once(query, key):
+    """The quadratic twin: the whole matrix, summed."""
+    length = query.shape[2]
+    weights = (query @ key.transpose(2, 3) * 0.3).masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    return weights.softmax(-1).mean(1).sum(1)
+
+
+def peak_growth(function):
+    """Peak of live bytes at 256, 512 and 1024 tokens, each divided by the one before."""
+    peaks = []
+    for length in (256, 512, 1024):
+        query, key = torch.randn(2, 1, 4, length, 8).unbind(0)
+        with LiveBytes() as live:
+            function(query, key)
+        peaks.append(live.peak_bytes)
+    return [larger / smaller for smaller, larger in zip(peaks, peaks[1:])]
+
+
+def test_memory_of_the_context_score_grows_with_the_row_not_with_its_square():
+    assert max(peak_growth(received_in_chunks)) < 2.1
+    query, key = torch.randn(2, 1, 4, 64, 8).unbind(0)
+    torch.testing.assert_close(received_in_chunks(query, key), received_at_once(query, key), **close(torch.float32))
+
+
+def test_a_quadratic_score_is_noticed():
+    assert min(peak_growth(received_at_once)) > 3.5

@@ -1,0 +1,338 @@
+"""Exact streaming together with what people train with: adapters, frozen layers, quantised weights, checkpointing, half precision,
+dropout; and what it is for, memory."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.core import owed
+from hf_memtune.core.rng import RandomTape
+from hf_memtune.memory import LiveBytes, SavedBytes
+from tests.methods.stepping import model_and_batch, plain_twin, stream, take_turns
+from tests.methods.test_composition import REENTRANT, checkpointed, quantised_llama, whole_error, with_lora  # noqa: F401 (a fixture)
+from tests.methods.test_streaming import LENGTHS, allowed, assert_streams, own_loss
+from tests.methods.tiny_models import batch_for
+from tests.methods.twin import gradients, worst_difference
+from tests.tolerances import NOTICED, RELATIVE, tolerance
+
+# -- adapters and frozen layers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bart"])
+def test_lora_alone_learns_and_equals_plain_backpropagation(name):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    model = with_lora(model, ["c_attn", "c_fc"] if name == "gpt2" else "all-linear")
+    found = assert_streams(model, batch, 5, allowed(name, dtype))
+    assert found.gradients and all("lora_" in parameter for parameter in found.gradients)
+
+
+def test_lora_around_the_head():
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
+    model = with_lora(model, ["q_proj", "down_proj", "lm_head"])
+    found = assert_streams(model, batch, 5, tolerance(dtype))
+    assert not found.step.fused and any("lm_head" in parameter for parameter in found.gradients)
+
+
+def test_adapters_of_the_wrong_weights_are_noticed():
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
+    untouched = copy.deepcopy(model)
+    _, expected = plain_twin(with_lora(untouched, seed=6), batch)
+    assert worst_difference(stream(with_lora(model), batch, 5).gradients, expected) > NOTICED
+
+
+TRAINED = {
+    "the top layer": ("layers.2.", "norm", "lm_head"),
+    "the head": ("lm_head",),
+    "keys": ("k_proj",),
+    "queries": ("q_proj",),
+    "values of one layer": ("layers.1.self_attn.v_proj",),
+    "queries of the last layer": ("layers.2.self_attn.q_proj",),
+    "embeddings": ("embed_tokens",),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trained", TRAINED)
+def test_partly_frozen_models(trained, tied):
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS, tie_word_embeddings=tied)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in TRAINED[trained]) or (tied and "embed_tokens" in name))
+    found = assert_streams(model, batch, 5, tolerance(dtype))
+    assert len(found.gradients) == sum(p.requires_grad for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_tied_embeddings(name):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS, tie_word_embeddings=True)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert_streams(model, batch, 4, tolerance(dtype))
+
+
+def test_a_tied_embedding_that_learns_as_a_head_alone_is_noticed():
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS, tie_word_embeddings=True)
+    _, expected = plain_twin(model, batch)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    assert worst_difference(stream(model, batch, 4).gradients, expected) > NOTICED
+
+
+# -- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt2", "opt", "bart"])
+def test_checkpointing_changes_no_gradient(name, reentrant):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    expected = plain_twin(model, batch)
+    assert_streams(checkpointed(model, reentrant), batch, 5, allowed(name, dtype), expected)
+
+
+@REENTRANT
+def test_checkpointed_lora(reentrant):
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
+    model = with_lora(model)
+    expected = plain_twin(model, batch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_streams(model, batch, 5, tolerance(dtype), expected)
+
+
+@REENTRANT
+def test_a_checkpointed_classifier(reentrant):
+    model, batch, dtype = model_and_batch("llama", head="sequence_classification")
+    expected = own_loss(model, batch)
+    assert_streams(checkpointed(model, reentrant), batch, 4, tolerance(dtype), expected)
+
+
+# -- half precision and quantised weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bart"])
+def test_autocast_is_as_near_to_float32_as_plain_training_under_it(name, chunk, checkpointing):
+    model, batch, _ = model_and_batch(name, lengths=LENGTHS, dtype=torch.float32)
+    loss, expected = plain_twin(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, plain = plain_twin(model, batch)
+        found = stream(checkpointed(model, True) if checkpointing else model, batch, chunk)
+    assert all(g.dtype == torch.float32 for g in found.gradients.values())
+    assert abs(found.loss - loss) <= RELATIVE[torch.bfloat16] * loss
+    assert whole_error(found.gradients, expected) <= RELATIVE[torch.bfloat16]
+    assert whole_error(found.gradients, expected) <= 1.5 * whole_error(plain, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_bfloat16_is_as_near_to_float64_as_plain_training_in_bfloat16(chunk):
+    """What is owed is summed over as many as 48 chunks."""
+    model, batch, dtype = model_and_batch("llama", lengths=(48, 40), dtype=torch.bfloat16)
+    _, plain = plain_twin(model, batch)
+    loss, expected = plain_twin(copy.deepcopy(model).double(), batch)
+    found = stream(model, batch, chunk)
+    assert abs(found.loss - loss) <= tolerance(dtype) * loss
+    assert whole_error(found.gradients, expected) <= tolerance(dtype)
+    assert whole_error(found.gradients, expected) <= 1.5 * whole_error(plain, expected)
+
+
+def test_truncated_backpropagation_is_further_away_than_bfloat16_allows():
+    model, batch, dtype = model_and_batch("llama", lengths=(48, 40))
+    _, expected = plain_twin(model, batch)
+    pieces = [{name: value[:, start : start + 8] for name, value in batch.items()} for start in range(0, 48, 8)]
+    truncated = gradients(model, sum(model(**piece).loss for piece in pieces))
+    assert whole_error(truncated, expected) > RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_qlora(quantised_llama, dtype):  # noqa: F811
+    model = with_lora(quantised_llama(dtype))
+    batch = batch_for(model, lengths=LENGTHS)
+    found = stream(model, batch, 5)
+    assert found.gradients and all("lora_" in parameter for parameter in found.gradients)
+    loss, expected = plain_twin(model, batch)
+    assert abs(found.loss - loss) <= tolerance(dtype) * loss
+    assert whole_error(found.gradients, expected) <= tolerance(dtype)
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------------
+
+DROPOUT = {
+    "gpt2": dict(attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3),
+    "gpt_neox": dict(attention_dropout=0.3, hidden_dropout=0.3),
+    "bart": dict(attention_dropout=0.3, dropout=0.3, activation_dropout=0.3),
+    "llama": dict(attention_dropout=0.3),
+}
+# Central differences of the loss of a step, whose random numbers are the same in every evaluation: as exact as the loss is
+# smooth, which in Llama is no more than its norms, in float32, allow.
+SLOPE_TOLERANCE = {"llama": NOTICED}
+STEP = {"llama": 1e-3}
+
+
+def seeded(model, batch, chunk, seed=3):
+    torch.manual_seed(seed)
+    return stream(model, batch, chunk)
+
+
+def slope_error(model, batch, chunk, step=1e-5):
+    """Relative error of the streamed gradient as the slope of the streamed loss, along the gradient itself and across."""
+    found = seeded(model, batch, chunk).gradients
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    size = sum(g.square().sum() for g in found.values()).sqrt()
+    random = {name: torch.randn_like(p) * found[name].norm() / p.numel() ** 0.5 for name, p in parameters.items()}
+    errors = []
+    for direction in (found, {name: g + random[name] for name, g in found.items()}):
+        expected = sum((found[name] * d).sum() for name, d in direction.items())
+        up, down = (moved_loss(model, batch, chunk, parameters, direction, sign * step / size) for sign in (1, -1))
+        errors.append(abs((up - down) / (2 * step / size) - expected) / abs(expected))
+    return float(max(errors))
+
+
+def moved_loss(model, batch, chunk, parameters, direction, distance):
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.add_(direction[name] * distance)
+    loss = seeded(model, batch, chunk).loss
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(before[name])
+    return loss
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    monkeypatch.setattr(RandomTape, "replay", lambda self, name: None)
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 50])
+@pytest.mark.parametrize("name", DROPOUT)
+def test_the_gradient_is_the_slope_of_the_loss_with_dropout(name, chunk):
+    model, batch, _ = model_and_batch(name, lengths=LENGTHS, **DROPOUT[name])
+    limit = SLOPE_TOLERANCE.get(name, tolerance(torch.float32))
+    assert slope_error(model, batch, chunk, STEP.get(name, 1e-5)) <= limit
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_chunks_that_run_again_with_other_masks_are_noticed(forgetful, name):
+    model, batch, _ = model_and_batch(name, lengths=LENGTHS, **DROPOUT[name])
+    assert slope_error(model, batch, 4, STEP.get(name, 1e-5)) > 10 * NOTICED
+
+
+def dropping_lora():
+    model, batch, _ = model_and_batch("gpt2", lengths=LENGTHS)
+    return with_lora(model, ["c_attn", "c_fc"], lora_dropout=0.3), batch
+
+
+def test_the_gradient_is_the_slope_of_the_loss_with_lora_dropout():
+    assert slope_error(*dropping_lora(), 4) <= tolerance(torch.float32)
+
+
+def test_lora_that_runs_again_with_other_masks_is_noticed(forgetful):
+    assert slope_error(*dropping_lora(), 4) > NOTICED
+
+
+def test_the_gradient_is_the_slope_of_a_classifiers_loss_with_dropout():
+    model, batch, _ = model_and_batch("gpt2", head="sequence_classification", **DROPOUT["gpt2"])
+    assert slope_error(model, batch, 4) <= tolerance(torch.float32)
+
+
+def test_a_classifier_that_runs_again_with_other_masks_is_noticed(forgetful):
+    model, batch, _ = model_and_batch("gpt2", head="sequence_classification", **DROPOUT["gpt2"])
+    assert slope_error(model, batch, 4) > NOTICED
+
+
+@REENTRANT
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_is_replayed_when_recomputed(name, reentrant):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS, **DROPOUT[name])
+    kept = seeded(model, batch, 4)
+    again = seeded(checkpointed(model, reentrant), batch, 4)
+    assert abs(again.loss - kept.loss) <= tolerance(dtype) * kept.loss
+    assert worst_difference(again.gradients, kept.gradients) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_two_steps_draw_different_masks(name):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS, **DROPOUT[name])
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=4))
+    torch.manual_seed(3)
+    first, second = (take_turns(model, streaming, batch).gradients for _ in range(2))
+    torch.manual_seed(3)
+    again = take_turns(model, streaming, batch).gradients
+    streaming.remove()
+    assert worst_difference(again, first) <= tolerance(dtype)
+    assert worst_difference(second, first) > NOTICED
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_replaying_does_not_set_the_clock_back(name):
+    """Or random numbers that came after a chunk's forward pass, of a head or of the next step, would be those of that chunk again."""
+    model, batch, _ = model_and_batch(name, lengths=(12, 12), **DROPOUT[name])
+    states = [torch.get_rng_state()]
+    hook = model.register_forward_hook(lambda *_: states.append(torch.get_rng_state()))
+    stream(model, batch, 4)
+    hook.remove()
+    before, *turns = states
+    assert all(torch.equal(state, turns[0]) for state in [*turns, torch.get_rng_state()])
+    assert not torch.equal(before, turns[0])  # the context pass, and the chunk that it left out, did draw
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def saved_by_a_chunk(model, batch):
+    """Bytes that the chunk before the last, of 8 tokens, saves for backward, but for stored keys and values and what came with the batch."""
+    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=8))
+    with streaming.step(batch) as step:
+        for number, _ in enumerate(step.turns()):
+            there = [step.target, batch["input_ids"], *known(step.stream)] if number else []
+            with SavedBytes(exclude=[model, *there]) as saved:
+                loss = step.loss_sum(model(**step.inputs))
+            if number == 1:
+                found = saved.current_bytes
+            loss.backward()
+    streaming.remove()
+    return found
+
+
+def known(stream):
+    return [stream.rows.positions, *(part for entry in stream.store._entries.values() for part in entry)]
+
+
+def growth(name):
+    """Bytes that a chunk saves more for each 8 tokens that are before it, in rows of 24, 40 and 72 tokens."""
+    sizes = []
+    for tokens in (24, 40, 72):
+        model, batch, _ = model_and_batch(name, lengths=(tokens, tokens - 3), dtype=torch.float32, max_position_embeddings=128)
+        sizes.append(saved_by_a_chunk(model, batch))
+    return (sizes[1] - sizes[0]) / 2, (sizes[2] - sizes[1]) / 4
+
+
+MASK = 2 * 8 * 8 * 4  # 2 rows, 8 queries, 8 keys, float32
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gpt2", "opt"])
+def test_a_chunk_saves_nothing_of_the_prefix_but_its_mask(name):
+    assert growth(name) == (MASK, MASK)
+
+
+def test_a_copy_of_the_prefix_is_noticed(monkeypatch):
+    """As concatenating stored and live keys and values would make one."""
+    identity = owed.Streamed.forward
+    monkeypatch.setattr(owed.Streamed, "forward", staticmethod(lambda ctx, *args: identity(ctx, *args).clone()))
+    keys_and_values = 2 * 3 * 2 * 2 * 8 * 8 * 4  # in 3 layers of 2 heads of 8, of 2 rows and 8 tokens, float32
+    assert growth("llama") == (MASK + keys_and_values, MASK + keys_and_values)
+
+
+def peak(step):
+    with LiveBytes() as live:
+        step()
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_peak_of_a_step_is_far_below_that_of_plain_training(name):
+    model, batch, _ = model_and_batch(name, lengths=(128,), dtype=torch.float32, max_position_embeddings=128)
+    streamed, plain = peak(lambda: stream(model, batch, 8)), peak(lambda: own_loss(model, batch))
+    assert streamed < 0.5 * plain
+    assert peak(lambda: stream(model, batch, 128)) > 2 * streamed  # the sibling: in one chunk it is not
