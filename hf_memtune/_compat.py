@@ -1,18 +1,6 @@
 """Differences between the supported versions of torch and transformers. Each shim names the version at which it goes."""
 
 import torch
-import torch.nn.functional as F
-
-
-def _linear_cross_entropy(hidden, weight, bias, target, rows):
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-    return F.linear_cross_entropy(
-        hidden, weight, target, linear_bias=bias, reduction="sum", ignore_index=-100, options=options
-    )
-
-
-# torch >= 2.13 has it; goes when 2.13 is the oldest supported version
-chunked_linear_cross_entropy = _linear_cross_entropy if hasattr(F, "linear_cross_entropy") else None
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -74,3 +62,14 @@ def has_repacked_4bit(model: torch.nn.Module) -> bool:
     """Whether an evaluation has already repacked a 4-bit weight."""
     weights = (getattr(module, "weight", None) for module in model.modules() if is_quantised_kernel(module))
     return any(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in weights)
+
+
+def accumulates(node) -> bool:
+    """Whether the backward pass that runs will add a gradient to `.grad` through this node of a leaf: not in torch.autograd.grad.
+
+    torch has no public way to ask from inside backward; of a leaf's node under torch.autograd.grad the private one raises.
+    """
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return False

@@ -35,3 +35,7 @@ class StreamOverflowError(MemTuneError, ArithmeticError):
 
 class InverseError(MemTuneError, RuntimeError):
     """A reversible pass that cannot go backward rightly. Names the cause and the remedy."""
+
+
+class LogitsError(MemTuneError, RuntimeError):
+    """Logits on demand of which something was asked that would be wrong without a word. Names the cause and the remedy."""

@@ -65,12 +65,21 @@ def main() -> int:
 
     set_seed(0)
     task = Task(options.task, options.assets, held_out_rows=1)
-    model = task.fresh_model().eval()  # without dropout, so that nothing but the choice of tokens differs
+    model = _without_dropout(task.fresh_model())
     batches = [batch for batch, _ in zip(task.batches(options.rows, seed=0), range(options.batches))]
-    exact = [_gradient(model, batch, None)[0] for batch in _tracked(batches, "all tokens")]
+    exact = [_gradient(model, batch) for batch in _tracked(batches, "all tokens")]
     for name, settings in _arms(options.chunk):
         _write(options, task, name, settings, _measured(model, batches, exact, name, settings))
     return 0
+
+
+def _without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """In training mode, in which methods act, but so that nothing but the choice of tokens differs."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    return model
 
 
 def _options() -> argparse.Namespace:
@@ -93,39 +102,31 @@ def _arms(chunk: int):
         skipping = {"token_gradient": "skip", "skip_threshold": threshold, "sequence_chunk_size": chunk}
         every = {"token_scorer": "random", "token_selection": "top", "token_ratio": 1.0, "select_from": "labels", "always_keep": "none"}
         yield f"every label, skip below {threshold:g}", {**every, **skipping}
-    yield "every label, cut", {**every, "token_gradient": "cut"}
+    yield "every label, cut", {**every, "token_gradient": "cut", "token_ratio": 0.999}  # of all tokens, and prompts take more than 0.1 %
 
 
 def _measured(model, batches, exact, name: str, settings: dict) -> Measured:
+    from quality.counting import Counts
+
     from hf_memtune import TokenSeeking, TokenSeekingConfig
 
     measured = Measured()
-    seeking = TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
-    for batch, expected in zip(_tracked(batches, name), exact):
-        measured.add(*_with_share(model, batch, seeking, expected))
-    seeking.remove()
+    with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:
+        for batch, expected in zip(_tracked(batches, name), exact):
+            counts = Counts()
+            forget = seeking.listeners.add(counts)
+            measured.add(_gradient(model, batch), expected, counts.share_with_gradient)
+            forget()
     return measured
 
 
-def _with_share(model, batch, seeking, expected):
-    found, step = _gradient(model, batch, seeking)
-    counts = step.token_counts()
-    return found, expected, int(counts.get("recomputed", counts["kept"])) / int(counts["seen"])
-
-
-def _gradient(model, batch: dict, seeking):
-    """All gradients in one float32 vector, and the step they come from."""
-    step = None
-    if seeking is None:
-        model(**batch, use_cache=False).loss.backward()
-    else:
-        with seeking.step(batch) as step:
-            for _ in step.turns():
-                (step.loss_sum(model(**step.inputs)) / step.loss_tokens).backward()
+def _gradient(model, batch: dict) -> torch.Tensor:
+    """All gradients in one float32 vector."""
+    model(**batch, use_cache=False).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.float().flatten().cpu() for p in trained])
     model.zero_grad(set_to_none=True)
-    return flat, step
+    return flat
 
 
 def _tracked(batches, name: str):

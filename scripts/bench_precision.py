@@ -7,6 +7,7 @@ streaming in ever smaller chunks, whose owed gradients are summed in bfloat16 or
 """
 
 import argparse
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -23,8 +24,8 @@ CHUNKS = (256, 64, 16)
 def main() -> None:
     options = _options()
     batch = _batch(options)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    exact = _gradients(AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).float(), batch)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).train()
+    exact = _gradients(copy.deepcopy(model).float(), batch)
     _write(options, "plain", None, None, _gradients(model, batch), exact)
     for chunk in CHUNKS:
         for sums in (torch.bfloat16, torch.float32):
@@ -53,12 +54,8 @@ def _gradients(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def _streamed(model: torch.nn.Module, batch: dict, chunk: int, sums: torch.dtype) -> dict[str, torch.Tensor]:
-    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=chunk), sums_dtype=sums)
-    with streaming.step(batch) as step:
-        for _ in step.turns():
-            (step.loss_sum(model(**step.inputs)) / step.loss_tokens).backward()
-    streaming.remove()
-    return _taken(model)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=chunk), sums_dtype=sums):
+        return _gradients(model, batch)
 
 
 def _taken(model: torch.nn.Module) -> dict[str, torch.Tensor]:

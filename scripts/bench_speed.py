@@ -11,7 +11,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,9 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
-from hf_memtune.methods.installed import InstalledStrategy
+
+Made = Callable[[], AbstractContextManager]
+"""Puts a method on the model, for as long as the context is open."""
 
 SEEKING: dict[str, dict] = {
     "seeking 10 %": {"token_ratio": 0.1},
@@ -37,11 +41,8 @@ def main() -> None:
     arguments = _arguments()
     for train in arguments.train:
         model, batch = _model(arguments, train), _batch(arguments)
-        installed = _installed(model, arguments)
-        methods = _methods(model, batch, installed)
-        seconds = _interleaved({n: m for n, m in methods.items() if n in arguments.methods}, arguments.repeats)
-        for strategy in installed.values():
-            strategy.remove()
+        methods = {name: made for name, made in _methods(model, arguments).items() if name in arguments.methods}
+        seconds = _interleaved(methods, _step(model, batch), arguments.repeats)
         plain = statistics.median(seconds["plain"])
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
@@ -97,64 +98,53 @@ def _batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _installed(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, InstalledStrategy]:
-    """The strategies asked for; a stream of one chunk is no stream."""
+def _methods(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, Made]:
+    """All of them, by name; a stream of one chunk is no stream."""
     streaming = {name: StreamingConfig(sequence_chunk_size=n) for name, n in STREAMING.items() if n < arguments.tokens}
     if arguments.tokens > 512:
         streaming[STREAMING_CHECKPOINTED] = StreamingConfig(sequence_chunk_size=512)
     streaming[LOGIT_FREE] = StreamingConfig(sequence_chunk_size=arguments.tokens)
-    installed = {name: Streaming(model, config) for name, config in streaming.items() if name in arguments.methods}
-    seeking = {name: settings for name, settings in SEEKING.items() if name in arguments.methods}
-    return installed | {n: TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **s)) for n, s in seeking.items()}
+    seeking = {name: TokenSeekingConfig(token_seeking=True, **settings) for name, settings in SEEKING.items()}
+    found: dict[str, Made] = {"plain": nullcontext, "checkpointing": partial(_checkpointed, model, nullcontext)}
+    found |= {name: partial(Streaming, model, config) for name, config in streaming.items()}
+    found |= {name: partial(TokenSeeking, model, config) for name, config in seeking.items()}
+    return found | {n: partial(_checkpointed, model, found[n]) for n in (STREAMING_CHECKPOINTED, LOGIT_FREE) if n in found}
 
 
-def _methods(model: torch.nn.Module, batch: dict, installed: dict[str, InstalledStrategy]) -> dict[str, Callable[[], None]]:
-    """A function a method, each doing one step on the same model."""
+@contextmanager
+def _checkpointed(model: torch.nn.Module, method: Made) -> Iterator[None]:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with method():
+        yield
+    model.gradient_checkpointing_disable()
+
+
+def _step(model: torch.nn.Module, batch: dict) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
-    def finish() -> None:
+    def step() -> None:
+        model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def plain() -> None:
-        model(**batch, use_cache=False).loss.backward()
-        finish()
-
-    def checkpointed(step: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-            step()
-            model.gradient_checkpointing_disable()
-
-        return run
-
-    def stepping(strategy: InstalledStrategy) -> Callable[[], None]:
-        def step() -> None:
-            with strategy.step(batch) as running:
-                for _ in running.turns():
-                    (running.loss_sum(model(**running.inputs)) / running.loss_tokens).backward()
-            finish()
-
-        return step
-
-    found = {"plain": plain, "checkpointing": checkpointed(plain), **{name: stepping(s) for name, s in installed.items()}}
-    return found | {name: checkpointed(found[name]) for name in (STREAMING_CHECKPOINTED, LOGIT_FREE) if name in found}
+    return step
 
 
-def _interleaved(methods: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Every turn each method does two steps, of which the second is timed: the first gets its memory from the system."""
+def _interleaved(methods: dict[str, Made], step: Callable[[], None], repeats: int) -> dict[str, list[float]]:
+    """Every turn does two steps under each method, of which the second is timed: the first gets its memory from the system."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("Timing", total=repeats * len(methods))
         for _ in range(repeats):
-            for name, step in methods.items():
-                step()
-                _synchronise()
-                began = time.perf_counter()
-                step()
-                _synchronise()
-                seconds[name].append(time.perf_counter() - began)
+            for name, method in methods.items():
+                with method():
+                    step()
+                    _synchronise()
+                    began = time.perf_counter()
+                    step()
+                    _synchronise()
+                    seconds[name].append(time.perf_counter() - began)
                 progress.advance(task)
     return seconds
 

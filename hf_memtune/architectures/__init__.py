@@ -1,5 +1,5 @@
 """What a model looks like, as data: its task, its stacks of layers, its head, and where its positions come from."""
 
-from hf_memtune.architectures.describe import Architecture, Stack, Task, describe
+from hf_memtune.architectures.describe import Architecture, Stack, Task, describe, is_sharded
 
-__all__ = ["Architecture", "Stack", "Task", "describe"]
+__all__ = ["Architecture", "Stack", "Task", "describe", "is_sharded"]

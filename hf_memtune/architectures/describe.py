@@ -1,5 +1,7 @@
 """Look at a model and say what it is made of. Nothing of the model is changed here."""
 
+import inspect
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -75,6 +77,12 @@ class Architecture:
     def decoder(self) -> Stack:
         return self.stacks["decoder"]
 
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the label of a token is what the token before it predicts."""
+        names = {cls.__name__ for cls in type(self.head_model).__mro__}
+        return self.task is Task.CAUSAL_LM and not names & set(tables.UNSHIFTED)
+
     def configs(self) -> list:
         """Every distinct config object that a module of the body reads its attention implementation from."""
         found = {}
@@ -98,18 +106,31 @@ def describe(model: nn.Module) -> Architecture:
             f"{type(head_model).__name__}: of encoder-decoder models only sequence-to-sequence language models are supported, "
             f"got one for {task.value}. Use an encoder-only or a decoder-only model for this task."
         )
-    _refuse_auxiliary_losses(head_model)
-    _refuse_own_loss(head_model, task)
-    head = head_model.get_output_embeddings() if task.loss_per_token else None
+    head = _head(head_model, task)
     return Architecture(
         head_model=head_model,
         base=base,
         task=task,
         stacks=stacks,
-        output_head=head if type(head) is nn.Linear else None,
+        output_head=head if _own_class(head) is nn.Linear else None,
         position_rule=tables.POSITION_RULES.get(head_model.config.model_type, "row"),
-        position_modules=_position_modules(stacks) if "encoder" in stacks else {},
+        position_modules=_position_modules(stacks) if "encoder" in stacks or not _takes_positions(base) else {},
     )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) gathers parameters of `model` from several processes whenever it runs."""
+    return any(map(_is_unit, model.modules()))
+
+
+def _is_unit(module: nn.Module | None) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not loaded it has not used it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _own_class(module: nn.Module | None) -> type:
+    """The class of a module before FSDP2 has put one of its own, derived from it, in its place."""
+    return type(module).__bases__[-1] if _is_unit(module) else type(module)
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -129,16 +150,11 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def _refuse_adapter(model: str, name: str, adapter) -> None:
-    """Adapters that look at a whole row, or change the loss outside the model."""
-    kind = str(getattr(getattr(adapter, "peft_type", None), "value", ""))
+    """Adapters that look at a whole row."""
     if getattr(adapter, "alora_invocation_tokens", None):
         raise UnsupportedModelError(
             f"{model}: adapter {name!r} is an activated LoRA, which counts its tokens from the end of the rows it is given; here it is "
             "given parts of rows. Use LoRA without alora_invocation_tokens."
-        )
-    if kind == "ADALORA":
-        raise UnsupportedModelError(
-            f"{model}: adapter {name!r} is AdaLoRA, which adds a term to the model's own loss, in whose place another one is computed here. Use LoRA."
         )
 
 
@@ -161,7 +177,7 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
     lists = [
         (name, module)
         for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, GradientCheckpointingLayer) for m in module)
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_layer, module))
     ]
     if head_model.config.is_encoder_decoder and len(lists) == 2:
         (first, encoder_layers), (second, decoder_layers) = sorted(lists, key=lambda pair: "decoder" in pair[0])
@@ -183,6 +199,13 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
         name = name.rpartition(".")[0]
     body = base.get_submodule(name)
     return body, {"decoder": Stack("decoder", body, layers)}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Also inside of torch's wrappers for activation checkpointing, which accelerate uses under FSDP."""
+    while tables.CHECKPOINTED in module._modules:
+        module = module._modules[tables.CHECKPOINTED]
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def _base(head_model: PreTrainedModel) -> PreTrainedModel:
@@ -210,20 +233,16 @@ def _refuse_convolutions(head_model: PreTrainedModel, base: nn.Module) -> None:
                     )
 
 
-def _refuse_own_loss(head_model: PreTrainedModel, task: "Task") -> None:
-    if task.loss_per_token and getattr(head_model, "_loss_function", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(head_model).__name__}: its loss_function was replaced, and would not be called: head and loss are fused here. Give the "
-            "function to the trainer as compute_loss_func, and leave model.loss_function as it was."
-        )
+def _head(head_model: PreTrainedModel, task: Task) -> nn.Module | None:
+    """What makes logits of every token."""
+    if task is Task.TOKEN_CLASSIFICATION:
+        return next((getattr(head_model, name) for name in tables.CLASSIFIER_NAMES if hasattr(head_model, name)), None)
+    return head_model.get_output_embeddings() if task.loss_per_token else None
 
 
-def _refuse_auxiliary_losses(head_model: PreTrainedModel) -> None:
-    if getattr(head_model.config, "output_router_logits", False):
-        raise UnsupportedModelError(
-            f"{type(head_model).__name__} with config.output_router_logits=True: its auxiliary router loss is defined over all "
-            "tokens and would be computed over the kept ones. Set config.output_router_logits = False."
-        )
+def _takes_positions(base: PreTrainedModel) -> bool:
+    """Whether a body can be told the positions of its tokens; the decoders of BART and its kin cannot, as causal models either."""
+    return "position_ids" in inspect.signature(type(base).forward).parameters
 
 
 def _position_modules(stacks: dict[str, Stack]) -> dict[str, nn.Module]:

@@ -18,6 +18,31 @@ POSITION_RULES = {
 # Position embeddings of models whose forward takes no position_ids: called with ids of which only the shape matters.
 POSITION_MODULE_NAMES = ("embed_positions",)
 
+# Causal models whose own loss takes labels as they are, the i-th for the i-th token's prediction: decoders of encoder-decoder models.
+UNSHIFTED = (
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "ProphetNetForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+)
+
+# What makes one vector of a row from its last hidden states, by its name in the body.
+POOLER_NAME = "pooler"
+
+# Linear layers that classify every token, by their name in the model around the body.
+CLASSIFIER_NAMES = ("classifier", "score")
+
+# A layer by its name in torch's wrapper around it (torch.distributed.algorithms), which checkpoints its activations.
+CHECKPOINTED = "_checkpoint_wrapped_module"
+
 # Attention of a decoder over the encoder's states, by the last part of the module's name.
 CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hf_memtune.cli import parser as training
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.errors import ConfigError
 
@@ -60,11 +61,9 @@ class Forecast(NamedTuple):
 
 def make_parser(command: str, about: str, more: type | None = None):
     """The parser of train, with the settings above, and those of `more`, before its own."""
-    from hf_memtune.cli.train import make_parser as parser_of_training
-
     kinds = (ForecastArguments,) if more is None else (more, ForecastArguments)
     usage = f"hf-memtune {command} --model M [RECIPE.yaml | --config RECIPE.yaml] [--name value ...]"
-    return parser_of_training(usage=usage, about=about, more=kinds)
+    return training.make_parser(usage=usage, about=about, more=kinds)
 
 
 def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:

@@ -7,7 +7,7 @@
 from collections.abc import Callable
 from statistics import mean
 
-from hf_memtune.cli import train
+from hf_memtune.cli import parser, train
 from hf_memtune.cli.glue_arguments import GlueArguments
 from hf_memtune.cli.glue_data import GlueRows, prepare
 from hf_memtune.cli.glue_tasks import GlueTask
@@ -29,7 +29,7 @@ def make_parser():
     """The parser of this command: that of `train`, with tasks and sentences in place of its data."""
     usage = "hf-memtune glue [RECIPE.yaml] [--name value ...]"
     about = "Fine-tune on a task of GLUE, or on sentences of your own. RECIPE.yaml holds settings by the names below; flags go over it."
-    return train.make_parser(GlueArguments, usage, about)
+    return parser.make_parser(GlueArguments, usage, about)
 
 
 def parse(arguments: list[str]) -> train.Settings:

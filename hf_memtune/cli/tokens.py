@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource, changed
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.methods import TokenSeekingConfig
 
 
 @dataclass

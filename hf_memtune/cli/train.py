@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
+from hf_memtune.cli.parser import make_parser
 from hf_memtune.errors import ConfigError
 
-OUTPUT_DIR = "./out"
-USAGE = "hf-memtune train [RECIPE.yaml] [--name value ...]"
-ABOUT = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
 # Fields of TrainingArguments that Trainer leaves to scripts, and that mean nothing in this one.
 WITHOUT_MEANING = {
     "do_train": "this command always trains",
@@ -41,24 +39,6 @@ def run(arguments: list[str]) -> None:
 
         write_summary(summary, settings.training.output_dir)
         print_summary(summary, settings, rows)
-
-
-def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABOUT, more: tuple[type, ...] = ()):
-    """The parser of a command that trains: `more`, the settings of the model, the data, the strategies and Trainer, in this order."""
-    from transformers import TrainingArguments
-
-    from hf_memtune.cli.settings import Parser
-    from hf_memtune.training.arguments import MemEfficientArgumentsMixin
-
-    class Strategies(MemEfficientArgumentsMixin):
-        _argument_group_name = "strategies (exact streaming, token seeking, reversible layers, checkpointing) and measuring"
-
-    class Training(TrainingArguments):
-        _argument_group_name = "training (transformers.TrainingArguments)"
-
-    parser = Parser([*more, ModelArguments, data, Strategies, Training], usage=usage, description=about)
-    parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
-    return parser
 
 
 def parse(arguments: list[str]) -> Settings:
@@ -143,12 +123,12 @@ def held_out(trainer) -> dict[str, float]:
 
 
 def fit(trainer, settings: Settings, measure: Callable = held_out):
-    """Measure, train, measure, save."""
+    """Measure, train, measure, save. Under FSDP2 transformers evaluates no model before its training."""
     from hf_memtune.cli.summary import StepTimes, Summary
 
     times, resumed = StepTimes(), settings.training.resume_from_checkpoint
     trainer.add_callback(times)
-    before = {} if resumed else measure(trainer)
+    before = {} if resumed or trainer.is_fsdp_enabled else measure(trainer)
     result = trainer.train(resume_from_checkpoint=resumed)
     logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]
     after = measure(trainer)

@@ -3,11 +3,14 @@
 Shape legend: N tokens, D hidden size, V classes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from hf_memtune._compat import chunked_linear_cross_entropy
+from hf_memtune.errors import LogitsError
 
 IGNORED = -100  # the label that transformers and torch give to a token without loss
 LOGIT_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
@@ -25,55 +28,65 @@ def linear_loss(
     target_N: Tensor,
     label_smoothing: float = 0.0,
     token_weight_N: Tensor | None = None,
+    pointwise: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Sum over tokens of the cross entropy of a linear head, a scalar; tokens with target -100 cost nothing, exactly 0.
+    """Sum over tokens of the cross entropy of a linear head, a float32 scalar, or a float64 one where the weight is.
+
+    Tokens with target -100 cost nothing, and have a gradient of exactly 0 whatever comes from above, inf and nan included: of a batch
+    without any label, torch's mean sends such.
 
     token_weight_N: factors of the tokens' losses, finite, constants of the differentiation; None: the plain sum.
+    pointwise: what is done to each logit first (a scale, a soft cap), differentiable and without parameters; None: nothing.
 
-    torch's `linear_cross_entropy` serves float32 and float64 where the head is not trained. It returns the loss in the dtype of its
-    input, ignores chunking with label smoothing, knows no weights of tokens, and has two gradients of the size of the head at once in
-    backward. So half precision, autocast, smoothing, token weights and trained heads go through `LinearLoss`, whose loss is float32
-    (float64 where the weight is).
-    Backward can run once: both form their gradients in forward and hand them over.
+    Backward can run once: gradients are formed in forward and handed over. Differentiating twice raises.
     """
-    if target_N.numel() == 0:
-        # connected to every parameter all the same: distributed training waits for the gradient of each
-        bias_sum = 0 if bias_V is None else bias_V.sum()
-        return (hidden_ND.sum() + weight_VD.reshape(-1)[:1].sum() + bias_sum) * 0
-    exact_scalar = hidden_ND.dtype == weight_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
-    exact_scalar = exact_scalar and not torch.is_autocast_enabled(hidden_ND.device.type)
-    plain_sum = not label_smoothing and token_weight_N is None
-    is_trained = weight_VD.requires_grad and torch.is_grad_enabled()
-    if chunked_linear_cross_entropy is not None and exact_scalar and plain_sum and not is_trained:
-        return chunked_linear_cross_entropy(hidden_ND, weight_VD, bias_V, target_N, logit_rows(weight_VD.shape[0]))
-    return LinearLoss.apply(hidden_ND, weight_VD, bias_V, target_N, label_smoothing, token_weight_N)
+    tensors = (hidden_ND, weight_VD, bias_V)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return LinearLoss.apply(*tensors, target_N, label_smoothing, token_weight_N, pointwise)
+    return _total(_token_losses(*tensors, target_N, label_smoothing, pointwise), token_weight_N)
 
 
 class LinearLoss(torch.autograd.Function):
-    """L = sum_n w_n CE(W h_n + b, t_n), with label smoothing e over V classes and token weights w_n (1 where none are given).
+    """L = sum_n w_n CE(f(W h_n + b), t_n), with label smoothing e over V classes and token weights w_n (1 where none are given).
 
-    With p_n = softmax(W h_n + b) and q_n = (1 - e) onehot(t_n) + e / V, the residual is r_n = w_n (p_n - q_n), and
+    With p_n = softmax(f(W h_n + b)) and q_n = (1 - e) onehot(t_n) + e / V, the residual is r_n = w_n f' (p_n - q_n), and
         dL/dh_n = W^T r_n,    dL/dW = sum_n r_n h_n^T,    dL/db = sum_n r_n.
-    The w_n are constants: nothing flows to them.
+    f works on each logit alone (nothing is done to them where `pointwise` is None). The w_n are constants: nothing flows to them.
     All are formed in forward, a chunk of tokens at a time, dL/dW in place: logits are made once, and there is one buffer of the
     size of W, where autograd over chunks would have two. Backward scales them in place, so it can run once.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, label_smoothing, token_weight_N=None):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, label_smoothing, token_weight_N=None, pointwise=None):
         weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         hidden, losses = linear_loss_gradient(
-            hidden_ND, weight_VD, bias_V, target_N, label_smoothing, weight, bias, token_weight_N
+            hidden_ND, weight_VD, bias_V, target_N, label_smoothing, weight, bias, token_weight_N, pointwise
         )
-        ctx.save_for_backward(hidden, weight, bias)
-        return losses.sum() if token_weight_N is None else (losses * token_weight_N.to(losses.dtype)).sum()
+        ctx.save_for_backward(hidden, weight, bias, target_N != IGNORED)
+        ctx.came_back = False
+        return _total(losses, token_weight_N)
 
     @staticmethod
     def backward(ctx, upstream):
-        # scaled in place: a second backward finds them changed, and torch raises
-        hidden, weight, bias = (g if g is None else g.mul_(upstream) for g in ctx.saved_tensors)
-        return hidden, weight, bias, None, None, None
+        if ctx.came_back:
+            raise LogitsError(
+                "backward came a second time to a loss taken without logits, whose gradient is handed over once. Call the model again for "
+                "each backward, or add the losses up and go backward once."
+            )
+        ctx.came_back = True
+        if torch.is_grad_enabled():  # create_graph: the second derivative would be 0, without a word
+            raise LogitsError("a loss taken without logits can be differentiated once only: take it of `logits + 0`.")
+        # scaled in place
+        hidden, weight, bias, labelled = ctx.saved_tensors
+        hidden.mul_(upstream).masked_fill_(~labelled[:, None], 0)  # 0 times inf is nan
+        upstream = upstream.where(labelled.any(), 0)
+        weight, bias = (g if g is None else g.mul_(upstream) for g in (weight, bias))
+        return hidden, weight, bias, None, None, None, None
+
+
+def _total(losses_N: Tensor, token_weight_N: Tensor | None) -> Tensor:
+    return losses_N.sum() if token_weight_N is None else (losses_N * token_weight_N.to(losses_N.dtype)).sum()
 
 
 @torch.no_grad()
@@ -86,6 +99,7 @@ def linear_loss_gradient(
     weight_gradient_VD: Tensor | None = None,
     bias_gradient_V: Tensor | None = None,
     token_weight_N: Tensor | None = None,
+    pointwise: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the summed cross entropy with respect to the hidden states, (N, D), and the loss of each token, (N,).
 
@@ -98,7 +112,7 @@ def linear_loss_gradient(
         target = target_N[start : start + rows]
         hidden = hidden_ND[start : start + rows].to(weight_VD.dtype)
         factor = None if token_weight_N is None else token_weight_N[start : start + rows]
-        residual, loss = _softmax_residual(F.linear(hidden, cast_VD, bias_V), target, label_smoothing, factor)
+        residual, loss = _residual(F.linear(hidden, cast_VD, bias_V), pointwise, target, label_smoothing, factor)
         residual = residual.to(weight_VD.dtype)
         gradient[start : start + rows] = residual @ cast_VD
         if weight_gradient_VD is not None:
@@ -107,7 +121,47 @@ def linear_loss_gradient(
             bias_gradient_V.add_(residual.sum(0))
         losses.append(loss)
         del residual  # or it would live on beside that of the next chunk
-    return gradient, torch.cat(losses) if losses else hidden_ND.new_zeros(0)
+    return gradient, torch.cat(losses) if losses else _no_losses(weight_VD)
+
+
+@torch.no_grad()
+def _token_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    pointwise: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The loss of each token, (N,), where nothing learns."""
+    losses, cast_VD = [], _as_autocast(weight_VD)
+    chunks = (values.split(logit_rows(weight_VD.shape[0])) for values in (hidden_ND, target_N))
+    for hidden, target in zip(*chunks) if len(target_N) else ():
+        logits = F.linear(hidden.to(weight_VD.dtype), cast_VD, bias_V)
+        logits = logits if pointwise is None else pointwise(logits)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses.append(F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing))
+        del logits  # or they would live on beside those of the next chunk
+    return torch.cat(losses) if losses else _no_losses(weight_VD)
+
+
+def _no_losses(weight_VD: Tensor) -> Tensor:
+    return weight_VD.new_zeros(0, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+
+
+def _residual(
+    logits: Tensor, pointwise: Callable[[Tensor], Tensor] | None, target: Tensor, smoothing: float, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_softmax_residual` of `pointwise(logits)`, with respect to `logits` (rows, V), which may be written to."""
+    if pointwise is None:
+        return _softmax_residual(logits, target, smoothing, factor)
+    # hooks in force, which offload or recompute what is saved, are for what lives until backward
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+        logits = logits.detach().requires_grad_()
+        values = pointwise(logits)
+    # a copy: autograd may have saved the values, and they are written to
+    residual, loss = _softmax_residual(values.detach().clone(), target, smoothing, factor)
+    return torch.autograd.grad(values, logits, residual.to(values.dtype))[0], loss
 
 
 def _as_autocast(weight_VD: Tensor) -> Tensor:

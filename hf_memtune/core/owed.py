@@ -55,18 +55,15 @@ class OwedGradients:
 
     def __init__(self, dtype: torch.dtype | None = None, sums: OwedSums | None = None):
         self.dtype = dtype
-        self.is_awaited = False  # whether a chunk has run with gradient and not gone backward
         self._sums = OwedSums() if sums is None else sums
 
     def attach(self, key: int, live: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], tokens: Live):
         """Stored keys and values (B, K, stop, C) through which gradients reach those of the live tokens, (B, K, S, C) each."""
-        self.is_awaited |= torch.is_grad_enabled() and any(part.requires_grad for part in live)
         parts = zip(("key", "value"), live, stored)
         return tuple(Streamed.apply(mine, whole, self, (key, name), tokens) for name, mine, whole in parts)
 
     def settle(self, key: tuple[int, str], gradient: Tensor, tokens: Live) -> Tensor:
         """Book what a chunk found, (B, K, stop, C), for the tokens before it; returns what all chunks found for its own tokens."""
-        self.is_awaited = False
         start, length = tokens.start, tokens.stop - tokens.start
         own, before = gradient.narrow(2, start, length), gradient.narrow(2, 0, start)
         owed = self._sums.get(key, tokens.stop)
@@ -115,32 +112,3 @@ class Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return ctx.owed.settle(ctx.key, gradient, ctx.tokens), None, None, None, None
-
-
-class Due(torch.autograd.Function):
-    """A scalar 0 whose gradient with respect to `hidden` is `cotangent`, whatever it is multiplied by.
-
-    It stands for a loss that was computed, and scaled, before: backward from here goes on where that one stopped.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, cotangent):
-        ctx.save_for_backward(cotangent)
-        return hidden.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0], None
-
-
-class Joined(torch.autograd.Function):
-    """The identity, whose backward adds what is owed to its input from elsewhere."""
-
-    @staticmethod
-    def forward(ctx, value, owed):
-        ctx.owed = owed
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return (gradient if ctx.owed is None else gradient + ctx.owed), None

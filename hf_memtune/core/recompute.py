@@ -43,15 +43,30 @@ class Arguments:
         return tree_unflatten(leaves, self._spec)
 
 
+class Autocast:
+    """The autocast of one run, of the processor and of `device`, for the run that repeats it."""
+
+    def __init__(self, device: torch.device):
+        kinds = dict.fromkeys(("cpu", device.type))
+        self._states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self._caches_casts = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """While open, autocast is as it was."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self._states:
+                cast = torch.autocast(kind, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=self._caches_casts)
+                stack.enter_context(cast)
+            yield
+
+
 class Surroundings:
     """Random numbers and autocast of one run. Made before it; `settle` after it; `restored` around the second run."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._device, self._autocast = device, Autocast(device)
         self._states: tuple[Tensor, ...] | None = self._now()
-        kinds = dict.fromkeys(("cpu", device.type))
-        self._autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-        self._caches_casts = torch.is_autocast_cache_enabled()
 
     def settle(self) -> None:
         """Keep no states (5 KB of the CPU's) where the run drew nothing."""
@@ -62,9 +77,7 @@ class Surroundings:
     @contextmanager
     def restored(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                cast = torch.autocast(kind, dtype=dtype if enabled else None, enabled=enabled, cache_enabled=self._caches_casts)
-                stack.enter_context(cast)
+            stack.enter_context(self._autocast.restored())
             if self._states is not None:
                 devices = [self._device] if len(self._states) > 1 else []
                 stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"))

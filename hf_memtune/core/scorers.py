@@ -25,6 +25,7 @@ class SeekingContext:
     context_score: (B, T) float32, attention received in the context layer (TokenSeek, eq. 3), normalised as configured.
     gradient_score: (B, T) float32, magnitude of the loss gradient at the input of the last block (eq. 4).
     token_loss: (B, T) float32, loss of each position's own prediction; 0 where it has no label.
+    true_gradient: (B, T) float32, magnitude of the gradient of the loss at the last hidden states: in backward, of whatever loss was taken.
     """
 
     def __init__(
@@ -53,6 +54,10 @@ class SeekingContext:
     def token_loss(self) -> Tensor:
         return self._compute["token_loss"]()
 
+    @cached_property
+    def true_gradient(self) -> Tensor:
+        return self._compute["true_gradient"]()
+
 
 TokenScorer = Callable[[SeekingContext], Tensor]
 
@@ -61,7 +66,7 @@ TokenScorer = Callable[[SeekingContext], Tensor]
 class Scorer:
     """A named scorer.
 
-    reads_model: False where it needs nothing of the pass over all tokens (random choice). runs_last_block: True where it is
+    reads_model: False where it needs nothing of the pass over all tokens (random choice, the gradient that backward brings). runs_last_block: True where it is
     known to ask for gradients or losses, which come from running the last block alone.
     """
 
@@ -89,7 +94,7 @@ class Scorer:
 
 
 _REGISTERED: dict[str, TokenScorer] = {}
-BUILT_IN = ("combined", "context", "gradient", "random", "loss")
+BUILT_IN = ("combined", "context", "gradient", "true_gradient", "random", "loss")
 
 
 def register_scorer(name: str, scorer: TokenScorer) -> None:
@@ -125,8 +130,9 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         "combined": combined,
         "context": lambda seen: seen.context_score,
         "gradient": lambda seen: seen.gradient_score,
+        "true_gradient": lambda seen: seen.true_gradient,
         "random": random,
         "loss": lambda seen: seen.token_loss,
     }
     runs_last_block = name in ("gradient", "loss") or (name == "combined" and gradient_weight > 0)
-    return Scorer(name, {**_REGISTERED, **built_in}[name], name != "random", runs_last_block)
+    return Scorer(name, {**_REGISTERED, **built_in}[name], name not in ("random", "true_gradient"), runs_last_block)

@@ -40,11 +40,40 @@ class _TiedEmbedding(torch.autograd.Function):
                 weight_VD = embedded.new_zeros(ctx.classes, embedded.shape[-1])
             elif 0 in weight_VD.stride():  # expanded, and not to be written to
                 weight_VD = weight_VD.clone()
-            _add_rows(weight_VD, ids.flatten().long(), embedded.reshape(-1, embedded.shape[-1]), ctx.padding_idx)
+            add_rows(weight_VD, ids.flatten().long(), embedded.reshape(-1, embedded.shape[-1]), ctx.padding_idx)
         return weight_VD, None, None
 
 
-def _add_rows(into_VD: Tensor, ids_N: Tensor, rows_ND: Tensor, padding_idx: int | None) -> None:
+def embed_summed(weight_VD: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The embeddings of `ids`, (*ids.shape, D), whose gradient is added to `weight_VD.grad` row by row, in place.
+
+    weight_VD: a leaf that nobody else waits for a gradient of: no tensor of its size is made for each call, and no hook of it runs.
+    """
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight_VD.shape[0]
+    return _SummedEmbedding.apply(weight_VD, ids, padding_idx)
+
+
+class _SummedEmbedding(torch.autograd.Function):
+    """E = W[ids]: dL/dW += sum over n of onehot(id_n) (dL/dE_n)^T, without rows of padding_idx."""
+
+    @staticmethod
+    def forward(ctx, weight_VD, ids, padding_idx):
+        ctx.save_for_backward(ids)
+        ctx.weight_VD, ctx.padding_idx = weight_VD, padding_idx
+        return F.embedding(ids, weight_VD)
+
+    @staticmethod
+    def backward(ctx, embedded):
+        (ids,), weight_VD = ctx.saved_tensors, ctx.weight_VD
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        add_rows(weight_VD.grad, ids.flatten().long(), embedded.reshape(-1, embedded.shape[-1]), ctx.padding_idx)
+        return None, None, None
+
+
+@torch.no_grad()
+def add_rows(into_VD: Tensor, ids_N: Tensor, rows_ND: Tensor, padding_idx: int | None) -> None:
     """Add each row to that of its token. One of a token's rows takes the sum of them all, the others become 0."""
     order_N = torch.arange(len(ids_N), device=ids_N.device)
     chosen_V = torch.empty(len(into_VD), dtype=torch.long, device=ids_N.device).scatter_(0, ids_N, order_N)

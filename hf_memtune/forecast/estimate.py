@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig
 
 from hf_memtune.architectures.stacks import layer_stacks
 from hf_memtune.errors import ConfigError, UnsupportedModelError
+from hf_memtune.forecast.blank_model import batch_shapes, blank_model
+from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
 from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
-from hf_memtune.forecast.blank_model import batch_shapes, blank_model
-from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
 
 
 def estimate(

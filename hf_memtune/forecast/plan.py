@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_memtune.errors import ConfigError, MemTuneError
-from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.forecast.ladder import Rung
+from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.units import format_bytes
 
 

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from transformers import TrainerCallback
 
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.forecast.apart import apart
+from hf_memtune.forecast.blank_model import Shapes
 from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, shorten, use_sdpa
 from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
-from hf_memtune.methods.streaming.streaming import Streaming
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
-from hf_memtune.forecast.apart import apart
-from hf_memtune.forecast.blank_model import Shapes
+from hf_memtune.methods.method import Method
+from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.streaming.method import Streaming
+from hf_memtune.training.callbacks import MethodCallback
 from hf_memtune.training.care.report.step_account import StepAccountCallback
 from hf_memtune.training.trainer import MemEfficientTrainer
 
@@ -103,23 +104,16 @@ class _Take(StepAccountCallback):
             self.trainer.prediction_step(model, batch, prediction_loss_only=self.trainer.compute_metrics is None)
 
 
-class _Install(TrainerCallback):
-    """In place of StreamingCallback and TokenSeekingCallback, whose probe of the model needs values."""
+class _Install(MethodCallback):
+    """In place of a callback whose probe of the model needs values, and which may look at data. It hears, and keeps, what it would."""
 
-    def __init__(self, config: Any):
-        self.config, self.strategy = config, None
+    def __init__(self, given: MethodCallback):
+        super().__init__()
+        self.config, self.listeners = given.config, [given, *given.listeners]
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def make(self, model: nn.Module) -> Method:
         kind = TokenSeeking if getattr(self.config, "token_seeking", False) else Streaming
-        self.strategy = kind(model, self.config, check=False)
-
-    def offline_scores(self, inputs):
-        return None
-
-    def remove(self) -> None:
-        if self.strategy is not None:
-            self.strategy.remove()
-        self.strategy = None
+        return kind(model, self.config, check=False)
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,7 @@ def _trainer(model: nn.Module, args: Any) -> Rehearsal:
     trainer.accelerator.device_placement = False  # it is where it will be, and torch cannot move parameters without values
     if trainer.strategy_callback is not None:
         trainer.remove_callback(trainer.strategy_callback)
-        trainer.strategy_callback = _Install(trainer.strategy_callback.config)
+        trainer.strategy_callback = _Install(trainer.strategy_callback)
         trainer.add_callback(trainer.strategy_callback)
     return trainer
 

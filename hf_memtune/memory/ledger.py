@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_memtune.core.logits import LazyLogits
+
 
 class Entry(NamedTuple):
     """One storage of a ledger, described by the tensor through which the ledger first saw it."""
@@ -109,6 +111,7 @@ class SavedBytes:
 
     Not counted:
 
+    - logits on demand (`hf_memtune.core.logits`), which hold no memory until they are made;
     - storages of ``exclude``, taken when the context is entered (weights are saved too, but cost nothing more);
     - tensors kept as a ctx attribute, in a closure or on a module: they escape every saved-tensor hook. Pass them to
       ``save_for_backward``;
@@ -175,6 +178,8 @@ class SavedBytes:
         return _Saved(tensor, releases)
 
     def _hold(self, tensor: Tensor) -> _Record | None:
+        if isinstance(tensor, LazyLogits):
+            return None
         storage = tensor.untyped_storage()
         excluded = self._excluded.get(id(storage))
         if excluded is not None and excluded() is storage:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_memtune.core.logits import LazyLogits
+
 from .ledger import Entry, Trackable, tensors_of
 
 # torch.tensor(...) makes its storage below dispatch and hands it to this op: the input is new, not an old acquaintance.
@@ -55,7 +57,8 @@ class LiveBytes(TorchDispatchMode):
     - temporaries and workspaces inside one kernel, composite C++ kernels and ``torch.compile``'d code included;
     - the allocator: its rounding (512 bytes a block on CUDA), its cache, its fragmentation. ``peak_bytes`` is what the
       tensors need, so a floor to ``torch.cuda.max_memory_allocated``;
-    - wrapper subclasses (DTensor), whose inner storages are not looked at.
+    - wrapper subclasses (DTensor), whose inner storages are not looked at. Logits on demand are no exception for long: they count
+      nothing until they are made, and then what is made.
 
     Args:
         snapshot: also keep what was alive at the peak, for ``peak_entries``. Retaken when the peak has grown by more
@@ -132,6 +135,8 @@ class LiveBytes(TorchDispatchMode):
         return _entries(self._at_peak)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, LazyLogits) for kind in types):
+            return NotImplemented  # they answer first; what they make meanwhile comes here, and they hold no memory themselves
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._is_paused:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_memtune.methods.events import Listener
+from hf_memtune.methods.method import Method
+
 from .account import MemoryAccount
 from .flops import flops_of
 from .ledger import Trackable, tensors_of
@@ -68,7 +71,7 @@ class StepLedger(LiveBytes):
         self.log, self.flops = Log(), 0
         self._phase: str | None = None  # None: before the step, when what is there already is counted
         self._by_hand = False
-        self._stored: list[Callable[[], Iterable[Tensor]]] = []
+        self._stored: list[weakref.WeakMethod] = []
         self._where: list[str] = []
         self._undo = ExitStack()
 
@@ -104,20 +107,22 @@ class StepLedger(LiveBytes):
             self._by_hand = by_hand
             self._turn_to(before)
 
-    def watch(self, strategy: Any) -> None:
-        """Tell the context passes of an installed strategy, and the keys and values it stores. Forgotten when the ledger closes."""
-        opened = strategy.step
+    def watch(self, method: Method) -> None:
+        """Be told of the context passes of a method, and of the keys and values it stores. Forgotten when the ledger closes."""
+        self._undo.callback(method.listeners.add(_Passes(self)))
 
-        @contextmanager
-        def step(*args, **kwargs):
-            with opened(*args, **kwargs) as running:
-                self._watch_step(running)
-                yield running
-                self._mark_stored()
-            self._stored = []  # it would keep the step alive, and what it stored
+    def context_begins(self, stored: Callable[[], Iterable[Tensor]]) -> None:
+        """What is made from here on is of the context pass; `stored`, a method of a call, gives what it leaves behind."""
+        self._stored.append(weakref.WeakMethod(stored))  # or a call would live as long as the ledger, and what it stored
+        self._turn_to("context_pass")
 
-        strategy.step = step
-        self._undo.callback(delattr, strategy, "step")
+    def context_ends(self) -> None:
+        """What is made from here on is of the forward pass again."""
+        self._turn_to("forward")
+
+    def chunk_ends(self) -> None:
+        """Sums of gradients may be among what is stored now, which are gone when backward is over."""
+        self._mark_stored()
 
     def stretch_at(self, module: nn.Module) -> None:
         """Begin a new stretch of the log whenever `module`, the first layer of a stack, is entered: see `memory.depth`."""
@@ -136,7 +141,8 @@ class StepLedger(LiveBytes):
         if torch._C._current_graph_task_id() != -1 and self._phase != "backward":
             self._turn_to("backward")
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.flops += flops_of(func, args, kwargs or {}, out)
+        if out is not NotImplemented:
+            self.flops += flops_of(func, args, kwargs or {}, out)
         return out
 
     def _turn_to(self, phase: str) -> None:
@@ -155,17 +161,6 @@ class StepLedger(LiveBytes):
     def _after_optimizer(self) -> None:
         self._mark_all(optimizer_state(self.model, self.optimizer))
         self._turn_to("backward")  # what comes after it, to the end of the step: nothing is made there
-
-    def _watch_step(self, running: Any) -> None:
-        step = weakref.ref(running)  # or it would hold itself, and keys and values would outlive it
-
-        def begin(call):
-            self._turn_to("context_pass")
-            type(running_step := step()).begin(running_step, call)
-            self._turn_to("forward")
-
-        running.begin = begin
-        self._stored = [running.stored]
 
     # -- categories
 
@@ -190,8 +185,9 @@ class StepLedger(LiveBytes):
             self.mark(category, tensor, name)
 
     def _mark_stored(self) -> None:
+        self._stored = [stored for stored in self._stored if stored() is not None]
         for stored in self._stored:
-            self.mark("stored_kv", stored())
+            self.mark("stored_kv", stored()())
 
     # -- the log
 
@@ -228,5 +224,13 @@ class StepLedger(LiveBytes):
             self._where.pop()
 
 
+class _Passes(Listener):
+    """Tells a ledger what a method tells."""
+
+    def __init__(self, ledger: StepLedger):
+        self.context_begins, self.context_ends, self.chunk_ends = ledger.context_begins, ledger.context_ends, ledger.chunk_ends
+
+
 def _of_forward(record: Any) -> bool:
-    return record.category == "temporaries" and record.phase == "forward"
+    """Outputs of all tokens, which a context pass leaves, too."""
+    return record.category == "temporaries" and record.phase in ("forward", "context_pass")

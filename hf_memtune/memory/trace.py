@@ -5,7 +5,7 @@ gradients and optimizer state are known without tracing). Not seen: temporaries 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.memory.fake import sdpa_without_padding, use_sdpa
 from hf_memtune.memory.live import Entry, LiveBytes
-from hf_memtune.methods.installed import InstalledStrategy
-from hf_memtune.methods.streaming.streaming import Streaming
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
+from hf_memtune.methods.method import Method
+from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.streaming.method import Streaming
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def trace_causal_lm_step(
 
     lora_rank: LoRA of that rank on all linears but the head, adapters in `dtype`; None trains everything. fused_loss: the head's
     logits in chunks, recomputed (what the best rivals do). strategy: settings of exact streaming, or of token seeking (both fuse
-    the loss themselves).
+    the loss themselves). Gradients are there from a step before, and are not counted.
     Attention is torch's SDPA, without a mask where the model's own code would need none.
     """
     model = _meta_model(config, dtype, lora_rank, checkpointing)
@@ -70,11 +70,12 @@ def trace_causal_lm_step(
         _materialise(model, dtype, torch.device("cpu"))
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         installed = _install(model, strategy, check=False)
-        if installed is None:
-            use_sdpa(model, attention)
-        step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
+        use_sdpa(model, attention)  # also under a method, which lets some calls go the model's own way
+        step = _plain_step(model, ids, fused_loss) if installed is None else _own_step(model, ids)
         weight_bytes, trained = _weights(model)
-        with _removing(installed), LiveBytes(snapshot=True) as live, _gradients_apart(trained, live):
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        with _removing(installed), LiveBytes(snapshot=True) as live:
             host = _count_host(installed, live)
             step()
         gradient_bytes = sum(p.nbytes for p in trained)
@@ -100,7 +101,7 @@ def measure_causal_lm_step(
     _materialise(model, dtype, device)
     ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
     installed = _install(model, strategy)
-    step = _plain_step(model, ids, fused_loss) if installed is None else _strategy_step(model, ids, installed)
+    step = _plain_step(model, ids, fused_loss) if installed is None else _own_step(model, ids)
     weight_bytes, trained = _weights(model)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -115,14 +116,14 @@ def measure_causal_lm_step(
     return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [], host.live.peak_bytes)
 
 
-def _count_host(installed: InstalledStrategy | None, device: LiveBytes | None = None) -> _CountedHost:
+def _count_host(installed: Method | None, device: LiveBytes | None = None) -> _CountedHost:
     host = _CountedHost(device)
     if installed is not None:
         installed.host = host
     return host
 
 
-def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = True) -> InstalledStrategy | None:
+def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = True) -> Method | None:
     if strategy is None:
         return None
     kind = TokenSeeking if isinstance(strategy, TokenSeekingConfig) else Streaming
@@ -130,7 +131,7 @@ def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = T
 
 
 @contextmanager
-def _removing(installed: InstalledStrategy | None) -> Iterator[None]:
+def _removing(installed: Method | None) -> Iterator[None]:
     try:
         yield
     finally:
@@ -161,11 +162,11 @@ def _trainable(model: nn.Module, lora_rank: int | None, checkpointing: bool) -> 
     return model.train()
 
 
-def _strategy_step(model: nn.Module, ids: Tensor, installed: InstalledStrategy) -> Callable[[], None]:
+def _own_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """The model's own loss, without its logits: the method on it sees to that."""
+
     def step() -> None:
-        with installed.step({"input_ids": ids, "labels": ids}) as running:
-            for _ in running.turns():
-                (running.loss_sum(model(**running.inputs)) / running.loss_tokens).backward()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     return step
 
@@ -201,13 +202,3 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
                 if tensor is not None and id(tensor) not in made:
                     made[id(tensor)] = filled(tensor)
                 held[name] = None if tensor is None else made[id(tensor)]
-
-
-@contextmanager
-def _gradients_apart(parameters: list[nn.Parameter], live: LiveBytes) -> Iterator[None]:
-    """Gradients leave the count as soon as they are in place."""
-    with ExitStack() as stack:
-        for parameter in parameters:
-            hook = parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
-            stack.callback(hook.remove)
-        yield

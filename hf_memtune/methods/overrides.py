@@ -1,7 +1,10 @@
 """Temporary changes to instances: context managers that put back exactly what was there."""
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 
 from torch import nn
 
@@ -21,6 +24,48 @@ def set_on_instance(target: object, name: str, value: object) -> Callable[[], No
             object.__delattr__(target, name)
 
     return put_back
+
+
+class Override:
+    """Runs `function(forward, ...)` in place of the forward of one module instance, until it is taken off.
+
+    forward is what the instance had before: its own, or one that somebody else has put there. A copy of the module, deep or pickled, has the
+    forward of its class: what is put on one model is not on its copies.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable):
+        self.module, self.function, self.is_on = module, function, True
+        self.earlier = module.forward
+        self.had_own = "forward" in vars(module)
+        self.__signature__ = inspect.signature(self.earlier)  # by which trainers choose columns of data
+
+    def put_on(self) -> Callable[[], None]:
+        """Returns what takes it off."""
+        object.__setattr__(self.module, "forward", self)
+        return self.take_off
+
+    def take_off(self) -> None:
+        """Where somebody has put another forward over this one since, that one stays, and finds the earlier one through this."""
+        self.is_on = False
+        if vars(self.module).get("forward") is not self:
+            return
+        if self.had_own:
+            object.__setattr__(self.module, "forward", self.earlier)
+        else:
+            object.__delattr__(self.module, "forward")
+
+    def __call__(self, *args, **kwargs):
+        return self.function(self.earlier, *args, **kwargs) if self.is_on else self.earlier(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        return _forward_of(copy.deepcopy(self.module, memo), copy.deepcopy(self.earlier, memo) if self.had_own else None)
+
+    def __reduce__(self) -> tuple:
+        return _forward_of, (self.module, self.earlier if self.had_own else None)
+
+
+def _forward_of(module: nn.Module, earlier: Callable | None) -> Callable:
+    return MethodType(type(module).forward, module) if earlier is None else earlier
 
 
 @contextmanager

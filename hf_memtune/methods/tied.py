@@ -15,13 +15,10 @@ from hf_memtune.methods.overrides import forward_as
 
 
 class TiedMatrix:
-    """The matrix of a head that a model embeds its tokens with too. `of_head` is what the head shall use.
+    """The matrix of a head that a model embeds its tokens with too. `of_head` is what the head shall use."""
 
-    is_learning: tells whether what runs goes backward to the embedding; scores have a gradient as well, of their own.
-    """
-
-    def __init__(self, head: nn.Module, is_learning: Callable[[], bool]):
-        self._head, self._is_learning = head, is_learning
+    def __init__(self, head: nn.Module):
+        self._head = head
         self._shared: Tensor | None = None
 
     def of_head(self) -> Tensor:
@@ -35,7 +32,7 @@ class TiedMatrix:
     ) -> Tensor:  # fmt: skip
         """`torch.nn.functional.embedding`, linked to the head where it is of the same matrix and its gradient is the plain one."""
         is_plain = max_norm is None and not scale_grad_by_freq and not sparse
-        is_trained = weight.requires_grad and torch.is_grad_enabled() and self._is_learning()
+        is_trained = weight.requires_grad and torch.is_grad_enabled()
         if is_plain and is_trained and weight is self._head.weight:
             embedded, self._shared = embed_tied(weight, input, padding_idx)
             return embedded
@@ -56,13 +53,13 @@ class _Embedding(TorchFunctionMode):
 
 
 @contextmanager
-def tied_matrix(architecture: Architecture, is_learning: Callable[[], bool]) -> Iterator[TiedMatrix]:
-    """While open, the model's embedding is linked to its head, if both are of one matrix that is trained. Not where two stacks embed."""
-    tied = TiedMatrix(architecture.output_head, is_learning)
-    embedding = architecture.base.get_input_embeddings()
-    if architecture.is_encoder_decoder or getattr(embedding, "weight", None) is not architecture.output_head.weight:
-        yield tied
+def tied_matrix(architecture: Architecture) -> Iterator[TiedMatrix | None]:
+    """While open, the model's embedding is linked to its head, if both are of one matrix. None where they are not, or two stacks embed."""
+    embedding, head = architecture.base.get_input_embeddings(), architecture.output_head
+    if head is None or architecture.is_encoder_decoder or getattr(embedding, "weight", None) is not head.weight:
+        yield None
         return
+    tied = TiedMatrix(head)
     with forward_as(embedding, partial(_embedding_with, tied, embedding.forward)):
         yield tied
 

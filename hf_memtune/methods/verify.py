@@ -4,10 +4,8 @@ One short probe, instead of a list of models that are said to work: a context pa
 give the hidden states that a plain forward has at those tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,35 +16,17 @@ from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.overrides import evaluating, forward_as
 from hf_memtune.methods.attention.passes import ContextPass, FocusPass, Records
 from hf_memtune.methods.attention.positions import at_positions
-from hf_memtune.methods.seeking.token_scores import TokenScores
-
-if TYPE_CHECKING:
-    from hf_memtune.methods.installed import InstalledStrategy
+from hf_memtune.methods.attention.routing import Router
+from hf_memtune.methods.facts import Facts
+from hf_memtune.methods.overrides import evaluating, forward_as
+from hf_memtune.methods.seeking.last_block import LastBlock
 
 PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
 # Relative to the size of the hidden states: kernels sum in another order for other shapes, and models called in float64 may
 # compute a part of themselves in float32.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the probe found.
-
-    is_causal: no token looks at a later one. decoder_is_causal: none of the decoder's does. has_plain_head: the logits are the linear head's output. head_reads_body: that head
-    is given what the body returns (masked language models transform it first). body_output: the class of what the model's body
-    returns. tail_problem: why the last block cannot run alone, which the gradient score needs, or None where it can.
-    """
-
-    is_causal: bool
-    decoder_is_causal: bool
-    has_plain_head: bool
-    head_reads_body: bool
-    body_output: type
-    tail_problem: str | None = None
 
 
 class _ProbingPass(ContextPass):
@@ -57,41 +37,43 @@ class _ProbingPass(ContextPass):
         self.attended: set[int] = set()
         self.looks_ahead = False
 
-    def build(self, mask_function, queries, keys):
-        if self.stack == "decoder" and queries is keys:
-            device = queries.index.device
-            with with_values() if is_fake(queries.index) else nullcontext():
-                index, zero = torch.arange(PROBE_TOKENS, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
-                seen = mask_function(zero, zero, index[:, None], index[None])
-                self.looks_ahead |= bool((seen & (index[None] > index[:, None])).any())
-        return super().build(mask_function, queries, keys)
-
-    def attend(self, module, *args):
+    def attend(self, module, query, key, value, mask, *args):
         self.attended.add(id(module))
-        return super().attend(module, *args)
+        if self.places.key_stack(module) == "decoder":
+            self.looks_ahead |= _looks_ahead(self.rule_of(mask, "decoder"), query)
+        return super().attend(module, query, key, value, mask, *args)
 
 
-def verify(seeking: "InstalledStrategy", check: bool = True) -> Facts:
+def _looks_ahead(mask_function: Callable, like: Tensor) -> bool:
+    """Whether a rule lets any of the tokens see a later one."""
+    with with_values() if is_fake(like) else nullcontext():
+        index, zero = torch.arange(PROBE_TOKENS, device=like.device), torch.zeros(1, 1, dtype=torch.long, device=like.device)
+        seen = mask_function(zero, zero, index[:, None], index[None])
+        return bool((seen & (index[None] > index[:, None])).any())
+
+
+def verify(router: Router, check: bool = True, scores_last_block: bool | None = None) -> Facts:
     """Probe the model. Raises UnsupportedModelError, naming the model, the reason and the remedy.
 
-    `check=False` skips the comparison of hidden states, which traced tensors do not have.
+    `check=False` skips the comparison of hidden states, which traced tensors do not have. scores_last_block: whether the last block must
+    be able to run alone; None: nobody will ask.
     """
-    architecture = seeking.architecture
+    architecture = router.architecture
     base = architecture.base
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
         probing = _ProbingPass(
-            {n: r.whole() for n, r in call.rows.items()}, store, seeking.places, records, seeking.kernel_knows_causal
+            {n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_knows_causal
         )
-        with _explained(architecture), seeking.running(probing), records.of_last_blocks(architecture):
+        with _explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans)))
         _require_attention_everywhere(architecture, probing.attended)
         full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
         if check:
-            _compare(seeking, call, store, full)
-        tail_problem = _tail_problem(seeking, call, store, records, full) if check and seeking.scorer is not None else None
-        if tail_problem and seeking.scorer is not None and seeking.scorer.runs_last_block:
+            _compare(router, call, store, full)
+        tail_problem = _tail_problem(router, call, store, records, full) if check and scores_last_block is not None else None
+        if tail_problem and scores_last_block:
             raise UnsupportedModelError(tail_problem)
         plain_head, reads_body = _head_facts(architecture, call, body_output)
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
@@ -117,13 +99,13 @@ def _require_attention_everywhere(architecture: Architecture, attended: set[int]
                 )
 
 
-def _compare(seeking: "InstalledStrategy", call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
-    architecture = seeking.architecture
+def _compare(router: Router, call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
+    architecture = router.architecture
     index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
     spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
-    focus = FocusPass(spans, store, seeking.places)
-    with _explained(architecture), seeking.running(focus), at_positions(architecture, call, spans):
+    focus = FocusPass(spans, store, router.places)
+    with _explained(architecture), router.running(focus), at_positions(architecture, call, spans):
         kept = architecture.base(**call.at(spans)).last_hidden_state
     deviation = _deviation(kept, selection.gather(full))
     if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):
@@ -134,12 +116,11 @@ def _compare(seeking: "InstalledStrategy", call: BodyCall, store: KeyValueStore,
         )
 
 
-def _tail_problem(seeking: "InstalledStrategy", call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
+def _tail_problem(router: Router, call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
     """Whether the last block, run alone on its recorded input, gives what the full forward gave."""
-    architecture = seeking.architecture
-    scores = TokenScores(architecture, seeking.config, seeking, call, records, store, PROBE_TOKENS, {}, {}, None)
+    architecture = router.architecture
     try:
-        deviation = _deviation(scores.last_hidden_state("decoder"), full)
+        deviation = _deviation(LastBlock(router, call, records, store, PROBE_TOKENS).output(), full)
     except Exception as error:
         found = f"it fails with {type(error).__name__}: {error}"
     else:
@@ -173,7 +154,7 @@ _REMEDY = f"What is computed for a part of the tokens would not be exact on it. 
 
 def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -> tuple[bool, bool]:
     """Whether the model returns the output of its linear head untouched (no softcap, scale or added bias), and whether that head
-    is given the last hidden state untouched."""
+    is given the last hidden state untouched (masked language models transform it first)."""
     if architecture.output_head is None:
         return False, False
     marker, model = torch.zeros(1, 1, 1, device=architecture.output_head.weight.device), architecture.head_model
@@ -191,4 +172,4 @@ def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -
     with forward_as(architecture.base, body), forward_as(architecture.output_head, head):
         plain = type(model).forward(model, **call.arguments).logits is marker
     # the same memory, since traced tensors have no values to compare
-    return plain, plain and given[0].untyped_storage()._cdata == hidden.untyped_storage()._cdata
+    return plain, bool(given) and given[0].untyped_storage()._cdata == hidden.untyped_storage()._cdata

@@ -120,7 +120,8 @@ class TokenSeekingConfig(StreamingConfig):
     )
     token_scorer: str | None = _filled(
         "token_scorer",
-        "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient, random "
+        "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient (at the last block), true_gradient (of "
+        "the loss that was taken, whatever it is, at the last hidden states; chosen in backward), random "
         "(TokenTune; the same for all in token_selection=sample), loss (of the token's own prediction), or a registered name.",
     )
     context_weight: float | None = _filled(
@@ -260,10 +261,6 @@ class TokenSeekingConfig(StreamingConfig):
         changed = {name: value for name, value in row_loss_values(self.preset).items() if name not in self.given}
         return self.of(self, **changed) if changed else self
 
-    def without_token_weights(self) -> "TokenSeekingConfig":
-        """The same for a loss whose tokens cannot be weighed: `top`, unless `sample` was asked for, which is then refused."""
-        return self if "token_selection" in self.given else self.of(self, token_selection="top")
-
     def problems(self) -> list[str]:
         found = [
             f"{name}: got {getattr(self, name)!r}, expected {wanted}."
@@ -338,7 +335,7 @@ class TokenSeekingConfig(StreamingConfig):
         scorer, found = self.token_scorer, {}
         if scorer != "combined":
             found |= dict.fromkeys(("context_weight", "gradient_weight"), "token_scorer")
-        if scorer in ("gradient", "random", "loss"):
+        if scorer in ("gradient", "true_gradient", "random", "loss"):
             found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
         if scorer in ("context", "random", "loss"):
             found["gradient_norm"] = "token_scorer"

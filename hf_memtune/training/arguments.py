@@ -5,21 +5,14 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
 from hf_memtune.training.care.preflight.arguments import PreflightArguments
+from hf_memtune.training.launch import unsupported
 
 _DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
-_UNSUPPORTED = {
-    "deepspeed": _DATA_PARALLEL,
-    "fsdp": f"its processes gather parameters in every pass, and need not run the same number of passes; {_DATA_PARALLEL}",
-    "parallelism_config": _DATA_PARALLEL,
-    "torch_compile": "leave it out",
-    "use_liger_kernel": "leave it out: the head and the loss of the kept tokens are already fused",
-    "neftune_noise_alpha": "leave it out: its noise would be scaled to the kept tokens, and be missing from the others",
-}
 UNSHARDED = "gradients under FSDP2 are tested, but saving and resuming of sharded adapters and layers are not written"
 _ALREADY = "set it to False: the layers keep no activations as it is"
 _UNSUPPORTED_BY_LAYERS = {
@@ -82,8 +75,8 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     def ineffective(self) -> list[str]:
         found = super().ineffective()
         default = MemEfficientArgumentsMixin.full_loss_rows
-        if not self.token_seeking and self.full_loss_rows != default:
-            found.append("full_loss_rows has no effect without token_seeking")
+        if not self.is_mean_of_kept and self.full_loss_rows != default:
+            found.append("full_loss_rows has no effect without token_seeking and token_selection=top, whose loss is that of the kept tokens")
         if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
             found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
         return found + self.reversible_ineffective()
@@ -110,23 +103,8 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
         ]
 
     def _unsupported(self) -> list[str]:
-        """Training arguments under which the strategy that is on has not been shown to be exact."""
-        if (strategy := self.switch) is None:
-            return []
-        found = [
-            f"{name}: got {getattr(self, name)!r} with {strategy}, which does not support it; {remedy}."
-            for name, remedy in _UNSUPPORTED.items()
-            if getattr(self, name, None)
-        ]
-        optimizer = str(getattr(self.optim, "value", self.optim))
-        if self.streams and (optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")):
-            found.append(
-                f"optim: got {optimizer!r} with {strategy}: it changes weights in the middle of backward, which streaming takes in several "
-                "turns. Choose an optimizer that steps after it, such as adamw_torch."
-            )
-        if getattr(self, "loss_type", "nll") not in ("nll", "chunked_nll"):  # of trl's SFTConfig
-            found.append(f"loss_type: got {self.loss_type!r} with {strategy}, whose loss is the usual one; leave it out.")
-        return found
+        """Training arguments under which the method that is on has not been shown to be exact."""
+        return [] if self.switch is None else unsupported(self, self.switch)
 
     def _unsupported_by_layers(self) -> list[str]:
         """Training arguments under which layers that run again for backward have not been shown to be exact."""
@@ -150,7 +128,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     def _is_named_already(self, name: str) -> bool:
         """By token seeking or streaming; or under the older of two names of one argument."""
         older = name == "gradient_checkpointing" and getattr(self, "activation_checkpointing", None)
-        return bool(older or (name in _UNSUPPORTED and self.switch))
+        return bool(older or any(problem.startswith(f"{name}:") for problem in self._unsupported()))
 
 
 @dataclass

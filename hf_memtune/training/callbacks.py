@@ -1,6 +1,8 @@
-"""Callbacks: install a strategy for the time of training, log memory, draw what was kept."""
+"""Callbacks: put a method on the model for the time of training, log memory, draw what was kept."""
 
+import logging
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,87 +11,149 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.core.selection import Selection
 from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
-from hf_memtune.methods.streaming.streaming import Streaming
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
+from hf_memtune.methods.events import Listener
+from hf_memtune.methods.method import Method
+from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.streaming.method import Streaming
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.training.launch import problems_of
 from hf_memtune.training.offline import OfflineScores
 from hf_memtune.training.rng import preserved_rng
 
+logger = logging.getLogger(__name__)
 
-class StreamingCallback(TrainerCallback):
-    """Installs exact streaming at the start of training and removes it at its end. `strategy` is what is installed, or None."""
 
-    def __init__(self, config: StreamingConfig):
-        self.config = config
-        self.strategy: Streaming | None = None
+class MethodCallback(TrainerCallback, Listener):
+    """Puts a method on the model at the start of training and takes it off at its end; any Trainer trains with it, unchanged.
+
+    strategy: what is on, or None. listeners: who is told of its calls. Where training fails, transformers tells no callback: call `remove`.
+    """
+
+    def __init__(self):
+        self.strategy: Method | None = None
+        self.listeners: list[Listener] = []
+
+    def make(self, model) -> Method:
+        """The method, on the model."""
+        raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.remove()  # training begins again where a batch size that did not fit was halved
-        self.strategy = Streaming(model, self.config)
+        if found := problems_of(args, self.config.switch):
+            raise ConfigError(found)
+        self.strategy = self.make(model)
+        for listener in (self, *self.listeners):
+            self.strategy.listeners.add(listener)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.remove()
 
     def remove(self) -> None:
-        """Take the strategy off the model. May be called twice."""
+        """Take the method off the model. May be called twice."""
         if self.strategy is not None:
             self.strategy.remove()
         self.strategy = None
 
 
-class TokenSeekingCallback(TrainerCallback, ExportableState):
-    """Installs token seeking at the start of training and removes it at its end.
+class StreamingCallback(MethodCallback):
+    """Exact streaming in the time of training: `StreamingCallback(sequence_chunk_size=512)`, or with a StreamingConfig."""
 
-    `strategy` is what is installed, or None. MemEfficientTrainer adds this callback by itself, uses what it installs, and
-    removes it when training fails. Under another Trainer it changes nothing until that Trainer opens `strategy.step`.
+    def __init__(self, config: StreamingConfig | None = None, **settings):
+        super().__init__()
+        self.config = StreamingConfig(**settings) if config is None else config
+
+    def make(self, model) -> Streaming:
+        return Streaming(model, self.config)
+
+
+class TokenSeekingCallback(MethodCallback, ExportableState):
+    """Token seeking in the time of training: `TokenSeekingCallback(token_ratio=0.3)`, or with a TokenSeekingConfig.
+
+    A checkpoint holds its settings, and where the scores lie that it was given.
+
+    last_selection: the tokens that the last call of the model in training kept (a dict by stack for encoder-decoder models), or None.
     trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set go through its data loader.
     """
 
-    def __init__(self, config: TokenSeekingConfig, scorer: TokenScorer | None = None, trainer=None):
-        if config.seek_schedule != "step" and trainer is None:
-            raise ConfigError([f"seek_schedule: got {config.seek_schedule!r} without a trainer, whose data it passes over."])
-        self.config, self.scorer, self.trainer = config, scorer, trainer
-        self.strategy: TokenSeeking | None = None
+    def __init__(self, config: TokenSeekingConfig | None = None, scorer: TokenScorer | None = None, trainer=None, **settings):
+        super().__init__()
+        self.config = TokenSeekingConfig(**{"token_seeking": True, **settings}) if config is None else config
+        if self.config.seek_schedule != "step" and trainer is None:
+            raise ConfigError([f"seek_schedule: got {self.config.seek_schedule!r} without a trainer, whose data it passes over."])
+        if scorer is not None and not callable(scorer):
+            raise ConfigError([
+                f"scorer: got {scorer!r}, expected a function, which no checkpoint can hold. Give the callback to the resumed trainer, and "
+                "leave restore_callback_states_from_checkpoint out. Names go to token_scorer."
+            ])
+        self.scorer, self.trainer = scorer, trainer
         self.offline: OfflineScores | None = None
+        self.inputs: dict[str, Any] | None = None  # of the micro-batch, as the trainer was given them: a loss may take labels away
+        self.last_selection: Selection | dict[str, Selection] | None = None
         self._resumed_file: Path | None = None
+        self._learned: Tensor | int | None = None  # since the last log
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.remove()  # training begins again where a batch size that did not fit was halved
-        self.strategy = TokenSeeking(model, self.config, self.scorer)
+    def make(self, model) -> TokenSeeking:
+        return TokenSeeking(model, self.config, self.scorer)
+
+    def counted(self, **counts: Tensor | int) -> None:
+        if "learned" in counts:
+            self._learned = counts["learned"] if self._learned is None else self._learned + counts["learned"]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        learned, self._learned = self._learned, None
+        if logs is not None and "loss" in logs and learned is not None and int(learned) == 0:
+            logger.warning(
+                "no kept token carried a label since the last log, so nothing was learned: the scorer chose prompt tokens alone. "
+                "Set select_from=labels, or raise token_ratio."
+            )
+
+    def chosen(self, selection):
+        self.last_selection = selection if len(selection) > 1 else selection["decoder"]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
         self._resumed_file = _scores_file(state) if state.global_step else None
         if self.config.seek_schedule == "once":
-            self.offline = OfflineScores(self.strategy, self.trainer)
+            self._score_offline()
             self.offline.load_or_score() if self._resumed_file is None else self.offline.resume(self._resumed_file)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.config.seek_schedule == "epoch":
             file, self._resumed_file = self._resumed_file, None
-            self.offline = OfflineScores(self.strategy, self.trainer)
+            self._score_offline()
             if file is not None and state.epoch % 1:  # in the middle of an epoch: its scores are those of its beginning
                 self.offline.resume(file)
             else:
                 self.offline.score_into(Path(args.output_dir) / f"seek-epoch-{round(state.epoch or 0)}.safetensors")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.remove()
+    def _score_offline(self) -> None:
+        self.offline = OfflineScores(self.strategy, self.trainer)
+        self.strategy.lookup = self._offline_scores
+
+    def _offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Scores computed earlier for the rows of a call, by stack, (B, T) each; a loss may have taken their labels away."""
+        return self.offline.lookup(self.inputs if _same_rows(self.inputs, inputs) else inputs)
 
     def remove(self) -> None:
-        """Take the strategy off the model. May be called twice."""
-        if self.strategy is not None:
-            self.strategy.remove()
-        self.strategy = self.offline = None
-
-    def offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Scores computed earlier for the rows of a batch, by stack, (B, T) each; None where the step scores by itself."""
-        return None if self.offline is None else self.offline.lookup(inputs)
+        super().remove()
+        self.offline = self.inputs = None
 
     def state(self) -> dict:
         """Saved with a checkpoint: a resumed run must use the scores of the pre-trained model, not make new ones."""
         file = None if self.offline is None or self.offline.file is None else str(self.offline.file)
-        return {"args": {}, "attributes": {"scores_file": file}}
+        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config) if getattr(self.config, f.name) is not None}
+        scorer = {} if self.scorer is None else {"scorer": getattr(self.scorer, "__name__", type(self.scorer).__name__)}
+        return {"args": settings | scorer, "attributes": {"scores_file": file}}
+
+
+def _same_rows(batch: dict[str, Any] | None, inputs: dict[str, Any]) -> bool:
+    """Whether a call is one of the rows of a micro-batch, and not another one that a loss makes beside it."""
+    pair = [None if each is None else each.get("input_ids") for each in (batch, inputs)]
+    return all(torch.is_tensor(ids) for ids in pair) and torch.equal(*(ids.cpu() for ids in pair))
 
 
 def _scores_file(state) -> Path | None:
@@ -99,7 +163,7 @@ def _scores_file(state) -> Path | None:
     return None if file is None else Path(file)
 
 
-class MemoryCallback(TrainerCallback):
+class MemoryCallback(TrainerCallback, Listener):
     """Measures memory and time of training, for the logs.
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
@@ -120,8 +184,8 @@ class MemoryCallback(TrainerCallback):
         self._steps, self._seconds = 0, 0.0
         self._tokens: dict[str, Tensor | int] = {}
 
-    def count_tokens(self, **counts: Tensor | int) -> None:
-        """Add a step's counts (seen, kept, learned, recomputed); those on a device stay there until the next log."""
+    def counted(self, **counts: Tensor | int) -> None:
+        """Counts of a call of the model (seen, kept, learned, recomputed); those on a device stay there until the next log."""
         for name, count in counts.items():
             self._tokens[name] = self._tokens.get(name, 0) + count
 

@@ -5,8 +5,10 @@ rises: the gradient is another one. So the loss of all tokens of a few fixed row
 """
 
 import inspect
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from statistics import mean, variance
@@ -16,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.architectures import Architecture, describe
-from hf_memtune.core.loss import IGNORED, linear_loss
+from hf_memtune.core.logits import HeadOnDemand, LazyLogits
+from hf_memtune.core.loss import IGNORED
 from hf_memtune.methods.overrides import evaluating, forward_as
-from hf_memtune.methods.seeking.targets import LABEL_NAMES, model_inputs, targets
+from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.training.rng import preserved_rng
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 5  # logs: a mean of fewer has a standard error that is itself mostly chance
 ERRORS = 2.0  # standard errors that a mean has to move by, up or down: about one chance in thirty in noise, for each of the two
@@ -74,44 +79,81 @@ def _halves(losses: Iterable[float]) -> tuple[list[float], list[float]]:
     return list(losses)[:WINDOW], list(losses)[WINDOW:]
 
 
-def full_loss(model: nn.Module, batches: Iterable[dict[str, Any]], linear_head: nn.Linear | None = None) -> float:
+class FullLossCallback:
+    """Puts the loss of all tokens of a few fixed rows beside that of the kept ones, at every log, and says when they part.
+
+    Acts where the loss is the mean over the kept tokens (token_selection=top): every other one stands for all tokens already.
+    """
+
+    def __init__(self, trainer: Any):
+        args = trainer.args
+        self.trainer, self.is_on = trainer, bool(args.is_mean_of_kept and args.token_ratio < 1 and args.full_loss_rows)
+        self._guard = FullLossGuard()
+        self._rows: list[dict[str, Any]] | None = None
+        self._last_inputs: dict[str, Any] | None = None
+
+    def saw(self, inputs: dict[str, Any]) -> None:
+        """A micro-batch of training, whose rows are measured where there is no evaluation set."""
+        if self.is_on and self.trainer.eval_dataset is None and isinstance(inputs, Mapping):
+            self._last_inputs = inputs
+
+    def add_to(self, logs: dict[str, float]) -> None:
+        """Measure, and put it into the logs."""
+        trainer = self.trainer
+        strategy = getattr(trainer.strategy_callback, "strategy", None)
+        if not self.is_on or strategy is None:
+            return
+        count = trainer.args.full_loss_rows
+        if self._rows is None and trainer.eval_dataset is not None:
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="Evaluation")
+            self._rows = first_batches(trainer.eval_dataset, count, collate, trainer.args.device)
+        if self._rows is None and self._last_inputs is None:
+            return  # what this trainer trains on has no rows that the model's own loss could be taken of
+        batches = rows_of(self._last_inputs, count) if self._rows is None else self._rows
+        with trainer.compute_loss_context_manager():
+            logs["full_loss"] = full_loss(trainer.model, map(trainer._prepare_inputs, batches))
+        if warning := self._guard.add(logs["loss"], logs["full_loss"]):
+            logger.warning(warning)
+
+
+def full_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
     """Mean loss over all labelled tokens of the batches (rows, for heads with one loss a row); nan where nothing is labelled.
 
-    Plain forwards in evaluation mode, without gradient; the model and the random numbers that come next are left as they were.
-    model: a transformers model that makes its own loss, or a PEFT model around one, without a pass of token seeking open.
-    linear_head: the head whose output the model returns untouched, where there is one; its logits are then never whole.
+    Plain forwards in evaluation mode, without gradient or whole logits; the model and the random numbers that come next are left as they were.
+    model: a transformers model that makes its own loss, or a PEFT model around one.
     """
     architecture, total, count = describe(model), 0.0, 0
-    with torch.no_grad(), evaluating(model), preserved_rng(next(model.parameters()).device):
+    head = architecture.output_head
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(preserved_rng(next(model.parameters()).device))
+        if head is not None:
+            stack.enter_context(forward_as(head, partial(_on_demand, head)))
         for batch in batches:
-            weight, target = _weight(architecture, batch)
+            weight = _weight(architecture, batch)
             if weight:
-                total += _loss_sum(model, architecture, batch, target, weight, linear_head)
+                total += float(model(**batch | _without_cache(architecture)).loss) * weight
                 count += weight
     return total / count if count else float("nan")
 
 
-def _weight(architecture: Architecture, batch: dict[str, Any]) -> tuple[int, Tensor | None]:
-    """What the loss of a batch is a mean over: its labelled tokens, or its rows. And the label of each position, or None."""
+def _on_demand(head: nn.Linear, hidden: Tensor) -> Tensor:
+    forward = partial(type(head).forward, head)
+    return LazyLogits.of(hidden, HeadOnDemand(forward, lambda: head.weight, head.bias)) if hidden.dim() == 3 else forward(hidden)
+
+
+def _weight(architecture: Architecture, batch: dict[str, Any]) -> int:
+    """What the loss of a batch is a mean over: its labelled tokens, or its rows."""
     labels = {name: batch[name] for name in LABEL_NAMES if batch.get(name) is not None}
     target = targets(architecture, labels)
-    if target is not None:
-        return int((target != IGNORED).sum()), target
-    return len(next(iter(labels.values()), ())), None
+    return int((target != IGNORED).sum()) if target is not None else len(next(iter(labels.values()), ()))
 
 
-def _loss_sum(model, architecture: Architecture, batch: dict[str, Any], target, weight: int, head: nn.Linear | None) -> float:
+def _without_cache(architecture: Architecture) -> dict[str, bool]:
+    """Nothing is generated: keys and values need not stay."""
     knows_cache = "use_cache" in inspect.signature(type(architecture.head_model).forward).parameters
-    given = batch | ({"use_cache": False} if knows_cache else {})  # nothing is generated: keys and values need not stay
-    if head is None or target is None:
-        return float(model(**given).loss) * weight
-    with forward_as(head, partial(_head_loss, head, target)):
-        return float(model(**model_inputs(architecture, given)).logits)
-
-
-def _head_loss(head: nn.Linear, target: Tensor, hidden: Tensor) -> Tensor:
-    labelled = target != IGNORED
-    return linear_loss(hidden[labelled], head.weight, head.bias, target[labelled])
+    return {"use_cache": False} if knows_cache else {}
 
 
 def first_batches(dataset, count: int, collate: Callable, device: torch.device) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
 from hf_memtune.methods.overrides import instance_attribute
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
+from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.seeking.targets import LABEL_NAMES
 from hf_memtune.training.fingerprint import model_fingerprint
 from hf_memtune.training.rng import preserved_rng
 
@@ -106,6 +107,11 @@ class OfflineScores:
 
     def lookup(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Scores of a batch, by stack, (B, T) float32 each; padding scores 0. Raises StaleCacheError for an unknown row."""
+        if not any(batch.get(name) is not None for name in LABEL_NAMES) and self.rows:
+            raise StaleCacheError(
+                f"the model is called without labels (with {', '.join(batch)}), by which rows are known that were scored before training: the trainer "
+                "has taken them away. Use MemEfficientTrainer or MemEfficientMixin, which look before it does, or seek_schedule=step."
+            )
         keys = list(row_digests(batch, pairs=len(self.stacks) > 1))
         missing = [number for number, key in enumerate(keys) if key not in self.rows]
         if missing:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.scoring import combined_score
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
+from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.visualization.token_map import TokenMap
 
 
@@ -27,21 +27,21 @@ def token_maps(
     a model whose last block cannot run alone, such as a reversible one. Of an encoder-decoder model the decoder is shown. The model
     is left as it was.
     """
-    seeking = TokenSeeking(model, TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step"), scorer)
+    seeking = TokenSeeking(model, TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step"), scorer, looks_only=True)
     asked = ("context_score",) if seeking.facts.tail_problem else ("context_score", "gradient_score")
     try:
-        step = seeking.inspect(batch, scores=asked)
+        found = seeking.inspect(batch, scores=asked)
     finally:
         seeking.remove()
-    seen, selection = step.inspection["decoder"], step.selection["decoder"]
+    seen, selection = found.scores["decoder"], found.selection["decoder"]
     scores = {name.removesuffix("_score"): seen[name] for name in asked}
     if "gradient" in scores:
         pair = (seen["context_score"], seen["gradient_score"])
         scores["combined"] = combined_score(*pair, config.context_weight, config.gradient_weight, seen["real"])
     if scorer is not None or config.token_scorer not in (*scores, "random"):
-        scores[getattr(scorer, "__name__", config.token_scorer)] = step.values["decoder"]
-    labelled = torch.zeros_like(seen["real"]) if step.target is None else step.target != IGNORED
-    ids = step.inputs["decoder_input_ids" if seeking.architecture.is_encoder_decoder else "input_ids"]
+        scores[getattr(scorer, "__name__", config.token_scorer)] = found.values["decoder"]
+    labelled = torch.zeros_like(seen["real"]) if found.target is None else found.target != IGNORED
+    ids = found.ids["decoder"]
     return [
         _token_map(row, ids, seen["real"], scores, selection.kept_mask(), labelled, tokenizer, titles) for row in range(len(ids))
     ]

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from conditions import conditions
 
-from quality.arms import install, settings_of
+from quality.arms import install, is_seeking, settings_of
 from quality.tasks import Task
 
 CLIP, WARM_UP_SHARE = 1.0, 0.05
@@ -66,6 +66,8 @@ class Training:
         self.scores: list[tuple[int, float]] = []
         self.seconds: list[float] = []
         self.counts: Counter = Counter()
+        if installed is not None and is_seeking(run.arm):
+            self._listen()
         self.peak_bytes, self.diverged = 0, False
 
     def _rate(self, step: int) -> float:
@@ -110,33 +112,20 @@ class Training:
         self.optimizer.zero_grad()
 
     def _backward(self, batch: dict) -> None:
-        if self.installed is None:
-            self.model(**batch, **self._without_cache()).loss.backward()
-            return
-        with self.installed.step(batch) as step:
-            for _ in step.turns():
-                self._loss(step).backward()
-        self._count(step, batch)
-
-    def _loss(self, step) -> torch.Tensor:
-        if self.task.loss_per_row:
-            return self.model(**step.inputs, **step.labels).loss
-        # a choice among all tokens may keep none that carries a label: a sum of 0 then
-        return step.loss_sum(self.model(**step.inputs)) / max(1, int(step.loss_tokens))
+        self.model(**batch, **self._without_cache()).loss.backward()
+        if self.counts and not self.task.loss_per_row:
+            self.counts["labelled"] += self.task.labelled(batch)
 
     def _without_cache(self) -> dict:
         return {} if self.task.loss_per_row else {"use_cache": False}
 
-    def _count(self, step, batch: dict) -> None:
-        """Tokens seen and kept, labelled and learned from."""
-        selection = getattr(step, "selection", None)
-        if not selection:
-            return
-        self.counts["kept"] += sum(sum(chosen.counts) for chosen in selection.values())
-        self.counts["seen"] += int(batch["attention_mask"].sum())
-        if not self.task.loss_per_row:
-            self.counts["learned"] += int(step.kept_labels)
-            self.counts["labelled"] += self.task.labelled(batch)
+    def _listen(self) -> None:
+        """Count the tokens seen, kept and learned from."""
+        from quality.counting import Counts
+
+        counts = Counts()
+        self.installed.listeners.add(counts)
+        self.counts = counts.by_name
 
     def _measure(self, step: int) -> None:
         if not self.held_out:

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import patience
+
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem".split()
 WORDS += ["is", "are"]
@@ -111,4 +113,4 @@ def in_new_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run Python with the checkout importable, on one thread, with all files of `datasets` in `cwd`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "hf_home")}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)

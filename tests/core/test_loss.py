@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from hf_memtune.core import loss as loss_module
 from hf_memtune.core.loss import IGNORED, LinearLoss, linear_loss, linear_loss_gradient
+from hf_memtune.errors import LogitsError
 from hf_memtune.memory import LiveBytes
 from tests.tolerances import NOTICED, RELATIVE, close
 
@@ -84,11 +85,10 @@ def test_a_trained_head_has_one_gradient_in_memory(dtype):
     assert live.peak_bytes < tensors[1].nbytes / 10  # it was made in forward: the scalars of backward alone
 
 
-@pytest.mark.skipif(loss_module.chunked_linear_cross_entropy is None, reason="torch has no linear_cross_entropy")
 def test_a_second_gradient_in_memory_would_be_noticed():
-    """The sibling: torch's loss scales into a new one."""
+    """The sibling: autograd makes the gradient in backward."""
     *tensors, target = problem(tokens=8, classes=4096, dtype=torch.float32, bias=False)
-    loss = loss_module.chunked_linear_cross_entropy(*tensors, target, 16)
+    loss = plain(*tensors, target)
     with LiveBytes() as live:
         loss.backward()
     assert live.peak_bytes >= tensors[1].nbytes
@@ -128,7 +128,7 @@ def test_a_second_backward_raises_instead_of_scaling_twice():
     *tensors, target = problem()
     loss = LinearLoss.apply(*tensors, target, 0.1)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(LogitsError, match="a second time"):
         loss.backward()
 
 
@@ -145,6 +145,71 @@ def test_no_tokens_cost_nothing_and_still_have_a_gradient(dtype):
     tensors = problem(tokens=0, dtype=dtype)
     value, *gradients = with_gradients(linear_loss, tensors[0], tensors[1], None, tensors[3])
     assert value == 0 and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("above", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_a_batch_without_labels_has_no_gradient_whatever_comes_from_above(chunked, tokens, above):
+    """A mean over no label sends inf or nan, of which torch's own loss makes exactly 0."""
+    hidden, weight, bias, _ = problem(tokens=tokens)
+    for loss in (linear_loss, plain):
+        value = loss(hidden, weight, bias, torch.full((tokens,), IGNORED)) * above
+        assert all((gradient == 0).all() for gradient in torch.autograd.grad(value, [hidden, weight, bias]))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("above", [float("inf"), float("nan")])
+def test_ignored_tokens_have_no_gradient_whatever_comes_from_above(chunked, trained, above):
+    hidden, weight, bias, target = problem()
+    weight, bias = weight.requires_grad_(trained), bias.requires_grad_(trained)
+    (gradient,) = torch.autograd.grad(linear_loss(hidden, weight, bias, target) * above, [hidden])
+    assert (gradient[target == IGNORED] == 0).all()
+    assert not gradient[target != IGNORED].isfinite().any()  # the sibling: what is labelled shows what came
+
+
+def test_differentiating_twice_raises():
+    hidden, weight, bias, target = problem()
+    with pytest.raises(LogitsError, match="once only"):
+        torch.autograd.grad(linear_loss(hidden, weight, bias, target), [hidden], create_graph=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, token_weights()], ids=["plain sum", "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradient_the_loss_is_the_same(chunked, dtype, weights, smoothing):
+    tensors = problem(dtype=dtype)
+    with torch.no_grad():
+        found = linear_loss(*tensors, smoothing, weights)
+    expected = linear_loss(*tensors, smoothing, weights)
+    assert found.dtype == expected.dtype and not found.requires_grad
+    torch.testing.assert_close(found, expected.detach(), **close(dtype))
+
+
+# -- pointwise operations --------------------------------------------------------------------------------------------
+
+
+def capped(logits):
+    return torch.tanh(logits / 2) * 2
+
+
+@pytest.mark.parametrize("weights", [None, token_weights()], ids=["plain sum", "weighted"])
+@pytest.mark.parametrize("pointwise", [capped, torch.tanh, lambda x: x * 3], ids=["capped", "tanh", "scaled"])
+def test_loss_and_gradients_of_changed_logits(chunked, pointwise, weights):
+    *tensors, target = problem()
+
+    def changed(hidden, weight, bias, pointwise):
+        losses = F.cross_entropy(pointwise(F.linear(hidden, weight, bias)), target, reduction="none")
+        return (losses if weights is None else losses * weights).sum()
+
+    value = linear_loss(*tensors, target, token_weight_N=weights, pointwise=pointwise)
+    found = value.detach(), *torch.autograd.grad(value, tensors)
+    expected, other = (with_gradients(changed, *tensors, p) for p in (pointwise, lambda x: x))
+    torch.testing.assert_close(found, expected, **close(torch.float64))
+    assert all((ours - theirs).norm() > NOTICED * theirs.norm() for ours, theirs in zip(found, other))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear_loss(*tensors, target, token_weight_N=weights, pointwise=pointwise), found[0], **close(torch.float64)
+        )
 
 
 def test_another_target_is_noticed(chunked):

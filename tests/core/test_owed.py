@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_memtune.core.owed import Due, Joined, Live, OwedGradients
+from hf_memtune.core.owed import Live, OwedGradients
 from tests.tolerances import NOTICED, close
 
 ROWS, HEADS, TOKENS, CHANNELS = 2, 3, 7, 4
@@ -117,40 +117,3 @@ def owed_by_ones(dtype, tokens=300):
 def test_sums_may_be_wider_than_what_they_sum():
     """Bfloat16 counts to 256."""
     assert owed_by_ones(torch.float32) == 299 and owed_by_ones(None) == 256
-
-
-def test_it_is_known_whether_a_chunk_has_gone_backward(inputs):
-    _, key, value = inputs
-    owed, stored = OwedGradients(), tuple(part.detach().clone() for part in (key, value))
-    assert not owed.is_awaited
-    with torch.no_grad():
-        owed.attach(0, (key, value), stored, Live(0, TOKENS))
-    owed.attach(0, stored, stored, Live(0, TOKENS))  # frozen
-    assert not owed.is_awaited
-    keys, _ = owed.attach(0, (key, value), stored, Live(0, TOKENS))
-    assert owed.is_awaited
-    keys.sum().backward()
-    assert not owed.is_awaited
-
-
-# -- joints ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_what_is_due_goes_backward_whatever_the_scale(scale):
-    """A loss scaler multiplies the loss; the cotangent was scaled when it was made."""
-    hidden, cotangent = torch.randn(3, requires_grad=True), torch.randn(3)
-    due = Due.apply(hidden, cotangent)
-    assert due == 0
-    (scale * due).backward()
-    assert torch.equal(hidden.grad, cotangent)
-    assert not torch.equal(hidden.grad, hidden.new_zeros(3))
-
-
-def test_joined_adds_what_is_owed_from_elsewhere():
-    value, owed = torch.randn(3, requires_grad=True), torch.randn(3)
-    for expected, debt in ((owed + 2, owed), (torch.full((3,), 2.0), None)):
-        joined = Joined.apply(value, debt)
-        assert torch.equal(joined, value)
-        (found,) = torch.autograd.grad(2 * joined.sum(), value)
-        assert torch.equal(found, expected)

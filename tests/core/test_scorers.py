@@ -19,6 +19,7 @@ def context(asked=None):
         "gradient_score": torch.rand(2, 5),
         "token_loss": torch.rand(2, 5),
         "last_hidden_state": torch.rand(2, 5, 4),
+        "true_gradient": torch.rand(2, 5),
     }
     asked = [] if asked is None else asked
 
@@ -32,7 +33,10 @@ def context(asked=None):
     return SeekingContext(torch.zeros(2, 5, dtype=torch.long), REAL, None, {name: compute(name) for name in values}), values
 
 
-@pytest.mark.parametrize("name, entry", [("context", "context_score"), ("gradient", "gradient_score"), ("loss", "token_loss")])
+SINGLE = [("context", "context_score"), ("gradient", "gradient_score"), ("loss", "token_loss"), ("true_gradient", "true_gradient")]
+
+
+@pytest.mark.parametrize("name, entry", SINGLE)
 def test_single_scores_are_handed_on_and_nothing_else_is_computed(name, entry):
     asked = []
     seen, values = context(asked)
@@ -55,8 +59,8 @@ def test_every_entry_is_computed_once():
     asked = []
     seen, _ = context(asked)
     for _ in range(2):
-        seen.context_score, seen.gradient_score, seen.token_loss, seen.last_hidden_state
-    assert sorted(asked) == ["context_score", "gradient_score", "last_hidden_state", "token_loss"]
+        seen.context_score, seen.gradient_score, seen.token_loss, seen.last_hidden_state, seen.true_gradient
+    assert sorted(asked) == ["context_score", "gradient_score", "last_hidden_state", "token_loss", "true_gradient"]
 
 
 def test_random_is_drawn_anew_from_torchs_generator():
@@ -70,14 +74,17 @@ def test_random_is_drawn_anew_from_torchs_generator():
     assert not scorer.reads_model and not asked
 
 
-@pytest.mark.parametrize("name", [n for n in BUILT_IN if n != "random"])
-def test_the_others_read_the_model(name):
-    assert make_scorer(name).reads_model
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_who_reads_the_model_is_known_beforehand(name):
+    """Chance does not, and the gradient of the loss comes by itself, in backward."""
+    assert make_scorer(name).reads_model is (name not in ("random", "true_gradient"))
 
 
-@pytest.mark.parametrize(
-    "name, gradient_weight, runs", [("combined", 1.0, True), ("combined", 0.0, False), ("gradient", 0.0, True), ("loss", 0.0, True), ("context", 1.0, False), ("random", 1.0, False)]
-)
+RUNS = [("combined", 1.0, True), ("combined", 0.0, False), ("gradient", 0.0, True), ("loss", 0.0, True)]
+RUNS += [("context", 1.0, False), ("random", 1.0, False), ("true_gradient", 1.0, False)]
+
+
+@pytest.mark.parametrize("name, gradient_weight, runs", RUNS)
 def test_who_runs_the_last_block_is_known_beforehand(name, gradient_weight, runs):
     assert make_scorer(name, 1.0, gradient_weight).runs_last_block is runs
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from hf_memtune.core import tied
 from hf_memtune.core.loss import linear_loss
-from hf_memtune.core.tied import embed_tied
+from hf_memtune.core.tied import embed_summed, embed_tied
+from hf_memtune.errors import LogitsError
 from hf_memtune.memory import LiveBytes
 from tests.tolerances import NOTICED, RELATIVE
 
@@ -105,10 +106,51 @@ def test_backward_makes_no_matrix_of_the_embedding_s_size():
         classes * 8 + 2 * tokens * 8  # which row takes a token's sum; which token that is; the order
         + 2 * tokens * SIZE * 4  # rows in float32, and their sums
         + 4  # the loss's own gradient
+        - tokens  # which of them are labelled, gone by then
     )  # fmt: skip
     assert backward_bytes(embed_tied, tokens, classes) == made
     matrix = classes * SIZE * 2
     assert made < matrix and backward_bytes(lambda weight, ids: (F.embedding(ids, weight), weight), tokens, classes) > 1.9 * matrix
+
+
+# -- summed where the gradient is ------------------------------------------------------------------------------------
+
+
+def in_parts(weight, ids, padding_idx=None, parts=3):
+    """The lookups of some tokens at a time, each with a backward pass of its own."""
+    for part in ids.chunk(parts, dim=1):
+        embed_summed(weight, part, padding_idx).square().sum().backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_parts_add_to_the_gradient_that_is_there(dtype, padding_idx, there):
+    (weight, ids, _), (other, _, _) = problem(dtype), problem(dtype)
+    for each in (weight, other):
+        each.grad = torch.ones_like(each) if there else None
+    before = weight.grad
+    found = in_parts(weight, ids, padding_idx)
+    F.embedding(ids, other, padding_idx).square().sum().backward()
+    assert (found - other.grad).norm() <= RELATIVE[dtype] * other.grad.norm()
+    assert found is before or not there
+    weight.grad = None
+    assert (in_parts(weight, ids[:, 1:], padding_idx) - other.grad).norm() > NOTICED * other.grad.norm()
+
+
+def test_summing_in_place_makes_no_matrix():
+    weight, ids, _ = problem(torch.bfloat16, 64, 4096)
+    weight.grad, matrix = torch.zeros_like(weight), weight.nbytes
+    plain, _, _ = problem(torch.bfloat16, 64, 4096)
+    plain.grad = torch.zeros_like(plain)
+
+    def peak(take):
+        with LiveBytes() as live:
+            take()
+        return live.peak_bytes
+
+    assert peak(lambda: in_parts(weight, ids)) < matrix <= peak(lambda: F.embedding(ids, plain).square().sum().backward())
 
 
 def test_a_second_backward_is_refused():
@@ -116,7 +158,7 @@ def test_a_second_backward_is_refused():
     embedded, of_head = embed_tied(weight, ids)
     loss = loss_of(embedded, of_head, target)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(LogitsError, match="a second time"):
         loss.backward()
 
 
@@ -125,5 +167,5 @@ def test_traced_tensors_need_no_values():
 
     with FakeTensorMode():
         into = torch.zeros(CLASSES, SIZE)
-        tied._add_rows(into, torch.zeros(TOKENS, dtype=torch.long), torch.zeros(TOKENS, SIZE), 0)
+        tied.add_rows(into, torch.zeros(TOKENS, dtype=torch.long), torch.zeros(TOKENS, SIZE), 0)
     assert into.shape == (CLASSES, SIZE)

@@ -8,6 +8,7 @@ import torch
 
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.memory import CATEGORIES, LiveBytes, MemoryAccount, StepLedger
+from hf_memtune.methods.events import Listener
 from tests.methods.tiny_models import batch_for, tiny_model
 
 ROWS, TOKENS, LAYERS = 2, 32, 3
@@ -24,17 +25,23 @@ def plain(model, batch, optimizer):
     optimizer.step()
 
 
-def streamed(model, batch, optimizer, ledger=None):
-    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=8))
-    with ledger:
-        ledger.watch(streaming)
-        with streaming.step(batch) as step:
-            for _ in step.turns():
-                outputs = model(**step.inputs)
-                (step.loss_sum(outputs) / step.loss_tokens).backward()
-                del outputs
-        optimizer.step()
-    return streaming, step
+class Streams(Listener):
+    """Weak references to what the streams of a method store: keys and values when the forward pass is over, and sums."""
+
+    def __init__(self):
+        self.kept = []
+
+    def context_begins(self, stored):
+        self.stored = weakref.WeakMethod(stored)
+
+    def context_ends(self):
+        self.kept.append([weakref.ref(tensor) for tensor in self.stored()()])
+
+    def chunk_ends(self):
+        self.context_ends()
+
+    def alive(self):
+        return sum(tensor() is not None for tensors in self.kept for tensor in tensors)
 
 
 def account_of_plain(**options):
@@ -86,24 +93,52 @@ def test_logits_are_told_by_the_vocabulary():
 
 
 def test_stored_keys_and_values_are_told():
-    model, batch, optimizer = setting()
-    streaming, _ = streamed(model, batch, optimizer, ledger := StepLedger(model, optimizer, list(batch.values())))
-    account = ledger.account()
-    owed = STORED * (TOKENS - 8) // TOKENS  # to all but the last chunk
-    assert account.phase("context_pass").by_category["stored_kv"] <= STORED
-    assert account.phase("forward").by_category["stored_kv"] == STORED + owed  # of the second turn, when gradients are there
-    assert "step" not in vars(streaming)
-    streaming.remove()
+    model, batch, _ = setting()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=8)) as streaming:
+        with StepLedger(model, None, list(batch.values())) as ledger:
+            ledger.watch(streaming)
+            model(**batch).loss.backward()
+        account = ledger.account()
+        owed = STORED * (TOKENS - 8) // TOKENS  # to all but the last chunk
+        assert account.phase("context_pass").by_category["stored_kv"] == STORED  # there is room for all tokens from the first chunk on
+        assert account.phase("forward").by_category["stored_kv"] == STORED
+        assert account.phase("backward").by_category["stored_kv"] == STORED + owed
+        assert not streaming.listeners._all  # a closed ledger is told nothing any more
+
+
+def test_unwatched_keys_and_values_are_not_told():
+    """The sibling: what is stored is known from the method alone, and from nothing else."""
+    model, batch, _ = setting()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=8)), StepLedger(model, None, list(batch.values())) as ledger:
+        model(**batch).loss.backward()
+    assert [phase.phase for phase in ledger.account().phases] == ["forward", "backward"]
+    assert not any(phase.by_category["stored_kv"] for phase in ledger.account().phases)
+
+
+def test_what_lives_from_forward_to_backward_is_saved():
+    """Of a stream the hidden states of all tokens, their gradient, and the graph of the last chunk."""
+    model, batch, _ = setting()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=8)) as streaming, StepLedger(model, None, list(batch.values())) as ledger:
+        ledger.watch(streaming)
+        outputs = model(**batch)
+        saved_of_context = ROWS * TOKENS * 32 * 4
+        outputs.loss.backward()
+    context, forward, _ = (phase.by_category["saved_activations"] for phase in ledger.account().phases)
+    assert saved_of_context <= context < 1.1 * saved_of_context  # and masks of the last chunk's length
+    assert forward > context + ROWS * 8 * 12 * 48 * 4  # the MLPs of the last chunk, in 3 layers
 
 
 def test_nothing_stored_outlives_the_step():
     model, batch, optimizer = setting()
-    streaming, step = streamed(model, batch, optimizer, ledger := StepLedger(model, optimizer, list(batch.values())))
-    stored = weakref.ref(step.stream.store.tensors()[0])
-    assert stored() is not None
-    del step
-    assert stored() is None
-    streaming.remove()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=8)) as streaming:
+        streaming.listeners.add(streams := Streams())
+        with StepLedger(model, optimizer, list(batch.values())) as ledger:
+            ledger.watch(streaming)
+            outputs = model(**batch)
+            assert streams.alive() == 2 * LAYERS
+            outputs.loss.backward()
+            assert len(streams.kept) == 1 + TOKENS // 8 and len(streams.kept[1]) == 4 * LAYERS
+            assert streams.alive() == 0  # though the outputs are held
 
 
 def test_the_ledger_changes_nothing():

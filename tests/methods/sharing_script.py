@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests import patience  # noqa: E402
 from tests.methods.reversible_models import model_of, reversible_of  # noqa: E402
 
 ROWS, TOKENS = 4, 9
-# wrapper, model, coupling or "two levels", and settings
+# wrapper, model, coupling or another method, and settings
 CASES = {
     "ddp centred": ("ddp", "bert", "centred", {}),
     "ddp meft1": ("ddp", "llama", "meft1", {}),
@@ -29,6 +30,12 @@ CASES = {
     "fsdp meft3": ("fsdp", "bert", "meft3", {}),
     "fsdp all": ("fsdp", "llama", "centred", {"adapter_rank": 0}),
     "fsdp two levels": ("fsdp", "gpt2", "two levels", {}),
+    "ddp streaming": ("ddp", "llama", "streaming", {"sequence_chunk_size": 4}),
+    "ddp unused streaming": ("ddp unused", "llama", "streaming", {"sequence_chunk_size": 4}),
+    "ddp streaming tied": ("ddp", "gpt2", "streaming", {"sequence_chunk_size": 4}),
+    "ddp streaming accumulated": ("ddp accumulated", "llama", "streaming", {"sequence_chunk_size": 4}),
+    "ddp seeking": ("ddp", "llama", "seeking", {"token_ratio": 0.5}),
+    "ddp seeking in a stream": ("ddp", "llama", "seeking", {"token_ratio": 0.5, "token_gradient": "stream", "sequence_chunk_size": 4}),
 }
 
 
@@ -45,27 +52,36 @@ def wrapped(kind: str, model: nn.Module, handle) -> nn.Module:
 
 def gradients(name: str, share: slice, processes: int) -> dict:
     """Of the mean loss over this process's rows, averaged over processes by the wrapper."""
-    kind, architecture, coupling, changed = CASES[name]
+    kind, architecture, method, changed = CASES[name]
     model = model_of(architecture)
     torch.manual_seed(2)
-    handle = two_levels(model) if coupling == "two levels" else reversible_of(model, coupling, "exact", **changed)
+    handle = put_on(model, method, changed)
     ids = torch.randint(5, 60, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))[share]
     training = wrapped(kind, model, handle) if processes > 1 else model
-    training(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+    for _ in range(2 if kind == "ddp accumulated" else 1):  # the second time there are gradients, already averaged
+        training(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     return {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in found.items()}
 
 
-def two_levels(model):
-    from hf_memtune import checkpoint_in_two_levels
+def put_on(model: nn.Module, method: str, changed: dict):
+    from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig, checkpoint_in_two_levels
 
-    return checkpoint_in_two_levels(model)
+    if method == "two levels":
+        return checkpoint_in_two_levels(model)
+    if method == "streaming":
+        return Streaming(model, StreamingConfig(**changed))
+    if method == "seeking":  # of as many labels in every row, chosen row by row
+        rowwise = {"token_scorer": "context", "token_selection": "top", "select_from": "labels", "always_keep": "none"}
+        return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **rowwise, **changed))
+    return reversible_of(model, method, "exact", **changed)
 
 
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    wait = timedelta(seconds=patience.COLLECTIVE)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
     half = ROWS // 2
     found = {name: gradients(name, slice(rank * half, (rank + 1) * half), 2) for name in CASES}
     if rank == 0:

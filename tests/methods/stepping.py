@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
-from hf_memtune.architectures import Task
 from hf_memtune.core.selection import Selection
+from hf_memtune.methods.events import Listener
 from tests.methods.tiny_models import batch_for, lm_head, tiny_model
 from tests.methods.twin import gradients, shifted, twin_loss, worst_difference
 from tests.tolerances import tolerance
@@ -20,17 +20,40 @@ RATIO = 0.35  # of rows of 13 and 9 tokens: keeps 5 and 4, so that every batch h
 
 @dataclass
 class Taken:
-    """A finished step: its mean loss, the gradients of all parameters, and which tokens were kept."""
+    """A finished step: its mean loss, the gradients of all parameters, which tokens were kept, and what was told of them."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
     selection: dict[str, Selection]
-    fused: bool
     outputs: object
+    heard: "Ear"
 
     @property
     def kept(self) -> dict[str, Tensor]:
         return {name: selection.kept_mask() for name, selection in self.selection.items()}
+
+
+class Ear(Listener):
+    """Everything that a method tells."""
+
+    def __init__(self):
+        self.counts: dict[str, int] = {}
+        self.chunks: list[int] = []
+        self.turns = 0  # of chunks that went backward
+        self.selections: list[dict[str, Selection]] = []
+
+    def counted(self, **counts):
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + int(count)
+
+    def shaped(self, chunks, rows):
+        self.chunks.append(chunks)
+
+    def chunk_ends(self):
+        self.turns += 1
+
+    def chosen(self, selection):
+        self.selections.append(selection)
 
 
 def seeking_on(model, scorer=None, **settings) -> TokenSeeking:
@@ -39,17 +62,45 @@ def seeking_on(model, scorer=None, **settings) -> TokenSeeking:
     return TokenSeeking(model, TokenSeekingConfig(**settings), scorer=scorer)
 
 
-def take_step(model, batch, scorer=None, scores=None, whole_logits=False, **settings) -> Taken:
-    """One step, its backward, and removal."""
-    seeking = seeking_on(model, scorer, **settings)
+def target_of(model, batch) -> Tensor | None:
+    """(B, T): the label of each position's own prediction; None where the model has one loss for a row."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "labels" not in batch or batch["labels"].dim() < 2 or batch["labels"].is_floating_point():  # classes of rows, one or several
+        return None
+    return shifted(batch["labels"]) if type(inner).__name__.endswith(("CausalLM", "LMHeadModel")) else batch["labels"]
+
+
+def loss_of(model, batch, label_smoothing=0.0) -> tuple[Tensor, object]:
+    """The mean loss in the dtype of the logits (transformers takes it in float32), and the outputs; of rows, the model's own."""
+    target = target_of(model, batch)
+    if target is None:
+        outputs = model(**batch)
+        return outputs.loss, outputs
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if inner.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    outputs = model(**inputs)
+    total = F.cross_entropy(outputs.logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    return total / (target != -100).sum().clamp_min(1), outputs
+
+
+def step_on(model, method, batch, **settings) -> Taken:
+    """One call and its backward under a method that is on. Gradients that were there are dropped."""
+    ear = Ear()
+    forget = method.listeners.add(ear)
     try:
-        with seeking.step(batch, scores=scores, whole_logits=whole_logits) as step:
-            per_row = not seeking.architecture.task.loss_per_token
-            outputs = model(**(step.inputs | step.labels if per_row else step.inputs))
-        loss = outputs.loss if per_row else step.loss_sum(outputs) / step.kept_labels
-        return Taken(loss.detach(), gradients(model, loss), step.selection, step.fused, outputs)
+        loss, outputs = loss_of(model, batch, **settings)
+        found = gradients(model, loss)
+        return Taken(loss.detach(), found, ear.selections[-1] if ear.selections else {}, outputs, ear)
     finally:
-        seeking.remove()
+        forget()
+
+
+def take_step(model, batch, scorer=None, label_smoothing=0.0, **settings) -> Taken:
+    """One step of token seeking, its backward, and removal."""
+    with seeking_on(model, scorer, **settings) as seeking:
+        return step_on(model, seeking, batch, label_smoothing=label_smoothing)
 
 
 def token_twin(model, batch, kept, head=None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,67 +134,28 @@ def model_and_batch(name: str, side: str = "right", head: str | None = None, len
 
 
 def has_float32_inside(name: str, attention: str = "sdpa") -> bool:
-    return name in ("gemma2", "gemma3", "llama4", "cohere2") or attention == "eager"
+    """Whether a model called in float64 has a sum in float32 whose order follows from how many tokens pass together.
+
+    Norms of Gemma and Cohere sum the gradient of their weight over the tokens, DeepSeek's router is a matrix product, Llama 4's
+    rotation is complex, and eager attention has a softmax over keys. What is float32 within one token, as Llama's norms are,
+    is the same operation on the same numbers however tokens are cut, and rounds alike.
+    """
+    return name in ("gemma2", "gemma3", "llama4", "cohere2", "deepseek-v3") or attention == "eager"
 
 
-# -- steps in several turns ------------------------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Streamed:
-    """A finished step of one or more turns: its mean loss, the gradients of all parameters, and the step itself."""
-
-    loss: Tensor
-    gradients: dict[str, Tensor]
-    step: object
-    turns: int
-
-
-def take_turns(model, strategy, batch, label_smoothing=0.0, whole_logits=False) -> Streamed:
-    """One step of a strategy, every turn of it with its backward. Gradients that were there are dropped."""
-    model.zero_grad(set_to_none=True)
-    loss, turns, is_last = 0, 0, []
-    with strategy.step(batch, label_smoothing=label_smoothing, whole_logits=whole_logits) as step:
-        for last in step.turns():
-            outputs = model(**_inputs_of(step))
-            part = (_own_loss_sum(step, outputs) if whole_logits else step.loss_sum(outputs)) / step.loss_tokens
-            part.backward()
-            loss, turns, is_last = loss + part.detach(), turns + 1, [*is_last, last]
-    assert is_last == [False] * (turns - 1) + [True]
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return Streamed(loss, found, step, turns)
-
-
-def _own_loss_sum(step, outputs) -> Tensor:
-    """From the logits of a turn, shifted as every causal loss of transformers shifts them."""
-    logits, labels = outputs.logits, step.shiftable_labels()
-    if step.architecture.task is Task.CAUSAL_LM:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=step.label_smoothing)
-
-
-def _inputs_of(step) -> dict:
-    """What the model is called with in a turn: with its labels where it takes the loss itself."""
-    return step.inputs if step.architecture.task.loss_per_token else step.inputs | step.labels
-
-
-def stream(model, batch, chunk, **settings) -> Streamed:
+def stream(model, batch, chunk, **settings) -> Taken:
     """One step of exact streaming in chunks of `chunk` tokens, its backward, and removal."""
-    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=chunk))
-    try:
-        return take_turns(model, streaming, batch, **settings)
-    finally:
-        streaming.remove()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=chunk)) as streaming:
+        return step_on(model, streaming, batch, **settings)
 
 
-def seek_in_stream(model, batch, chunk, scorer=None, **settings) -> Streamed:
+def seek_in_stream(model, batch, chunk, scorer=None, **settings) -> Taken:
     """One step of token seeking whose gradient is not cut, in chunks of `chunk` tokens, its backward, and removal."""
-    seeking = seeking_on(model, scorer, **{"token_gradient": "stream", "sequence_chunk_size": chunk, **settings})
-    try:
-        return take_turns(model, seeking, batch)
-    finally:
-        seeking.remove()
+    with seeking_on(model, scorer, **{"token_gradient": "stream", "sequence_chunk_size": chunk, **settings}) as seeking:
+        return step_on(model, seeking, batch)
 
 
 def plain_twin(model, batch, kept=None, label_smoothing=0.0) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,12 +7,22 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_memtune.errors import MemTuneError, UnsupportedModelError
+from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.memory import SavedBytes
-from hf_memtune.methods import passes
-from tests.methods.stepping import assert_equal_step, has_float32_inside, model_and_batch, seeking_on, take_step, token_twin
+from hf_memtune.methods.attention import passes
+from tests.methods.stepping import (
+    Ear,
+    assert_equal_step,
+    has_float32_inside,
+    loss_of,
+    model_and_batch,
+    seeking_on,
+    step_on,
+    take_step,
+    token_twin,
+)
 from tests.methods.tiny_models import batch_for, lm_head
-from tests.methods.twin import gradients, twin_loss, worst_difference
+from tests.methods.twin import ditching, gradients, twin_loss, worst_difference
 from tests.tolerances import NOTICED, RELATIVE, tolerance
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
@@ -46,14 +56,33 @@ def test_lora_alone_learns_and_equals_the_twin(name):
     assert_equal_step(taken, loss, expected, dtype, has_float32_inside(name))
 
 
-def test_lora_around_the_head_equals_the_twin():
+def all_tokens_twin(model, batch, kept):
+    """The loss of all labels, of a full forward in which everything of unselected tokens is detached from there down."""
+    with ditching(model.get_base_model(), kept):
+        loss = loss_of(model, batch)[0]
+    return loss.detach(), gradients(model, loss)
+
+
+@pytest.mark.parametrize("scorer", ["combined", "loss"])
+def test_lora_around_the_head_equals_the_twin(scorer):
+    """The head is no longer one product: it is run for all tokens, and those to go on from there are chosen in backward."""
     model, batch, dtype = model_and_batch("llama")
     model = with_lora(model, ["q_proj", "down_proj", "lm_head"])
+    if scorer == "loss":
+        batch["labels"][:, :2] = -100
+        with pytest.raises(ConfigError, match="labels that the model was given"):
+            take_step(model, batch, token_scorer=scorer)
+        with seeking_on(model, token_scorer=scorer) as seeking:
+            seeking.listeners.add(ear := Ear())
+            model(**batch).loss.backward()
+        model.zero_grad()
+        assert ear.counts["kept"] == ear.counts["learned"] == 9
+        return
     taken = take_step(model, batch, **SPREAD)
-    assert not taken.fused  # the head is no longer one product
     assert any("lm_head" in parameter for parameter in taken.gradients)
-    loss, expected = lora_twin(model, batch, taken.kept)
+    loss, expected = all_tokens_twin(model, batch, taken.kept)
     assert_equal_step(taken, loss, expected, dtype)
+    assert worst_difference(taken.gradients, lora_twin(model, batch, taken.kept)[1]) > NOTICED
 
 
 def test_a_classifier_saved_beside_the_adapters_equals_the_twin():
@@ -62,7 +91,7 @@ def test_a_classifier_saved_beside_the_adapters_equals_the_twin():
     model = with_lora(model, ["query", "value"], modules_to_save=["classifier"])
     taken = take_step(model, batch, **SPREAD)
     assert any("modules_to_save" in parameter for parameter in taken.gradients)
-    loss, expected = lora_twin(model, batch, taken.kept, None)
+    loss, expected = all_tokens_twin(model, batch, taken.kept)
     assert_equal_step(taken, loss, expected, dtype)
 
 
@@ -134,18 +163,13 @@ def test_gradients_pass_through_4bit_weights(quantised_llama, evaluated):
     model = with_lora(quantised_llama(torch.float32)).eval()  # as peft hands it over
     plain = dequantised(model)
     batch = batch_for(model)
-    seeking = seeking_on(model, **SPREAD)
-    if evaluated:
-        with torch.no_grad():
-            model.eval()(**batch)
-    model.train()
-    with seeking.step(batch) as step:
-        outputs = model(**step.inputs)
-    found = gradients(model, step.loss_sum(outputs) / step.kept_labels)
-    seeking.remove()
-    kept = {name: selection.kept_mask() for name, selection in step.selection.items()}
-    _, expected = lora_twin(plain.train(), batch, kept)
-    assert whole_error(found, expected) <= 10 * tolerance(torch.float32)
+    with seeking_on(model, **SPREAD) as seeking:
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(**batch)
+        taken = step_on(model.train(), seeking, batch)
+    _, expected = lora_twin(plain.train(), batch, taken.kept)
+    assert whole_error(taken.gradients, expected) <= 10 * tolerance(torch.float32)
 
 
 def test_weights_that_an_evaluation_has_repacked_are_refused(quantised_llama):
@@ -221,12 +245,12 @@ def test_checkpointed_lora_equals_the_twin(reentrant):
 
 def saved_bytes(model, batch, **settings):
     """Bytes held for backward when the forward is done; what scoring held before is gone by then."""
-    seeking = seeking_on(model, **settings)
-    with seeking.step(batch) as step, SavedBytes(exclude=model) as saved:
-        loss = step.loss_sum(model(**step.inputs))
-    held = saved.current_bytes
-    loss.backward()
-    seeking.remove()
+    with seeking_on(model, **settings):
+        with SavedBytes(exclude=model) as saved:
+            loss, _ = loss_of(model, batch)
+        held = saved.current_bytes
+        loss.backward()
+    model.zero_grad()
     return held
 
 
@@ -239,7 +263,7 @@ def test_checkpointing_saves_fewer_bytes(reentrant):
 
 def test_fewer_tokens_save_fewer_bytes():
     model, batch, _ = model_and_batch("llama", lengths=(48, 40))
-    assert saved_bytes(model, batch, token_ratio=0.1) < 0.5 * saved_bytes(model, batch, token_ratio=1.0)
+    assert saved_bytes(model, batch, token_ratio=0.1) < 0.5 * min(saved_bytes(model, batch, token_ratio=r) for r in (0.999, 1.0))
 
 
 @REENTRANT
@@ -251,12 +275,10 @@ def test_each_backward_recomputes_the_step_of_its_own_forward(name, reentrant):
     separate = [take_step(model, each, **SPREAD).gradients for each in (batch, other)]
     expected = {parameter: separate[0][parameter] + separate[1][parameter] for parameter in separate[0]}
     model = checkpointed(model, reentrant)
-    seeking, losses = seeking_on(model, **SPREAD), []
-    for each in (batch, other):
-        with seeking.step(each) as step:
-            losses.append(step.loss_sum(model(**step.inputs)) / step.kept_labels)
-    assert worst_difference(gradients(model, sum(losses)), expected) <= tolerance(dtype)
-    seeking.remove()
+    for order in (1, -1):
+        with seeking_on(model, **SPREAD):
+            losses = [loss_of(model, each)[0] for each in (batch, other)][::order]
+            assert worst_difference(gradients(model, sum(losses)), expected) <= tolerance(dtype)
 
 
 def test_a_recompute_with_the_state_of_another_step_is_noticed():
@@ -334,8 +356,9 @@ def test_autocast_is_as_near_to_float32_as_bfloat16_allows(name, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable()
     scores = {stack: mask.double() for stack, mask in take_step(model, batch, **SPREAD).kept.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        taken = take_step(model, batch, scores=scores)
+    with seeking_on(model) as seeking, torch.autocast("cpu", dtype=torch.bfloat16):
+        seeking.lookup = lambda inputs: scores
+        taken = step_on(model, seeking, batch)
     model.gradient_checkpointing_disable()
     loss, expected = token_twin(model, batch, taken.kept, lm_head(name))
     assert all(g.dtype == torch.float32 for g in taken.gradients.values())
@@ -356,15 +379,6 @@ def test_scoring_runs_under_autocast(name, chunk, scorer):
 # -- batches without anything to learn -------------------------------------------------------------------------------
 
 
-def step_without_loss(model, batch, **settings):
-    seeking = seeking_on(model, **settings)
-    with seeking.step(batch) as step:
-        outputs = model(**step.inputs)
-    loss = step.loss_sum(outputs)
-    seeking.remove()
-    return step, loss, gradients(model, loss)
-
-
 @pytest.mark.parametrize("scorer", ["combined", "random", "loss"])
 @pytest.mark.parametrize("chunk", [4, 512])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "gpt2"])
@@ -372,9 +386,9 @@ def test_a_batch_without_labels_costs_nothing(name, chunk, scorer):
     model, batch, _ = model_and_batch(name)
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for select_from in ("all", "labels"):
-        step, loss, found = step_without_loss(model, batch, token_scorer=scorer, context_chunk_size=chunk, select_from=select_from)
-        assert step.kept_labels == 0 and loss == 0 and loss.requires_grad
-        assert all((g == 0).all() for g in found.values())
+        taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, select_from=select_from)
+        assert taken.heard.counts["learned"] == 0 and taken.loss == 0
+        assert all((g == 0).all() for g in taken.gradients.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -382,12 +396,9 @@ def test_kept_tokens_without_labels_cost_nothing(name):
     """A prompt that takes the whole budget: its tokens are kept and have nothing to predict."""
     model, batch, _ = model_and_batch(name)
     batch["labels"][:, :8] = -100
-    seeking = seeking_on(model, lambda seen: -torch.arange(13.0).expand(2, -1))
-    with seeking.step(batch) as step:
-        loss = step.loss_sum(model(**step.inputs))
-    seeking.remove()
-    assert step.kept_labels == 0 and loss == 0
-    assert all((g == 0).all() for g in gradients(model, loss).values())
+    taken = take_step(model, batch, scorer=lambda seen: -torch.arange(13.0).expand(2, -1))
+    assert taken.heard.counts["learned"] == 0 and taken.loss == 0
+    assert all((g == 0).all() for g in taken.gradients.values())
 
 
 def test_selecting_from_labels_spends_the_budget_on_them():
@@ -400,7 +411,7 @@ def test_selecting_from_labels_spends_the_budget_on_them():
     assert_equal_step(taken, loss, expected, dtype)
 
 
-# -- misuse and old versions -------------------------------------------------------------------------------------------
+# -- old versions, and looking -------------------------------------------------------------------------------------------
 
 
 def test_casts_made_without_gradient_are_not_reused():
@@ -418,20 +429,12 @@ def test_casts_made_without_gradient_are_not_reused():
     assert taken.gradients.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_a_second_call_within_a_step_is_refused():
-    model, batch, _ = model_and_batch("llama")
-    seeking = seeking_on(model)
-    with pytest.raises(MemTuneError, match="more often"), seeking.step(batch) as step:
-        model(**step.inputs)
-        model(**step.inputs)
-    seeking.remove()
-
-
-@pytest.mark.parametrize("scorer", ["combined", "context", "gradient", "random", "loss"])
+@pytest.mark.parametrize("scorer", ["combined", "context", "gradient", "random", "loss", "true_gradient"])
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
 def test_every_score_can_be_looked_at_whatever_the_scorer(name, scorer):
     model, batch, _ = model_and_batch(name)
-    seeking = seeking_on(model, token_scorer=scorer)
-    step = seeking.inspect(batch, ("context_score", "gradient_score", "token_loss"))
-    seeking.remove()
-    assert all(score.shape == batch["input_ids"].shape for score in step.inspection["decoder"].values())
+    names = ("context_score", "gradient_score", "token_loss", "true_gradient")
+    with seeking_on(model, token_scorer=scorer) as seeking:
+        found = seeking.inspect(batch, names)
+    assert found.scores["decoder"].keys() == {*names, "real"}
+    assert all(score.shape == batch["input_ids"].shape for score in found.scores["decoder"].values())

@@ -7,18 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_memtune.architectures import Task
+from hf_memtune.core.sampling import CERTAIN, systematic
 from tests.methods.stepping import (
-    Taken,
+    Ear,
     assert_equal_step,
     has_float32_inside,
+    loss_of,
     model_and_batch,
     seeking_on,
     take_step,
+    target_of,
     token_twin,
 )
 from tests.methods.tiny_models import CAUSAL, FURTHER, MASKED, lm_head
-from tests.methods.twin import gradients, worst_difference
+from tests.methods.twin import ditching, gradients, worst_difference
 from tests.tolerances import NOTICED, tolerance
 
 EVERY = [*CAUSAL, *MASKED, "bart"]
@@ -54,7 +56,7 @@ def test_further_architectures_equal_the_twin(name, side, chunk):
     model, batch, dtype = model_and_batch(name, side)
     taken = take_step(model, batch, context_chunk_size=chunk, **SPREAD)
     loss, expected = token_twin(model, batch, taken.kept, lm_head(name))
-    assert_equal_step(taken, loss, expected, dtype, has_float32_inside(name))
+    assert_equal_step(taken, loss, expected, dtype, has_float32_inside(name) or name == "deepseek-v3")  # its router is in float32
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -67,38 +69,87 @@ def test_every_gradient_equals_the_twin_with_eager_attention(name):
     assert_equal_step(taken, loss, expected, dtype, float32_inside=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "bart"])
-def test_logits_of_the_model_itself_give_the_same_gradients(name):
-    """`whole_logits` leaves the head alone, for loss functions of one's own: the same numbers without the fused loss."""
+def own_loss(model, batch, with_labels=False):
+    """The mean loss of all labels, from logits that are made: for all tokens, as any loss of one's own has them."""
+    inputs = {name: value for name, value in batch.items() if with_labels or name != "labels"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    target = target_of(model, batch)
+    labelled = target != -100
+    found = model(**inputs).logits.log_softmax(-1).gather(-1, target.clamp_min(0)[..., None])[..., 0]
+    return -(found * labelled).sum() / labelled.sum()
+
+
+def chosen_in_backward(model, batch, with_labels=False, **settings):
+    """The loss, the gradients, and the kept tokens of a loss that is not the method's own."""
+    ear = Ear()
+    with seeking_on(model, **SPREAD, **settings) as seeking:
+        seeking.listeners.add(ear)
+        loss = own_loss(model, batch, with_labels)
+        assert len(ear.selections) == with_labels  # for the model's own loss, which nobody uses
+        found = gradients(model, loss)
+    return loss.detach(), found, ear
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+@pytest.mark.parametrize("scorer", ["combined", "random", "true_gradient"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "bart"])
+def test_a_loss_of_ones_own_is_that_of_all_tokens_and_its_gradient_that_of_the_twin(name, scorer, chunk):
+    """Tokens are chosen when backward comes: the body learns from the kept ones, the head, which has seen all, from all."""
+    if (name, scorer) == ("bart", "true_gradient"):
+        pytest.skip("no gradient comes to an encoder from outside")
     model, batch, dtype = model_and_batch(name)
-    taken = take_step(model, batch, **SPREAD)
-    own = take_step_with_own_loss(model, batch)
-    assert_equal_step(own, taken.loss, taken.gradients, dtype, has_float32_inside(name))
+    plain = own_loss(model, batch).detach()
+    loss, found, ear = chosen_in_backward(model, batch, token_scorer=scorer, context_chunk_size=chunk)
+    with ditching(model, {stack: chosen.kept_mask() for stack, chosen in ear.selections[0].items()}):
+        twin = own_loss(model, batch)
+    allowed = tolerance(dtype, has_float32_inside(name))
+    assert abs(loss - plain) <= allowed * plain
+    assert worst_difference(found, gradients(model, twin)) <= allowed
 
 
-def take_step_with_own_loss(model, batch):
-    seeking = seeking_on(model, **SPREAD)
-    with seeking.step(batch, whole_logits=True) as step:
-        outputs = model(**step.inputs)
-    logits, labels = outputs.logits, step.shiftable_labels()
-    if seeking.architecture.task is Task.CAUSAL_LM:  # shift as every causal loss of transformers does
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    seeking.remove()
-    return Taken(loss.detach(), gradients(model, loss), step.selection, step.fused, outputs)
+@pytest.mark.parametrize("settings", [{}, {"token_selection": "sample"}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"token_gradient": "stream", "sequence_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_labels_that_a_loss_of_ones_own_has_no_use_for_change_nothing(name, kind, settings):
+    """The model has taken its own loss of them, for tokens that were chosen for that; nobody goes backward from it."""
+    if name == "bert" and kind:
+        pytest.skip("not causal")
+    scores = {} if name != "bart" or not kind else {"token_scorer": "context"}
+    model, batch, dtype = model_and_batch(name)
+    torch.manual_seed(2)
+    for _ in range((2 if name == "bart" and not kind else 1) if settings else 0):
+        systematic(torch.full((2, 1), CERTAIN), None)  # the draw of a stack that is not used
+    _, expected, without = chosen_in_backward(model, batch, **kind, **settings, **scores)
+    torch.manual_seed(2)
+    _, found, beside = chosen_in_backward(model, batch, True, **kind, **settings, **scores)
+    assert torch.equal(beside.selections[-1]["decoder"].kept_mask(), without.selections[0]["decoder"].kept_mask())
+    assert worst_difference(found, expected) <= tolerance(dtype)
+    assert beside.counts["kept"] == without.counts["kept"]  # each token is told of once
+    if settings:
+        assert not torch.equal(*(each["decoder"].kept_mask() for each in beside.selections))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_a_loss_of_ones_own_chooses_the_tokens_that_the_models_loss_chooses(name):
+    """Labels are told by the gradient that comes from them, and it scores as the gradient of the labels does."""
+    model, batch, _ = model_and_batch(name)
+    _, _, ear = chosen_in_backward(model, batch)
+    assert torch.equal(ear.selections[0]["decoder"].kept_mask(), take_step(model, batch, **SPREAD).kept["decoder"])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.999])  # the model's own way; all tokens, but through the method, since budgets are rounded up
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", EVERY)
-def test_all_tokens_kept_is_plain_training(name, side):
+def test_all_tokens_kept_is_plain_training(name, side, ratio):
     """Against the untouched model: its own loss, which transformers takes in float32, and its logits in float64."""
     model, batch, dtype = model_and_batch(name, side)
-    if side == "left" and lm_head(name) == "causal_lm":
+    if ratio < 1 and side == "left" and lm_head(name) == "causal_lm":
         batch["labels"] = _without_prediction_from_padding(batch)
     own = model(**batch).loss
     own_gradients = gradients(model, own)
     exact = _loss_of_plain_logits(model, batch, name)
-    taken = take_step(model, batch, token_ratio=1.0, context_chunk_size=4)
+    taken = take_step(model, batch, token_ratio=ratio, context_chunk_size=4)
     assert_equal_step(taken, own.detach(), own_gradients, dtype, float32_inside=True)
     assert_equal_step(taken, exact.detach(), gradients(model, exact), dtype, has_float32_inside(name))
 
@@ -114,6 +165,59 @@ def _loss_of_plain_logits(model, batch, name):
     if lm_head(name) == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+# -- all tokens of rows that are far from equally long, with labels at places that plain training learns from too ----------
+
+
+def uneven(labels):
+    """Rows of 5 and 40 tokens. labels: which tokens have one."""
+    model, batch, dtype = model_and_batch("llama", lengths=(5, 40))
+    if labels == "padding":
+        batch["labels"] = torch.where(batch["attention_mask"] == 0, 7, batch["labels"])
+    if labels == "answers":
+        batch["labels"][0, :3], batch["labels"][1, :22] = -100, -100
+    return model, batch, dtype
+
+
+def plain_step(model, batch, take):
+    loss = take(model, batch)
+    return loss.detach(), gradients(model, loss)
+
+
+LOSSES = {
+    "own": lambda model, batch: model(**batch).loss,
+    "of logits": lambda model, batch: own_loss(model, batch),
+    "fused": lambda model, batch: loss_of(model, batch)[0],
+}
+GRADIENTS = {
+    "cut": {},
+    "stream": {"token_gradient": "stream", "sequence_chunk_size": 16},
+    "skip": {"token_gradient": "skip", "skip_threshold": 0.0, "sequence_chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("selection", ["top", "sample"])
+@pytest.mark.parametrize("token_gradient", GRADIENTS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("labels", ["all", "answers", "padding"])
+def test_a_ratio_of_1_is_plain_training(labels, loss, token_gradient, selection):
+    model, batch, dtype = uneven(labels)
+    expected, wanted = plain_step(model, batch, LOSSES[loss])
+    with seeking_on(model, token_ratio=1.0, token_selection=selection, **GRADIENTS[token_gradient]):
+        found, gradient = plain_step(model, batch, LOSSES[loss])
+    allowed = tolerance(torch.float32 if loss == "own" else dtype)  # transformers takes its loss in float32
+    assert abs(found - expected) <= allowed * expected
+    assert worst_difference(gradient, wanted) <= allowed
+
+
+@pytest.mark.parametrize("token_gradient", GRADIENTS)
+def test_a_ratio_below_1_is_noticed(token_gradient):
+    model, batch, _ = uneven("padding")
+    _, wanted = plain_step(model, batch, LOSSES["fused"])
+    with seeking_on(model, token_ratio=0.8, **GRADIENTS[token_gradient]):
+        _, gradient = plain_step(model, batch, LOSSES["fused"])
+    assert worst_difference(gradient, wanted) > NOTICED
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_twin_in_bfloat16():

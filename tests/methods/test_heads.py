@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.methods.stepping import assert_equal_step, model_and_batch, seeking_on, take_step, token_twin
+from tests.methods.stepping import Ear, assert_equal_step, model_and_batch, seeking_on, take_step, token_twin
 from tests.methods.twin import ditching, gradients, worst_difference
-from tests.tolerances import NOTICED
+from tests.tolerances import NOTICED, tolerance
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
 PROBLEMS = {
@@ -64,14 +64,33 @@ def test_token_classification_equals_the_twin(name, side, scorer):
 
 
 @pytest.mark.parametrize("head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "bert"), ("question_answering", "llama"), ("token_classification", "bert"), ("token_classification", "llama")])
-def test_all_tokens_kept_is_plain_training(head, name):
+@pytest.mark.parametrize("ratio", [1.0, 0.999])  # the model's own way; all tokens, but through the method
+def test_all_tokens_kept_is_plain_training(head, name, ratio):
     # rows of one length: plain training also learns from padding, whose logits stand in the softmax over positions
-    model, batch, dtype = model_and_batch(name, head=head, lengths=(13, 13))
+    model, batch, dtype = model_and_batch(name, head=head, lengths=(13, 13 if ratio < 1 else 9))
     loss = model(**batch).loss
     expected = gradients(model, loss)
-    taken = take_step(model, batch, token_ratio=1.0)
+    taken = take_step(model, batch, token_ratio=ratio)
     # transformers takes the losses of its token classifiers and question heads in the dtype of the logits
     assert_equal_step(taken, loss.detach(), expected, dtype, float32_inside=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_dropout_before_a_classifier_of_tokens_is_not_left_out(name):
+    """The probe of the model runs without dropout, and sees the head read what the body returns: not so in training."""
+    model, batch, dtype = model_and_batch(name, head="token_classification")
+    model.dropout = EveryThird()
+    taken = take_step(model, batch, **SPREAD)
+    assert_equal_step(taken, *token_twin(model, batch, taken.kept), dtype)
+    model.dropout = torch.nn.Identity()
+    assert worst_difference(taken.gradients, token_twin(model, batch, taken.kept)[1]) > NOTICED
+
+
+class EveryThird(torch.nn.Module):
+    """Dropout without chance."""
+
+    def forward(self, hidden):
+        return hidden * (torch.arange(hidden.shape[-1]) % 3 > 0) * 1.5 if self.training else hidden
 
 
 # -- what a pooled head cannot do without ----------------------------------------------------------------------------
@@ -148,25 +167,42 @@ def test_ranking_by_loss_is_refused_for_a_pooled_head():
 
 
 def test_unlabelled_batches_of_a_pooled_head_run():
-    """Prediction through an open step: nothing to lose, nothing to score by gradient."""
+    """Prediction in training mode: nothing to lose, nothing to score by gradient."""
     model, batch, _ = classified("bert", "right")
     del batch["labels"]
-    seeking = seeking_on(model, token_scorer="context")
-    with seeking.step(batch) as step:
-        outputs = model(**step.inputs)
-    seeking.remove()
-    assert outputs.loss is None and torch.isfinite(outputs.logits).all()
+    plain = model(**batch).logits
+    for scorer in ("context", "combined"):
+        with seeking_on(model, token_scorer=scorer):
+            outputs = model(**batch)
+        assert outputs.loss is None and torch.allclose(outputs.logits, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_label_smoothing_is_that_of_torch():
-    model, batch, dtype = model_and_batch("llama")
-    seeking = seeking_on(model, token_ratio=1.0)
-    with seeking.step(batch, label_smoothing=0.1) as step:
-        outputs = model(**step.inputs)
-    loss = step.loss_sum(outputs)
-    seeking.remove()
-    expected = F.cross_entropy(
-        model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum", label_smoothing=0.1
-    )
-    assert torch.allclose(loss, expected, rtol=1e-12)
-    assert worst_difference(gradients(model, loss), gradients(model, expected)) < 1e-12
+@pytest.mark.parametrize("scorer", ["combined", "context"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_loss_of_ones_own_on_a_pooled_head_equals_the_twin(name, scorer):
+    """Without labels in the batch; chosen in backward, or at once where no gradient has a say."""
+    model, batch, dtype = classified(name, "right")
+    labels = batch.pop("labels")
+    ear = Ear()
+    with seeking_on(model, token_scorer=scorer, **SPREAD) as seeking:
+        seeking.listeners.add(ear)
+        found = gradients(model, F.multi_margin_loss(model(**batch).logits, labels))
+    kept = {"decoder": ear.selections[0]["decoder"].kept_mask()}
+    with ditching(model, kept):
+        loss = F.multi_margin_loss(model(**batch).logits, labels)
+    assert len(ear.selections) == 1
+    assert worst_difference(found, gradients(model, loss)) <= tolerance(dtype)
+    assert worst_difference(found, gradients(model, F.multi_margin_loss(model(**batch).logits, labels))) > NOTICED
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.999])  # the model's own way; all tokens, but through the method
+def test_label_smoothing_is_that_of_torch(ratio):
+    model, batch, _ = model_and_batch("llama")
+    taken = take_step(model, batch, token_ratio=ratio, label_smoothing=0.1)
+    logits, labels = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    unsmoothed = gradients(model, F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels))
+    found = gradients(model, expected)
+    assert torch.allclose(taken.loss, expected, rtol=1e-12)
+    assert worst_difference(taken.gradients, found) < 1e-12
+    assert worst_difference(taken.gradients, unsmoothed) > NOTICED

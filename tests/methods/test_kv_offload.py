@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core.offload import Fetched, HostTensor, OffloadedStore, OffloadedSums
-from tests.methods.stepping import lm_head, model_and_batch, seeking_on, take_turns
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from tests.methods.stepping import lm_head, model_and_batch, seeking_on, step_on
 from tests.methods.tiny_models import batch_for
 from tests.methods.twin import worst_difference
 from tests.tolerances import NOTICED, tolerance
@@ -28,11 +29,8 @@ def strategy_on(model, kind="exact", offload=True):
 
 
 def step(model, batch, kind="exact", offload=True):
-    strategy = strategy_on(model, kind, offload)
-    try:
-        return take_turns(model, strategy, batch)
-    finally:
-        strategy.remove()
+    with strategy_on(model, kind, offload) as strategy:
+        return step_on(model, strategy, batch)
 
 
 def made(name="llama", side="right", checkpointing=None, lora=False, dtype=torch.float64, **overrides):
@@ -54,9 +52,14 @@ def same(found, expected) -> bool:
 
 
 def assert_same_as_without(model, batch, kind="exact"):
-    found, expected = step(model, batch, kind), step(model, batch, kind, offload=False)
-    assert same(found, expected) and torch.equal(found.loss, expected.loss) and found.turns == expected.turns
-    assert isinstance(found.step.stream.store, OffloadedStore) and not isinstance(expected.step.stream.store, OffloadedStore)
+    stores, init = [], OffloadedStore.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OffloadedStore, "__init__", _noting(init, stores))
+        found = step(model, batch, kind)
+        assert len(stores) == 1
+        expected = step(model, batch, kind, offload=False)
+        assert len(stores) == 1
+    assert same(found, expected) and torch.equal(found.loss, expected.loss) and found.heard.chunks == expected.heard.chunks != [1]
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def test_a_home_that_changes_between_passes_is_noticed(monkeypatch, kind, which)
     homes = lambda: {id(h) for s in opened for h in _homes_of(s, kinds[which])}  # noqa: E731
     monkeypatch.setattr(kinds[which], "__init__", _noting(kinds[which].__init__, opened))
     monkeypatch.setattr(HostTensor, "send", corrupting)
-    found = take_turns(model, strategy, batch)
+    found = step_on(model, strategy, batch)
     strategy.remove()
     assert opened and worst_difference(found.gradients, expected.gradients) > NOTICED
 
@@ -188,15 +191,19 @@ def fetched(monkeypatch):
 
 
 def most_alive_after_forward(model, batch, fetched) -> int:
-    """Copies on the device when a turn has gone forward and is about to go backward."""
-    strategy, most = strategy_on(model), 0
-    with strategy.step(batch) as running:
-        for _ in running.turns():
-            loss = running.loss_sum(model(**running.inputs)) / running.loss_tokens
-            most = max(most, sum(reference() is not None for reference in fetched))
-            loss.backward()
-    strategy.remove()
-    return most
+    """Copies on the device when a chunk has gone forward, with gradient, and is about to go backward."""
+    counts, run = [], ChunkStream._run
+
+    def counting(*args, **kwargs):
+        ran = run(*args, **kwargs)
+        counts.append(sum(reference() is not None for reference in fetched))
+        return ran
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkStream, "_run", counting)
+        step(model, batch)
+    assert len(counts) == 4
+    return max(counts)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False])

@@ -3,15 +3,16 @@
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
 from hf_memtune import TokenSeeking, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
 from hf_memtune.errors import ConfigError, MemTuneError, TokenScoreError, UnsupportedModelError
-from tests.methods.stepping import model_and_batch, seeking_on, take_step
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import tolerance
+from tests.methods.stepping import Ear, model_and_batch, seeking_on, take_step
+from tests.methods.twin import ditching, gradients, shifted, worst_difference
+from tests.tolerances import NOTICED, tolerance
 
 _LLAMA = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -92,12 +93,6 @@ def test_prompt_learning_is_refused(config):
     settings = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, num_layers=3, token_dim=32, num_attention_heads=2)
     with pytest.raises(UnsupportedModelError, match="virtual tokens.*LoRA"):
         seeking_on(peft.get_peft_model(model, config(**settings)))
-
-
-def test_an_auxiliary_router_loss_is_refused():
-    model, _, _ = model_and_batch("mixtral", output_router_logits=True)
-    with pytest.raises(UnsupportedModelError, match="output_router_logits = False"):
-        seeking_on(model)
 
 
 def test_a_last_block_that_reads_keys_of_others_can_be_chosen_by_attention_and_not_by_gradient():
@@ -188,20 +183,65 @@ def test_padding_may_have_any_score():
         ({"attention_mask": torch.ones(2, 1, 13, 13, dtype=torch.bool)}, "4 dimensions.*position_ids that restart"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
-        ({"past_key_values": tf.DynamicCache()}, "past_key_values"),
+        ({"past_key_values": "filled"}, "past_key_values"),
     ],
 )
 def test_a_batch_that_cannot_be_ditched_is_refused(extra, message):
     model, batch, _ = model_and_batch("llama")
+    if extra.get("past_key_values") == "filled":
+        with torch.no_grad():
+            extra = {"past_key_values": model(input_ids=batch["input_ids"], use_cache=True).past_key_values}
     with pytest.raises(MemTuneError, match=message):
         take_step(model, batch | extra)
 
 
-@pytest.mark.parametrize("wanted", ["output_router_logits"])
-def test_a_batch_that_asks_for_router_losses_is_refused(wanted):
-    model, batch, _ = model_and_batch("mixtral")
-    with pytest.raises(MemTuneError, match=wanted):
-        take_step(model, batch | {wanted: True})
+def test_an_empty_cache_is_no_reason():
+    """Trainers of others hand one over; what is in it after the call, nobody reads in training."""
+    model, batch, dtype = model_and_batch("llama")
+    expected = take_step(model, batch)
+    taken = take_step(model, batch | {"past_key_values": tf.DynamicCache(), "use_cache": True})
+    assert worst_difference(taken.gradients, expected.gradients) <= tolerance(dtype)
+
+
+# -- what was refused once -------------------------------------------------------------------------------------------
+
+
+def router_losses(model, batch, kept=None):
+    """The model's own loss with that of its routers. kept: (B, T), tokens that everything comes from, the others being constants."""
+    if kept is None:
+        return model(**batch, output_router_logits=True)
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+
+    def cut(module, args, output):
+        logits, *rest = output
+        flat = kept.flatten()[:, None]
+        return torch.where(flat, logits, logits.detach()), *rest
+
+    hooks = [gate.register_forward_hook(cut, prepend=True) for gate in gates]  # before transformers records them
+    try:
+        with ditching(model, {"decoder": kept}):
+            return model(**batch, output_router_logits=True)
+    finally:
+        [hook.remove() for hook in hooks]
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_the_loss_of_routers_is_that_of_all_tokens_and_its_gradient_that_of_the_kept(chunk):
+    model, batch, _ = model_and_batch("mixtral", router_aux_loss_coef=0.5)
+    plain, ear = router_losses(model, batch), Ear()
+    with seeking_on(model, context_chunk_size=chunk) as seeking:
+        seeking.listeners.add(ear)
+        outputs = router_losses(model, batch)
+        found = gradients(model, outputs.loss)
+    kept = ear.selections[0]["decoder"].kept_mask()
+    twin = router_losses(model, batch, kept)
+    target = shifted(batch["labels"]).masked_fill(~kept, -100)
+    loss = F.cross_entropy(twin.logits.flatten(0, 1), target.flatten()) + 0.5 * twin.aux_loss
+    assert abs(outputs.aux_loss - plain.aux_loss) <= tolerance(torch.float64)
+    assert worst_difference(found, gradients(model, loss)) <= tolerance(torch.float64, float32_inside=True)  # of transformers' loss
+    whole = router_losses(model, batch, kept)
+    without = F.cross_entropy(whole.logits.flatten(0, 1), target.flatten())
+    assert worst_difference(found, gradients(model, without)) > NOTICED
 
 
 def test_a_config_that_asks_for_every_hidden_state_is_refused():
@@ -221,11 +261,23 @@ def test_rows_past_the_length_of_changing_frequencies_are_refused():
 def test_a_decoder_without_input_says_what_to_put_in():
     model, batch, _ = model_and_batch("bart")
     del batch["labels"]
-    with pytest.raises(MemTuneError, match="put decoder_input_ids into the batch"):
-        take_step(model, batch)
+    with seeking_on(model), pytest.raises(MemTuneError, match="the batch has neither decoder_input_ids nor decoder_inputs_embeds"):
+        model(**batch)
 
 
 def test_checking_can_be_left_out_and_then_nothing_is_compared():
     """For traced models, whose tensors have no values. The sibling: what the check would have refused, it lets pass."""
     config, build, _ = CANNOT_DITCH["work after the interface"]
     TokenSeeking(build(config()), TokenSeekingConfig(token_seeking=True), check=False).remove()
+
+
+def test_a_second_method_on_one_model_is_refused():
+    """Its calls would go through the first one's: chunks of chunks."""
+    model, batch, _ = model_and_batch("llama")
+    with seeking_on(model) as first:
+        with pytest.raises(ConfigError, match="a method of hf_memtune is on this model already"):
+            seeking_on(model)
+        looking = TokenSeeking(model, first.config, looks_only=True)  # which is no second one
+        assert looking.inspect(batch).selection
+        looking.remove()
+    seeking_on(model).remove()

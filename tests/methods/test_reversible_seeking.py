@@ -5,7 +5,7 @@ import torch
 
 from hf_memtune import LiveBytes, Streaming, StreamingConfig, checkpoint_in_two_levels
 from tests.methods.reversible_models import inputs_of, model_of, reversible_of, twin
-from tests.methods.stepping import seeking_on, take_step
+from tests.methods.stepping import seek_in_stream, seeking_on, step_on, take_step
 from tests.methods.twin import gradients, worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, tolerance
 
@@ -60,33 +60,21 @@ def test_another_ratio_is_noticed():
 def test_seeking_on_two_levels(name, token_gradient, scorer):
     model, batch = model_and_batch(name)
     settings = {"token_scorer": scorer, "token_gradient": token_gradient}
-    plain = seeded_step(model, batch, **settings) if token_gradient == "cut" else streamed(model, batch, settings)
+
+    def found():
+        return seeded_step(model, batch, **settings) if token_gradient == "cut" else seeded_stream(model, batch, **settings)
+
+    plain = found()
     checkpoint_in_two_levels(model)
-    found = seeded_step(model, batch, **settings) if token_gradient == "cut" else streamed(model, batch, settings)
     if token_gradient == "cut":
-        assert_same(found, plain)
+        assert_same(found(), plain)
     else:
-        assert worst_difference(found, plain) <= tolerance(torch.float64, float32_inside=name == "llama")
+        assert worst_difference(found().gradients, plain.gradients) <= tolerance(torch.float64, float32_inside=name == "llama")
 
 
-def streamed(model, batch, settings):
+def seeded_stream(model, batch, **settings):
     torch.manual_seed(4)
-    seeking = seeking_on(model, **settings, sequence_chunk_size=4)
-    try:
-        return turns_of(seeking, model, batch)
-    finally:
-        seeking.remove()
-
-
-def turns_of(strategy, model, batch):
-    """Gradients of all turns of one step."""
-    model.zero_grad(set_to_none=True)
-    with strategy.step(batch) as step:
-        for _ in step.turns():
-            step.loss_sum(model(**step.inputs)).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
+    return seek_in_stream(model, batch, 4, **settings)
 
 
 @pytest.mark.parametrize("coupling", ["centred", "meft3"])
@@ -95,13 +83,9 @@ def test_exact_streaming_on_reversible_layers(name, coupling):
     """In chunks, the gradients of the whole rows."""
     model, batch = model_and_batch(name)
     handle = reversible_of(model, coupling, "float", reversible_scale=0.5, **({"reversible_beta": 0.5} if coupling == "meft3" else {}))
-    labels = batch["labels"][:, 1:].ne(-100).sum()
-    expected = {key: g * labels for key, g in gradients(model, model(**batch).loss).items()}
-    strategy = Streaming(model, StreamingConfig(sequence_chunk_size=4), check=False)
-    try:
-        found = turns_of(strategy, model, batch)
-    finally:
-        strategy.remove()
+    expected = gradients(model, model(**batch).loss)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4), check=False) as streaming:
+        found = step_on(model, streaming, batch).gradients
     assert worst_difference(found, expected) <= FLOAT32_INSIDE  # transformers' own loss, to compare with, is in float32
     assert handle.headroom_bits is None
 
@@ -118,12 +102,9 @@ def test_together_they_keep_less_than_either_alone():
             reversible_of(model, "centred", "exact", reversible_layers=15)
         strategy = seeking_on(model, token_ratio=0.1, token_scorer="random") if seeking else None
         with LiveBytes() as live:
-            if strategy is None:
-                model(**batch, use_cache=False).loss.backward()
-            else:
-                with strategy.step(batch) as step:
-                    loss = step.loss_sum(model(**step.inputs))
-                loss.backward()
+            model(**batch, use_cache=False).loss.backward()
+        if strategy is not None:
+            strategy.remove()
         return live.peak_bytes
 
     both, reversible, seeking = live(True, True), live(True, False), live(False, True)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from hf_memtune.core.scoring import attention_received, minmax
 from hf_memtune.core.selection import select
+from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.methods import token_scores
-from tests.methods.stepping import RATIO, model_and_batch, seeking_on, take_step
+from hf_memtune.methods.seeking import loss_gradient, token_scores
+from tests.methods.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
 from tests.methods.tiny_models import CAUSAL, MASKED, lm_head
 from tests.methods.twin import shifted
 from tests.tolerances import NOTICED, close
@@ -19,19 +20,23 @@ EVERY = [*CAUSAL, *MASKED, "bart"]
 CHUNKS = [4, 512]
 
 
-def scores_seen(model, batch, *names, **settings):
-    """The named entries of every SeekingContext of one step, in the order of asking, by stack."""
+def scores_seen(model, batch, *names, take=lambda model, batch: loss_of(model, batch)[0], again=False, **settings):
+    """The named entries of every SeekingContext of one step, in the order of asking, by stack.
+
+    take: takes the loss. again: whether it chooses a second time, after the model's own loss, which is then not used.
+    """
     seen = []
 
     def scorer(context):
         seen.append({name: getattr(context, name).detach().clone() for name in names})
         return torch.rand(context.attention_mask.shape)
 
-    seeking = seeking_on(model, scorer, **settings)
-    with seeking.step(batch) as step:
-        model(**(step.inputs | ({} if seeking.architecture.task.loss_per_token else step.labels)))
-    seeking.remove()
-    return dict(zip(seeking.architecture.stacks, seen))
+    with seeking_on(model, scorer, **settings) as seeking:
+        take(model, batch).backward()
+        stacks = ("decoder",) if seeking.config.streams else tuple(seeking.architecture.stacks)
+    model.zero_grad()
+    assert len(seen) == len(stacks) * (1 + again)
+    return dict(zip(stacks, seen[-len(stacks) :]))
 
 
 def inputs_of(model, batch):
@@ -247,6 +252,110 @@ def test_the_loss_scorer_is_refused_for_encoders_by_name():
         take_step(model, batch, token_scorer="loss")
 
 
+# -- of the loss that was taken --------------------------------------------------------------------------------------
+
+
+def margins(model, batch):
+    """A loss that is no cross entropy, and not even of tokens one by one."""
+    logits = model(**inputs_of(model, batch)).logits
+    return (logits.std(-1) * torch.linspace(0.1, 2, logits.shape[1]) * real_of_logits(model, batch)).sum().square()
+
+
+def real_of_logits(model, batch):
+    return (batch["labels"] != -100) if model.config.is_encoder_decoder else batch["attention_mask"].bool()
+
+
+def gradient_at(module, model, batch, take, is_input=False):
+    """dL/d(what goes into a module, or comes out of it), by autograd."""
+    found = []
+
+    def keep(module, args, kwargs, output):
+        kept = (args[0] if args else kwargs["hidden_states"]) if is_input else output.last_hidden_state
+        kept.retain_grad()
+        found.append(kept)
+
+    hook = module.register_forward_hook(keep, with_kwargs=True)
+    take(model, batch).backward()
+    hook.remove()
+    model.zero_grad()
+    return found[0].grad
+
+
+SETTINGS = [{}, {"context_chunk_size": 4}, {"token_gradient": "stream", "sequence_chunk_size": 4}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert"])
+def test_true_gradient_is_that_of_any_loss_at_the_last_hidden_states(name, settings):
+    if name == "bert" and settings:
+        pytest.skip("not causal")
+    model, batch, dtype = model_and_batch(name)
+    found = scores_seen(model, batch, "true_gradient", "gradient_score", take=margins, **settings)["decoder"]
+    last, layer = model.base_model, [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)][-1][-1]
+    limits = close(dtype, name == "gemma2")
+    torch.testing.assert_close(found["true_gradient"], gradient_at(last, model, batch, margins).norm(dim=-1), **limits)
+    expected = gradient_at(layer, model, batch, margins, is_input=True).norm(dim=-1)
+    torch.testing.assert_close(found["gradient_score"], expected, **limits)
+    of_labels = scores_seen(model, batch, "gradient_score", **settings)["decoder"]["gradient_score"]
+    assert (of_labels - expected).abs().max() > NOTICED  # the sibling: another loss, another score
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "sum"])
+def test_true_gradient_in_every_norm(norm):
+    model, batch, dtype = model_and_batch("llama")
+    found = scores_seen(model, batch, "true_gradient", take=margins, gradient_norm=norm)["decoder"]["true_gradient"]
+    gradient = gradient_at(model.model, model, batch, margins)
+    expected = {"l2": gradient.norm(dim=-1), "l1": gradient.abs().sum(-1), "sum": gradient.sum(-1)}[norm]
+    torch.testing.assert_close(found, expected, **close(dtype))
+
+
+def test_true_gradient_chooses_in_backward_whatever_the_loss_is():
+    """Also where the loss is the cross entropy of the labels: that of all tokens, whose gradient is then known."""
+    model, batch, _ = model_and_batch("llama")
+    take, ear = (lambda model, batch: loss_of(model, batch)[0]), Ear()
+    expected = gradient_at(model.model, model, batch, take).norm(dim=-1)
+    plain = take(model, batch)
+    with seeking_on(model, token_scorer="true_gradient") as seeking:
+        seeking.listeners.add(ear)
+        loss = take(model, batch)
+        assert not ear.selections
+        loss.backward()
+    assert abs(loss - plain) <= 1e-12 * plain
+    real = batch["attention_mask"].bool()
+    assert torch.equal(ear.selections[0]["decoder"].kept_mask(), select(expected, RATIO, real).kept_mask())
+
+
+def test_true_gradient_can_be_looked_at_before_there_is_one():
+    """Of the cross entropy of the labels, which is the loss that most train with."""
+    model, batch, dtype = model_and_batch("llama")
+    take = lambda model, batch: loss_of(model, batch)[0] * (batch["labels"][:, 1:] != -100).sum()  # noqa: E731
+    for name in ("true_gradient", "random", "combined"):
+        with seeking_on(model, token_scorer=name, context_chunk_size=4) as seeking:
+            found = seeking.inspect(batch, ("true_gradient",)).scores["decoder"]["true_gradient"]
+        torch.testing.assert_close(found, gradient_at(model.model, model, batch, take).norm(dim=-1), **close(dtype))
+
+
+def test_true_gradient_is_refused_for_encoders_by_name():
+    model, batch, _ = model_and_batch("bart")
+    with pytest.raises(ConfigError, match="true_gradient.*encoder of BartFor"):
+        take_step(model, batch, token_scorer="true_gradient")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_loss_of_each_token_is_told_beside_a_loss_of_ones_own(settings):
+    """Where the call has labels; the loss that is taken may be another one, for which tokens are then chosen anew."""
+    model, batch, dtype = model_and_batch("llama")
+    take = lambda model, batch: model(**batch).logits.square().mean()  # noqa: E731
+    found = scores_seen(model, batch, "token_loss", "gradient_score", take=take, again=True, **settings)["decoder"]
+    logits = model(**batch).logits.transpose(1, 2)
+    expected = F.cross_entropy(logits, shifted(batch["labels"]), reduction="none")
+    torch.testing.assert_close(found["token_loss"], expected.float(), **close(torch.float32))
+    layer = model.model.layers[-1]
+    torch.testing.assert_close(found["gradient_score"], gradient_at(layer, model, batch, take, True).norm(dim=-1), **close(dtype))
+    with pytest.raises(ConfigError, match="not the cross entropy of labels"):
+        scores_seen(model, batch, "token_loss", take=margins, **settings)
+
+
 # -- only what is asked for ------------------------------------------------------------------------------------------
 
 COSTLY = ("attention_received", "linear_loss_gradient")
@@ -264,8 +373,8 @@ def computed(monkeypatch):
 
         return run
 
-    for name in COSTLY:
-        monkeypatch.setattr(token_scores, name, spy(name, getattr(token_scores, name)))
+    for module, name in zip((token_scores, loss_gradient), COSTLY):
+        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     return counts
 
 
@@ -273,6 +382,7 @@ def computed(monkeypatch):
     "settings, attention, gradient",
     [
         (dict(token_scorer="random"), 0, 0),
+        (dict(token_scorer="true_gradient"), 0, 0),
         (dict(token_scorer="context"), 1, 0),
         (dict(token_scorer="gradient"), 0, 1),
         (dict(token_scorer="loss"), 0, 1),

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests import patience
 from tests.methods import sharing_script
 from tests.methods.twin import worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
@@ -23,7 +24,7 @@ def two_processes(tmp_path_factory):
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    errors = [process.communicate(timeout=180)[1] for process in running]
+    errors = [process.communicate(timeout=patience.PROGRAM)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(errors)[-4000:]
     return torch.load(folder / "found.pt", weights_only=True)
 

@@ -1,17 +1,20 @@
 """Exact streaming is a theorem about gradients: chunk by chunk from the last to the first, they equal plain backpropagation."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.core import logits
+from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
-from hf_memtune.methods import chunk_stream
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
-from tests.methods.stepping import has_float32_inside, model_and_batch, plain_twin, stream, take_turns
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from tests.methods.stepping import has_float32_inside, loss_of, model_and_batch, plain_twin, step_on, stream
 from tests.methods.test_heads import PROBLEMS, classified
 from tests.methods.test_packing import packed_batch, unpacked
 from tests.methods.test_removal import registered, traces
@@ -32,10 +35,20 @@ def allowed(name, dtype=torch.float64):
     return tolerance(dtype, has_float32_inside(name) or name == "deepseek-v3")
 
 
-def assert_streams(model, batch, chunk, limit, expected=None, **settings):
-    """Loss and all gradients of a stream equal those of plain backpropagation, or others that are expected."""
+@contextmanager
+def values_of_logits(are_made=True):
+    """Let losses be taken of the values of logits, as those are that are no cross entropy."""
+    with pytest.MonkeyPatch.context() as patch:
+        if are_made:
+            patch.setattr(logits, "_cross_entropy_on_demand", lambda *args, **kwargs: None)
+        yield
+
+
+def assert_streams(model, batch, chunk, limit, expected=None, made=False, **settings):
+    """Loss and all gradients of a stream equal those of plain backpropagation, or others that are expected. made: of logits' values."""
     loss, wanted = expected or plain_twin(model, batch)
-    found = stream(model, batch, chunk, **settings)
+    with values_of_logits(made):
+        found = stream(model, batch, chunk, **settings)
     assert found.gradients.keys() == wanted.keys()
     assert worst_difference(found.gradients, wanted) <= limit
     assert abs(found.loss - loss) <= limit * max(1.0, abs(loss))
@@ -58,7 +71,7 @@ def test_every_gradient_equals_plain_backpropagation(name, side, chunk):
     if name == "gemma2":
         batch["labels"] = without_prediction_from_padding(batch)
     found = assert_streams(model, batch, chunk, allowed(name, dtype))
-    assert found.turns == -(-12 // chunk)
+    assert found.heard.chunks == [-(-12 // chunk)]
 
 
 def without_prediction_from_padding(batch):
@@ -101,7 +114,7 @@ def test_packed_rows(name):
 def test_packed_sequences_learn_as_if_each_had_a_row(name):
     model, batch = tiny_model(name), packed_batch()
     found = stream(model, batch, 4)
-    alone = sum(plain_loss_sum(model, row) for row in unpacked(batch)) / found.step.loss_tokens
+    alone = sum(plain_loss_sum(model, row) for row in unpacked(batch)) / (batch["labels"][:, 1:] != -100).sum()
     assert worst_difference(found.gradients, gradients(model, alone)) <= tolerance(torch.float64)
 
 
@@ -117,29 +130,51 @@ def test_packed_rows_that_are_not_kept_apart_are_noticed():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "gpt-oss"])
-def test_logits_of_the_model_itself_give_the_same_gradients(name):
+def test_logits_that_are_made_give_the_same_gradients(name):
+    """As for a loss that is no cross entropy, or one that the user takes of the values."""
     model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
-    found = assert_streams(model, batch, 5, allowed(name, dtype), whole_logits=True)
-    assert not found.step.fused
+    found = assert_streams(model, batch, 5, allowed(name, dtype), made=True)
+    assert are_made(found.outputs.logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "gpt2"])
-def test_the_head_gives_the_loss_only_where_it_is_plain(name):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "gpt2", "bart"])
+def test_the_loss_is_taken_without_logits(name):
+    """Also where the model does something to them: one has a softcap, one a scale, one a bias that is no parameter."""
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
-    assert stream(model, batch, 5).step.fused == (name not in ("gemma2", "cohere2"))  # one has a softcap, one a scale
+    found = stream(model, batch, 5)
+    assert isinstance(found.outputs.logits, LazyLogits) and not are_made(found.outputs.logits)
+
+
+def are_made(found) -> bool:
+    return found._memory.values is not None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
+def test_the_outputs_are_those_of_the_model(name):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    plain = model(**batch)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)):
+        found = model(**batch)
+        pair = model(**batch, return_dict=False)
+    assert found.keys() - {"past_key_values"} == plain.keys() - {"past_key_values"}
+    for ours in (found.loss, pair[0]):
+        assert abs(ours - plain.loss) <= tolerance(torch.float32) * plain.loss  # taken in float32
+    for ours in (found.logits, pair[1]):
+        assert (ours - plain.logits).norm() <= allowed(name, dtype) * plain.logits.norm()
+        assert (ours - plain.logits.roll(1, 1)).norm() > NOTICED * plain.logits.norm()
 
 
 # -- labels ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole_logits", [False, True])
+@pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("unlabelled", [(slice(1, 2), slice(None)), (slice(None), slice(4, 9)), (slice(None), slice(0, 9))], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_rows_and_chunks_without_labels(name, unlabelled, whole_logits):
+def test_rows_and_chunks_without_labels(name, unlabelled, made):
     """A row, a chunk in the middle, and all chunks but the last: what is without labels is context, and learns as such."""
     model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
     batch["labels"][unlabelled] = -100
-    assert_streams(model, batch, 4, allowed(name, dtype), whole_logits=whole_logits)
+    assert_streams(model, batch, 4, allowed(name, dtype), made=made)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
@@ -153,12 +188,12 @@ def test_a_batch_without_labels_costs_nothing(name):
     assert not any(g.any() for g in found.gradients.values())
 
 
-@pytest.mark.parametrize("whole_logits", [False, True])
+@pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])
-def test_label_smoothing(name, whole_logits):
+def test_label_smoothing(name, made):
     model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
     expected = plain_twin(model, batch, label_smoothing=0.1)
-    assert_streams(model, batch, 4, allowed(name, dtype), expected, label_smoothing=0.1, whole_logits=whole_logits)
+    assert_streams(model, batch, 4, allowed(name, dtype), expected, made, label_smoothing=0.1)
     assert worst_difference(stream(model, batch, 4).gradients, expected[1]) > NOTICED
 
 
@@ -181,8 +216,39 @@ def test_decoders_stream_and_encoders_stay_whole(name, side, chunk, masked):
 def test_an_encoder_that_learns_from_the_first_chunk_alone_is_noticed(monkeypatch, name):
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
     _, expected = plain_twin(model, batch)
-    monkeypatch.setattr(chunk_stream.Joined, "apply", lambda value, owed: value)
+    go_backward = ChunkStream._go_backward
+
+    def forgetting(self, number, cotangents):
+        for leaf in self.call.leaves:
+            leaf.grad = None
+        go_backward(self, number, cotangents)
+
+    monkeypatch.setattr(ChunkStream, "_go_backward", forgetting)
     assert worst_difference(stream(model, batch, 4).gradients, expected) > NOTICED
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_the_encoder_runs_once_as_it_is(name):
+    """What its layers draw at random, layers that are left out too, is what plain training draws."""
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    encoder = model.get_encoder()
+    encoder.layerdrop = model.config.encoder_layerdrop = 0.5
+    for layer in encoder.layers:
+        layer.dropout = 0.3
+
+    def drawn(seed, take):
+        torch.manual_seed(seed)
+        return take()
+
+    expected = drawn(0, lambda: plain_twin(model, batch))
+    found = drawn(0, lambda: stream(model, batch, 4))
+    assert worst_difference(found.gradients, expected[1]) <= allowed(name, dtype)
+    assert worst_difference(drawn(1, lambda: stream(model, batch, 4)).gradients, expected[1]) > NOTICED
+    runs = []
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)) as streaming:
+        encoder.register_forward_hook(lambda *_: runs.append(1))
+        step_on(model, streaming, batch)
+    assert len(runs) == 1
 
 
 # -- heads with a loss for a row, and for each token -----------------------------------------------------------------
@@ -229,13 +295,12 @@ def test_a_stream_that_pays_nothing_back_is_noticed(monkeypatch, name):
     _, expected = plain_twin(model, batch)
     own = lambda self, key, gradient, tokens: gradient[:, :, tokens.start : tokens.stop]  # noqa: E731
     monkeypatch.setattr(OwedGradients, "settle", own)
-    monkeypatch.setattr(OwedGradients, "is_awaited", property(lambda self: False, lambda self, value: None), raising=False)  # or it refuses
     found = stream(model, batch, 5)  # Llama 4's attention has borders of its own, every 4 tokens
     assert worst_difference(found.gradients, expected) > NOTICED
     assert worst_difference(stream(model, batch, 50).gradients, expected) <= allowed(name)
 
 
-# -- protocol --------------------------------------------------------------------------------------------------------
+# -- calls and losses ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -246,44 +311,99 @@ def streaming():
     made.remove()
 
 
-def backward(step, model):
-    (step.loss_sum(model(**step.inputs)) / step.loss_tokens).backward()
+def other_batch(batch):
+    return {name: value.flip(0) if name == "labels" else value.flip(1) for name, value in batch.items() if name != "attention_mask"}
 
 
-def test_a_model_called_twice_in_a_turn_is_refused(streaming):
-    streaming, model, batch = streaming
-    with pytest.raises(MemTuneError, match="more often"), streaming.step(batch) as step:
-        for _ in step.turns():
-            backward(step, model)
-            backward(step, model)
+@pytest.mark.parametrize("kind", ["sum", "product", "one after the other"])
+def test_a_model_may_be_called_several_times(kind):
+    """Whatever the loss makes of the calls, and in whatever order they go backward."""
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
+    other = other_batch(batch)
+
+    def take():
+        first, second = (loss_of(model, each)[0] for each in (batch, other))
+        if kind == "one after the other":
+            second.backward()
+            return first
+        return first + second if kind == "sum" else first * second
+
+    expected = summed(model, take)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)):
+        found = summed(model, take)
+    assert worst_difference(found, expected) <= tolerance(torch.float64)
+    assert worst_difference(plain_twin(model, batch)[1], expected) > NOTICED
 
 
-def test_a_model_called_after_the_last_turn_is_refused(streaming):
-    streaming, model, batch = streaming
-    with pytest.raises(MemTuneError, match="more often"), streaming.step(batch) as step:
-        for _ in step.turns():
-            backward(step, model)
-        model(**step.inputs)
+def summed(model, take):
+    """Gradients of all that goes backward in `take`, and of the loss that it returns."""
+    model.zero_grad(set_to_none=True)
+    take().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
-@pytest.mark.parametrize("missed", [0, 1, 2])
-def test_a_turn_in_which_the_model_was_not_called_is_refused(streaming, missed):
-    streaming, model, batch = streaming
-    with pytest.raises(MemTuneError, match="not called"), streaming.step(batch) as step:
-        for number, _ in enumerate(step.turns()):
-            if number != missed:
-                backward(step, model)
+def hidden_penalty(outputs, labels):
+    return outputs.logits.log_softmax(-1).square().mean()
 
 
-@pytest.mark.parametrize("head", ["causal_lm", "sequence_classification"])
-def test_a_turn_that_has_not_gone_backward_is_refused(head):
-    """All losses at the end would be natural, and wrong."""
-    model, batch, _ = model_and_batch("llama", head=head, lengths=LENGTHS)
-    streaming = Streaming(model, StreamingConfig(sequence_chunk_size=4))
-    with pytest.raises(MemTuneError, match="not gone backward"), streaming.step(batch) as step:
-        for _ in step.turns():
-            model(**step.inputs, **({} if head == "causal_lm" else step.labels))
-    streaming.remove()
+def scaled_and_weighed(outputs, labels):
+    weights = torch.arange(1.0, labels.shape[1], dtype=torch.float64)
+    losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return 3 * (losses * weights).sum()
+
+
+def of_the_last_token(outputs, labels):
+    return outputs.logits[:, -1].logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("loss", [hidden_penalty, scaled_and_weighed, of_the_last_token])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_any_loss(name, loss):
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    take = lambda: loss(model(**batch), batch["labels"])  # noqa: E731
+    expected = gradients(model, take())
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)):
+        found = gradients(model, take())
+    assert worst_difference(found, expected) <= tolerance(dtype)
+    assert worst_difference(plain_twin(model, batch)[1], expected) > NOTICED
+
+
+def test_a_second_backward_of_one_call_is_refused(streaming):
+    _, model, batch = streaming
+    loss = model(**batch).logits.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(MemTuneError, match="a second time"):
+        loss.backward()
+
+
+def test_losses_of_one_call_may_be_added_up(streaming):
+    _, model, batch = streaming
+
+    def take():
+        outputs = model(**batch)
+        return outputs.loss + 0.1 * outputs.logits.square().mean()
+
+    found = gradients(model, take())
+    streaming[0].remove()
+    assert worst_difference(found, gradients(model, take())) <= tolerance(torch.float32)  # the model takes its loss in float32
+
+
+def test_without_gradient_and_in_evaluation_the_model_is_itself(streaming):
+    _, model, batch = streaming
+    with torch.no_grad():
+        assert type(model(**batch).logits) is torch.Tensor
+    model.eval()
+    found = model(**batch)
+    assert type(found.logits) is torch.Tensor
+    assert worst_difference(gradients(model, found.loss), own_loss(model, batch)[1]) == 0
+
+
+def test_a_frozen_model_is_itself(streaming):
+    _, model, batch = streaming
+    model.requires_grad_(False)
+    assert not model(**batch).loss.requires_grad
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "modernbert"])
@@ -313,18 +433,19 @@ def test_nothing_is_left(name, checkpointing):
     untouched = copy.deepcopy(model)
     before, names = traces(model), registered()
     streaming = Streaming(model, StreamingConfig(sequence_chunk_size=4))
+    between = traces(model)
     for _ in range(2):
-        take_turns(model, streaming, batch)
-        assert traces(model) == before  # between steps
+        step_on(model, streaming, batch)
+        assert traces(model) == between != before
     streaming.remove()
-    assert registered() == names and traces(model) == before == traces(untouched)
+    assert registered() == names and traces(model) == before
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, untouched(**batch).logits)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 4])
+@pytest.mark.parametrize("failing", [0, 2, 3, 4])
 def test_a_step_that_fails_leaves_nothing_and_the_next_one_is_right(streaming, failing):
-    """In the context pass, in the first turn's chunk, and in a later one: layer 1 runs once for each."""
+    """In the context pass, in the last chunk, which runs with gradient in forward, and in backward: layer 1 runs once for each."""
     streaming, model, batch = streaming
     before = traces(model)
     calls = []
@@ -336,19 +457,31 @@ def test_a_step_that_fails_leaves_nothing_and_the_next_one_is_right(streaming, f
 
     hook = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        take_turns(model, streaming, batch)
+        step_on(model, streaming, batch)
     hook.remove()
     assert traces(model) == before
-    assert worst_difference(take_turns(model, streaming, batch).gradients, plain_twin(model, batch)[1]) <= tolerance(torch.float64)
+    assert worst_difference(step_on(model, streaming, batch).gradients, plain_twin_without(streaming, batch)) <= tolerance(torch.float64)
 
 
-def test_a_removed_streaming_is_refused(streaming):
-    streaming, _, batch = streaming
+def plain_twin_without(streaming, batch):
+    model = streaming.architecture.head_model
     streaming.remove()
+    return plain_twin(model, batch)[1]
+
+
+def test_a_removed_streaming_is_out_of_the_way(streaming):
+    """A loss that was taken before still has its gradient."""
+    streaming, model, batch = streaming
+    loss, _ = loss_of(model, batch)
+    streaming.remove()
+    streaming.remove()
+    found = gradients(model, loss)
+    assert type(model(**batch).logits) is torch.Tensor
+    assert worst_difference(found, plain_twin(model, batch)[1]) <= tolerance(torch.float64)
     with pytest.raises(MemTuneError, match="removed"):
-        streaming.step(batch)
+        streaming.router
 
 
 def test_token_counts_are_of_real_tokens(streaming):
     streaming, model, batch = streaming
-    assert take_turns(model, streaming, batch).step.token_counts()["seen"] == sum(LENGTHS) < batch["input_ids"].numel()
+    assert step_on(model, streaming, batch).heard.counts["seen"] == sum(LENGTHS) < batch["input_ids"].numel()

@@ -1,4 +1,4 @@
-"""What streaming cannot do exactly, it refuses by name; a step that is not gone through to its end is an error."""
+"""What streaming cannot do exactly, it refuses by name; what plain training refuses or learns, it refuses or learns as well."""
 
 import gc
 import weakref
@@ -9,40 +9,58 @@ import torch
 
 from hf_memtune import ConfigError, MemTuneError, Streaming, StreamingConfig, UnsupportedModelError
 from hf_memtune.core.store import KeyValueStore
-from hf_memtune.methods.model_step import ModelStep
-from tests.methods.stepping import model_and_batch, stream
+from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from tests.methods.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, stream
+from tests.methods.test_removal import registered, traces
 from tests.methods.tiny_models import tiny_model
+from tests.methods.twin import gradients, worst_difference
+from tests.tolerances import NOTICED, tolerance
 
 
 def streaming_on(model, chunk=5) -> Streaming:
     return Streaming(model, StreamingConfig(sequence_chunk_size=chunk))
 
 
-@pytest.mark.parametrize("turns", [0, 1])
-def test_a_step_that_ends_before_its_chunks_is_an_error(turns):
-    """One call is right without streaming, and an easy mistake with it."""
-    model, batch, _ = model_and_batch("llama")
-    streaming = streaming_on(model)
-    with pytest.raises(MemTuneError, match="before all chunks went backward"), streaming.step(batch) as step:
-        if not turns:
-            model(**step.inputs)
-        for _ in zip(range(turns), step.turns()):
-            step.loss_sum(model(**step.inputs)).backward()
-    streaming.remove()
+def own_step(model, batch):
+    """Loss and gradients of the model's own loss, which transformers takes in float32."""
+    loss = model(**batch).loss
+    return loss.detach(), gradients(model, loss)
 
 
-def test_another_error_in_a_step_is_not_covered_up():
+def assert_learns_as_plain(model, batch, other):
+    """In a stream, as without one; other: a loss and gradients that must not pass for these."""
+    loss, expected = own_step(model, batch)
+    with streaming_on(model):
+        found_loss, found = own_step(model, batch)
+    allowed = tolerance(torch.float32)
+    assert abs(found_loss - loss) <= allowed * abs(loss) and worst_difference(found, expected) <= allowed
+    assert abs(other[0] - loss) > NOTICED * abs(loss)
+
+
+def test_an_error_after_the_call_is_not_covered_up():
     model, batch, _ = model_and_batch("llama")
-    with pytest.raises(ZeroDivisionError), streaming_on(model).step(batch) as step:
-        model(**step.inputs)
+    before = traces(model)
+    with pytest.raises(ZeroDivisionError), streaming_on(model):
+        model(**batch)
         1 / 0  # noqa: B018
+    assert traces(model) == before
 
 
-@pytest.mark.parametrize("name, setting", [("opt", "layerdrop"), ("m2m100", "decoder_layerdrop"), ("bart", "encoder_layerdrop")])
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, setting", [("opt", "layerdrop"), ("m2m100", "decoder_layerdrop"), ("bart", "decoder_layerdrop")])
 def test_layers_left_out_at_random_are_refused(name, setting):
     with pytest.raises(UnsupportedModelError, match=f"config.{setting} is 0.1"):
         streaming_on(tiny_model(name, **{setting: 0.1}))
     streaming_on(tiny_model(name, **{setting: 0.0})).remove()
+
+
+@pytest.mark.parametrize("name", ["bart", "m2m100"])
+def test_layers_of_an_encoder_may_be_left_out(name):
+    """It runs once, as it is: see test_streaming."""
+    streaming_on(tiny_model(name, encoder_layerdrop=0.1, decoder_layerdrop=0.0)).remove()
 
 
 def test_a_gap_in_the_store_is_never_read():
@@ -54,30 +72,92 @@ def test_a_gap_in_the_store_is_never_read():
         store.prefix(0, 9)
 
 
-def test_adapters_that_look_at_whole_rows_or_change_the_loss_are_refused():
+def test_adapters_that_look_at_whole_rows_are_refused():
     activated = peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[7], task_type="CAUSAL_LM")
-    adaptive = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
     ordinary = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    for config, reason in ((activated, "activated LoRA"), (adaptive, "AdaLoRA")):
-        with pytest.raises(UnsupportedModelError, match=reason):
-            streaming_on(peft.get_peft_model(tiny_model("llama"), config))
+    with pytest.raises(UnsupportedModelError, match="activated LoRA"):
+        streaming_on(peft.get_peft_model(tiny_model("llama"), activated))
     streaming_on(peft.get_peft_model(tiny_model("llama"), ordinary)).remove()
 
 
-def test_a_loss_function_on_the_model_is_refused():
-    model = tiny_model("llama")
-    model.loss_function = lambda logits, labels, **kwargs: logits.sum()
-    with pytest.raises(UnsupportedModelError, match="loss_function was replaced"):
-        streaming_on(model)
+def test_an_adapter_that_adds_to_the_loss_is_learned():
+    """AdaLoRA: its matrices are to stay orthogonal."""
+    model, batch, _ = model_and_batch("llama")
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM", orth_reg_weight=5.0)
+    adapted = peft.get_peft_model(model, config)
+    assert_learns_as_plain(adapted, batch, own_step(adapted.get_base_model(), batch))
 
 
-def test_hooks_on_accumulated_gradients_are_refused():
-    model = tiny_model("llama")
-    hook = next(model.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.raises(UnsupportedModelError, match="1 parameters have hooks"):
-        streaming_on(model)
-    hook.remove()
-    streaming_on(model).remove()
+def test_a_loss_function_on_the_model_is_learned():
+    model, batch, _ = model_and_batch("llama")
+    without = own_step(model, batch)
+    model.loss_function = lambda logits, labels, **kwargs: logits.square().mean() + logits[:, -1].sum() / 100
+    assert_learns_as_plain(model, batch, without)
+
+
+# -- hooks on parameters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hook_on_accumulated_gradients_fires_once_with_the_whole_gradient(tied, there):
+    """An optimizer may step in backward. there: whether gradients of an earlier batch are there, to which these are added."""
+    model, batch, _ = model_and_batch("llama", tie_word_embeddings=tied)
+
+    def heard(streams):
+        seen = {name: [] for name, _ in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.full_like(parameter, 0.5) if there else None
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen[name].append(p.grad.clone()))
+            for name, parameter in model.named_parameters()
+        ]
+        if streams:
+            with streaming_on(model):
+                loss_of(model, batch)[0].backward()
+        else:
+            loss_of(model, batch)[0].backward()
+        for hook in hooks:
+            hook.remove()
+        assert all(len(gradients) == 1 for gradients in seen.values())
+        return {name: gradient for name, (gradient,) in seen.items()}
+
+    found, expected = heard(True), heard(False)
+    assert worst_difference(found, expected) <= tolerance(torch.float64)
+    assert worst_difference({name: gradient * 0.99 for name, gradient in found.items()}, expected) > NOTICED
+
+
+def test_an_optimizer_may_step_in_backward():
+    """Parameters change when their gradient is whole, and so after every chunk has gone backward."""
+    model, batch, _ = model_and_batch("llama")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def stepped(streams):
+        model.load_state_dict(start)
+        model.zero_grad(set_to_none=True)
+        hooks = [p.register_post_accumulate_grad_hook(_step) for p in model.parameters()]
+        for _ in range(2):
+            if streams:
+                with streaming_on(model):
+                    loss_of(model, batch)[0].backward()
+            else:
+                loss_of(model, batch)[0].backward()
+        for hook in hooks:
+            hook.remove()
+        return {name: value - start[name] for name, value in model.state_dict().items()}
+
+    assert worst_difference(stepped(True), stepped(False)) <= tolerance(torch.float64)
+    assert worst_difference(stepped(True), {name: -value for name, value in stepped(False).items()}) > NOTICED
+
+
+@torch.no_grad()
+def _step(parameter):
+    parameter.sub_(0.1 * parameter.grad)
+    parameter.grad = None
+
+
+# -- settings and batches ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", ["512", 2.5, True, 0, [1]])
@@ -86,36 +166,103 @@ def test_a_chunk_size_is_a_whole_number(size):
         StreamingConfig(sequence_chunk_size=size)
 
 
-def test_a_batch_without_labels_is_refused():
-    model, batch, _ = model_and_batch("llama")
+def test_a_batch_without_labels_has_logits_and_no_loss():
+    model, batch, dtype = model_and_batch("llama")
     del batch["labels"]
-    with pytest.raises(MemTuneError, match="no labels"):
-        stream(model, batch, 5)
+    expected = gradients(model, model(**batch).logits.square().mean())
+    with streaming_on(model):
+        outputs = model(**batch)
+        assert outputs.loss is None
+        found = gradients(model, outputs.logits.square().mean())
+    assert worst_difference(found, expected) <= tolerance(dtype)
+    assert worst_difference({name: g * 0.99 for name, g in found.items()}, expected) > NOTICED
 
 
 def test_positions_without_a_batch_dimension_are_those_of_every_row():
     model, batch, _ = model_and_batch("gpt2", lengths=(13, 13))
     positions = torch.arange(13)
     with_mask = {k: v for k, v in batch.items() if k != "position_ids"}
-    flat, shaped = stream(model, with_mask | {"position_ids": positions}, 5), stream(model, with_mask | {"position_ids": positions[None]}, 5)
+    flat, shaped = (stream(model, with_mask | {"position_ids": given}, 5) for given in (positions, positions[None]))
     assert flat.loss == shaped.loss
 
 
-@pytest.mark.parametrize("head, chunk", [("causal_lm", 5), ("sequence_classification", 5)])
-def test_nothing_of_a_step_outlives_it(head, chunk, monkeypatch):
-    """Neither its keys and values nor itself, without waiting for a collection of garbage."""
-    steps, begin = [], ModelStep.open
+# -- padding that sees nothing -------------------------------------------------------------------------------------------
 
-    def noting(step):
-        steps.append(weakref.ref(step))
-        return begin(step)
 
-    monkeypatch.setattr(ModelStep, "open", noting)
+def left_padded(attention):
+    """Rows of 13 and 9 tokens, whose first tokens have labels, which the padding before the shorter one is to predict."""
+    model, batch, dtype = model_and_batch("llama", "left", _attn_implementation=attention)
+    assert (batch["labels"][1] != -100).sum() == 9
+    dtype = torch.float32 if attention == "eager" else dtype  # whose softmax is in float32, and float64's smallest number -inf there
+    return model.to(dtype), batch, dtype
+
+
+@pytest.mark.parametrize("chunk", [3, 5])
+def test_a_loss_of_padding_that_eager_attention_lets_see_the_whole_row_is_refused(chunk):
+    model, batch, dtype = left_padded("eager")
+    with pytest.raises(MemTuneError, match="padding that sees no token.*Pad rows on the right"):
+        stream(model, batch, chunk)
+    batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = -100
+    assert worst_difference(stream(model, batch, chunk).gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+
+
+def test_where_it_would_be_right_it_is_not_refused():
+    """In one chunk, without padding on the left, and with attention that lets it see nothing."""
+    for model, batch, dtype, chunk in (
+        (*left_padded("eager"), 13),
+        (*model_and_batch("llama", "right", _attn_implementation="eager")[:2], torch.float32, 5),
+        (*left_padded("sdpa"), 5),
+    ):
+        assert worst_difference(stream(model, batch, chunk).gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+
+
+def test_what_eager_attention_makes_of_it_would_be_wrong(monkeypatch):
+    """The sibling: without the refusal."""
+    model, batch, _ = left_padded("eager")
+    monkeypatch.setattr(StreamPass, "build", ChunkPass.build)
+    assert worst_difference(stream(model, batch, 5).gradients, plain_twin(model, batch)[1]) > NOTICED
+
+
+@pytest.mark.parametrize("token_gradient", ["stream", "skip"])
+def test_token_seeking_keeps_no_padding(token_gradient):
+    model, batch, _ = left_padded("eager")
+    taken = seek_in_stream(model, batch, 5, token_gradient=token_gradient, token_ratio=0.9, always_keep="none")
+    assert not (taken.kept["decoder"] & (batch["attention_mask"] == 0)).any()
+
+
+# -- nothing outlives a call -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Weak references to all streams that were made, while no garbage is collected."""
+    made, init = [], ChunkStream.__init__
+
+    def noting(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(ChunkStream, "__init__", noting)
     gc.collect()
     gc.disable()
-    try:
-        model, batch, _ = model_and_batch("llama", head=head)
-        stream(model, batch, chunk)
-        assert steps and not any(step() for step in steps)
-    finally:
-        gc.enable()
+    yield made
+    gc.enable()
+
+
+@pytest.mark.parametrize("head, chunk", [("causal_lm", 5), ("sequence_classification", 5)])
+def test_nothing_of_a_step_outlives_it(head, chunk, streams):
+    """Neither its keys and values nor itself, without waiting for a collection of garbage."""
+    model, batch, _ = model_and_batch("llama", head=head)
+    stream(model, batch, chunk)
+    assert streams and not any(made() for made in streams)
+
+
+def test_an_output_that_is_dropped_leaves_nothing(streams):
+    model, batch, _ = model_and_batch("llama")
+    with streaming_on(model):
+        outputs = model(**batch)
+        assert streams[0]() is not None
+        del outputs
+        assert streams[0]() is None
+    assert not any(name.startswith("hf_memtune") for names in registered() for name in names)
+    assert all(parameter.grad is None for parameter in model.parameters())

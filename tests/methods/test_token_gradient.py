@@ -7,12 +7,13 @@ import torch
 from hf_memtune import TokenSeeking, TokenSeekingConfig
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.errors import ConfigError, UnsupportedModelError
-from hf_memtune.methods.seeking.seeking_step import SeekingStep
-from tests.methods.stepping import model_and_batch, plain_twin, seek_in_stream, seeking_on, take_turns
+from hf_memtune.methods.seeking.choice import Choice
+from hf_memtune.methods.seeking.streamed import SkippingStream
+from tests.methods.stepping import model_and_batch, plain_twin, seek_in_stream, seeking_on, step_on, take_step
 from tests.methods.test_composition import whole_error
 from tests.methods.test_streaming import LENGTHS, allowed
 from tests.methods.tiny_models import CAUSAL
-from tests.methods.twin import worst_difference
+from tests.methods.twin import shifted, worst_difference
 from tests.tolerances import NOTICED, tolerance
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
@@ -22,7 +23,7 @@ CASES = [*((name, "right", 4) for name in NAMES), *((name, *case) for name in FE
 
 
 def kept_of(taken):
-    return taken.step.selection["decoder"].kept_mask()
+    return taken.kept["decoder"]
 
 
 def assert_exact(taken, model, batch, limit):
@@ -39,9 +40,9 @@ def assert_exact(taken, model, batch, limit):
 def test_stream_is_exact_for_the_loss_of_the_kept_tokens(name, side, chunk):
     model, batch, dtype = model_and_batch(name, side, lengths=LENGTHS)
     taken = seek_in_stream(model, batch, chunk, **SPREAD)
-    assert taken.step.kept_labels < (batch["labels"] != -100).sum() / 2
+    assert taken.heard.counts["learned"] < (batch["labels"] != -100).sum() / 2
     assert_exact(taken, model, batch, allowed(name, dtype))
-    assert taken.step.token_counts()["recomputed"] == batch["input_ids"].numel()
+    assert taken.heard.counts["recomputed"] == batch["input_ids"].numel()
 
 
 CHOSEN_BY = [*(dict(token_scorer=name) for name in ("random", "context", "loss")), dict(select_from="labels"), dict(token_ratio=1.0)]
@@ -60,7 +61,7 @@ def test_whatever_chose_the_tokens(token_gradient, settings):
 def test_a_decoder_streams_under_its_whole_encoder(chunk):
     model, batch, dtype = model_and_batch("bart", lengths=LENGTHS)
     taken = seek_in_stream(model, batch, chunk, token_scorer="context", context_normalize="mean")
-    assert set(taken.step.selection) == {"decoder"}
+    assert set(taken.selection) == {"decoder"}
     assert_exact(taken, model, batch, tolerance(dtype))
 
 
@@ -69,9 +70,7 @@ def test_cut_is_noticed(name):
     """The sibling: the same tokens, the same loss, and another gradient."""
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
     streamed = seek_in_stream(model, batch, 4, **SPREAD)
-    seeking = seeking_on(model, **SPREAD)
-    cut = take_turns(model, seeking, batch)
-    seeking.remove()
+    cut = take_step(model, batch, **SPREAD)
     assert torch.equal(kept_of(cut), kept_of(streamed)) and abs(cut.loss - streamed.loss) <= allowed(name) * cut.loss
     assert worst_difference(cut.gradients, streamed.gradients) > NOTICED
 
@@ -81,11 +80,11 @@ def test_two_steps_draw_different_tokens(scorer):
     """Replaying the masks of dropout must not bring back the random numbers that tokens were drawn with."""
     model, batch, _ = model_and_batch("llama", lengths=(48, 40), max_position_embeddings=64)
     seeking = seeking_on(model, token_gradient="stream", sequence_chunk_size=8, token_scorer=scorer, token_selection="sample")
-    first, second = (kept_of(take_turns(model, seeking, batch)) for _ in range(2))
+    first, second = (kept_of(step_on(model, seeking, batch)) for _ in range(2))
     torch.manual_seed(3)
-    third = kept_of(take_turns(model, seeking, batch))
+    third = kept_of(step_on(model, seeking, batch))
     torch.manual_seed(3)
-    again = kept_of(take_turns(model, seeking, batch))
+    again = kept_of(step_on(model, seeking, batch))
     seeking.remove()
     assert not torch.equal(first, second)
     assert torch.equal(third, again)
@@ -99,7 +98,7 @@ def test_tokens_that_are_drawn_with_replayed_numbers_are_noticed(monkeypatch):
     monkeypatch.setattr(RandomTape, "_go_to", lambda self, state: torch.set_rng_state(states[0]))
     model, batch, _ = model_and_batch("llama", lengths=(48, 40), max_position_embeddings=64)
     seeking = seeking_on(model, token_gradient="stream", sequence_chunk_size=8, token_scorer="random", token_selection="sample")
-    first, second = (kept_of(take_turns(model, seeking, batch)) for _ in range(2))
+    first, second = (kept_of(step_on(model, seeking, batch)) for _ in range(2))
     seeking.remove()
     assert torch.equal(first, second)
 
@@ -113,17 +112,16 @@ def test_skip_without_a_threshold_is_exact(name, side, chunk):
     model, batch, dtype = model_and_batch(name, side, lengths=LENGTHS)
     taken = seek_in_stream(model, batch, chunk, token_gradient="skip", skip_threshold=0.0, **SPREAD)
     assert_exact(taken, model, batch, allowed(name, dtype))
-    assert taken.step.token_counts()["recomputed"] <= batch["input_ids"].numel()
+    assert taken.heard.counts["recomputed"] <= batch["input_ids"].numel()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_a_chunk_owes_to_itself_is_not_left_out(monkeypatch, name):
     """The sibling: without later chunks, which alone were to tell, tokens with a loss would run alone."""
-    alone = lambda self, start, stop, mass: self.learned_target[:, start:stop] != -100  # noqa: E731
-    monkeypatch.setattr(SeekingStep, "_wanted", alone)
+    monkeypatch.setattr(SkippingStream, "wanted", lambda self, start, stop: self._learning[:, start:stop])
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
     taken = seek_in_stream(model, batch, 50, token_gradient="skip", skip_threshold=0.0, **SPREAD)
-    assert taken.step.token_counts()["recomputed"] == taken.step.kept_labels
+    assert taken.heard.counts["recomputed"] == taken.heard.counts["learned"]
     assert worst_difference(taken.gradients, plain_twin(model, batch, kept_of(taken))[1]) > NOTICED
 
 
@@ -135,7 +133,7 @@ def test_the_higher_the_threshold_the_fewer_tokens_and_the_further_from_exact(na
     model, batch, _ = model_and_batch(name, lengths=(24, 17))
     taken = [seek_in_stream(model, batch, 2, token_gradient="skip", skip_threshold=t, **SPREAD) for t in THRESHOLDS]
     _, expected = plain_twin(model, batch, kept_of(taken[0]))
-    counts = [each.step.token_counts()["recomputed"] for each in taken]
+    counts = [each.heard.counts["recomputed"] for each in taken]
     errors = [whole_error(each.gradients, expected) for each in taken]
     assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
     assert errors[0] <= tolerance(torch.float64) and errors[1] < errors[-2] and NOTICED < errors[-1] < 1
@@ -144,11 +142,11 @@ def test_the_higher_the_threshold_the_fewer_tokens_and_the_further_from_exact(na
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_highest_threshold_leaves_the_tokens_with_a_loss(name):
-    """One token a chunk, so that no chunk owes anything to itself; a turn runs at least one token of every row or a filler."""
+    """One token a chunk, so that no chunk owes anything to itself; chunks of none do not run."""
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
     taken = seek_in_stream(model, batch, 1, token_gradient="skip", skip_threshold=1.0, **SPREAD)
-    assert taken.step.token_counts()["recomputed"] == taken.step.kept_labels
-    assert taken.turns <= 1 + int(kept_of(taken).any(0).sum())
+    assert taken.heard.counts["recomputed"] == taken.heard.counts["learned"]
+    assert taken.heard.turns == int((kept_of(taken) & (shifted(batch["labels"]) != -100)).any(0).sum())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 1.0])
@@ -158,20 +156,20 @@ def test_chunks_and_rows_without_anything_to_learn_are_skipped(threshold):
     batch["labels"][0, :14], batch["labels"][1] = -100, -100
     settings = dict(select_from="labels", token_gradient="skip", skip_threshold=threshold, **SPREAD)
     taken = seek_in_stream(model, batch, 4, **settings)
-    assert taken.step.token_counts()["recomputed"] < 24
+    assert taken.heard.counts["recomputed"] < 24
     if threshold == 0:
         assert_exact(taken, model, batch, tolerance(dtype))
     if threshold == 1:
-        assert taken.turns < 6
+        assert taken.heard.turns < 6
         assert worst_difference(taken.gradients, plain_twin(model, batch, kept_of(taken))[1]) > NOTICED
 
 
 def test_chunks_behind_the_last_label_are_skipped():
-    """They come first in a stream: its first turn is then that of an earlier chunk, and nothing is lost."""
+    """They would come first in a stream, which begins with an earlier chunk, and nothing is lost."""
     model, batch, dtype = model_and_batch("llama", lengths=(24, 17))
     batch["labels"][:, 9:] = -100
     taken = seek_in_stream(model, batch, 4, token_gradient="skip", skip_threshold=0.0, select_from="labels")
-    assert taken.turns == 2
+    assert taken.heard.turns == 2
     assert_exact(taken, model, batch, tolerance(dtype))
 
 
@@ -214,7 +212,7 @@ def estimates(row, steps=STEPS, **settings):
     copies = {name: value.expand(DRAWS, -1).clone() for name, value in batch.items()}
     seeking = seeking_on(model, sequence_chunk_size=6, **SPREAD | settings)
     torch.manual_seed(1)
-    found = [take_turns(model, seeking, copies).gradients for _ in range(steps)]
+    found = [step_on(model, seeking, copies).gradients for _ in range(steps)]
     seeking.remove()
     flat = lambda gradients: torch.cat([gradients[name].flatten() for name in expected])  # noqa: E731
     return torch.stack([flat(each) for each in found]), flat(expected)
@@ -248,13 +246,13 @@ def test_other_estimates_stay_away_from_it_however_many_are_drawn(row, token_gra
 
 
 def test_samples_without_their_weights_are_biased(row, monkeypatch):
-    begin = SeekingStep._begin_stream
+    weight = Choice.weight.fget
 
-    def unweighted(self, selection):
-        begin(self, selection)
-        self._weight = torch.where(self._weight > 0, self._weight[self._weight > 0].mean(), 0.0)
+    def unweighted(self):
+        own = weight(self)
+        return torch.where(own > 0, own[own > 0].mean(), 0.0)
 
-    monkeypatch.setattr(SeekingStep, "_begin_stream", unweighted)
+    monkeypatch.setattr(Choice, "weight", property(unweighted))
     found, expected = estimates(row, steps=16, token_gradient="stream", token_selection="sample")
     assert errors_of_means(found, expected)[2] > 0.1
 
@@ -262,9 +260,10 @@ def test_samples_without_their_weights_are_biased(row, monkeypatch):
 @pytest.mark.parametrize("token_gradient", ["stream", "cut"])
 def test_a_sample_of_all_tokens_is_plain_training(token_gradient):
     model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
-    seeking = seeking_on(model, token_ratio=1.0, token_selection="sample", token_gradient=token_gradient, sequence_chunk_size=5)
-    taken = take_turns(model, seeking, batch)
-    seeking.remove()
+    settings = dict(token_selection="sample", token_gradient=token_gradient, sequence_chunk_size=5)
     loss, expected = plain_twin(model, batch)
-    assert abs(taken.loss - loss) <= tolerance(torch.float32) * loss  # token weights are float32
-    assert worst_difference(taken.gradients, expected) <= tolerance(torch.float32)
+    # all tokens, also where a ratio below 1 was rounded up; their weights are then 1 exactly
+    for ratio in (1.0, 0.999):
+        taken = take_step(model, batch, token_ratio=ratio, **settings)
+        assert abs(taken.loss - loss) <= tolerance(dtype) * loss
+        assert worst_difference(taken.gradients, expected) <= tolerance(dtype)

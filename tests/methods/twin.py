@@ -97,7 +97,23 @@ def worst_difference(found, expected):
     """Largest relative difference of any parameter's gradient; parameters missing on one side count as different."""
     largest = max(g.norm() for g in expected.values())
     differences = [
-        (found.get(name, torch.zeros_like(g)) - g).norm() / g.norm().clamp_min(1e-4 * largest) for name, g in expected.items()
+        (found.get(name, torch.zeros_like(g)) - g).norm() / _scale(name, expected).clamp_min(1e-4 * largest)
+        for name, g in expected.items()
     ]
     extra = [g.norm() / largest for name, g in found.items() if name not in expected]
     return max(map(float, differences + extra))
+
+
+def _scale(name, expected):
+    """The norm that a gradient's difference is relative to: its own, and for a bias at least that of a column of its weight.
+
+    A bias is one more column, whose input is 1: both sum the same numbers over the tokens, and round alike. Where the bias' sum
+    cancels, all that is left of it is rounding: softmax does not see one number added to every key, so without rotation the
+    bias of keys has no gradient at all.
+    """
+    own = expected[name].norm()
+    weight = expected.get(f"{name.removesuffix('bias')}weight") if name.endswith("bias") else None
+    if weight is None or weight.dim() != 2:
+        return own
+    columns = weight.numel() / expected[name].numel()
+    return torch.maximum(own, weight.norm() / columns**0.5)

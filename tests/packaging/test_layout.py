@@ -20,7 +20,8 @@ FLOORS = [
     {"cli", "__main__"},
     {"forecast"},
     {"training"},
-    {"evaluation", "visualization", "memory"},
+    {"evaluation", "visualization"},
+    {"memory"},
     {"methods"},
     {"architectures"},
     {"core"},
@@ -177,6 +178,62 @@ def test_an_upward_import_is_seen(module, source):
 )
 def test_a_downward_import_is_not(module, source):
     assert not upward(source, module)
+
+
+# --- no circles
+
+
+def links(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Of each module those of `sources` that it names in imports, at any depth: inside functions and for type checkers, too.
+
+    A name taken from a package is of the package's own file, unless it is a module of it.
+    """
+    own = {name.removesuffix(".__init__"): name for name in sources}
+
+    def module_of(name: str) -> str | None:
+        while name and name not in own:
+            name = name.rpartition(".")[0]
+        return own.get(name)
+
+    return {name: {module_of(found) for found in imports(source, name)} - {None, name} for name, source in sources.items()}
+
+
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Modules that can be reached from themselves, each with those it shares its circles with."""
+    graph = links(sources)
+    reached = {name: reachable(graph, name) for name in sources}
+    rings = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in sources if name in reached[name]}
+    return sorted(map(list, rings))
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    found, pending = set(), [*graph[start]]
+    while pending:
+        if (name := pending.pop()) not in found:
+            found.add(name)
+            pending += graph[name]
+    return found
+
+
+def test_no_circle_of_files():
+    assert circles(modules()) == []
+
+
+@pytest.mark.parametrize(
+    "here, there",
+    [
+        ("from hf_memtune.b import c", "import hf_memtune.a"),
+        ("import hf_memtune.b.c", "def f():\n    from hf_memtune.a import later"),
+        ("from .b.c import name", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..a import Name"),
+        ("from hf_memtune.b import name", "from hf_memtune import a"),
+    ],
+)
+def test_a_circle_is_seen(here, there):
+    third = {"hf_memtune.b.__init__": "from .c import name", "hf_memtune.b.d": "from hf_memtune.a import x\nfrom .c import name"}
+    sources = {"hf_memtune.a": here, "hf_memtune.b.c": there, **third}
+    (ring,) = circles(sources)
+    assert {"hf_memtune.a", "hf_memtune.b.c"} <= set(ring) and "hf_memtune.b.d" not in ring
+    assert not circles(sources | {"hf_memtune.b.c": "import hf_memtune_other, hf_memtune"})
 
 
 def test_only_architectures_import_transformers_models():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import patience
 from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
 from tests.packaging.test_readme import write_model
 
@@ -66,8 +67,9 @@ def test_the_programs_run(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HOME": str(tmp_path / "hf"),
     }
+    command = [sys.executable, "-c", program]
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "is_exact" in done.stdout or "inverse_error=0.0" in done.stdout

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests import patience  # noqa: E402
 from tests.methods.tiny_models import tiny_model  # noqa: E402
 from tests.training.runs import arguments, exact_model, text_rows, train  # noqa: E402
 
@@ -65,8 +66,9 @@ def run_case(name: str, folder: Path, processes: int) -> dict:
     make_model, accumulation, settings = CASES[name]
     if "seek_cache_dir" in settings:
         settings = settings | {"seek_cache_dir": str(folder / "cache")}
-    size = ROWS_A_STEP // (processes * accumulation)
-    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": 3}
+    size = ROWS_A_STEP // (2 * accumulation)  # one process makes the calls of two: the mean over kept tokens is that of each call
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS_A_STEP // (processes * size)}
+    sizes["per_device_eval_batch_size"] = 3
     args = arguments(folder / name, train_sampling_strategy="sequential", max_steps=2, **sizes, **settings)
     rows = [row | {"labels": [label % 3 if label >= 0 else label for label in row["labels"]]} for row in ROWS] if name == "logits" else ROWS
     run = train(make_model(), args, rows)
@@ -78,7 +80,7 @@ def main(folder: Path) -> None:
     from accelerate import PartialState
 
     torch.set_num_threads(1)
-    state = PartialState(cpu=True, timeout=timedelta(seconds=30))  # processes that wait for each other in vain fail
+    state = PartialState(cpu=True, timeout=timedelta(seconds=patience.COLLECTIVE))
     found = {name: run_case(name, folder, state.num_processes) for name in CASES}
     if state.is_main_process:
         torch.save(found | {"processes": state.num_processes}, folder / "found.pt")

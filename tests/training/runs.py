@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
+from hf_memtune.architectures import describe
 from tests.methods.tiny_models import VOCABULARY, tiny_model
 from tests.methods.twin import worst_difference
 
@@ -53,12 +54,35 @@ class GradientRecorder(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
+class LayerRuns(TrainerCallback):
+    """How often a model's first layer runs, with gradient and without; the most tokens of a row that it saw at once with gradient."""
+
+    def __init__(self):
+        self.with_gradient = self.without = self.widest = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        layer = describe(model).decoder.layers[0]
+        self._hook = layer.register_forward_pre_hook(self._runs, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+    def _runs(self, module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if torch.is_grad_enabled():
+            self.with_gradient += 1
+            self.widest = max(self.widest, hidden.shape[1])
+        else:
+            self.without += 1
+
+
 @dataclass
 class Run:
     """A finished run."""
 
     trainer: object
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    layers: LayerRuns | None = None
 
     @property
     def losses(self) -> list[float]:

@@ -1,4 +1,8 @@
-"""With token_ratio 1 every token is kept, and a run is plain training: the same gradients, the same logged losses."""
+"""Where every token is kept, a run is plain training: the same gradients, the same logged losses.
+
+With token_ratio 1 the model goes its own way. A little less keeps all tokens of these rows too, for budgets are rounded up, but through the
+method; and in a stream the method is there in any case.
+"""
 
 from functools import partial
 
@@ -14,16 +18,24 @@ from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training.runs import arguments, pad_right, text_rows, train, worst_step
 
 EXACT = RELATIVE[torch.float64]
-# GPT-2 sets no loss_type, so transformers counts the label of a row's first token, which nothing predicts, and divides by too
-# much. Rows whose first token has no label make both counts the same.
-ROWS = [row | {"labels": [-100, *row["labels"][1:]]} for row in text_rows(24)]
+ROWS = text_rows(24)  # some have a label at their first token, which transformers counts for GPT-2, although nothing predicts it
+WAYS = {
+    "own way": {"token_ratio": 1.0},
+    "kept": {"token_ratio": 0.999},
+    "sampled": {"token_ratio": 0.999, "token_selection": "sample"},
+    "stream": {"token_ratio": 0.999, "token_gradient": "stream", "sequence_chunk_size": 5, "select_from": "labels"},
+    "skip": {"token_ratio": 0.999, "token_gradient": "skip", "sequence_chunk_size": 5, "skip_threshold": 0.0},
+}
+LESS = {"some": {"token_ratio": 0.7}}
+NOT_CAUSAL = ["own way", "kept", "sampled"]
+OF_ROWS = ["own way", "kept"]
 CUTS = {"whole": {}, "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}}
 
 
-def both(tmp_path, name, head, rows, ratio=1.0, settings=None, num_labels=3, **kwargs):
+def both(tmp_path, name, head, rows, way, settings=None, num_labels=3, **kwargs):
     """The same run by our Trainer and by transformers'."""
     settings, model = {"max_steps": 3, **(settings or {})}, partial(tiny_model, name, head, num_labels=num_labels)
-    ours = train(model(), arguments(tmp_path, token_ratio=ratio, **settings), rows, **kwargs)
+    ours = train(model(), arguments(tmp_path, **settings, **(WAYS | LESS)[way]), rows, **kwargs)
     plain = train(model(), arguments(tmp_path, seeking=False, **settings), rows, cls=Trainer, **kwargs)
     return ours, plain
 
@@ -43,20 +55,21 @@ def shifting_loss(outputs, labels, num_items_in_batch=None):
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_causal_lm(tmp_path, name, cut):
-    assert_equal_runs(*both(tmp_path, name, "causal_lm", ROWS, settings=CUTS[cut]))
+def test_causal_lm(tmp_path, name, way, cut):
+    assert_equal_runs(*both(tmp_path, name, "causal_lm", ROWS, way, CUTS[cut]))
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_label_smoothing(tmp_path, cut):
-    settings = CUTS[cut] | {"label_smoothing_factor": 0.1}
-    assert_equal_runs(*both(tmp_path, "gpt2", "causal_lm", ROWS, settings=settings))
+@pytest.mark.parametrize("way", WAYS)
+def test_label_smoothing(tmp_path, way):
+    settings = CUTS["accumulated"] | {"label_smoothing_factor": 0.1}
+    assert_equal_runs(*both(tmp_path, "gpt2", "causal_lm", ROWS, way, settings))
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_a_loss_function_of_the_users_own(tmp_path, cut):
-    runs = both(tmp_path, "gpt2", "causal_lm", ROWS, settings=CUTS[cut], compute_loss_func=shifting_loss)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_function_of_the_users_own(tmp_path, way):
+    runs = both(tmp_path, "gpt2", "causal_lm", ROWS, way, CUTS["accumulated"], compute_loss_func=shifting_loss)
     assert_equal_runs(*runs, allowed=EXACT)
 
 
@@ -67,26 +80,31 @@ def pad_pairs(rows):
     return batch | {"decoder_input_ids": shifted}
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "smoothed"])
-def test_sequence_to_sequence(tmp_path, settings):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("way", WAYS)
+def test_sequence_to_sequence(tmp_path, way, smoothing):
+    """BART's own loss takes no notice of the count of the accumulated batch."""
     rows = [{"input_ids": a["input_ids"], "target": b["input_ids"]} for a, b in zip(text_rows(24), text_rows(24, seed=4))]
-    settings |= {"remove_unused_columns": False}
-    assert_equal_runs(*both(tmp_path, "bart", "seq2seq", rows, settings=settings, data_collator=pad_pairs))
+    settings = CUTS["accumulated"] | {"remove_unused_columns": False, "label_smoothing_factor": smoothing}
+    assert_equal_runs(*both(tmp_path, "bart", "seq2seq", rows, way, settings, data_collator=pad_pairs))
 
 
-def test_masked_lm(tmp_path):
+@pytest.mark.parametrize("way", NOT_CAUSAL)
+def test_masked_lm(tmp_path, way):
     rows = [row | {"labels": [-100 if n % 3 else i for n, i in enumerate(row["input_ids"])]} for row in text_rows(24)]
-    assert_equal_runs(*both(tmp_path, "bert", "masked_lm", rows))
+    assert_equal_runs(*both(tmp_path, "bert", "masked_lm", rows, way))
 
 
-def test_token_classification(tmp_path):
+@pytest.mark.parametrize("way", NOT_CAUSAL)
+def test_token_classification(tmp_path, way):
     rows = [row | {"labels": [-100 if label < 0 else label % 3 for label in row["labels"]]} for row in text_rows(24)]
-    assert_equal_runs(*both(tmp_path, "bert", "token_classification", rows))
+    assert_equal_runs(*both(tmp_path, "bert", "token_classification", rows, way))
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("way", OF_ROWS)
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_sequence_classification(tmp_path, name, cut):
+def test_sequence_classification(tmp_path, name, way, cut):
     rows = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(text_rows(24))]
     metric = load_metric("accuracy")
 
@@ -96,7 +114,7 @@ def test_sequence_classification(tmp_path, name, cut):
     settings = CUTS[cut] | {"eval_strategy": "steps", "eval_steps": 1}
     collator = {"data_collator": lambda batch: pad_right(batch, padding=1)} if name == "bert" else {}
     ours, plain = both(
-        tmp_path, name, "sequence_classification", rows, settings=settings, compute_metrics=accuracy, eval_dataset=rows, **collator
+        tmp_path, name, "sequence_classification", rows, way, settings, compute_metrics=accuracy, eval_dataset=rows, **collator
     )
     assert_equal_runs(ours, plain)
     measured = [[e["eval_accuracy"] for e in r.trainer.state.log_history if "eval_accuracy" in e] for r in (ours, plain)]
@@ -104,16 +122,17 @@ def test_sequence_classification(tmp_path, name, cut):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_question_answering(tmp_path, cut):
+@pytest.mark.parametrize("way", OF_ROWS)
+def test_question_answering(tmp_path, way, cut):
     # of one length: the plain softmax over positions includes padding, through which nothing is learned here
     texts = text_rows(24, shortest=9, longest=9)
     rows = [{"input_ids": row["input_ids"], "start_positions": n % 3, "end_positions": 3} for n, row in enumerate(texts)]
-    assert_equal_runs(*both(tmp_path, "bert", "question_answering", rows, settings=CUTS[cut], num_labels=2))
+    assert_equal_runs(*both(tmp_path, "bert", "question_answering", rows, way, CUTS[cut], num_labels=2))
 
 
 def test_fewer_tokens_are_noticed(tmp_path):
     """Sibling: the comparison sees when some tokens are left out."""
-    ours, plain = both(tmp_path, "gpt2", "causal_lm", ROWS, ratio=0.7)
+    ours, plain = both(tmp_path, "gpt2", "causal_lm", ROWS, "some")
     assert worst_step(ours, plain) > NOTICED
     with pytest.raises(AssertionError):
         assert_equal_runs(ours, plain)

@@ -1,10 +1,20 @@
 """The callbacks: what they install, what they measure, what they draw, and that none of them changes a run."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AttentionInterface, Trainer, TrainerCallback
 
-from hf_memtune import ConfigError, LiveBytes, MemoryCallback, TokenMapCallback, TokenSeekingCallback, TokenSeekingConfig
+from hf_memtune import (
+    ConfigError,
+    LiveBytes,
+    MemoryCallback,
+    StreamingCallback,
+    TokenMapCallback,
+    TokenSeekingCallback,
+    TokenSeekingConfig,
+)
 from hf_memtune.core.selection import Selection, budget
 from tests.methods.tiny_models import tiny_model
 from tests.training.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
@@ -50,19 +60,27 @@ def test_a_scoring_pass_needs_a_trainer():
         TokenSeekingCallback(TokenSeekingConfig(token_seeking=True, seek_schedule="epoch"))
 
 
-def test_a_trainer_of_ones_own_can_use_what_the_callback_installs(tmp_path):
-    """The whole of it in one method: no class of ours but the callback."""
-    callback = TokenSeekingCallback(TokenSeekingConfig(**SEEKING))
-
-    class Mine(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            with callback.strategy.step(inputs) as step:
-                outputs = model(**step.inputs)
-            return step.loss_sum(outputs) / step.kept_labels
-
-    mine = train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Mine, callbacks=[callback])
+def test_any_trainer_seeks_with_the_callback(tmp_path):
+    """No class of ours but that."""
+    callback = TokenSeekingCallback(**SEEKING)
+    theirs = train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer, callbacks=[callback])
     ours = train(llama(), arguments(tmp_path), ROWS)
-    assert mine.losses == pytest.approx(ours.losses, rel=1e-6)
+    assert same_parameters(theirs, ours) and theirs.losses == ours.losses
+    assert torch.equal(callback.last_selection.index, ours.trainer.last_selection.index)
+    assert not same_parameters(theirs, train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer))
+
+
+@pytest.mark.parametrize("make", [partial(StreamingCallback, sequence_chunk_size=4), TokenSeekingCallback], ids=["streaming", "seeking"])
+def test_a_callback_refuses_what_its_method_does_not_support(tmp_path, make):
+    """Any Trainer may be given it, with arguments that know nothing of it."""
+    model, callback = llama(), make()
+    with pytest.raises(ConfigError, match="neftune_noise_alpha: got 5.0 with .*which does not support it"):
+        train(model, arguments(tmp_path, seeking=False, neftune_noise_alpha=5.0), ROWS, cls=Trainer, callbacks=[callback])
+    assert callback.strategy is None and all("forward" not in vars(module) for module in model.modules())
+    args = arguments(tmp_path, seeking=False)
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match="2 GPUs in one process"):
+        callback.on_train_begin(args, None, None, model=model)
 
 
 def test_last_selection_is_what_the_last_step_kept(tmp_path):

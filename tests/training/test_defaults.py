@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_memtune import ConfigError, TokenSeeking, TokenSeekingConfig
+from tests.methods.stepping import step_on
 from tests.methods.tiny_models import batch_for, tiny_model
-from tests.training.runs import arguments, llama, text_rows, train, trainer_for
+from tests.tolerances import NOTICED
+from tests.training.runs import arguments, llama, text_rows, train, trainer_for, worst_step
 
 ROWS = text_rows(8)
 LEFT_OUT = {"token_scorer": None, "token_selection": None, "select_from": None, "context_normalize": None, "token_ratio": 0.2}
@@ -18,6 +21,13 @@ def first_tokens(seen):
 def mean_loss(outputs, labels, num_items_in_batch=None):
     shifted = labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), shifted, reduction="sum") / num_items_in_batch
+
+
+def sharp_loss(outputs, labels, num_items_in_batch=None):
+    """No cross entropy."""
+    shifted = labels[:, 1:].flatten()
+    losses = -outputs.logits[:, :-1].flatten(0, 1).log_softmax(-1).gather(1, shifted.clamp_min(0)[:, None])[:, 0]
+    return (losses + losses**2)[shifted != -100].sum() / num_items_in_batch
 
 
 def test_labelled_tokens_are_drawn_and_weighed(tmp_path):
@@ -42,9 +52,8 @@ def test_a_loss_for_a_row_has_no_tokens_to_weigh():
     seeking = TokenSeeking(model, TokenSeekingConfig(token_seeking=True))
     found = seeking.config
     assert (found.token_scorer, found.token_selection, found.kept_always) == ("context", "top", "none")
-    with seeking.step(batch) as step:
-        model(**step.inputs, **step.labels).loss.backward()
-    assert step.selection["decoder"].weight is None
+    taken = step_on(model, seeking, batch)
+    assert taken.selection["decoder"].weight is None
     seeking.remove()
     with pytest.raises(ConfigError, match="token_selection: got 'sample'"):
         TokenSeeking(model, TokenSeekingConfig(token_seeking=True, token_selection="sample"))
@@ -58,11 +67,15 @@ def test_what_is_given_stays_for_a_loss_for_a_row(given, scorer):
     assert settings.token_scorer == "random"  # and the settings themselves
 
 
-def test_a_loss_function_of_ones_own_gets_the_best_tokens(tmp_path):
-    run = train(llama(), arguments(tmp_path, **LEFT_OUT), ROWS, compute_loss_func=mean_loss)
-    assert run.trainer.last_selection.weight is None
-    with pytest.raises(ConfigError, match="token_selection=sample"):
-        trainer_for(llama(), arguments(tmp_path, **LEFT_OUT | {"token_selection": "sample"}), ROWS, compute_loss_func=mean_loss)
+@pytest.mark.parametrize("loss", [mean_loss, sharp_loss], ids=["cross entropy", "of logits"])
+def test_a_loss_function_of_ones_own_learns_from_a_sample(tmp_path, loss):
+    run = train(llama(), arguments(tmp_path, **LEFT_OUT), ROWS, compute_loss_func=loss)
+    selection = run.trainer.last_selection
+    assert selection.weight is not None and selection.weight.max() > 1
+    assert all(0 < entry["tokens_kept"] == entry["tokens_learned"] for entry in run.trainer.state.log_history if "loss" in entry)
+    plain = train(llama(), arguments(tmp_path, seeking=False), ROWS, Trainer, compute_loss_func=loss)
+    assert worst_step(run, plain) > NOTICED
+    assert (run.losses[0] == pytest.approx(plain.losses[0], rel=1e-6)) == (loss is sharp_loss)  # tokens are chosen in backward
 
 
 @pytest.mark.parametrize("schedule", ["once", "epoch"])

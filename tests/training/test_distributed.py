@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import patience
 from tests.methods.twin import worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.training import distributed_script
@@ -24,9 +25,8 @@ def two_processes(tmp_path_factory):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, distributed_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [*launch, distributed_script.__file__, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(folder / "found.pt", weights_only=True)
     assert found.pop("processes") == 2
@@ -49,7 +49,9 @@ def test_two_processes_learn_what_one_learns(two_processes, one_process, case):
     found, expected = two_processes[0][case], one_process[0][case]
     llama = case.startswith(("lora", "checkpointed"))  # whose norms are float32 whatever the model is
     assert worst_step(found, expected) <= (FLOAT32_INSIDE if llama else EXACT)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    # BERT's loss is the mean of a call: 0 / 0 without a label, in the first step, which transformers leaves out of each process's log
+    first = 1 if case in ("logits", "head with bias") else 0
+    assert found["losses"][first:] == pytest.approx(expected["losses"][first:], rel=FLOAT32_INSIDE)
     assert found["seeking"] is None
 
 

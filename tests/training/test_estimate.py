@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 
 from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
-from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
+from hf_memtune.memory.estimate import MemoryEstimate
 from tests.methods.tiny_models import CONFIGS, VOCABULARY, tiny_model
 from tests.training.runs import arguments, pad_right, trainer_for
 

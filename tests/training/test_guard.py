@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, first_batches, full_loss, rose, rows_of
+from hf_memtune.core.head_call import HeadCall
+from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, _on_demand, first_batches, full_loss, rose, rows_of
 from tests.methods.tiny_models import batch_for, tiny_model
 from tests.tolerances import FLOAT32_INSIDE
 from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train
@@ -112,14 +113,14 @@ def test_rows_count_by_their_labels():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_linear_head_gives_the_same_without_logits(name, monkeypatch):
+def test_a_loss_of_tokens_needs_no_logits(name, monkeypatch):
     model, batch = evaluated(name)
+    expected = pytest.approx(whole(model, batch), rel=EXACT)
+    monkeypatch.setattr(HeadCall, "logits", lambda *args: pytest.fail("logits were made"))
+    assert full_loss(model, [batch]) == expected
     head = model.get_output_embeddings()
-    assert full_loss(model, [batch], head) == pytest.approx(whole(model, batch), rel=EXACT)
-    monkeypatch.setattr(head, "forward", lambda *args: pytest.fail("logits were made"))
-    full_loss(model, [batch], head)
     with pytest.raises(pytest.fail.Exception):
-        full_loss(model, [batch])
+        _on_demand(head, torch.zeros(1, 1, head.in_features, dtype=torch.float64)).sum()
 
 
 def test_it_counts_nothing_where_nothing_is_labelled():
@@ -207,9 +208,19 @@ def test_it_is_the_evaluation_loss_of_its_rows(tmp_path):
     assert full_losses(run)[-1] == pytest.approx(expected[0], rel=EXACT) != pytest.approx(expected[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"token_seeking": False, "token_ratio": None, "context_normalize": None}, {"full_loss_rows": 0}])
-def test_it_is_not_taken_where_nothing_is_left_out(tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_seeking": False, "token_ratio": None, "context_normalize": None},
+        {"token_selection": "sample"},
+        {"token_ratio": 1.0},
+        {"full_loss_rows": 0},
+    ],
+    ids=["no seeking", "sample", "all tokens", "off"],
+)
+def test_it_is_not_taken_where_the_loss_stands_for_all_tokens(tmp_path, settings):
     assert not full_losses(train(llama(), arguments(tmp_path, **settings), text_rows(24)))
+    assert full_losses(train(llama(), arguments(tmp_path), text_rows(24)))
 
 
 def test_the_warning_reaches_the_log(tmp_path, monkeypatch, caplog):

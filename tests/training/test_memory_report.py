@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_memtune import MemEfficientTrainer, MemTuneError
-from hf_memtune.memory import MemoryAccount
 from hf_memtune.forecast.estimate import estimate
+from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.care.report.memory_report import FILES
 from hf_memtune.training.care.report.savings import BatchShape, Savings
 from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for

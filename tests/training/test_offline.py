@@ -7,13 +7,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 
-from hf_memtune import MemEfficientTrainer, StaleCacheError
-from hf_memtune.methods.seeking.token_seeking import TokenSeeking
+from hf_memtune import MemEfficientMixin, MemEfficientTrainer, StaleCacheError, TokenSeekingCallback, TokenSeekingConfig
+from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.training import offline
 from hf_memtune.training.fingerprint import model_fingerprint
 from tests.methods.tiny_models import tiny_model
-from tests.training.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, close
+from tests.training.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for, worst_step
 
 ROWS = text_rows(16)
 
@@ -126,7 +128,7 @@ def test_scores_are_those_the_step_would_take_with_the_first_weights(tmp_path, n
     run = once(tmp_path, rows=rows, model=model, cls=Recording, learning_rate=0.0, per_device_eval_batch_size=3)
     for ours, theirs in run.trainer.compared:  # batches of 3 were scored, batches of 8 are trained on: other padding
         real = ours["decoder"] != 0
-        torch.testing.assert_close(ours["decoder"][real], theirs["decoder"][real].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["decoder"][real], theirs["decoder"][real].float(), **close(torch.float32))
     assert len(run.trainer.compared) == 2
 
 
@@ -136,7 +138,7 @@ def test_pairs_are_found_again_under_other_padding(tmp_path):
     run = once(tmp_path, rows=rows, model=tiny_model("bart", "seq2seq"), cls=Recording, learning_rate=0.0, per_device_eval_batch_size=3)
     for ours, theirs in run.trainer.compared:
         real = ours["encoder"] != 0
-        torch.testing.assert_close(ours["encoder"][real], theirs["encoder"][real].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["encoder"][real], theirs["encoder"][real].float(), **close(torch.float32))
 
 
 def test_scores_are_taken_in_the_precision_of_training(tmp_path):
@@ -152,7 +154,58 @@ def test_scores_are_taken_in_the_precision_of_training(tmp_path):
 def test_training_on_once_scored_rows_is_training_by_the_step_at_first(tmp_path):
     offline_run = once(tmp_path, model=exact_model(), learning_rate=0.0)
     step_run = train(exact_model(), arguments(tmp_path, learning_rate=0.0), ROWS)
-    assert offline_run.losses == pytest.approx(step_run.losses, rel=1e-6)
+    assert offline_run.losses == pytest.approx(step_run.losses, rel=FLOAT32_INSIDE)
+
+
+def without_labels(outputs, labels, num_items_in_batch=None):
+    """A loss of logits: the model is called without the labels."""
+    shifted = labels[:, 1:].flatten()
+    losses = outputs.logits[:, :-1].flatten(0, 1).square().sum(-1)
+    return losses[shifted != -100].sum() / num_items_in_batch
+
+
+class Twice(Trainer):
+    """Calls the model on the rows in another order, too."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        other = {name: value.flip(0) for name, value in inputs.items()}
+        return model(**inputs).loss + model(**other).loss.square()
+
+
+def by_hidden_state(seen):
+    """Reads no label, and no loss."""
+    return seen.last_hidden_state[..., 0]
+
+
+def by_another(seen):
+    return seen.last_hidden_state[..., 1]
+
+
+@pytest.mark.parametrize("case", ["without labels", "two calls"])
+def test_a_loss_of_ones_own_finds_the_scores_of_its_rows(tmp_path, case):
+    cls = type("Mine", (MemEfficientMixin, Twice if case == "two calls" else Trainer), {})
+    loss = without_labels if case == "without labels" else None
+
+    def run(scorer, schedule):
+        args = arguments(tmp_path / "out", seek_schedule=schedule, learning_rate=0.0, token_scorer=None, context_normalize=None)
+        return train(exact_model(), args, ROWS, cls, compute_loss_func=loss, token_scorer=scorer)
+
+    once_scored, by_step = (run(by_hidden_state, schedule) for schedule in ("once", "step"))
+    assert worst_step(once_scored, by_step) <= RELATIVE[torch.float64]
+    assert worst_step(once_scored, run(by_another, "step")) > NOTICED
+
+
+def test_a_callback_alone_says_that_it_cannot_tell_rows_without_labels(tmp_path):
+    config = TokenSeekingConfig(token_seeking=True, token_scorer="context", seek_schedule="once", seek_cache_dir=str(tmp_path))
+
+    def run(**kwargs):
+        trainer = trainer_for(llama(), arguments(tmp_path, seeking=False), ROWS, Trainer, **kwargs)
+        trainer.add_callback(TokenSeekingCallback(config, trainer=trainer))
+        return trainer.train()
+
+    run()
+    with pytest.raises(StaleCacheError, match="called without labels.*MemEfficientMixin"):
+        run(compute_loss_func=without_labels)
 
 
 def test_the_last_rows_are_scored_when_training_drops_them(tmp_path):

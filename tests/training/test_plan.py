@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, UnsupportedModelError
-from hf_memtune.memory.account import CATEGORIES, MemoryAccount, PhaseBytes
-from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.forecast.ladder import Rung, ladder
 from hf_memtune.forecast.plan import make_plan, refusal
+from hf_memtune.memory.account import CATEGORIES, MemoryAccount, PhaseBytes
+from hf_memtune.memory.estimate import MemoryEstimate
 
 RUNGS = [
     Rung("as given", "exact", {}),

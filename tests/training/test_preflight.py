@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
+from hf_memtune.core.selection import select
 from hf_memtune.memory import CATEGORIES
 from hf_memtune.training.care.preflight import flight, snapshot
 from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
@@ -305,6 +306,14 @@ def test_optimizers_that_step_in_backward_are_refused(tmp_path):
     assert not arguments(tmp_path, **PLAIN).preflights  # on a CPU it is off by itself
 
 
+def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, monkeypatch):
+    """`accelerate launch` says so in the environment; the arguments name nothing."""
+    assert arguments(tmp_path, memory_preflight=True, **PLAIN).preflights
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="memory_preflight: got True with fsdp"):
+        arguments(tmp_path, memory_preflight=True, **PLAIN)
+
+
 # -- levers that do not act --------------------------------------------------------------------------------------------
 
 
@@ -355,16 +364,13 @@ def test_rows_shorter_than_a_chunk_are_a_warning(tmp_path, caplog, flies):
     assert ("the longest row of all has 16 tokens" in caplog.text) == flies
 
 
-def test_tokens_that_are_all_kept_are_an_error(tmp_path):
-    class All(MemEfficientTrainer):
-        """Keeps everything, whatever the ratio says."""
-
-        def _note(self, step):
-            step.token_counts = lambda: {"seen": 80, "kept": 80}
-            super()._note(step)
-
-    with pytest.raises(ConfigError, match="all 80 tokens were kept with token_ratio=0.35"):
-        train(llama(), make_arguments(tmp_path, {}, False), ROWS, cls=All)
+@pytest.mark.parametrize("flies", [True, False])
+def test_tokens_that_are_all_kept_are_an_error(tmp_path, monkeypatch, flies):
+    """Whatever the ratio says."""
+    train(llama(), make_arguments(tmp_path, {}, flies), ROWS)
+    monkeypatch.setattr("hf_memtune.methods.seeking.choice.select", lambda values, ratio, *others: select(values, 1.0, *others))
+    with pytest.raises(ConfigError, match=r"all \d+ tokens were kept with token_ratio=0.35"):
+        train(llama(), make_arguments(tmp_path, {}, flies), ROWS)
 
 
 def test_short_rows_that_are_kept_whole_are_none(tmp_path, caplog):

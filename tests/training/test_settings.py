@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_memtune import ConfigError, MemEfficientTrainingArguments, MemTuneError, TokenSeekingConfig, register_scorer
-from hf_memtune.settings.methods import STREAM_CHUNKS, StreamingConfig
+from hf_memtune import ConfigError, MemEfficientTrainingArguments, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
+from hf_memtune.settings.methods import STREAM_CHUNKS, StreamingConfig
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, preset_values
 from tests.training.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
 
@@ -169,8 +169,24 @@ STRATEGIES = [{"token_seeking": True}, {"sequence_chunk_size": 64}]
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_a_strategy_does_not_support_is_refused_before_anything_is_set_up(tmp_path, name, strategy, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: pytest.fail("set up already"))
-    (problem,) = problems(MemEfficientTrainingArguments, str(tmp_path), **strategy, **{name: UNSUPPORTED[name]})
+    more = {"fsdp_config": {"version": 1}} if name == "fsdp" else {}  # streaming works with version 2
+    (problem,) = problems(MemEfficientTrainingArguments, str(tmp_path), **strategy, **{name: UNSUPPORTED[name]}, **more)
     assert problem.startswith(name) and f"with {next(iter(strategy))}, which does not support it" in problem
+
+
+@pytest.mark.parametrize("config", [{}, {"fsdp_config": {"version": 2}}], ids=["by default", "by name"])
+def test_the_second_fsdp_is_refused_of_token_seeking_alone(tmp_path, config, monkeypatch):
+    class SetUp(Exception):
+        pass
+
+    def set_up(self):
+        raise SetUp
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", set_up)
+    with pytest.raises(SetUp):
+        MemEfficientTrainingArguments(str(tmp_path), sequence_chunk_size=64, fsdp="full_shard", **config)
+    (problem,) = problems(MemEfficientTrainingArguments, str(tmp_path), token_seeking=True, fsdp="full_shard", **config)
+    assert problem.startswith("fsdp: got 'full_shard' with token_seeking")
 
 
 def test_they_are_allowed_without_a_strategy(tmp_path):
@@ -184,6 +200,15 @@ def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, name):
     assert trainer._problems(None) == []
     setattr(trainer, name, True)
     assert "accelerate is configured" in trainer._problems(None)[0]
+
+
+@pytest.mark.parametrize("setting", [{}, {"token_seeking": False, "token_ratio": None, "context_normalize": None, "reversible": "centred"}])
+def test_several_devices_in_one_process_are_refused(tmp_path, setting):
+    args = arguments(tmp_path, **setting)
+    assert trainer_for(llama(), args, ROWS)
+    args._n_gpu = 2
+    (problem,) = problems(trainer_for, llama(), args, ROWS)
+    assert problem.startswith("2 GPUs in one process")
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------
@@ -420,5 +445,6 @@ def test_a_stream_is_not_passed_over(tmp_path):
 
 
 def test_a_batch_without_labels_is_refused(tmp_path):
-    with pytest.raises(MemTuneError, match="no labels.*input_ids"):
+    """By transformers, which takes the loss."""
+    with pytest.raises(ValueError, match="did not return a loss.*input_ids"):
         train(llama(), arguments(tmp_path), [{"input_ids": row["input_ids"]} for row in ROWS])

@@ -2,28 +2,38 @@
 
 import gc
 import weakref
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from hf_memtune import ConfigError, MemEfficientTrainer, MemEfficientTrainingArguments, MemTuneError
+from hf_memtune import (
+    ConfigError,
+    MemEfficientArgumentsMixin,
+    MemEfficientMixin,
+    MemEfficientTrainer,
+    MemEfficientTrainingArguments,
+    StreamingCallback,
+)
 from hf_memtune.core.owed import OwedSums
-from hf_memtune.training.turns import Turns
-from tests.methods.tiny_models import VOCABULARY, tiny_model
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from hf_memtune.training.launch import problems_of_launch
+from tests.methods.tiny_models import tiny_model
 from tests.methods.twin import shifted, worst_difference
 from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training.runs import arguments, exact_model, llama, same_parameters, text_rows, train, trainer_for, worst_step
+from tests.training.runs import LayerRuns, arguments, exact_model, llama, same_parameters, text_rows, train, trainer_for, worst_step
 from tests.training.test_accumulation import LOGGED
 from tests.training.test_all_tokens import assert_equal_runs, pad_pairs, shifting_loss
 from tests.training.test_checkpointing import adapted, worst_difference_of_all
-from tests.training.test_subclasses import Direct, Doubled
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)
 CLASSES = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(ROWS)]
+PAIRS = [{"input_ids": a["input_ids"], "target": b["input_ids"]} for a, b in zip(ROWS, text_rows(24, seed=4))]
 CHUNK = 5  # rows have 5 to 16 tokens: alone they are one to four chunks, together always several
 ORDER = {"train_sampling_strategy": "sequential"}
 WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
@@ -34,14 +44,6 @@ CUTS = {
 }
 # 12 rows, four micro-batches at a time: the second step has two
 RAGGED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1, "max_steps": -1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_imports():
-    """accelerate collects garbage at the start of every run, which takes longer than the run where all modules are searched."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def stream(tmp_path, model, rows=ROWS, cls=MemEfficientTrainer, chunk=CHUNK, **kwargs):
@@ -102,15 +104,10 @@ def test_every_cut_of_a_batch_gives_the_same_gradients(tmp_path, cut):
     assert pieces.losses == pytest.approx(whole.losses, rel=LOGGED)
 
 
-def test_a_mean_of_means_is_noticed(tmp_path, monkeypatch):
-    whole = stream(tmp_path, exact_model())
-
-    def own_mean(self):
-        self._processes = 1
-        return self.step.loss_tokens * 4
-
-    monkeypatch.setattr(Turns, "_all_tokens", own_mean)
-    assert worst_step(stream(tmp_path, exact_model(), settings=CUTS["2x4"]), whole) > NOTICED
+def test_a_mean_of_means_is_noticed(tmp_path):
+    """Sibling: a model that ignores the count of the accumulated batch divides each micro-batch by its own."""
+    whole, pieces = stream(tmp_path, exact_model()), stream(tmp_path, taking_no_count(), settings=CUTS["2x4"])
+    assert worst_step(pieces, whole) > NOTICED
 
 
 @pytest.mark.parametrize("make_model", [exact_model, taking_no_count])
@@ -170,15 +167,17 @@ def test_classification_by_other_labels_is_noticed(tmp_path):
 @pytest.mark.parametrize("cut", ["8x1", "2x4"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_sequence_to_sequence(tmp_path, smoothing, cut):
-    rows = [{"input_ids": a["input_ids"], "target": b["input_ids"]} for a, b in zip(ROWS, text_rows(24, seed=4))]
     settings = CUTS[cut] | {"remove_unused_columns": False, "label_smoothing_factor": smoothing}
-    ours, expected = both(tmp_path, partial(tiny_model, "bart"), rows, settings=settings, data_collator=pad_pairs)
-    if smoothing or cut == "8x1":
-        assert_equal_runs(ours, expected)
-    else:  # BART's own loss takes no notice of num_items_in_batch: transformers adds up four means, and not their mean
-        assert worst_step(ours, expected) > NOTICED
-        expected = plain(tmp_path, tiny_model("bart"), rows, settings=settings | WHOLE, data_collator=pad_pairs)
-        assert_equal_runs(ours, expected)
+    assert_equal_runs(*both(tmp_path, partial(tiny_model, "bart"), PAIRS, settings=settings, data_collator=pad_pairs))
+
+
+def test_a_loss_that_takes_no_notice_of_the_count_stays_as_it_is(tmp_path):
+    """BART's own: transformers adds up four means, and not their mean."""
+    settings = {"remove_unused_columns": False}
+    bart = partial(stream, tmp_path, rows=PAIRS, data_collator=pad_pairs)
+    whole, pieces = (bart(tiny_model("bart"), settings=settings | CUTS[cut]) for cut in ("8x1", "2x4"))
+    assert worst_step(pieces, whole) > NOTICED
+    assert pieces.losses[0] > 3.9 * whole.losses[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -237,43 +236,67 @@ def test_the_model_is_given_back_as_it_was(tmp_path):
     assert entry["tokens_seen"] > 0 and "tokens_kept" not in entry
 
 
-# -- trainers that people derive ---------------------------------------------------------------------------------------
+CALLBACK_ALONE = {
+    "tokens": (exact_model, ROWS, {}),
+    "smoothed": (exact_model, ROWS, {"label_smoothing_factor": 0.1}),
+    "adapted": (partial(adapted, torch.float64), ROWS, {}),
+    "not told the count": (taking_no_count, ROWS, {}),
+    "rows": (partial(tiny_model, "llama", "sequence_classification"), CLASSES, {}),
+    "pairs": (partial(tiny_model, "bart"), PAIRS, {"remove_unused_columns": False}),
+}
 
 
-class Decayed:
-    """Adds a term of its own to the loss."""
+@pytest.mark.parametrize("cut", ["8x1", "2x4"])
+@pytest.mark.parametrize("case", CALLBACK_ALONE)
+def test_the_callback_alone_is_enough(tmp_path, case, cut):
+    """Under transformers' Trainer and its arguments."""
+    make_model, rows, settings = CALLBACK_ALONE[case]
+    more = {"settings": CUTS[cut] | settings} | ({"data_collator": pad_pairs} if case == "pairs" else {})
+    callback, ours, theirs = StreamingCallback(sequence_chunk_size=CHUNK), LayerRuns(), LayerRuns()
+    found = plain(tmp_path, make_model(), rows, callbacks=[callback, ours], **more)
+    assert_equal_runs(found, plain(tmp_path, make_model(), rows, callbacks=[theirs], **more))
+    assert ours.widest <= CHUNK < theirs.widest
+    assert callback.strategy is None
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return loss + 0.01 * sum(p.square().sum() for p in model.parameters())
+
+# -- other trainers of transformers ------------------------------------------------------------------------------------
 
 
-class OursDecayed(Decayed, MemEfficientTrainer):
+@dataclass
+class EfficientPairsArguments(MemEfficientArgumentsMixin, Seq2SeqTrainingArguments):
     pass
 
 
-class PlainDecayed(Decayed, Trainer):
+class EfficientPairsTrainer(MemEfficientMixin, Seq2SeqTrainer):
     pass
 
 
-def test_a_term_that_a_subclass_adds_is_learned_and_reported(tmp_path):
-    ours = stream(tmp_path, exact_model(), cls=OursDecayed, settings=CUTS["2x4"])
-    assert_equal_runs(ours, plain(tmp_path, exact_model(), cls=PlainDecayed, settings=CUTS["2x4"]))
-    without = stream(tmp_path, exact_model(), settings=CUTS["2x4"])
-    assert worst_step(ours, without) > NOTICED and ours.losses[0] > without.losses[0] + 1
+def sum_of_words(predicted):
+    return {"sum": float(predicted.predictions.sum())}
 
 
-def test_a_loss_multiplied_by_a_subclass_is_an_error(tmp_path):
-    with pytest.raises(MemTuneError, match="gradient of 2, expected 1: Doubled.compute_loss multiplies"):
-        stream(tmp_path, exact_model(), cls=Doubled)
-    whole = stream(tmp_path, exact_model(), cls=Doubled, chunk=16, settings={"max_steps": 1})  # one turn: nothing went before
-    expected = plain(tmp_path, exact_model(), settings={"max_steps": 1}).gradients[0]
-    assert worst_difference(whole.gradients[0], {name: 2 * gradient for name, gradient in expected.items()}) <= FLOAT32_INSIDE
-
-
-def test_a_loss_that_goes_past_streaming_is_an_error(tmp_path):
-    with pytest.raises(MemTuneError, match="Direct.compute_loss called the model past the strategy that is on"):
-        stream(tmp_path, exact_model(), cls=Direct)
+@pytest.mark.parametrize("how", ["callback", "mixin"])
+def test_the_trainer_of_pairs(tmp_path, how):
+    """It generates in its evaluations, between the steps."""
+    settings = CUTS["2x4"] | {"remove_unused_columns": False, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"predict_with_generate": True, "generation_max_length": 8}
+    more = {"data_collator": pad_pairs, "eval_dataset": PAIRS[:4], "compute_metrics": sum_of_words}
+    args = arguments(tmp_path, False, Seq2SeqTrainingArguments, **settings)
+    expected = train(tiny_model("bart"), args, PAIRS, Seq2SeqTrainer, **more)
+    layers = LayerRuns()
+    if how == "callback":
+        callbacks = [layers, StreamingCallback(sequence_chunk_size=CHUNK)]
+        ours = train(tiny_model("bart"), args, PAIRS, Seq2SeqTrainer, callbacks=callbacks, **more)
+    else:
+        args = arguments(tmp_path, False, EfficientPairsArguments, sequence_chunk_size=CHUNK, memory_trace_steps=0, **settings)
+        ours = train(tiny_model("bart"), args, PAIRS, EfficientPairsTrainer, callbacks=[layers], **more)
+    assert layers.widest == CHUNK
+    assert_equal_runs(ours, expected)
+    evaluated = [[(e["eval_loss"], e["eval_sum"]) for e in r.trainer.state.log_history if "eval_sum" in e] for r in (ours, expected)]
+    assert len(evaluated[0]) == 2
+    assert torch.tensor(evaluated[0]).numpy() == pytest.approx(torch.tensor(evaluated[1]).numpy(), rel=FLOAT32_INSIDE)
+    other = train(tiny_model("bart"), arguments(tmp_path, False, Seq2SeqTrainingArguments, **settings), PAIRS[8:], Seq2SeqTrainer, **more)
+    assert worst_step(ours, other) > NOTICED
 
 
 class Scaled:
@@ -293,7 +316,7 @@ class PlainScaled(Scaled, Trainer):
 
 
 @pytest.mark.parametrize("head, rows", [("causal_lm", ROWS), ("sequence_classification", CLASSES)], ids=["tokens", "rows"])
-def test_every_turn_is_scaled_alike(tmp_path, head, rows):
+def test_every_chunk_is_scaled_alike(tmp_path, head, rows):
     make_model = partial(tiny_model, "llama", head, dtype=torch.float32)
     ours = stream(tmp_path, make_model(), rows, cls=OursScaled, settings=CUTS["2x4"])
     expected, unscaled = (plain(tmp_path, make_model(), rows, cls=cls, settings=CUTS["2x4"]) for cls in (PlainScaled, Trainer))
@@ -301,28 +324,42 @@ def test_every_turn_is_scaled_alike(tmp_path, head, rows):
     assert worst_difference(ours.gradients[0], {n: 1024 * g for n, g in unscaled.gradients[0].items()}) <= RELATIVE[torch.float32]
 
 
-def test_a_turn_that_is_not_scaled_is_an_error(tmp_path):
-    class Unscaled(OursScaled):
-        def train(self):
-            self.accelerator.backward = lambda loss: loss.backward()
-            return super().train()
+def test_a_backward_of_ones_own_is_done_as_it_is(tmp_path):
+    """As of a trainer that has its own scaling."""
 
-    args = arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK)
-    with pytest.raises(MemTuneError, match="gradient of 1, expected 1024"):
-        trainer_for(llama(), args, ROWS, Unscaled).train()
+    class OwnBackward:
+        def train(self, **kwargs):
+            self.accelerator.backward = lambda loss, **kwargs: (3 * loss).backward()
+            return super().train(**kwargs)
+
+    ours_class, plain_class = (type("OwnBackwardTrainer", (OwnBackward, cls), {}) for cls in (MemEfficientTrainer, Trainer))
+    ours, expected = stream(tmp_path, exact_model(), cls=ours_class), plain(tmp_path, exact_model(), cls=plain_class)
+    assert_equal_runs(ours, expected)
+    assert worst_step(ours, plain(tmp_path, exact_model())) > NOTICED
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [{"fsdp": "full_shard"}, {"fsdp": True}, {"torch_compile": True}, {"neftune_noise_alpha": 5.0}])
+FSDP1 = {"fsdp": "full_shard", "fsdp_config": {"version": 1}}
+
+
+@pytest.mark.parametrize("setting", [FSDP1, FSDP1 | {"fsdp": True}, {"torch_compile": True}, {"neftune_noise_alpha": 5.0}])
 def test_what_has_not_been_shown_exact_is_refused(tmp_path, setting):
     with pytest.raises(ConfigError, match=f"{next(iter(setting))}: got .* with sequence_chunk_size"):
         arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK, **setting)
     arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK)
 
 
-@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_distributed_loading_by_transformers"])
+@pytest.mark.parametrize("version, is_refused", [(1, True), (2, False)])
+def test_of_fsdp_that_accelerate_was_told_of_the_first_is_refused(tmp_path, version, is_refused):
+    trainer = trainer_for(llama(), arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK), ROWS)
+    trainer.is_fsdp_enabled, plugin = True, SimpleNamespace(fsdp_version=version)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    assert bool(problems_of_launch(trainer, "sequence_chunk_size")) == is_refused
+
+
+@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_distributed_loading_by_transformers"])
 def test_a_sharded_model_is_refused(tmp_path, name):
     class Sharded(MemEfficientTrainer):
         def _problems(self, *args):
@@ -358,11 +395,13 @@ def test_what_was_kept_and_run_again_is_logged(tmp_path, gradient, selection):
         assert again >= seen  # padding too
 
 
-def test_every_cut_of_a_batch_seeks_alike(tmp_path):
-    whole, pieces = seek(tmp_path), seek(tmp_path, "1x8")
-    assert worst_step(pieces, whole) <= EXACT
+def test_every_cut_of_a_batch_samples_alike(tmp_path):
+    """The same number is drawn for each row, however rows are cut; what `top` does is in test_accumulation."""
+    sampling = ORDER | {"token_selection": "sample", "token_scorer": "context", "select_from": "labels"}
+    whole, pieces = seek(tmp_path, **sampling), seek(tmp_path, "1x8", **sampling)
+    assert worst_step(pieces, whole) <= FLOAT32_INSIDE
     assert pieces.losses == pytest.approx(whole.losses, rel=LOGGED)
-    assert worst_step(seek(tmp_path, token_ratio=0.5), whole) > NOTICED
+    assert worst_step(seek(tmp_path, **sampling, seed=8), whole) > NOTICED
 
 
 def test_skipping_what_owes_nothing_is_exact(tmp_path):
@@ -408,32 +447,7 @@ def test_a_sample_is_divided_by_all_labels(tmp_path, cut):
     assert worst_difference(run.gradients[0], weighted_gradients(batches, kept)) > NOTICED
 
 
-# -- trl ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, CUTS["2x4"], {"packing": True, "max_length": 32, "per_device_train_batch_size": 2}],
-    ids=["plain", "accumulated", "packed"],
-)
-def test_under_trl(tmp_path, settings):
-    ours = pytest.importorskip("tests.training.test_trl")
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    backend = ours.tokenizers.Tokenizer(ours.tokenizers.models.WordLevel(words, unk_token="w3"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2", bos_token="w1")
-    settings = {"bf16": False, "max_steps": 2, **ORDER, **settings}
-
-    def sft(args_class, trainer, **streaming):
-        args = arguments(tmp_path, False, args_class, **settings, **streaming)
-        return train(llama(), args, ours.ROWS, trainer, data_collator=None, processing_class=tokenizer)
-
-    found = sft(ours.Arguments, ours.SeekingSFTTrainer, sequence_chunk_size=CHUNK, memory_trace_steps=0)
-    expected = sft(ours.trl.SFTConfig, ours.trl.SFTTrainer)
-    assert_equal_in_float32(found, expected)
-    assert worst_step(found, plain(tmp_path, llama(seed=1), settings={"max_steps": 2})) > NOTICED
-
-
-# --- what must not go wrong in silence
+# -- what must not go wrong in silence -----------------------------------------------------------------------------------
 
 UNLABELLED = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS]
 
@@ -450,13 +464,16 @@ def test_a_batch_without_any_label_teaches_nothing(tmp_path, settings):
     assert not all(torch.equal(taught.parameters[name], p) for name, p in untrained.named_parameters())
 
 
-def test_a_loss_function_that_takes_means_is_refused(tmp_path):
-    def mean(outputs, labels, num_items_in_batch=None):
-        return shifting_loss(outputs, labels, num_items_in_batch=labels[..., 1:].ne(-100).sum().clamp_min(1))
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    """Takes no notice of the count."""
+    return shifting_loss(outputs, labels, num_items_in_batch=labels[..., 1:].ne(-100).sum().clamp_min(1))
 
-    with pytest.raises(MemTuneError, match="does not halve when num_items_in_batch doubles"):
-        stream(tmp_path, llama(), compute_loss_func=mean)
-    stream(tmp_path, llama(), compute_loss_func=shifting_loss)
+
+@pytest.mark.parametrize("cut", ["8x1", "2x4"])
+def test_a_loss_function_that_takes_means(tmp_path, cut):
+    ours, expected = both(tmp_path, exact_model, settings=CUTS[cut], compute_loss_func=mean_loss)
+    assert_equal_runs(ours, expected, allowed=EXACT)
+    assert worst_step(ours, stream(tmp_path, exact_model(), settings=CUTS[cut], compute_loss_func=shifting_loss)) > NOTICED
 
 
 @pytest.mark.parametrize("name, value", [("sequence_chunk_size", 3), ("sequence_chunk_size", None), ("token_seeking", True)])
@@ -470,18 +487,19 @@ def test_settings_changed_after_the_trainer_was_made_are_an_error(tmp_path, name
     trainer.train()
 
 
-def test_steps_of_a_frozen_head_are_let_go_of(tmp_path, monkeypatch):
-    model, alive = tiny_model("llama", "sequence_classification"), []
-    model.score.requires_grad_(False)
-    run = Turns.run
+@pytest.mark.parametrize("frozen", [True, False])
+def test_calls_are_let_go_of_when_they_have_gone_backward(tmp_path, monkeypatch, frozen):
+    """Keys and values of all tokens hang on them."""
+    model, alive, made = tiny_model("llama", "sequence_classification"), [], []
+    model.score.requires_grad_(not frozen)
+    run = ChunkStream.run_forward
 
-    def noting(turns):
+    def noting(stream, *args):
         gc.collect()
-        alive.append(sum(kept() is not None for kept in noting.steps))
-        noting.steps.append(weakref.ref(turns.step))
-        return run(turns)
+        alive.append(sum(kept() is not None for kept in made))
+        made.append(weakref.ref(stream))
+        return run(stream, *args)
 
-    noting.steps = []
-    monkeypatch.setattr(Turns, "run", noting)
+    monkeypatch.setattr(ChunkStream, "run_forward", noting)
     stream(tmp_path, model, CLASSES, settings={"max_steps": 4})
-    assert len(alive) >= 4 and max(alive) == 0
+    assert len(alive) == 4 and max(alive) == 0

@@ -66,10 +66,20 @@ def test_a_third_of_the_tokens_trains_evaluates_and_logs(tmp_path, tokenizer):
     assert run.trainer.strategy_callback.strategy is None
 
 
+def losses_of_tokens(outputs, labels, num_items_in_batch=None):
+    """trl's own loss, which it takes of the logits of all tokens."""
+    shifted = labels[:, 1:].flatten()
+    losses = -outputs.logits[:, :-1].flatten(0, 1).log_softmax(-1).gather(1, shifted.clamp_min(0)[:, None])[:, 0]
+    return losses[shifted != -100].sum() / num_items_in_batch
+
+
 def test_it_learns_as_under_the_plain_trainer(tmp_path, tokenizer):
     under_sft = sft(tmp_path, tokenizer)
-    under_ours = train(llama(), arguments(tmp_path), list(ROWS))
+    under_ours = train(llama(), arguments(tmp_path), list(ROWS), compute_loss_func=losses_of_tokens)
     assert worst_step(under_sft, under_ours) <= RELATIVE[torch.float32]
+    assert under_sft.losses == pytest.approx(under_ours.losses, rel=1e-5)
+    # the loss of the model itself is the mean of the kept tokens
+    assert worst_step(under_sft, train(llama(), arguments(tmp_path), list(ROWS))) > NOTICED
 
 
 def test_conversations_of_text(tmp_path, tokenizer):
@@ -92,9 +102,15 @@ def test_packed_rows(tmp_path, tokenizer, ratio):
     assert ours.losses == pytest.approx(plain.losses, rel=1e-5 if ratio == 1.0 else 0.5)
 
 
-def test_another_loss_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="loss_type"):
-        Arguments(str(tmp_path), token_seeking=True, loss_type="dft", report_to=[], bf16=False)
+def test_another_loss_of_trl(tmp_path, tokenizer):
+    """Seeking changes its gradient, and not its value; what all tokens learn of it in a stream is what they learn without."""
+    plain = sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer, loss_type="dft")
+    every = sft(tmp_path, tokenizer, loss_type="dft", token_ratio=1.0, token_gradient="stream", sequence_chunk_size=5)
+    assert worst_step(every, plain) <= RELATIVE[torch.float32]
+    assert every.losses == pytest.approx(plain.losses, rel=1e-5)
+    some = sft(tmp_path, tokenizer, loss_type="dft")
+    assert some.losses[0] == pytest.approx(plain.losses[0], rel=1e-5) and worst_step(some, plain) > NOTICED
+    assert worst_step(plain, sft(tmp_path, tokenizer, seeking=False, cls=trl.SFTTrainer)) > NOTICED
 
 
 def test_without_seeking_it_is_plain_sft_bit_for_bit(tmp_path, tokenizer):

@@ -18,7 +18,11 @@ from hf_memtune.methods.attention.spans import Rows, Span
 
 
 class BodyCall:
-    """One call of the model's body, taken apart so that it can be repeated for chosen tokens."""
+    """One call of the model's body, taken apart so that it can be repeated for chosen tokens.
+
+    inputs: the tensors among its arguments that require grad. leaves: what stands for them whenever the body runs, on whose `.grad`
+    their gradients are summed. encoder_output, encoded: the former and the latter of an encoder that has run. returns_tuple: whether the caller wants a tuple in place of an output with names.
+    """
 
     def __init__(self, architecture: Architecture, forward: Callable, args: tuple, kwargs: dict[str, Any]):
         self.architecture, self.forward = architecture, forward
@@ -28,19 +32,39 @@ class BodyCall:
         self.arguments = {k: v for k, v in list(bound.arguments.items())[1:] if k not in variadic and v is not None}
         for name in variadic:
             self.arguments |= {k: v for k, v in bound.arguments.get(name, {}).items() if v is not None}
+        self.returns_tuple = not self.arguments.pop("return_dict", getattr(architecture.base.config, "return_dict", True))
+        self.inputs: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self._given = dict(self.arguments)
+        self.arguments = {name: self._detached(value) for name, value in self.arguments.items()}
+        self.encoded = self.encoder_output = None
+        if (given := self.arguments.pop("encoder_outputs", None)) is not None:
+            self.give_encoded(given[0])
         positions = self.arguments.get("position_ids")
         if positions is not None and positions.dim() == 1:
-            self.arguments["position_ids"] = positions[None]
+            self.arguments["position_ids"] = self._given["position_ids"] = positions[None]
         self.accepts_positions = "position_ids" in signature.parameters
         self._check()
         self.rows = {name: self._rows(name) for name in architecture.stacks}
 
+    def give_encoded(self, encoded: Tensor) -> None:
+        """The output of the encoder (B, T, D), which then does not run."""
+        self.encoder_output, self.encoded = encoded, self._detached(encoded)
+
+    def _detached(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        self.inputs.append(value)
+        self.leaves.append(value.detach().requires_grad_())
+        return self.leaves[-1]
+
     def _check(self) -> None:
-        if self.arguments.get("past_key_values") is not None:
+        cache = self.arguments.pop("past_key_values", None)
+        if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length()):
             raise MemTuneError("training steps take whole rows: past_key_values must not be given to them.")
         if self.arguments.get("cu_seq_lens_q") is not None and self.arguments.get("position_ids") is None:
             raise MemTuneError("packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch.")
-        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        for name in ("output_attentions", "output_hidden_states"):
             if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
                 raise MemTuneError(
                     f"{name}=True asks for values of every token, which a pass over a part of them does not have. Turn it off "
@@ -51,13 +75,20 @@ class BodyCall:
         prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
         ids, embeds = self.arguments.get(f"{prefix}input_ids"), self.arguments.get(f"{prefix}inputs_embeds")
         like = ids if ids is not None else embeds
+        like = self.encoded if like is None and stack == "encoder" else like
         if like is None:
             raise MemTuneError(f"the batch has neither {prefix}input_ids nor {prefix}inputs_embeds.")
+        if not like.shape[1]:
+            raise MemTuneError(f"row 0 of the batch has no tokens: {prefix}input_ids is {tuple(like.shape)}. Leave out empty rows.")
         mask = self.arguments.get(f"{prefix}attention_mask")
         if mask is not None and mask.dim() != 2:
             raise MemTuneError(
                 f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens): a ready-made mask cannot be "
                 "evaluated for a part of the tokens. For packed rows pass position_ids that restart and no mask."
+            )
+        if mask is not None and mask.shape[1] != like.shape[1]:
+            raise MemTuneError(
+                f"{prefix}attention_mask is {tuple(mask.shape)}, expected {tuple(like.shape[:2])}, the shape of the {stack}'s tokens."
             )
         given = self.arguments.get("position_ids") if not prefix else None
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
@@ -73,18 +104,25 @@ class BodyCall:
         prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
         return self.arguments.get(f"{prefix}input_ids")
 
+    @property
+    def decoder(self) -> Rows:
+        """The rows whose tokens have outputs."""
+        return self.rows["decoder"]
+
     def encoder_arguments(self) -> dict[str, Any]:
         """The arguments of an encoder-decoder model's body that are its encoder's."""
-        return {k: v for k, v in self.arguments.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
+        return {k: v for k, v in self._given.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
 
-    def at(self, spans: dict[str, Span], encoded: Tensor | None = None) -> dict[str, Any]:
+    def at(self, spans: dict[str, Span], live: bool = False) -> dict[str, Any]:
         """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole.
 
-        encoded: the output (B, T, D) of an encoder that shall not run again.
+        live: connected to the caller's own tensors, where they require grad, and not to leaves in their place.
         """
+        encoded = self.encoder_output if live else self.encoded
         arguments = {"use_cache": False} if encoded is None else {"use_cache": False, "encoder_outputs": (encoded,)}
         for name, value in self.arguments.items():
-            if name in ("use_cache", "past_key_values", "encoder_outputs") or name.endswith("attention_mask"):
+            value = self._given[name] if live else value
+            if name == "use_cache" or name.endswith("attention_mask"):
                 continue
             span = spans["encoder" if self.architecture.is_encoder_decoder and not name.startswith("decoder_") else "decoder"]
             arguments[name] = span.take(value) if _is_per_token(value, span.rows) else value

@@ -59,9 +59,11 @@ class ModelPass:
         return attention_mask(mask_function, queries, keys)
 
     def rule_of(self, mask: Tensor | None, stack: str) -> Callable:
-        """The index-based rule that a mask was made from."""
+        """The index-based rule that the mask of a stack's attention to itself was made from."""
         rules = [rule for made, of, rule in self._rules if made is mask and of == stack]
         rules = rules or [rule for _, of, rule in self._rules if of == stack]
+        # None is made for attention to all of an encoder too, which decoders ask for even where they have none
+        rules = [rule for rule in rules if rule is not bidirectional_mask_function] or rules
         if not rules:
             raise MemTuneError("an attention layer ran without asking for a mask first: its mask rule is unknown.")
         return rules[-1]
@@ -183,7 +185,8 @@ class StreamPass(ChunkPass):
 
     Nothing of the stored is copied or saved: see `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
     yet, because no context pass came by. alone: whether it is all of the row, so that no other chunk will ask for them. Attention to and
-    inside a bidirectional encoder is the model's own.
+    inside a bidirectional encoder is the model's own. blind: (B, S) bool, the tokens of padding that see no token, if eager attention
+    without sinks has run, which lets them see all of the row, so another one in every pass; else None.
     """
 
     def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False, alone: bool = False):
@@ -192,10 +195,21 @@ class StreamPass(ChunkPass):
         start = span.start if span.selection is None else span.chunk_start
         index = None if span.selection is None else span.index
         self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(start, span.visible, index, span.valid)
+        self.blind: Tensor | None = None
+        self._unseeing: Tensor | None = None
+
+    def build(self, mask_function, queries, keys):
+        mask = super().build(mask_function, queries, keys)
+        if keys is queries and keys.rows.real is not None and not self.alone and not self.kernel_knows_causal:
+            unseeing = ~mask.any(-1)[:, 0]
+            self._unseeing = unseeing if self._unseeing is None else self._unseeing | unseeing
+        return mask
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         if self.alone or self.places.key_stack(module) == "encoder":
             return attention(module, query, key, value, mask, **kwargs)
+        if kwargs.get("s_aux") is None:
+            self.blind = self._unseeing
         if self.stores:
             self.store.write(id(module), key, value, self.live.start, self.live.stop)
         stored = self.store.prefix(id(module), self.live.stop)

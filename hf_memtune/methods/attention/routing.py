@@ -20,8 +20,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_memtune.architectures import Architecture
+from hf_memtune.architectures import Architecture, tables
 from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.methods.attention.passes import Places
+from hf_memtune.methods.attention.positions import at_temperature
+from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import instance_attribute
 
@@ -31,9 +34,10 @@ _MASKED_KERNELS = ("sdpa", "eager")
 
 
 class Pass(Protocol):
-    """What the router asks of a pass. `stack` is set to the name of the stack that is running."""
+    """What the router asks of a pass. `stack` is set to the name of the stack that is running. spans: its tokens, by stack."""
 
     stack: str
+    spans: dict[str, Span]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, attention: Callable, kwargs: dict): ...
 
@@ -41,10 +45,14 @@ class Pass(Protocol):
 
 
 class Router:
-    """Registers one attention function and one mask function for one model, and activates them pass by pass."""
+    """Registers one attention function and one mask function for one model, and activates them pass by pass.
+
+    places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions.
+    """
 
     def __init__(self, architecture: Architecture):
-        self.architecture = architecture
+        self.architecture, self.places = architecture, Places(architecture)
+        self.calls: weakref.WeakSet = weakref.WeakSet()
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
@@ -54,8 +62,14 @@ class Router:
         self._unregister = weakref.finalize(self, _unregister, self.name)
 
     def close(self) -> None:
-        """Take the two functions out of the interfaces again."""
-        self._unregister()
+        """Take the two functions out of the interfaces again; where a call has yet to go backward, when that is gone."""
+        if not self.calls:
+            self._unregister()
+
+    @property
+    def kernel_knows_causal(self) -> bool:
+        """Whether the attention kernel applies a causal mask by itself where it is given none."""
+        return self.kernel(self.architecture.base.config) == "sdpa"
 
     @contextmanager
     def running(self, active: Pass) -> Iterator[None]:
@@ -63,10 +77,9 @@ class Router:
         with ExitStack() as stack:
             stack.enter_context(self._routed(active))
             for module in self.architecture.base.modules():
-                checkpointing = vars(module).get("_gradient_checkpointing_func")
-                if checkpointing is not None and getattr(module, "gradient_checkpointing", False):
-                    again = partial(self._checkpoint_with, active, checkpointing)
-                    stack.enter_context(instance_attribute(module, "_gradient_checkpointing_func", again))
+                for name in _checkpointing(module):
+                    again = partial(self._checkpoint_with, active, getattr(module, name))
+                    stack.enter_context(instance_attribute(module, name, again))
                 if (override := override_of(module)) is not None:
                     stack.enter_context(instance_attribute(override, "again_within", partial(self._routed, active)))
             if self.architecture.is_encoder_decoder:
@@ -106,11 +119,20 @@ class Router:
         attention = _eager_attention(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
         if kernel == "sdpa" and mask is not None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
+        query = at_temperature(module, query, self.active.spans[self.active.stack])
         return self.active.attend(module, query, key, value, mask, attention, kwargs)
 
     def _mask(self, *args, mask_function, config, dtype=torch.float32, **kwargs):
         hidden = -torch.inf if self.kernel(config) == "sdpa" else torch.finfo(dtype).min
         return self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden))
+
+
+def _checkpointing(module: nn.Module) -> Iterator[str]:
+    """Names of the functions with which a module checkpoints activations: transformers' own, and that of torch's wrapper around layers."""
+    if vars(module).get("_gradient_checkpointing_func") is not None and getattr(module, "gradient_checkpointing", False):
+        yield "_gradient_checkpointing_func"
+    if tables.CHECKPOINTED in module._modules and "checkpoint_fn" in vars(module):
+        yield "checkpoint_fn"
 
 
 def _weakly(method: Callable) -> Callable:
@@ -144,7 +166,8 @@ def _enter_stack(active: Pass, name: str, module, args) -> None:
 
 def _eager_attention(module: nn.Module) -> Callable:
     """The eager attention of the model itself: Gemma2's softcap and the like live there."""
-    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)  # FSDP2 puts a class of its own before the model's
+    found = next((home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None)
     if found is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} is configured for eager attention but {type(module).__module__} has no "

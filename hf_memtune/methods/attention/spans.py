@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function
 
-from hf_memtune._compat import packed_mask_function
+from hf_memtune._compat import is_fake, packed_mask_function
 from hf_memtune.core.selection import Selection
 
 
@@ -38,6 +38,11 @@ class Rows:
     def real_tokens(self) -> Tensor | int:
         """Number of tokens that are scored."""
         return self.batch * self.length if self.scored is None else self.scored.sum()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that are scored."""
+        return self.length if self.scored is None or is_fake(self.scored) else int(self.scored.sum(1).amax())
 
     def chunk(self, start: int, stop: int, visible: int | None = None) -> "Span":
         """Tokens [start, stop) of every row, seeing keys up to `visible` (default: up to their own end)."""

@@ -21,12 +21,12 @@ from hf_memtune.architectures.stacks import (
 )
 from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
-from hf_memtune.settings.reversible import ReversibleConfig
-from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import set_on_instance
+from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
 from hf_memtune.methods.reversible.layer import ReversibleInStack, ReversibleStack
 from hf_memtune.methods.reversible.start import StartReport, look_at_start
+from hf_memtune.settings.reversible import ReversibleConfig
 
 # SmolLM2-135M, whose states reach 22,700, loses as much by 12 bits as by 14, and keeps 4 of head-room
 POST_NORM_FRACTION_BITS, PRE_NORM_FRACTION_BITS = 20, 12

@@ -16,9 +16,9 @@ from hf_memtune.core.coupling import Coupling, FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
-from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch
 from hf_memtune.methods.layer_override import LayerOverride
 from hf_memtune.methods.overrides import forwards_as
+from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch
 
 
 @dataclass

@@ -1,48 +1,233 @@
 """The exact backward pass of a causal model in a stream: chunks of tokens, each recomputed with gradient, from the last to the first.
 
-1. The context pass runs the chunks from first to last without gradient and stores keys and values.
-2. Each chunk then runs again, with gradient, from the last to the first. Its queries attend to what is stored; what it finds for the
-   keys and values of the tokens before it is booked as owed to them (`core.owed`), and enters when their chunk's turn comes.
+1. Forward: the chunks run from first to last without gradient; their keys and values are stored. The last one runs with gradient, and
+   keeps its graph: it would be the first to run again.
+2. Backward: dL/dhidden of all tokens is given. Each chunk runs again, with gradient, from the last to the first. Its queries attend to
+   what is stored; what it finds for the keys and values of the tokens before it is booked as owed to them (`core.owed`), and enters when
+   their chunk's turn comes.
 
-The activations of one chunk are alive at a time. Cost: a forward pass more than plain training, less the last chunk's.
-Shape legend: B rows of a batch, T tokens in a row, S tokens of a turn, D hidden size.
+The activations of one chunk are alive at a time. Cost: a forward pass more than plain training, less the last chunk's. The recurrence is
+known: SeCO (arXiv 2505.16710), OOMB (arXiv 2602.02108), StreamBP (arXiv 2506.03077).
+Shape legend: B rows of a batch, T tokens in a row, D hidden size.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_memtune.architectures import Architecture
-from hf_memtune.core.offload import OffloadedStore, OffloadedSums
-from hf_memtune.core.owed import Joined, OwedGradients
+from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
+from hf_memtune.core.owed import OwedGradients
+from hf_memtune.core.recompute import Autocast, Parameters
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
+from hf_memtune.core.sums import GradientSums
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
-from hf_memtune.methods.layer_override import override_of
-from hf_memtune.methods.overrides import forward_as
+from hf_memtune.methods.attention.outputs import BodyOutputs
 from hf_memtune.methods.attention.passes import Records, StreamPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.spans import Span
+from hf_memtune.methods.events import Listeners
+from hf_memtune.methods.layer_override import override_of
+from hf_memtune.methods.streaming.embedding import rows_summed_in_place
 
-if TYPE_CHECKING:
-    from hf_memtune.methods.installed import InstalledStrategy
-
+_SEES_NOTHING = (
+    "the loss reads what the model makes of padding that sees no token. Eager attention lets it see the whole row, later tokens included, "
+    "which a stream has not got. Pad rows on the right, or give no label to the first token of a row that is padded on the left "
+    "(labels[:, 1:][attention_mask[:, :-1] == 0] = -100), or load the model with attn_implementation='sdpa'."
+)
 CONTEXT_TOKENS = 512  # of a row, for which the context pass may take several chunks at once: small matrix products are slow
-NOT_BACKWARD = "the loss of a turn has not gone backward before the next began, which must know what it owes to earlier tokens."
 
-Wanted = Callable[[int, int, Tensor | None], Tensor]
-"""Maps a chunk [start, stop) and what is owed to its tokens' keys and values, (B, stop) or None, to which of them run: (B, stop - start) bool."""
+@dataclass(frozen=True)
+class Means:
+    """What streams of a model run with.
+
+    host: memory off the device, where keys and values are to be kept there, else None. sums_dtype: of what chunks owe to one another;
+    None: as it comes. shares_head: whether a head is there that hands the gradient of a matrix it shares with the embedding to the stream.
+    listeners: who is told when a chunk has gone backward.
+    """
+
+    router: Router
+    chunk: int
+    host: HostMemory | None = None
+    sums_dtype: torch.dtype | None = None
+    shares_head: bool = False
+    listeners: Listeners = field(default_factory=Listeners)
 
 
-def chunk_count(length: int, chunk: int) -> int:
-    return math.ceil(length / chunk)
+class ChunkStream:
+    """One call of a model's body on its way: a `core.replay.Replay`.
+
+    keeps_last: whether the last chunk runs with gradient in forward. tokens_run: in backward, over all rows.
+    """
+
+    leaves_out = False  # whether some tokens may not run in backward
+
+    def __init__(self, means: Means, call: BodyCall, keeps_last: bool = True):
+        self.means, self.call = means, call
+        self.router, self.rows, self.chunk = means.router, call.decoder, means.chunk
+        self.router.calls.add(self)
+        base = self.router.architecture.base
+        if means.host is None:
+            self.store, self.owed = KeyValueStore(), OwedGradients(means.sums_dtype)
+        else:
+            self.store, self.owed = OffloadedStore(means.host), OwedGradients(means.sums_dtype, OffloadedSums(means.host))
+        self.tape = RandomTape({p.device for p in self.router.architecture.head_model.parameters()})
+        self.sums = self._new_sums(base)
+        self._matrix = _tied_matrix(self.router.architecture, self.sums.parameters) if means.shares_head else None
+        self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
+        self.outputs = BodyOutputs(self.call)
+        self.count, self.tokens_run = math.ceil(self.rows.length / self.chunk), 0
+        self.autocast = Autocast(self.rows.positions.device)
+        self._keeps_last, self._last = keeps_last and not self.leaves_out, None
+        self._blind: Tensor | None = None  # of the chunk that ran last: see StreamPass
+
+    def _new_sums(self, base: nn.Module) -> GradientSums:
+        """What sums gradients of parameters over the chunks, and hands them to autograd."""
+        return GradientSums(base)
+
+    # -- forward
+
+    def run_forward(self, records: Records) -> None:
+        """All chunks without gradient, but the last one, where that keeps its graph: see `run_last`."""
+        last = self.count - 1
+        together = 1 if records.wanted else self._chunks_together()
+        until = range(last if self._keeps_last else self.count)
+        context_pass(self.router, self.call, self.store, records, self.chunk, until, self.outputs, self.tape, together)
+
+    def run_last(self) -> None:
+        """The last chunk, with gradient, where it keeps its graph: it would be the first to run again."""
+        if self._keeps_last:
+            with self.sums.standing_in(), self._summed_rows():
+                self._last = self._run(self.rows.chunk(*self._bounds(self.count - 1)), stores=True)
+            self.outputs.put(*reversed(self._last))
+
+    def take_outputs(self) -> list[Tensor]:
+        """Of all tokens, in the shapes of the body's own; and the matrix for the head to use, where it shares its gradient."""
+        self._parameters = Parameters([self.router.architecture.base])  # after forward: looking up rows of max_norm changes them
+        found = self.outputs.take()
+        return found if self._matrix is None else [*found, self._matrix.view_as(self._matrix)]
+
+    @property
+    def shares_matrix(self) -> bool:
+        """Whether the last of its outputs is the matrix that embedding and head share, for the head to use."""
+        return self._matrix is not None
+
+    def stored(self) -> list[Tensor]:
+        """Keys and values, and sums of their gradients, on the device."""
+        return [*self.store.tensors(), *self.owed.tensors()]
+
+    def _chunks_together(self) -> int:
+        """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
+
+        Without gradient the intermediates of one layer are alive, with it those of all layers from the first that is trained. Where it is
+        not so (activation checkpointing, reversible layers, chunks of which few tokens run), one at a time.
+        """
+        base = self.router.architecture.base
+        if self.leaves_out or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules()):
+            return 1
+        return max(1, min(CONTEXT_TOKENS // self.chunk, _layers_with_gradient(self.router.architecture) // 4))
+
+    # -- backward
+
+    def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+        """Gradients of `inputs`; every chunk runs and goes backward by itself."""
+        self._parameters.check()
+        own = len(self.call.inputs)
+        self.sums.begin(nodes[own:])
+        given = list(cotangents)
+        if self._matrix is not None and (of_head := given.pop()) is not None:
+            self.sums.add(self._matrix, of_head)
+            del of_head
+        given = self.going(given)
+        with torch.enable_grad(), self.autocast.restored(), self.sums.standing_in(), self._summed_rows():
+            for number in reversed(range(self.count)):
+                self._go_backward(number, given)
+        return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
+
+    def going(self, cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradient of the outputs to go backward with, of the one that was given."""
+        return cotangents
+
+    def _go_backward(self, number: int, cotangents: list[Tensor | None]) -> None:
+        span = self._span(number)
+        if span is None:
+            return
+        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        ran, self._last = self._last, None
+        if ran is None:
+            with self.tape.replaying(number):
+                ran = self._run(span, stores=False)
+        tensors, gradients = self.outputs.roots(ran[1], cotangents, span)
+        if self._blind is not None and any(bool((g != 0).flatten(2).any(-1).logical_and(self._blind).any()) for g in gradients):
+            raise MemTuneError(_SEES_NOTHING)
+        del ran
+        self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
+        torch.autograd.backward(tensors, gradients)
+        self.means.listeners.tell("chunk_ends")
+
+    def _run(self, span: Span, stores: bool) -> tuple[Span, Any]:
+        """One chunk with gradient."""
+        spans = {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span}
+        running = StreamPass(spans, self.store, self.router.places, self.router.kernel_knows_causal, self.owed, stores, self._is_alone)
+        with self.router.running(running), at_positions(self.router.architecture, self.call, spans):
+            output = self.call.forward(**self.call.at(spans))
+        self._blind = running.blind
+        return span, output
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the row is one chunk, for which nobody will ask again."""
+        return self.count == 1 and self._keeps_last and self.means.host is None
+
+    @contextmanager
+    def _summed_rows(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            embedding = self.router.architecture.base.get_input_embeddings()
+            if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad:
+                stack.enter_context(rows_summed_in_place(embedding))
+            yield
+
+    # -- which tokens of a chunk run
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        return number * self.chunk, min((number + 1) * self.chunk, self.rows.length)
+
+    def wanted(self, start: int, stop: int) -> Tensor:
+        """Where tokens may be left out: which of a chunk's run, (B, stop - start) bool."""
+        raise NotImplementedError
+
+    def _span(self, number: int) -> Span | None:
+        """The tokens of a chunk that run; None where none does."""
+        start, stop = self._bounds(number)
+        if not self.leaves_out:
+            return self.rows.chunk(start, stop)
+        kept = self.wanted(start, stop)
+        if not bool(kept.any()):
+            return None
+        counts = kept.sum(1).tolist()
+        if min(counts) == stop - start:
+            return self.rows.chunk(start, stop)
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
+        index = order.sort(dim=1).values
+        selection = Selection(index + start, kept.gather(1, index), tuple(counts), self.rows.length)
+        return self.rows.kept_of_chunk(selection, start, stop)
+
+
+def _tied_matrix(architecture: Architecture, trained: Sequence[nn.Parameter]) -> nn.Parameter | None:
+    """The matrix that the embedding of one stack and the head share, if it is trained, as a parameter of the body."""
+    embedding, head = architecture.base.get_input_embeddings(), architecture.output_head
+    tied = head is not None and not architecture.is_encoder_decoder and getattr(embedding, "weight", None) is head.weight
+    return head.weight if tied and any(head.weight is parameter for parameter in trained) else None
 
 
 def _layers_with_gradient(architecture: Architecture) -> int:
@@ -52,136 +237,3 @@ def _layers_with_gradient(architecture: Architecture) -> int:
         return len(layers)
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     return len(layers) - trained.index(True) if any(trained) else 0
-
-
-class ChunkStream:
-    """One batch on its way through the model. `run` is to be called `chunk_count` times, or less where tokens are skipped.
-
-    wanted: which tokens of a chunk run at all; None: all of them (exact). encoded: the output of the encoder, where there is one, for
-    all chunks but the last to run.
-    """
-
-    def __init__(self, strategy: "InstalledStrategy", call: BodyCall, chunk: int, wanted: Wanted | None = None):
-        self.strategy, self.call, self.chunk, self.wanted = strategy, call, chunk, wanted
-        self.rows = call.rows["decoder"]
-        if strategy.config.kv_offload:
-            self.store, self.owed = OffloadedStore(strategy.host), OwedGradients(strategy.sums_dtype, OffloadedSums(strategy.host))
-        else:
-            self.store, self.owed = KeyValueStore(), OwedGradients(strategy.sums_dtype)
-        self.tape = RandomTape({p.device for p in strategy.architecture.head_model.parameters()})
-        self.tokens_run = 0
-        self._next, self._stored = chunk_count(self.rows.length, chunk) - 1, 0
-        self.encoded: Tensor | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self._next < 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the next chunk to run is the first of the row, with which the batch is done."""
-        return self._next == 0
-
-    def store_context(self, records: Records, last_too: bool = False, keep_output: bool = False) -> Tensor | None:
-        """The context pass. The last chunk needs none, since it stores its keys and values itself, unless `last_too`."""
-        self._encode()
-        self._stored = self._next + int(last_too)
-        together = 1 if records.wanted else self._chunks_together()
-        return context_pass(
-            self.strategy, self.call, self.store, records, self.chunk, range(self._stored), self.tape, keep_output, self.encoded, together
-        )
-
-    def _chunks_together(self) -> int:
-        """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
-
-        Without gradient the intermediates of one layer are alive, with it those of all layers from the first that is trained. Where it is
-        not so (activation checkpointing, reversible layers, chunks of which few tokens run), one at a time.
-        """
-        base = self.strategy.architecture.base
-        if self.wanted is not None or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules()):
-            return 1
-        return max(1, min(CONTEXT_TOKENS // self.chunk, _layers_with_gradient(self.strategy.architecture) // 4))
-
-    def skip(self, first_turn: bool = False) -> None:
-        """Pass over chunks of which no token is wanted. The row's first chunk always runs: processes meet there."""
-        while self.wanted is not None and self._next > int(first_turn) and not bool(self._wanted_of_next().any()):
-            self._next -= 1
-
-    def run(self) -> tuple[Span, Any]:
-        """Run the next chunk with gradient. Returns its tokens, and what the body gave for them."""
-        if self.is_done:
-            raise MemTuneError("all chunks of this step have run: open a step for each batch, and go through its turns once.")
-        if self.owed.is_awaited:
-            raise MemTuneError(NOT_BACKWARD)
-        number, self._next = self._next, self._next - 1
-        stores = number >= self._stored
-        alone = self._stored == 0 and not self.strategy.config.kv_offload  # the row is one chunk, and no pass has stored it
-        span = self._span(number)
-        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
-        running = StreamPass(
-            {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span},
-            self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed, stores, alone,
-        )
-        if stores:
-            output = self._forward(running, is_last=number == 0)
-        else:
-            with self.tape.replaying(number):
-                output = self._forward(running, is_last=number == 0)
-        self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
-        return span, output
-
-    def _forward(self, running: StreamPass, is_last: bool):
-        architecture = self.strategy.architecture
-        with ExitStack() as stack:
-            if architecture.is_encoder_decoder and is_last:  # it goes backward once, with what all chunks owe to its output
-                encoder = architecture.stacks["encoder"].module
-                stack.enter_context(forward_as(encoder, self._joining(encoder.forward)))
-            stack.enter_context(at_positions(architecture, self.call, running.spans))
-            stack.enter_context(self.strategy.running(running))
-            return self.call.forward(**self.call.at(running.spans, None if is_last else self.encoded))
-
-    def _encode(self) -> None:
-        """The encoder's output, without gradient, for all chunks but the last to run."""
-        architecture = self.strategy.architecture
-        if not architecture.is_encoder_decoder or self.is_last:
-            return
-        self.tape.record("encoder")
-        spans = {name: rows.whole() for name, rows in self.call.rows.items()}
-        running = StreamPass(spans, self.store, self.strategy.places, self.strategy.kernel_knows_causal, self.owed)
-        with torch.no_grad(), self.strategy.running(running):
-            encoded = architecture.stacks["encoder"].module(**self.call.encoder_arguments()).last_hidden_state
-        self.encoded = encoded.requires_grad_()
-
-    def _joining(self, forward: Callable) -> Callable:
-        def run(*args, **kwargs):
-            self.tape.replay("encoder")
-            output = forward(*args, **kwargs)
-            if self.encoded is not None:
-                output.last_hidden_state = Joined.apply(output.last_hidden_state, self.encoded.grad)
-                self.encoded = None
-                self.tape.replay(0)
-            return output
-
-        return run
-
-    # -- which tokens of a chunk run
-
-    def _bounds(self, number: int) -> tuple[int, int]:
-        return number * self.chunk, min((number + 1) * self.chunk, self.rows.length)
-
-    def _wanted_of_next(self) -> Tensor:
-        start, stop = self._bounds(self._next)
-        return self.wanted(start, stop, self.owed.mass(stop))
-
-    def _span(self, number: int) -> Span:
-        start, stop = self._bounds(number)
-        if self.wanted is None:
-            return self.rows.chunk(start, stop)
-        kept = self.wanted(start, stop, self.owed.mass(stop))
-        counts = kept.sum(1).tolist()
-        if min(counts) == stop - start:
-            return self.rows.chunk(start, stop)
-        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
-        index = order.sort(dim=1).values
-        selection = Selection(index + start, kept.gather(1, index), tuple(counts), self.rows.length)
-        return self.rows.kept_of_chunk(selection, start, stop)

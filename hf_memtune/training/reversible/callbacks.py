@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_memtune.errors import InverseError, MemTuneError
-from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
 from hf_memtune.methods.reversible.start import StartReport
 from hf_memtune.methods.two_level import TwoLevelHandle, checkpoint_in_two_levels
+from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.training.rng import preserved_rng
 
 logger = logging.getLogger(__name__)

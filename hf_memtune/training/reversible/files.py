@@ -23,8 +23,8 @@ from torch import nn
 from hf_memtune import __version__
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, MemTuneError
-from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
+from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.training.fingerprint import Marks, parameter_marks, same_marks
 
 WEIGHTS, SETTINGS = "reversible_adapters.safetensors", "reversible_config.json"

@@ -11,13 +11,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError, MemTuneError
-from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.methods.reversible.handle import ReversibleHandle
-from hf_memtune.methods.seeking.token_seeking import resolve_scorer
+from hf_memtune.methods.seeking.method import resolve_scorer
+from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.training.arguments import UNSHARDED
+from hf_memtune.training.launch import problems_of_devices, problems_of_launch
 from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible
 
@@ -61,12 +62,15 @@ class ReversibleMixin:
             found.append("model_init: got a function with reversible: it makes models whose layers are not. Pass a model.")
         if self.args.is_reversible and self.optimizer is not None:
             found.append("optimizers: got one that was made before the adapters. Set optim, or override create_optimizer.")
-        return found + [problem for problem in self._problems_of_launch(strategy, f": {UNSHARDED}") if not self._has_token_strategy]
+        if self._is_launch_refused:
+            return found
+        return found + [*problems_of_devices(self.args, strategy), *problems_of_launch(self, strategy, f": {UNSHARDED}")]
 
     @property
-    def _has_token_strategy(self) -> bool:
-        """Which has named the problems of the launch already."""
-        return self.args.token_seeking or self.args.streams
+    def _is_launch_refused(self) -> bool:
+        """By token seeking or streaming, which has named its problems already."""
+        switch = self.args.switch
+        return bool(switch and (problems_of_devices(self.args, switch) or problems_of_launch(self, switch)))
 
     def _prepare_layers(self, scorer: TokenScorer | None, handle: ReversibleHandle | None) -> None:
         self._layer_settings, self._is_verified = self._layer_arguments(), False

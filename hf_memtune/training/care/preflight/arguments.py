@@ -1,5 +1,6 @@
 """Settings of the preflight and of the memory report, as flat fields of training arguments."""
 
+import os
 from dataclasses import dataclass, field
 
 from hf_memtune.training.care.recovery.advice import optimizer_name, steps_in_backward
@@ -46,7 +47,7 @@ class PreflightArguments:
         found = [
             f"memory_preflight: got True with {name}, under which a step cannot be taken back bit by bit. Leave it out."
             for name in ("deepspeed", "fsdp", "parallelism_config")
-            if getattr(self, name, None)
+            if getattr(self, name, None) or _is_launched_with(name)
         ]
         if steps_in_backward(self):
             found.append(
@@ -54,3 +55,8 @@ class PreflightArguments:
                 "step cannot be taken back. Leave one of them out."
             )
         return found
+
+
+def _is_launched_with(name: str) -> bool:
+    """Whether `accelerate launch` was configured for it, of which the arguments know nothing."""
+    return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"

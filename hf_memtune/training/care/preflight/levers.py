@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import ConfigError
+from hf_memtune.methods.events import Listener
 from hf_memtune.training.care.recovery.advice import checkpoints, optimizer_name
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 _BLOCKWISE_FROM = 4096  # bitsandbytes keeps the state of smaller parameters in float32 (min_8bit_size)
 
 
-class LeverWatch:
-    """What one training step did, for `require`. Filled by `watching` around the step, and by `saw` from inside it.
+class LeverWatch(Listener):
+    """What one training step did, for `require`. Filled by `watching` around the step, and by what the method tells.
 
     is_longest: whether the step has the longest batch there is: then what cannot act on it never will, and a warning says so.
     """
@@ -30,7 +31,7 @@ class LeverWatch:
     def __init__(self, trainer: Any, is_longest: bool):
         self.trainer, self.is_longest = trainer, is_longest
         self.recomputed = 0
-        self.turns = self.seen = self.kept = self.row_length = self.longest_row = 0
+        self.chunks = self.seen = self.kept = self.row_length = self.longest_row = 0
         self.host_bytes = 0
 
     # -- looking
@@ -45,20 +46,21 @@ class LeverWatch:
                 strategy = self.trainer.strategy_callback.strategy
                 host, strategy.host = strategy.host, _CountingHost(self)
                 undo.callback(setattr, strategy, "host", host)
+                undo.callback(strategy.listeners.add(self))
             yield
 
     def _runs(self, module: nn.Module, inputs: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks: -1 outside of backward
             self.recomputed += 1
 
-    def saw(self, step: Any, turns: int) -> None:
-        """One micro-batch of a strategy that runs in passes."""
-        counts = {name: int(count) for name, count in step.token_counts().items()}
-        self.turns = max(self.turns, turns)
-        self.seen += counts.get("seen", 0)
-        self.kept += counts.get("kept", counts.get("seen", 0))
-        self.row_length = max(self.row_length, step.row_length)  # padding runs in turns, too
-        self.longest_row = max(self.longest_row, step.longest_row)
+    def counted(self, **counts: Any) -> None:
+        self.seen += int(counts.get("seen", 0))
+        self.kept += int(counts.get("kept", 0))
+
+    def shaped(self, chunks: int, rows: Any) -> None:
+        self.chunks = max(self.chunks, chunks)
+        self.row_length = max(self.row_length, rows.length)  # padding runs in chunks, too
+        self.longest_row = max(self.longest_row, rows.longest)
 
     # -- judging
 
@@ -92,11 +94,11 @@ class LeverWatch:
         if not (args.token_seeking or args.streams) or not self.row_length:
             return
         chunk = args.stream_chunk_size
-        if args.streams and self.turns <= 1 and getattr(args, "token_gradient", "stream") != "skip":
+        if args.streams and self.chunks <= 1 and getattr(args, "token_gradient", "stream") != "skip":
             name = "token_gradient" if args.token_seeking else "sequence_chunk_size"
             yield (
                 f"{name}: the longest row of {'all' if self.is_longest else 'the first batch'} has {self.row_length} tokens, which ran in "
-                f"{self.turns} turn with chunks of {chunk}. Set sequence_chunk_size below the length of the rows, or leave it out.",
+                f"{self.chunks} chunk with sequence_chunk_size={chunk}. Set sequence_chunk_size below the length of the rows, or leave it out.",
                 self.row_length <= chunk,
             )
         if args.token_seeking and args.token_ratio < 1 and self.kept >= self.seen:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_memtune.memory import MemoryAccount, PhaseBytes
-from hf_memtune.training.care.report.savings import BatchShape
+from hf_memtune.training.care.report.savings import BatchShape, savings_of
 from hf_memtune.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,6 @@ class PreflightReport:
 
     def predict(self, trainer: Any) -> None:
         """Fill in `predicted`, or a note that says why there is none."""
-        from hf_memtune.training.care.report.memory_report import savings_of
-
         if (savings := savings_of(trainer, self.shape, self.notes)) is not None:
             self.predicted = savings.predicted
 

@@ -109,16 +109,19 @@ def _keep_state_dict(owner: Any) -> Callable[[], None]:
 
 def _keep_flags(trainer: Any) -> Callable[[], None]:
     """Which micro-batch of an accumulation this is, what was selected last, and how near to overflow reversible streams came."""
-    gradients, mean = trainer.accelerator.gradient_state, trainer.running_mean
+    gradients, method = trainer.accelerator.gradient_state, trainer.strategy_callback
     syncs, tokens = gradients.sync_gradients, dict(trainer.memory_callback._tokens)
-    held = {name: getattr(trainer, name) for name in ("last_selection", "_last_inputs", "_reported", "_returned") if hasattr(trainer, name)}
+    names = ("last_selection", "inputs", "_learned")
+    held = {} if method is None else {name: vars(method)[name] for name in names if name in vars(method)}
+    last_inputs = trainer.full_loss._last_inputs
     shared = [] if trainer.reversible is None else [(each, each.headroom_bits) for each in trainer.reversible.shared]
 
     def restore() -> None:
         gradients._set_sync_gradients(syncs)
-        mean.restart()
         trainer.memory_callback._tokens = tokens
-        vars(trainer).update(held)
+        trainer.full_loss._last_inputs = last_inputs
+        if method is not None:
+            vars(method).update(held)
         for each, bits in shared:
             each.headroom_bits = bits
 

@@ -22,7 +22,8 @@ def advice(trainer: Any, rows: int) -> list[str]:
     args, found = trainer.args, []
     if rows > 1:
         steps = 2 * args.gradient_accumulation_steps
-        found.append(f"per_device_train_batch_size={rows // 2} with gradient_accumulation_steps={steps} (exact)")
+        kind = "approximate" if args.is_mean_of_kept and args.token_ratio < 1 else "exact"  # the mean over kept tokens is that of each call
+        found.append(f"per_device_train_batch_size={rows // 2} with gradient_accumulation_steps={steps} ({kind})")
     if not (args.token_seeking or args.streams):
         found.append("sequence_chunk_size=512 for a causal model: exact streaming, without logits (exact)")
     elif args.streams and args.stream_chunk_size > 128:

@@ -16,7 +16,9 @@ _LENGTHS_OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx",
 
 
 def row_count(inputs: Mapping[str, Any]) -> int | None:
-    """B, or None where the inputs do not tell."""
+    """B, or None where the inputs do not tell, or are no mapping: some trainers are given rows that they have yet to collate."""
+    if not isinstance(inputs, Mapping):
+        return None
     for name in _MAIN_INPUTS:
         if isinstance(value := inputs.get(name), Tensor) and value.dim():
             return len(value)
@@ -27,7 +29,8 @@ def why_not_cut(inputs: Mapping[str, Any]) -> str | None:
     """What makes these inputs one piece, or None: cutting between rows changes nothing else."""
     rows = row_count(inputs)
     if rows is None:
-        return f"its inputs ({', '.join(inputs)}) do not tell how many rows they have"
+        names = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        return f"its inputs ({names}) do not tell how many rows they have"
     if rows == 1:
         return "it has one row"
     if packed := [name for name in _LENGTHS_OF_PACKED if inputs.get(name) is not None]:

@@ -6,21 +6,22 @@ that did not fit, and from then on every one with as many rows, runs in parts of
 `_run_parts`.
 
 What is not the same as if there had been room: dropout masks and other draws of micro-batches that were cut (their rows draw one after
-another), and what is no sum over rows: batch statistics, load-balancing losses of routers.
+another), and what is no sum over rows: batch statistics, load-balancing losses of routers, and the mean over kept tokens of
+token_selection=top, which is that of each part.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from hf_memtune.core.loss import IGNORED
 from hf_memtune.errors import MemTuneError
-from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
+from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory, steps_in_backward
 from hf_memtune.training.care.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
 from hf_memtune.training.rng import Generators, preserved_rng
@@ -45,11 +46,10 @@ class HalvingSteps:
 
     rows_at_most: rows that run at a time; None: as many as there are. is_on: False lets the error through: in a preflight, under
     auto_find_batch_size, whose way is another, and where backward changes weights or processes hold parts of one model.
-    share: what the trainer multiplies a mean loss by, in a part of a micro-batch.
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.is_on, self.share = trainer, _can_run_again(trainer), 1.0
+        self.trainer, self.is_on = trainer, _can_run_again(trainer)
         self.rows_at_most: int | None = None
         self._is_sum: bool | None = None
         self.begin()
@@ -73,12 +73,6 @@ class HalvingSteps:
         self._done.append(now)
         return fitted
 
-    def shared(self, found: Any) -> Any:
-        """A loss, or a pair of it and outputs, with the loss made the share of the part that runs."""
-        if self.share == 1.0:
-            return found
-        return (found[0] * self.share, *found[1:]) if isinstance(found, tuple) else found * self.share
-
     def _try(self, step: Step, model: Any, batch: _MicroBatch) -> tuple[Tensor | None, str | None]:
         """The loss, or why there was no room for it. When this returns, the frames that hold the activations are gone."""
         try:
@@ -92,7 +86,6 @@ class HalvingSteps:
         """From the first micro-batch of the accumulated batch to this one."""
         trainer = self.trainer
         model.zero_grad()
-        trainer.running_mean.restart()
         trainer.memory_callback._tokens = dict(self._tokens)
         fitted, failure = None, None
         for batch in [*self._done, now]:
@@ -109,6 +102,8 @@ class HalvingSteps:
         why = "one row at a time is the least there is" if at_most == 1 < (rows or 1) else why_not_cut(inputs)
         if args.world_size > 1:
             why = "the other processes wait for its gradient, so it cannot run again alone"
+        elif why is None and (kind := _with_own_loss(self.trainer)) is not None:
+            why = f"{kind} computes a loss of its own, which need not be a sum over rows (of pairs, say)"
         elif why is None and leaves_out_answers(inputs):
             why = "some of its answers lie outside their rows, so that the means of two halves are not the mean of the whole"
         if why is not None:
@@ -138,10 +133,7 @@ class HalvingSteps:
         multiplied by each part's share of it; a part without a label has none, and is left out.
         """
         parts, num_items = parts_of(batch.inputs, batch.rows_at_most), batch.num_items
-        if self._counts_itself:
-            num_items = self._whole_count(batch.inputs) if num_items is None else num_items
-            weights = [1.0] * len(parts)
-        elif num_items is not None and self._adds_up(model, parts[0], num_items):
+        if num_items is not None and self._adds_up(model, parts[0], num_items):
             weights = [1.0] * len(parts)
         else:
             weights = shares(batch.inputs, parts, getattr(self.trainer, "_loss_shifts_labels", False))
@@ -152,25 +144,10 @@ class HalvingSteps:
         return total
 
     def _run_part(self, step: Step, model: Any, part: dict[str, Any], num_items: Any, weight: float) -> Tensor:
-        self.share = weight
-        try:
+        if weight == 1.0:
             return step(model, part, num_items)
-        finally:
-            self.share = 1.0
-
-    @property
-    def _counts_itself(self) -> bool:
-        """Whether a strategy divides summed losses of tokens by a count: see turns.py and normalizer.py."""
-        callback = self.trainer.strategy_callback
-        return callback is not None and callback.strategy.architecture.task.loss_per_token
-
-    def _whole_count(self, inputs: dict[str, Any]) -> Tensor | None:
-        """What the strategy divides a whole micro-batch by where the trainer counts nothing: the mean of the means of micro-batches."""
-        labels = {name: inputs[name] for name in LABEL_NAMES if inputs.get(name) is not None}
-        target = targets(self.trainer.strategy_callback.strategy.architecture, labels)
-        if target is None:
-            return None
-        return (target != IGNORED).sum().clamp_min(1) * self.trainer.current_gradient_accumulation_steps
+        with instance_attribute(self.trainer, "compute_loss", partial(_shared, self.trainer.compute_loss, weight)):
+            return step(model, part, num_items)
 
     def _adds_up(self, model: Any, part: dict[str, Any], num_items: Any) -> bool:
         """Whether the loss is divided by the count it is given. Some heads ignore it (regression), which only their loss tells."""
@@ -189,7 +166,20 @@ class HalvingSteps:
     def _loss_at(self, model: Any, part: dict[str, Any], num_items: Any) -> float:
         trainer = self.trainer
         with torch.no_grad(), preserved_rng(trainer.args.device), trainer.compute_loss_context_manager():
-            return float(trainer.plain_loss(model, trainer._prepare_inputs(part), num_items)[0])
+            return float(trainer.compute_loss(model, trainer._prepare_inputs(part), num_items_in_batch=num_items))
+
+
+def _shared(compute_loss: Callable, share: float, *args, **kwargs) -> Any:
+    """A loss, or a pair of it and outputs, with the loss made the share of the part that runs."""
+    found = compute_loss(*args, **kwargs)
+    return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
+
+
+def _with_own_loss(trainer: Any) -> str | None:
+    """The class, if any, whose loss is neither the model's own nor a sum over its tokens, as that of trl's SFTTrainer is."""
+    kind = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers") or kind.__name__ == "SFTTrainer"
+    return None if is_known else kind.__name__
 
 
 def _can_run_again(trainer: Any) -> bool:

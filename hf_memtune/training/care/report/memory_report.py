@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.recovery.advice import optimizer_name
-from hf_memtune.training.care.report.savings import Advice, BatchShape, Lever, Savings
+from hf_memtune.training.care.report.savings import Advice, BatchShape, Lever, savings_of
 from hf_memtune.training.care.report.step_account import StepAccountCallback
 
 logger = logging.getLogger(__name__)
@@ -156,33 +156,3 @@ class MemoryReportCallback(TrainerCallback):
 def _without_folders(name: str | None) -> str | None:
     """A name on the hub as it is, of a folder its last part: where it lies on this machine is nobody else's concern."""
     return Path(name).name if name and Path(name).exists() else name
-
-
-def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
-    """What can be predicted; None, and a note that says why, where nothing can."""
-    why, own = None, _own_steps(trainer)
-    if shape is None:
-        why = "the batch has no input_ids"
-    elif own is not None:
-        why = f"estimates are of MemEfficientTrainer, and {own} has a step of its own"
-    elif trainer.args.world_size > 1:
-        why = "estimates are made of one process"
-    elif trainer.reversible is not None:
-        why = "the layers of the model are reversible already"
-    if why is None:
-        try:
-            return Savings(trainer, shape, predicted)
-        except Exception as error:  # whatever a step without values runs into: a report must not cost a run
-            why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-    if (note := f"Nothing is predicted: {why}.") not in notes:
-        notes.append(note)
-    return None
-
-
-def _own_steps(trainer: Any) -> str | None:
-    """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
-    for kind in type(trainer).__mro__:
-        is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")
-        if not is_known and {"training_step", "compute_loss"} & vars(kind).keys():
-            return kind.__name__
-    return None

@@ -182,3 +182,33 @@ def _is_for_checkpoints(hook: Any) -> bool:
 
 def _checkpoint_names(args: Any) -> list[str]:
     return [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]
+
+
+def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
+    """What can be predicted; None, and a note that says why, where nothing can."""
+    why, own = None, _own_steps(trainer)
+    if shape is None:
+        why = "the batch has no input_ids"
+    elif own is not None:
+        why = f"estimates are of MemEfficientTrainer, and {own} has a step of its own"
+    elif trainer.args.world_size > 1:
+        why = "estimates are made of one process"
+    elif trainer.reversible is not None:
+        why = "the layers of the model are reversible already"
+    if why is None:
+        try:
+            return Savings(trainer, shape, predicted)
+        except Exception as error:  # whatever a step without values runs into: a report must not cost a run
+            why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+    if (note := f"Nothing is predicted: {why}.") not in notes:
+        notes.append(note)
+    return None
+
+
+def _own_steps(trainer: Any) -> str | None:
+    """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
+    for kind in type(trainer).__mro__:
+        is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")
+        if not is_known and {"training_step", "compute_loss"} & vars(kind).keys():
+            return kind.__name__
+    return None

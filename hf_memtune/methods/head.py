@@ -1,0 +1,33 @@
+"""The linear head in one call of a model, from the body's output to the loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_memtune.core.logits import HeadOnDemand, LazyLogits
+
+
+class Head:
+    """One call of the model: its inputs, and what the body leaves for the head.
+
+    inputs: keyword arguments of the call. matrix: what the head is to use in place of its weight, once, where the body's backward waits for
+    the gradient of a matrix that both share.
+    """
+
+    def __init__(self, linear: nn.Linear | None, inputs: dict[str, Any]):
+        self.linear, self.inputs = linear, inputs
+        self.matrix: Tensor | None = None
+
+    def logits(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Logits of hidden states (B, T, D), made when they are needed. forward: the head's own."""
+        return LazyLogits.of(hidden, self.of(forward))
+
+    def of(self, forward: Callable[[Tensor], Tensor]) -> HeadOnDemand:
+        """What makes the logits, and takes their loss. forward: the head's own."""
+        return HeadOnDemand(forward, self.weight, self.linear.bias)
+
+    def weight(self) -> Tensor:
+        """(V, D). The second to ask is given the parameter itself: a gradient that two add to cannot be written into."""
+        matrix, self.matrix = self.matrix, None
+        return self.linear.weight if matrix is None else matrix

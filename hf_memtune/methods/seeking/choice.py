@@ -1,0 +1,171 @@
+"""Which tokens of one call are kept: chosen once, as soon as what the scorer reads is known.
+
+Where the loss is the cross entropy of the model's own labels, that is before the head, which then sees the kept tokens alone. For any other
+loss, and for scores of the true gradient, it is when backward has brought dL/dhidden of all tokens.
+
+Shape legend: B rows of a batch, T tokens in a row, D hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_memtune.core.loss import IGNORED
+from hf_memtune.core.sampling import sample
+from hf_memtune.core.scorers import Scorer
+from hf_memtune.core.selection import Selection, select
+from hf_memtune.methods.attention.batch import BodyCall
+from hf_memtune.methods.events import Listeners
+from hf_memtune.methods.facts import Facts
+from hf_memtune.methods.overrides import evaluating
+from hf_memtune.methods.seeking.forced import forced_tokens
+from hf_memtune.methods.seeking.last_block import LastBlock
+from hf_memtune.methods.seeking.loss_gradient import Known, LossGradient, OfRows, OfTargets
+from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
+from hf_memtune.methods.seeking.token_scores import TokenScores
+from hf_memtune.settings.methods import TokenSeekingConfig
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """How the calls of one model choose. listeners: who is told."""
+
+    config: TokenSeekingConfig
+    scorer: Scorer
+    facts: Facts
+    listeners: Listeners
+
+
+class Choice:
+    """The choice of one call. inputs: of the call of the model; precomputed: scores (B, T) by stack, from an earlier pass, or None.
+
+    stacks: whose tokens are chosen. takes_all: whether every token is kept, one of padding that carries a label too, as in plain
+    training. selection: by stack, None before the choice. target: (B, T) int64, the labels it was made for, or None. scores: what they
+    were chosen by.
+    """
+
+    takes_all = False
+    _is_counted = True
+
+    def __init__(self, chooser: Chooser, call: BodyCall, inputs: dict, precomputed: dict[str, Tensor] | None, stacks: tuple[str, ...]):
+        self.chooser, self.call, self.precomputed, self.stacks = chooser, call, precomputed, stacks
+        self.inputs = {name: value for name, value in inputs.items() if value is not None}
+        self.block: LastBlock | None = None
+        self.selection: dict[str, Selection] | None = None
+        self.target: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+        self.scores: TokenScores | None = None
+
+    @property
+    def decoder(self) -> Selection:
+        """The kept tokens that have outputs."""
+        return self.selection["decoder"]
+
+    def again(self) -> "Choice":
+        """For another loss of the same call, whose tokens are counted already."""
+        other = Choice(self.chooser, self.call, self.inputs, self.precomputed, self.stacks)
+        other.takes_all, other._is_counted = self.takes_all, False
+        return other
+
+    # -- the three times to choose
+
+    def by_labels(self, target: Tensor) -> None:
+        """Before the head: target (B, T) is the label of each position's own prediction, -100 for none."""
+        self._see_rows_of_labels(target != IGNORED)
+        real = None if self.takes_all else self.call.decoder.scored
+        # padding is never kept: what it would predict must not sway the scores
+        self.target = target if real is None else target.masked_fill(~real, IGNORED)
+        architecture = self.call.architecture
+        self._choose(OfTargets(architecture, self.chooser.facts, self.target, self.without_labels()), self.target != IGNORED)
+        self._count(learned=self.learned.sum())
+
+    def at_once(self) -> None:
+        """After the pass over all tokens: for scores that read no loss, or the model's own loss of rows."""
+        labels = {k: v for k, v in self.inputs.items() if k in LABEL_NAMES}
+        self._choose(OfRows(self.call.architecture, self.chooser.facts, self.without_labels(), labels), None)
+
+    def by_gradient(self, gradient: Tensor) -> None:
+        """In backward: gradient (B, T, D) is dL/dhidden; a token without any has no part in the loss."""
+        labelled = (gradient != 0).any(-1)
+        self._see_rows_of_labels(labelled)
+        target = targets(self.call.architecture, self.inputs)
+        of_labels = None if target is None else OfTargets(self.call.architecture, self.chooser.facts, target, self.without_labels())
+        self._choose(Known(gradient, of_labels), labelled, gradient)
+        if self.call.architecture.task.loss_per_token:
+            self._count(learned=(self.decoder.kept_mask() & labelled).sum())
+
+    @property
+    def learned(self) -> Tensor:
+        """(B, T) bool: kept tokens with a label."""
+        return self.decoder.kept_mask() & (self.target != IGNORED)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(B, T): what the loss of each kept token counts for; None: 1 each."""
+        if self.decoder.weight is None:
+            return None
+        zeros = torch.zeros(self.decoder.index.shape[0], self.decoder.length, dtype=self.decoder.weight.dtype, device=self.decoder.weight.device)
+        return zeros.scatter(1, self.decoder.index, self.decoder.weight)
+
+    def scale(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the summed loss of the kept tokens is multiplied by to stand for that of all labels of `target`: a scalar of `dtype`.
+
+        top: the number of labels over that of kept ones, so that the loss is the mean over the kept. sample: the weights see to it; only
+        labels on padding, which can never be kept, are left.
+        """
+        labels = (target != IGNORED).sum()
+        counted = self.learned.sum() if self.chooser.config.token_selection == "top" else (self.target != IGNORED).sum()
+        return labels.to(dtype) / counted.clamp_min(1)
+
+    # -- choosing
+
+    def _choose(self, loss: LossGradient, labelled: Tensor | None, gradient: Tensor | None = None) -> None:
+        labels = self.inputs.get("labels")
+        if labels is None and self.target is not None:
+            labels = F.pad(self.target, (1, -1), value=IGNORED) if self.call.architecture.shifts_labels else self.target
+        self.scores = TokenScores(self.chooser.config, self.chooser.facts, self.block, loss, labels, gradient)
+        self.selection = {name: self._select(name, labelled if name == "decoder" else None) for name in self.stacks}
+        self._count(kept=sum(self._kept(name) for name in self.stacks))
+        self.chooser.listeners.tell("chosen", self.selection)
+
+    def _count(self, **counts: Tensor | int) -> None:
+        if self._is_counted:
+            self.chooser.listeners.tell("counted", **counts)
+
+    def _kept(self, stack: str) -> Tensor | int:
+        return self.call.rows[stack].real_tokens() if self.takes_all else sum(self.selection[stack].counts)
+
+    def _select(self, stack: str, labelled: Tensor | None) -> Selection:
+        config, rows = self.chooser.config, self.call.rows[stack]
+        if self.takes_all:
+            return select(rows.positions.new_zeros(rows.batch, rows.length), 1.0)
+        if self.precomputed is not None:
+            self.values[stack] = self.precomputed[stack]
+        else:
+            with torch.no_grad(), evaluating(self.call.architecture.base):
+                self.values[stack] = self.chooser.scorer(self.scores.context(stack))
+        candidates = labelled if config.select_from == "labels" else None
+        forced = forced_tokens(
+            self.call.architecture, rows, config.kept_always == "first_last", self.chooser.facts.is_causal, self.call.input_ids(stack), self.inputs
+        )
+        choose: Callable[..., Selection] = sample if config.token_selection == "sample" else select
+        return choose(self.values[stack], config.token_ratio, rows.scored, candidates, forced)
+
+    def without_labels(self) -> dict:
+        """The inputs of the call of the model, for its head."""
+        return {k: v for k, v in self.inputs.items() if k not in (*LABEL_NAMES, "num_items_in_batch")}
+
+    def _see_rows_of_labels(self, labelled: Tensor) -> None:
+        """The usual sequence-to-sequence batch has no mask for its decoder, whose padding shows in its labels alone."""
+        if self.call.architecture.is_encoder_decoder and self.call.arguments.get("decoder_attention_mask") is None:
+            self.call.rows["decoder"] = replace(self.call.decoder, labelled_until=_up_to_last(labelled))
+
+
+def _up_to_last(labelled: Tensor) -> Tensor:
+    """(B, T) bool. A row without any label is taken whole."""
+    positions = torch.arange(labelled.shape[1], device=labelled.device)
+    last = torch.where(labelled, positions, -1).amax(1, keepdim=True)
+    return (positions <= last) | (last < 0)

@@ -1,0 +1,145 @@
+"""One call with token_gradient=cut: all tokens run forward without gradient, the kept ones again, with gradient, among them.
+
+Keys and values of the tokens that are not kept are constants, and so are their outputs: the gradients equal those of a full run in which
+they are detached. The context pass runs without dropout.
+
+Shape legend: B rows of a batch, T tokens in a row, S kept tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_memtune.core.recompute import Autocast, Parameters
+from hf_memtune.core.selection import Selection
+from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune.core.sums import GradientSums
+from hf_memtune.methods.attention.batch import BodyCall
+from hf_memtune.methods.attention.context import context_pass
+from hf_memtune.methods.attention.outputs import BodyOutputs
+from hf_memtune.methods.attention.passes import FocusPass, Records
+from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.routing import Router
+from hf_memtune.methods.seeking.choice import Choice
+from hf_memtune.methods.seeking.last_block import LastBlock
+from hf_memtune.methods.tied import tied_matrix
+
+
+class DitchedCall:
+    """A `core.replay.Replay`. chunk: tokens of a row that go through the context pass at a time. records: what it leaves for scores.
+
+    matrix: after `focus`, what the head is to use in place of its weight, where it shares that with the embedding; else None.
+    gives_encoded: whether the last of the outputs is that of an encoder, which ran with the call.
+    """
+
+    def __init__(self, router: Router, call: BodyCall, choice: Choice, chunk: int, records: Records):
+        self.router, self.call, self.choice, self.chunk, self.records = router, call, choice, chunk, records
+        self.router.calls.add(self)
+        self.sums = GradientSums(router.architecture.base)
+        self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
+        self.outputs = BodyOutputs(self.call)
+        self.autocast = Autocast(call.decoder.positions.device)
+        self.matrix: Tensor | None = None
+        self.gives_encoded = False
+        self._store: KeyValueStore | None = KeyValueStore()
+
+    def stored(self) -> list[Tensor]:
+        """Keys and values that are kept for the pass to come."""
+        return [] if self._store is None else self._store.tensors()
+
+    def run_context(self) -> None:
+        """The pass over all tokens."""
+        chunks = range(-(-self.call.decoder.length // self.chunk))
+        context_pass(self.router, self.call, self._store, self.records, self.chunk, chunks, self.outputs)
+        self.choice.block = LastBlock(self.router, self.call, self.records, self._store, self.chunk)
+
+    def take_outputs(self) -> list[Tensor]:
+        self._parameters = Parameters([self.router.architecture.base])  # after forward: looking up rows of max_norm changes them
+        encoded, self.outputs.encoded = self.outputs.encoded, None
+        self.gives_encoded = encoded is not None
+        return [*self.outputs.take(), encoded] if self.gives_encoded else self.outputs.take()
+
+    def focus(self, live: bool) -> Any:
+        """The body's output for the kept tokens, with gradient. live: to the model's own parameters and inputs, in forward."""
+        if self._store is None:  # one loss has had them: a further one of the same call finds them again
+            self._store = KeyValueStore()
+            self.outputs = BodyOutputs(self.call)
+            self.records = Records({}, wanted=False)
+            self.run_context()
+            self.outputs.tensors, self.outputs.encoded = [], None
+        self.let_go_of_scores()
+        store, self._store = self._store, None  # the graph alone holds it now, and lets go of it layer by layer
+        spans = {name: rows.kept(self.choice.selection[name]) for name, rows in self.call.rows.items()}
+        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        running = FocusPass(spans, store, self.router.places)
+        with ExitStack() as stack:
+            tied = stack.enter_context(tied_matrix(self.router.architecture)) if live else None
+            stack.enter_context(self.autocast.restored())
+            stack.enter_context(self.router.running(running))
+            stack.enter_context(at_positions(self.router.architecture, self.call, spans))
+            output = self.call.forward(**self.call.at(spans, live))
+        self.matrix = tied and tied.of_head()
+        return output
+
+    def let_go_of_scores(self) -> None:
+        """Before the kept tokens need the memory."""
+        self.records.clear()
+        self.choice.block = self.choice.scores = None
+
+    def placed(self, tensors: list[Tensor], output: Any) -> list[Tensor]:
+        """Outputs of all tokens, (B, T, ...) each, in which those of the kept ones are live."""
+        selection = self.choice.decoder
+        valid = selection.valid if selection.is_ragged else None
+        live = self.outputs.by_row(output)
+        found = [place(whole[:, None], part[:, None], selection.index, valid)[:, 0] for whole, part in zip(self.outputs.as_rows(tensors), live)]
+        return self.outputs.as_returned(found)
+
+    def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+        """Gradients of `inputs`, of the kept tokens' part in the loss; chosen now, if they were not before the loss was taken."""
+        self._parameters.check()
+        given = list(cotangents)
+        of_encoder = given.pop() if self.gives_encoded else None
+        self._choose(given[0])
+        self.sums.begin(nodes[len(self.call.inputs) :])
+        with torch.enable_grad(), self.sums.standing_in():
+            output = self.focus(live=False)
+            span = self.call.decoder.kept(self.choice.decoder)
+            tensors, gradients = self.outputs.roots(output, given, span)
+            gradients = [_weighted(gradient, self.choice.decoder) for gradient in gradients]
+            if of_encoder is not None and output.encoder_last_hidden_state.requires_grad:
+                selection = self.choice.selection["encoder"]
+                tensors.append(output.encoder_last_hidden_state)
+                gradients.append(_weighted(selection.gather(of_encoder, fill=0), selection))
+            del output
+            torch.autograd.backward(tensors, gradients)
+        return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
+
+    def _choose(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # a loss of router logits alone
+            if self.choice.selection is not None:
+                return
+            gradient = torch.zeros(self.call.decoder.batch, self.call.decoder.length, 1, device=self.call.decoder.positions.device)
+        with self.autocast.restored():
+            if self.choice.selection is not None:
+                self.choice = chosen_again(self)
+            self.choice.by_gradient(gradient)
+
+
+def _weighted(gradient: Tensor, selection: Selection) -> Tensor:
+    """Gradient of the kept tokens, (B, S, ...), for what they stand for."""
+    if selection.weight is None:
+        return gradient
+    return gradient * selection.weight.reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2)).to(gradient.dtype)
+
+
+def chosen_again(run: Any) -> Choice:
+    """A choice for another loss of the call of `run`, a DitchedCall or a ChosenStream; with a pass over all tokens if scores want one."""
+    choice, records = run.choice.again(), Records(run.records.context_modules, run.records.wanted)
+    if records.wanted:
+        DitchedCall(run.router, run.call, choice, run.chunk, records).run_context()
+    else:
+        choice.block = LastBlock(run.router, run.call, records, KeyValueStore(), run.chunk)
+    return choice

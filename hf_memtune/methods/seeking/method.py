@@ -1,0 +1,207 @@
+"""Token seeking and ditching on any transformers model (TokenSeek, arXiv 2601.19739; TokenTune, arXiv 2501.18824).
+
+    with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, token_ratio=0.1)):
+        model(**batch).loss.backward()
+
+All tokens are seen forward, and `model(**batch)` gives outputs for all of them. Backward goes through the kept ones. With
+token_gradient=cut keys, values and hidden states of the others are constants. Exactly that: the gradients equal those of a full run in
+which they are detached. With stream the gradient of their loss is the true one, through all tokens.
+
+The loss. Where it is the cross entropy of the model's own labels, the tokens are chosen before the head, and it is that of the kept ones:
+their mean (token_selection=top), or an unbiased estimate of the mean over all labels (sample). Any other loss is that of all tokens, and
+the kept ones are chosen in backward. token_ratio=1 is plain training, but for what token_gradient=skip leaves out.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_memtune.core.replay import replayed
+from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
+from hf_memtune.errors import ConfigError
+from hf_memtune.methods.attention.batch import BodyCall
+from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.events import Listeners
+from hf_memtune.methods.method import Method
+from hf_memtune.methods.overrides import Override
+from hf_memtune.methods.seeking.choice import Choice, Chooser
+from hf_memtune.methods.seeking.ditched import DitchedCall
+from hf_memtune.methods.seeking.head import ChoosingHead
+from hf_memtune.methods.seeking.inspection import Inspected, Inspection
+from hf_memtune.methods.seeking.streamed import ChosenStream, SkippingStream
+from hf_memtune.methods.seeking.targets import targets
+from hf_memtune.methods.streaming.encoder import encode
+from hf_memtune.methods.streaming.method import connected, means_of
+from hf_memtune.settings.methods import TokenSeekingConfig
+
+Lookup = Callable[[dict[str, Any]], dict[str, Tensor]]
+"""Maps the inputs of a call of the model to scores of its tokens that were computed before, (B, T) by stack."""
+
+
+class TokenSeeking(Method):
+    """Token seeking on one model, until `remove()`.
+
+    model: a transformers model with a head, or a PEFT model around one. scorer: a callable that replaces
+    `config.token_scorer`; it maps a SeekingContext to scores (batch, tokens), larger is kept.
+    looks_only: nothing but `inspect` will be asked; the model's calls are its own. lookup: if set, gives the scores in place of the scorer.
+    Raises ConfigError and UnsupportedModelError before the model is touched.
+    """
+
+    why_gathered = (
+        "Here each process runs as many passes as its own tokens need, and single layers by themselves to score them. sequence_chunk_size without "
+        "token_seeking works with FSDP2."
+    )
+
+    def __init__(
+        self, model: nn.Module, config: TokenSeekingConfig, scorer: TokenScorer | None = None, check: bool = True, looks_only: bool = False
+    ):
+        self._given_scorer = scorer
+        self.lookup: Lookup | None = None
+        super().__init__(model, config, check, looks_only)
+        self._chooser = Chooser(self.config, self.scorer, self.facts, self.listeners)
+
+    def prepare(self) -> None:
+        """Settle what the settings leave to the model, and find the modules, by id, whose attention is the context score, for each stack."""
+        if not self.architecture.task.loss_per_token:
+            self.config = self.config.for_row_loss()
+        if self._given_scorer is not None and self.config.always_keep is None:
+            self.config = TokenSeekingConfig.of(self.config, always_keep="none")  # token_scorer is not read, so it is not random
+        self.scorer = resolve_scorer(self.config, self._given_scorer)
+        self.scores_last_block = self.scorer.runs_last_block
+        self.context_modules, wanted = {}, self.config.context_layer
+        for name, stack in self.architecture.stacks.items():
+            if not -len(stack.layers) <= wanted < len(stack.layers):
+                raise ConfigError([
+                    f"context_layer: got {wanted}, expected a layer of the {name} of {self.architecture.name}, which has "
+                    f"{len(stack.layers)} (0 to {len(stack.layers) - 1}, or -{len(stack.layers)} to -1)."
+                ])
+            self.context_modules |= {id(module): name for module in stack.layers[wanted].modules()}
+        if found := self._without_token_losses():
+            raise ConfigError(found)
+
+    def _without_token_losses(self) -> list[str]:
+        """Settings that weigh or choose losses of tokens, on a head that has one loss for a row."""
+        if self.architecture.task.loss_per_token:
+            return []
+        task = self.architecture.task.value
+        return [
+            f"{name}: got {got!r} with {self.architecture.name}, which has one loss for a row, not one for each token ({task}). "
+            f"Expected {expected!r}; for exact gradients in less memory set sequence_chunk_size without token_seeking."
+            for name, got, expected, is_wrong in (
+                ("token_gradient", self.config.token_gradient, "cut", self.config.token_gradient != "cut"),
+                ("token_selection", self.config.token_selection, "top", self.config.token_selection != "top"),
+                ("token_scorer", self.scorer.name, "gradient", self.scorer.name == "true_gradient"),
+            )
+            if is_wrong
+        ]
+
+    # -- calls of the model
+
+    def make_head(self, inputs: dict[str, Any]) -> ChoosingHead:
+        return ChoosingHead(self.architecture.output_head, inputs)
+
+    def run(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+        """One call of the body."""
+        self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
+        if self.config.streams:
+            return self._run_stream(encode(call), head)
+        self.listeners.tell("shaped", 1, call.decoder)
+        if self.config.token_ratio == 1:
+            self.listeners.tell("counted", kept=sum(rows.real_tokens() for rows in call.rows.values()))
+            return None  # all tokens, in the model's own way
+        return self._run_ditched(call, head)
+
+    def _run_ditched(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+        run = DitchedCall(self.router, call, self._choice(call, head, tuple(call.rows)), self._context_chunk(call), self._records())
+        self._run_context(run)
+        if self._chooses_at_once:
+            run.choice.at_once()
+            tensors = run.placed(run.take_outputs(), run.focus(live=True))
+        else:
+            tensors = list(replayed(run))
+            self._await_labels(run, head, tensors[0])
+        encoded = tensors.pop() if run.gives_encoded else call.encoder_output
+        return run.outputs.rebuilt(tensors, encoded)
+
+    def _run_stream(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+        kind = SkippingStream if self.config.token_gradient == "skip" else ChosenStream
+        run = kind(means_of(self, head), call, self._choice(call, head, ("decoder",)), self._records())
+        run.choice.takes_all = self.config.token_ratio == 1
+        self.listeners.tell("shaped", run.count, call.decoder)
+        self._run_context(run)
+        run.run_last()
+        output = connected(run, head)
+        self._await_labels(run, head, output.last_hidden_state)
+        return output
+
+    def _run_context(self, run: DitchedCall | ChosenStream) -> None:
+        self.listeners.tell("context_begins", run.stored)
+        run.run_context()
+        self.listeners.tell("context_ends")
+
+    def _choice(self, call: BodyCall, head: ChoosingHead | None, stacks: tuple[str, ...]) -> Choice:
+        inputs = call.arguments if head is None else call.arguments | head.inputs
+        precomputed = None if self.lookup is None else self.lookup(inputs)
+        return Choice(self._chooser, call, inputs, precomputed, stacks)
+
+    def _await_labels(self, run: DitchedCall | ChosenStream, head: ChoosingHead | None, hidden: Tensor) -> None:
+        """Let the head choose, where the scorer does not need the loss of all tokens."""
+        if head is not None and self.scorer.name != "true_gradient":
+            head.choose_for(run, hidden)
+
+    @property
+    def _chooses_at_once(self) -> bool:
+        """Whether the loss is one of rows, and the choice reads neither labels nor a gradient."""
+        reads_loss = self.scorer.name not in ("random", "context")
+        return not self.architecture.task.loss_per_token and (self.lookup is not None or not reads_loss)
+
+    def _context_chunk(self, call: BodyCall) -> int:
+        return min(self.config.context_chunk_size, call.decoder.length) if self.facts.is_causal else call.decoder.length
+
+    def _records(self) -> Records:
+        return Records(self.context_modules, wanted=self.lookup is None and self.scorer.reads_model and self.config.token_ratio < 1)
+
+    # -- looking
+
+    def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = ()) -> Inspection:
+        """Score and select the tokens of a batch without training on them.
+
+        scores: names of SeekingContext, such as "context_score", that the result is to hold.
+        """
+        self.router  # raises when removed
+        found = Inspection(scores, {name: value for name, value in inputs.items() if value is not None})
+        take_off = Override(self.architecture.base, partial(self._look, found)).put_on()
+        try:
+            with torch.no_grad(), contextlib.suppress(Inspected):
+                self.architecture.head_model(**inputs)
+            return found
+        finally:
+            take_off()
+
+    def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
+        """In place of the body."""
+        call = BodyCall(self.architecture, forward, args, kwargs)
+        call = encode(call) if self.config.streams else call
+        chunk = min(self.config.stream_chunk_size, call.decoder.length) if self.config.streams else self._context_chunk(call)
+        stacks = ("decoder",) if self.config.streams else tuple(call.rows)
+        silent = Chooser(self.config, self.scorer, self.facts, Listeners())
+        choice = Choice(silent, call, found.inputs, None, stacks)
+        DitchedCall(self.router, call, choice, chunk, Records(self.context_modules)).run_context()
+        found.see(choice, targets(self.architecture, found.inputs))
+        raise Inspected
+
+
+def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Scorer:
+    """The scorer to use: the user's own callable, or the one of that name. Raises ConfigError for an unknown name."""
+    if scorer is not None:
+        return Scorer(getattr(scorer, "__name__", type(scorer).__name__), scorer)
+    if config.token_scorer not in scorer_names():
+        raise ConfigError([
+            f"token_scorer: got {config.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
+            "hf_memtune.register_scorer before."
+        ])
+    return make_scorer(config.token_scorer, config.context_weight, config.gradient_weight, config.token_selection == "sample")

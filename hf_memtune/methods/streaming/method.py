@@ -1,0 +1,88 @@
+"""Exact gradients in a stream, for any causal transformers model: near the memory of inference, at the cost of checkpointing.
+
+    with Streaming(model, StreamingConfig(sequence_chunk_size=512)):
+        any_loss(model(**batch), model(**other)).backward()
+
+The gradients of all parameters equal those of plain backpropagation, whatever the loss. Alive at a time: the weights, keys and values of
+all tokens, what is owed to them, the last hidden states and their gradient, and the activations of one chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_memtune.architectures import is_sharded
+from hf_memtune.core.replay import replayed
+from hf_memtune.errors import ConfigError
+from hf_memtune.methods.attention.batch import BodyCall
+from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.facts import Facts
+from hf_memtune.methods.head import Head
+from hf_memtune.methods.method import Method
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
+from hf_memtune.methods.streaming.encoder import encode
+from hf_memtune.methods.streaming.sharded import ShardedHead, sharded_stream, within_root_call
+from hf_memtune.settings.methods import StreamingConfig
+
+
+class Streaming(Method):
+    """Exact streaming on one model, until `remove()`.
+
+    model: a causal transformers model with a head, an encoder-decoder model (its decoder streams), or a PEFT model around one. It may be
+    sharded by `fully_shard` (FSDP2), before or after: see sharded.py.
+    sums_dtype: dtype of the sums of gradients that chunks owe to the keys and values of earlier ones; None: as they come, which in
+    bfloat16 is as exact as plain training in bfloat16 (results/precision.jsonl), at half the bytes of float32.
+    Raises ConfigError and UnsupportedModelError before the model is touched.
+    """
+
+    def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True, sums_dtype: torch.dtype | None = None):
+        if config.sequence_chunk_size is None:
+            raise ConfigError(["sequence_chunk_size: got None, expected the tokens of a chunk, such as 512."])
+        self.sums_dtype = sums_dtype
+        super().__init__(model, config, check)
+
+    def require_gathered(self) -> None:
+        """Of what spreads parameters over processes, FSDP2 is known."""
+        if not is_sharded(self._given):
+            super().require_gathered()
+
+    def probe(self, check: bool) -> Facts:
+        return within_root_call(self._given, lambda: super(Streaming, self).probe(check))
+
+    def make_head(self, inputs: dict[str, Any]) -> Head:
+        if is_sharded(self._given):
+            return ShardedHead(self._given, self.architecture.output_head, inputs)
+        return super().make_head(inputs)
+
+    def run(self, call: BodyCall, head: Head | None) -> Any:
+        """One call of the body. Rows of one chunk take the model's own way, which is plain training."""
+        stream, rows = None, call.decoder
+        if is_sharded(self._given):
+            stream = sharded_stream(self._given, means_of(self, head), call)
+        elif rows.length > self.config.sequence_chunk_size:
+            stream = ChunkStream(means_of(self, head), encode(call))
+        self.listeners.tell("shaped", stream.count if stream else 1, rows)
+        self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
+        if stream is None:
+            return None
+        self.listeners.tell("context_begins", stream.stored)
+        stream.run_forward(Records({}, wanted=False))
+        self.listeners.tell("context_ends")
+        stream.run_last()
+        return connected(stream, head)
+
+
+def means_of(method: Method, head: Head | None) -> Means:
+    """What the streams of a method run with, in a call of the model with this head, or of the body alone."""
+    config = method.config
+    host = method.host if config.kv_offload else None
+    return Means(method.router, config.stream_chunk_size, host, getattr(method, "sums_dtype", None), head is not None, method.listeners)
+
+
+def connected(stream: ChunkStream, head: Head | None) -> Any:
+    """The output of the body, whose backward is the stream's; the head is given the matrix that it shares with the embedding."""
+    outputs = list(replayed(stream))
+    if stream.shares_matrix:
+        head.matrix = outputs.pop()
+    return stream.outputs.rebuilt(outputs, stream.call.encoder_output)

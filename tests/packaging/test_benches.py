@@ -1,0 +1,56 @@
+"""The measurements of speed, of precision and of the gradient of chosen tokens, in small: every method acts in them."""
+
+import json
+
+import pytest
+
+from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
+
+SCRIPTS = ROOT / "scripts"
+TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    for data in ("movie_reviews", "alpaca"):
+        (folder / "data" / data).mkdir(parents=True)
+    (folder / "models").mkdir()
+    llama(folder / "models" / "stories15M")
+    write_rows(folder / "data" / "movie_reviews" / "imdb.jsonl", [{"text": f"{TEXTS[n % 3]} {TEXTS[n % 2]}"} for n in range(40)])
+    rows = [{"instruction": f"name {n} colours", "input": "", "output": "red green blue sun sea " * 3} for n in ("one", "two", "three")]
+    write_rows(folder / "data" / "alpaca" / "train.jsonl", rows * 20)
+    return folder
+
+
+def rows_of(script, assets, *options):
+    out = assets / f"{script}.jsonl"
+    done = in_new_process(SCRIPTS / f"{script}.py", *options, "--out", out, cwd=assets)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def of_alpaca(assets):
+    return "--model", assets / "models" / "stories15M", "--data", assets / "data" / "alpaca" / "train.jsonl"
+
+
+def test_speed_of_every_method(assets):
+    rows = rows_of("bench_speed", assets, *of_alpaca(assets), "--tokens", "140", "--repeats", "1")
+    methods = [row["method"] for row in rows if row["train"] == "full"]
+    assert methods == [row["method"] for row in rows if row["train"] == "lora"] and len(set(methods)) == 8
+    assert {"plain", "exact streaming, chunks of 128", "checkpointing + logit-free loss", "TokenSeek 10 %"} <= set(methods)
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_precision_of_sums(assets):
+    plain, *streamed = rows_of("bench_precision", assets, *of_alpaca(assets), "--tokens", "100")
+    errors = {(row["chunk"], row["sums"]): row["error_of_keys_and_values"] for row in streamed}
+    assert 0 < max(errors.values()) < 2 * plain["error_of_keys_and_values"]
+    assert errors[16, "bfloat16"] != errors[64, "bfloat16"]  # chunks are chunks
+
+
+def test_gradients_of_chosen_tokens(assets):
+    rows = rows_of("bench_gradient", assets, "--task", "stories-imdb", "--batches", "2", "--assets", assets)
+    arms = {row["arm"]: row for row in rows}
+    assert arms["every label, skip below 0"]["error"] < 1e-3 < arms["random, sample, stream"]["error"]
+    assert arms["random, sample, cut"]["tokens_with_gradient"] < 0.2 < arms["random, sample, stream"]["tokens_with_gradient"]

@@ -1,0 +1,147 @@
+"""Streaming under every trainer of trl that trains a causal language model or a reward model: by a callback, and by the mixin.
+
+The parameters after training, the losses and trl's own metrics are those of trl's trainer alone.
+"""
+
+import gc
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tolerances import NOTICED, RELATIVE
+
+trl = pytest.importorskip("trl")
+pytest.importorskip("tokenizers")
+pytest.importorskip("peft")
+
+import hf_memtune  # noqa: E402
+from tests.training.trl_runs import (  # noqa: E402
+    CASES,
+    CHUNK,
+    OURS,
+    CutGradient,
+    llama,
+    plain,
+    reward_model,
+    run,
+    with_callback,
+    with_mixin,
+)
+
+# Of the norm of the update. An update is about 0.04 of the parameters' norm here, and each is stored to 6e-8 of itself: that alone
+# is 1e-6 of the update. Plain runs that differ in how attention sums (eager, fused) lie 3e-7 to 1.2e-6 apart.
+OF_THE_UPDATE = 3e-6
+# Rewards of different rows are almost one number: what they have in common cancels in their differences, of which the loss is
+# made. The plain runs lie 5e-6 apart, and 2e-6 where a loss is divided by the probability of what was sampled.
+ROUNDING = 1e-5  # of sums of log-probabilities that cancel, in float32
+ROUGHER = {"reward": 2e-5, "reward-lora": 2e-5, "sdpo": 6e-6}
+
+# Trainers that cannot run here, by their folder: what they lack, and the line of theirs that says so.
+LEFT_OUT = {
+    "async_grpo": ("AsyncGRPOTrainer", "attention of a CUDA kernel, and a vLLM server", "attn_implementation=TREE_ATTENTION"),
+    "async_distillation": ("AsyncDistillationTrainer", "attention of a CUDA kernel, and a vLLM server", "kernels-community/flash-attn3"),
+    "server_distillation": ("ServerDistillationTrainer", "a teacher behind a vLLM server", "self.teacher_client = VLLMClient("),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect():
+    """accelerate collects garbage at the end of each training, among all that was ever imported: most of a short run's time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def close_numbers(found: list[dict], expected: list[dict]) -> None:
+    """Entry by entry. What is logged beside trl's own numbers is not looked at."""
+    found, expected = ([entry for entry in logs if any(key.endswith("loss") for key in entry)] for logs in (found, expected))
+    assert len(found) == len(expected) > 2
+    for ours, theirs in zip(found, expected):
+        keys = [key for key in theirs if not (key == "rewards/accuracies" and is_tied(theirs))]
+        assert {key: ours.get(key) for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=RELATIVE[torch.float32], abs=ROUNDING)
+
+
+def is_tied(entry: dict) -> bool:
+    """Whether chosen and rejected answers are rewarded alike, as before the first step, where policy and reference are one: which of
+    them is ahead is then a matter of rounding."""
+    return abs(entry.get("rewards/margins", 1.0)) < ROUNDING
+
+
+@pytest.mark.parametrize("how", OURS)
+@pytest.mark.parametrize("name", CASES)
+def test_it_trains_as_trl_alone(name, how):
+    ours, theirs = OURS[how](name), plain(name)
+    assert ours.distance(theirs) <= ROUGHER.get(name, OF_THE_UPDATE)
+    close_numbers(ours.logs, theirs.logs)
+    assert ours.layers.runs > theirs.layers.runs, "it ran whole rows, as trl does"
+    assert theirs.layers.widest > 2 * CHUNK, "its rows are too short for chunks"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_gradient_that_is_not_handed_back_is_noticed(name):
+    """What the first step logs before it is the same to the last bit, answers that are generated included."""
+    wrong, theirs = with_callback(name, CutGradient()), plain(name)
+    assert wrong.distance(theirs) > NOTICED
+    first, expected = ({key: value for key, value in each.logs[0].items() if key != "grad_norm"} for each in (wrong, theirs))
+    assert first == expected and "loss" in first
+
+
+@pytest.mark.parametrize("name", ["sft", "kto", "grpo", "online-dpo", "gkd"])
+def test_a_run_is_repeated_to_the_bit(name):
+    again, theirs = run(name), plain(name)
+    assert again.distance(theirs) == 0.0 and again.logs == theirs.logs
+
+
+def test_other_rows_are_noticed():
+    assert run("sft", seed=4).distance(plain("sft")) > NOTICED
+
+
+@pytest.mark.parametrize(("name", "make"), [("sft", llama), ("grpo", llama), ("reward", reward_model)])
+def test_the_tolerance_is_that_of_another_order_of_summation(name, make):
+    model = make()
+    model.set_attn_implementation("eager")
+    limit = ROUGHER.get(name, OF_THE_UPDATE)
+    assert limit / 30 < run(name, model=model).distance(plain(name)) <= limit
+
+
+@pytest.mark.parametrize("name", ["sft", "sft-saving", "dpo-lora", "grpo", "reward", "distillation"])
+def test_the_mixin_that_changes_nothing_is_trl_to_the_bit(name):
+    off = with_mixin(name, sequence_chunk_size=None)
+    assert off.distance(plain(name)) == 0.0
+    assert off.losses == plain(name).losses
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo-lora", "tpo", "grpo", "reward", "distillation"])
+def test_token_seeking_changes_the_gradient_alone(name):
+    """The loss of the first step is trl's, whatever part of the tokens learns; all of them learn what they learn under trl."""
+    all_of_them, theirs = with_callback(name, hf_memtune.TokenSeekingCallback(token_ratio=1.0)), plain(name)
+    assert all_of_them.distance(theirs) <= ROUGHER.get(name, OF_THE_UPDATE)
+    some = with_callback(name, hf_memtune.TokenSeekingCallback(token_ratio=0.3))
+    assert some.losses[0] == pytest.approx(theirs.losses[0], rel=RELATIVE[torch.float32], abs=ROUNDING)
+    assert some.distance(theirs) > NOTICED
+
+
+def trainers_of_trl() -> dict[str, str]:
+    """By the folder of their file."""
+    root = Path(trl.__file__).parent
+    files = [*root.glob("trainer/*_trainer.py"), *root.glob("experimental/*/*_trainer.py")]
+    named = [(file, re.findall(r"^class ([A-Z]\w*Trainer)\(", file.read_text(), re.M)) for file in files]
+    return {name: file.parent.name for file, names in named for name in names}
+
+
+def test_no_trainer_is_forgotten():
+    run_here = {case.trainer_class.__name__ for case in CASES.values()}
+    assert set(trainers_of_trl()) == run_here | {name for name, *_ in LEFT_OUT.values()}
+    deprecated = import_module("trl.experimental.kto").KTOTrainer
+    assert issubclass(deprecated, trl.KTOTrainer)
+
+
+@pytest.mark.parametrize("folder", LEFT_OUT)
+def test_what_is_left_out_lacks_what_is_said(folder):
+    name, _, line = LEFT_OUT[folder]
+    assert trainers_of_trl()[name] == folder
+    assert line in Path(trl.__file__).parent.joinpath("experimental", folder, f"{folder}_trainer.py").read_text()
