@@ -31,7 +31,7 @@ demo: assets ## fine-tune a small real model with and without token seeking, and
 	$(PY) scripts/demo.py $(ARGS)
 
 test: $(STAMP) ## run the test suite (ARGS="-k ledger" for a part)
-	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) -q $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile -q $(ARGS)
 
 assets: $(STAMP) ## fetch weights and data into .assets (NAMES="smollm2 alpaca ..."; done ones are skipped)
 	$(PY) scripts/assets/get_assets.py $(ASSETS) $(NAMES)
