@@ -81,14 +81,14 @@ def test_off_is_the_model_as_it_was():
 
 
 def test_a_failure_while_putting_in_leaves_nothing(monkeypatch):
-    from hf_memtune.methods import reversible
+    from hf_memtune.methods.reversible import handle
 
     def fail(*args):
         raise RuntimeError("on purpose")
 
     model = model_of("bert")
     before = state_of(model)
-    monkeypatch.setattr(reversible, "freeze_but", fail)
+    monkeypatch.setattr(handle, "freeze_but", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         reversible_of(model, "meft1")
     assert same_state(state_of(model), before)
