@@ -17,9 +17,7 @@ def embed_tied(weight_VD: Tensor, ids: Tensor, padding_idx: int | None = None) -
     The gradient that the head finds for that view waits until those of the embeddings are known, and these are added to it in place:
     whoever makes it must not use it any more. Rows of one token are summed in float32 at least, and added to half precision once.
     """
-    if padding_idx is not None and padding_idx < 0:  # counted from the end
-        padding_idx += weight_VD.shape[0]
-    return _TiedEmbedding.apply(weight_VD, ids, padding_idx)
+    return _TiedEmbedding.apply(weight_VD, ids, _from_the_start(padding_idx, weight_VD))
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -49,9 +47,7 @@ def embed_summed(weight_VD: Tensor, ids: Tensor, padding_idx: int | None = None)
 
     weight_VD: a leaf that nobody else waits for a gradient of: no tensor of its size is made for each call, and no hook of it runs.
     """
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight_VD.shape[0]
-    return _SummedEmbedding.apply(weight_VD, ids, padding_idx)
+    return _SummedEmbedding.apply(weight_VD, ids, _from_the_start(padding_idx, weight_VD))
 
 
 class _SummedEmbedding(torch.autograd.Function):
@@ -70,6 +66,11 @@ class _SummedEmbedding(torch.autograd.Function):
             weight_VD.grad = torch.zeros_like(weight_VD)
         add_rows(weight_VD.grad, ids.flatten().long(), embedded.reshape(-1, embedded.shape[-1]), ctx.padding_idx)
         return None, None, None
+
+
+def _from_the_start(padding_idx: int | None, weight_VD: Tensor) -> int | None:
+    """torch lets it be counted from the end."""
+    return padding_idx + weight_VD.shape[0] if padding_idx is not None and padding_idx < 0 else padding_idx
 
 
 @torch.no_grad()

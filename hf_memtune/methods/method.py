@@ -34,6 +34,7 @@ class Method:
     """
 
     why_gathered = "Here layers run several times."  # what is said of a model whose parameters are spread over processes
+    sums_dtype: torch.dtype | None = None  # of what chunks owe to one another; None: as it comes
     scores_last_block: bool | None = None  # whether scores run the last block alone, which then must be able to; None: nothing scores
 
     def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True, looks_only: bool = False):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -98,6 +99,12 @@ def test_a_loss_function_on_the_model_is_learned():
 # -- hooks on parameters -------------------------------------------------------------------------------------------------
 
 
+def go_backward(model, batch, streams: bool) -> None:
+    """One loss, with or without streaming."""
+    with streaming_on(model) if streams else nullcontext():
+        loss_of(model, batch)[0].backward()
+
+
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_hook_on_accumulated_gradients_fires_once_with_the_whole_gradient(tied, there):
@@ -113,11 +120,7 @@ def test_a_hook_on_accumulated_gradients_fires_once_with_the_whole_gradient(tied
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen[name].append(p.grad.clone()))
             for name, parameter in model.named_parameters()
         ]
-        if streams:
-            with streaming_on(model):
-                loss_of(model, batch)[0].backward()
-        else:
-            loss_of(model, batch)[0].backward()
+        go_backward(model, batch, streams)
         for hook in hooks:
             hook.remove()
         assert all(len(gradients) == 1 for gradients in seen.values())
@@ -138,11 +141,7 @@ def test_an_optimizer_may_step_in_backward():
         model.zero_grad(set_to_none=True)
         hooks = [p.register_post_accumulate_grad_hook(_step) for p in model.parameters()]
         for _ in range(2):
-            if streams:
-                with streaming_on(model):
-                    loss_of(model, batch)[0].backward()
-            else:
-                loss_of(model, batch)[0].backward()
+            go_backward(model, batch, streams)
         for hook in hooks:
             hook.remove()
         return {name: value - start[name] for name, value in model.state_dict().items()}

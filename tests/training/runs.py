@@ -61,8 +61,16 @@ class LayerRuns(TrainerCallback):
         self.with_gradient = self.without = self.widest = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.watch(model)
+
+    def watch(self, model) -> None:
+        """From now on; of a training, `on_train_end` ends it."""
         layer = describe(model).decoder.layers[0]
         self._hook = layer.register_forward_pre_hook(self._runs, with_kwargs=True)
+
+    @property
+    def runs(self) -> int:
+        return self.with_gradient + self.without
 
     def on_train_end(self, args, state, control, **kwargs):
         self._hook.remove()

@@ -3,7 +3,6 @@
 The parameters after training, the losses and trl's own metrics are those of trl's trainer alone.
 """
 
-import gc
 import re
 from importlib import import_module
 from pathlib import Path
@@ -45,15 +44,6 @@ LEFT_OUT = {
     "async_distillation": ("AsyncDistillationTrainer", "attention of a CUDA kernel, and a vLLM server", "kernels-community/flash-attn3"),
     "server_distillation": ("ServerDistillationTrainer", "a teacher behind a vLLM server", "self.teacher_client = VLLMClient("),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects_to_collect():
-    """accelerate collects garbage at the end of each training, among all that was ever imported: most of a short run's time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def close_numbers(found: list[dict], expected: list[dict]) -> None:

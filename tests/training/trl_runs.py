@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import hf_memtune
 from tests.methods.tiny_models import HEADS, VOCABULARY, tiny_model
+from tests.training.runs import LayerRuns
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 CHUNK = 5
@@ -274,29 +275,6 @@ CASES: dict[str, Case] = {
 # -- runs
 
 
-class LayerCounter:
-    """How often a model's first decoder layer runs, with gradient and without; the most positions it saw at once with gradient."""
-
-    def __init__(self):
-        self.with_gradient = self.without = self.widest = 0
-
-    def watch(self, model) -> None:
-        layer = next(module for module in model.modules() if type(module).__name__.endswith("DecoderLayer"))
-        layer.register_forward_pre_hook(self._runs, with_kwargs=True)
-
-    def _runs(self, module, args, kwargs) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if torch.is_grad_enabled():
-            self.with_gradient += 1
-            self.widest = max(self.widest, hidden.shape[1])
-        else:
-            self.without += 1
-
-    @property
-    def runs(self) -> int:
-        return self.with_gradient + self.without
-
-
 class CutGradient(TrainerCallback):
     """What streaming in chunks would do that did not hand back the gradient of the first chunk's keys and values: a wrong twin."""
 
@@ -318,7 +296,7 @@ class TrlRun:
     start: dict[str, Tensor]
     end: dict[str, Tensor]
     logs: list[dict[str, float]]
-    layers: LayerCounter
+    layers: LayerRuns
 
     @property
     def losses(self) -> list[float]:
@@ -357,7 +335,7 @@ def run(name: str, trainer_class=None, arguments_class=None, callbacks=(), seed:
     args = (arguments_class or case.arguments_class)(output_dir=_FOLDER.name, **(fixed | case.settings | settings))
     given = {"train_dataset": case.rows(seed), "processing_class": tokenizer(), "callbacks": list(callbacks)} | extra
     trainer = (trainer_class or case.trainer_class)(model=model, args=args, **given)
-    layers = LayerCounter()
+    layers = LayerRuns()
     layers.watch(trainer.model)
     start = _trained(trainer.model)
     trainer.train()

@@ -87,8 +87,11 @@ class Choice:
         labels = {k: v for k, v in self.inputs.items() if k in LABEL_NAMES}
         self._choose(OfRows(self.call.architecture, self.chooser.facts, self.without_labels(), labels), None)
 
-    def by_gradient(self, gradient: Tensor) -> None:
-        """In backward: gradient (B, T, D) is dL/dhidden; a token without any has no part in the loss."""
+    def by_gradient(self, gradient: Tensor | None) -> None:
+        """In backward: gradient (B, T, D) is dL/dhidden, None for 0; a token without any has no part in the loss."""
+        if gradient is None:  # a loss of router logits alone
+            rows = self.call.decoder
+            gradient = torch.zeros(rows.batch, rows.length, 1, device=rows.positions.device)
         labelled = (gradient != 0).any(-1)
         self._see_rows_of_labels(labelled)
         target = targets(self.call.architecture, self.inputs)

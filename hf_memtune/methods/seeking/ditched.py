@@ -118,10 +118,8 @@ class DitchedCall:
         return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
 
     def _choose(self, gradient: Tensor | None) -> None:
-        if gradient is None:  # a loss of router logits alone
-            if self.choice.selection is not None:
-                return
-            gradient = torch.zeros(self.call.decoder.batch, self.call.decoder.length, 1, device=self.call.decoder.positions.device)
+        if gradient is None and self.choice.selection is not None:
+            return  # a loss of router logits beside the one that chose
         with self.autocast.restored():
             if self.choice.selection is not None:
                 self.choice = chosen_again(self)

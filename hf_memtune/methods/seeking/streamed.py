@@ -53,13 +53,10 @@ class ChosenStream(ChunkStream):
         return cotangents
 
     def _chosen_now(self, cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        hidden = cotangents[0]
-        if hidden is None:  # a loss of router logits alone
-            hidden = torch.zeros(self.rows.batch, self.rows.length, 1, device=self.rows.positions.device)
         with self.autocast.restored():
             if self.choice.selection is not None:
                 self.choice = chosen_again(self)
-            self.choice.by_gradient(hidden)
+            self.choice.by_gradient(cotangents[0])
         kept, weight = self.choice.decoder.kept_mask(), self.choice.weight
         factor = kept if weight is None else kept * weight
         return [None if c is None else _times(c, factor) for c in cotangents]

@@ -39,6 +39,7 @@ from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.streaming.embedding import rows_summed_in_place
+from hf_memtune.methods.tied import is_tied
 
 _SEES_NOTHING = (
     "the loss reads what the model makes of padding that sees no token. Eager attention lets it see the whole row, later tokens included, "
@@ -46,6 +47,7 @@ _SEES_NOTHING = (
     "(labels[:, 1:][attention_mask[:, :-1] == 0] = -100), or load the model with attn_implementation='sdpa'."
 )
 CONTEXT_TOKENS = 512  # of a row, for which the context pass may take several chunks at once: small matrix products are slow
+
 
 @dataclass(frozen=True)
 class Means:
@@ -225,9 +227,9 @@ class ChunkStream:
 
 def _tied_matrix(architecture: Architecture, trained: Sequence[nn.Parameter]) -> nn.Parameter | None:
     """The matrix that the embedding of one stack and the head share, if it is trained, as a parameter of the body."""
-    embedding, head = architecture.base.get_input_embeddings(), architecture.output_head
-    tied = head is not None and not architecture.is_encoder_decoder and getattr(embedding, "weight", None) is head.weight
-    return head.weight if tied and any(head.weight is parameter for parameter in trained) else None
+    if not is_tied(architecture):
+        return None
+    return next((parameter for parameter in trained if parameter is architecture.output_head.weight), None)
 
 
 def _layers_with_gradient(architecture: Architecture) -> int:

@@ -77,7 +77,7 @@ def means_of(method: Method, head: Head | None) -> Means:
     """What the streams of a method run with, in a call of the model with this head, or of the body alone."""
     config = method.config
     host = method.host if config.kv_offload else None
-    return Means(method.router, config.stream_chunk_size, host, getattr(method, "sums_dtype", None), head is not None, method.listeners)
+    return Means(method.router, config.stream_chunk_size, host, method.sums_dtype, head is not None, method.listeners)
 
 
 def connected(stream: ChunkStream, head: Head | None) -> Any:
