@@ -47,7 +47,7 @@ def main() -> None:
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     known = {(row["model"], row["rung"]) for row in map(json.loads, lines)}
     described = conditions(dtype="bfloat16", rows=ROWS, tokens=TOKENS, attention="sdpa")
-    wanted = [(model, rung) for model in arguments.models for rung in ladder(read(model, {}).training, TOKENS)]
+    wanted = [(model, rung) for model in arguments.models for rung in ladder(forecast.run_of(read(model, {})))]
     todo = [(model, rung) for model, rung in wanted if (model, rung.name) not in known]
     for model, rung in track(todo, description="Predicting", disable=not sys.stderr.isatty()):
         row = {"model": model, "rung": rung.name, "gradient": rung.gradient, "changes": rung.changes}

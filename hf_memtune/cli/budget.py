@@ -65,8 +65,7 @@ def climb(arguments: list[str], parser: Callable, more: type, stop_at_first: boo
         return forecast.parse([*arguments, *flags(changes)], parser(), more)
 
     given = read({})
-    model, training = given.model, given.training
-    rungs = ladder(training, given.tokens, model.lora_r, model.load_in_4bit, model.reversible_adapters is None)
+    rungs = ladder(forecast.run_of(given))
     if not given.more.allow_approximate:
         rungs = [rung for rung in rungs if rung.is_exact or not rung.changes]
     plan = make_plan(_shown(rungs), lambda changes: forecast.predict(read(changes)), given.more.budget_bytes, stop_at_first)

@@ -89,6 +89,15 @@ def recipe_first(arguments: list[str]) -> list[str]:
     return [arguments[at + 1], *arguments[:at], *arguments[at + 2 :]]
 
 
+def run_of(forecast: Forecast):
+    """The run that is predicted, as the levers see it."""
+    from hf_memtune.levers.facts import Run
+
+    model, args = forecast.model, forecast.training
+    rows = args.per_device_train_batch_size
+    return Run(args, rows, forecast.tokens, model.lora_r, model.load_in_4bit, changes_model=model.reversible_adapters is None)
+
+
 def predict(forecast: Forecast):
     """The estimate of what the settings describe. Raises ConfigError and UnsupportedModelError."""
     from dataclasses import replace
