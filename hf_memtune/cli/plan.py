@@ -14,7 +14,7 @@ from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.errors import ConfigError
 
 ABOUT = "Find settings with which a training step fits a memory budget, and write them as a recipe for train."
-OF_THE_COMMAND = {"memory_budget", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
+OF_THE_COMMAND = {"memory_budget", "gpu", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
 
 
 @dataclass
@@ -27,8 +27,8 @@ class PlanArguments(BudgetArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.memory_budget is None:
-            found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB.")
+        if self.memory_budget is None and self.gpu is None:
+            found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB, or a card, such as --gpu rtx4090.")
         if Path(self.out).suffix not in (".yaml", ".yml"):
             found.append(f"out: got {self.out!r}, expected a name that ends in .yaml.")
         return found
