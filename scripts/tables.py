@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
+"""Write the tables of docs/measurements.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
 
 import argparse
 import json
@@ -223,14 +223,14 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text()
+    page = ROOT / "docs" / "measurements.md"
+    before = page.read_text()
     after = filled(before)
     if check:
-        sys.exit("README.md is out of date: run python scripts/tables.py" if before != after else 0)
-    readme.write_text(after)
+        sys.exit("docs/measurements.md is out of date: run python scripts/tables.py" if before != after else 0)
+    page.write_text(after)
 
 
 if __name__ == "__main__":
