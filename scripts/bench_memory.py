@@ -19,6 +19,7 @@ from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import measure_causal_lm_step, trace_causal_lm_step
 
+MODELS = ["Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"]
 METHODS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
@@ -54,7 +55,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="tokens of the one row of a batch")
     parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--methods", nargs="+", default=EVERY, choices=EVERY, metavar="METHOD", help=f"among {', '.join(EVERY)}")
