@@ -6,13 +6,11 @@ straight line, for they are the largest of several straight lines; beyond the la
 """
 
 import argparse
-import json
-import sys
 import warnings
 from pathlib import Path
 
 from conditions import conditions
-from rich.progress import track
+from store import measure
 
 from hf_memtune.cli import budget, forecast
 from hf_memtune.errors import MemTuneError
@@ -57,17 +55,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("results/longest.jsonl"))
     arguments = parser.parse_args()
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    known = {(row["model"], row["train"], row["method"]) for row in map(json.loads, lines)}
     described = conditions(dtype="bfloat16", rows=1, lora_rank=16, attention="sdpa")
-    todo = [
-        (model, train, method) for method in METHODS for train in TRAIN for model in arguments.models if (model, train, method) not in known
-    ]
-    for model, train, method in track(todo, description="Predicting", disable=not sys.stderr.isatty()):
-        row = {"model": model, "train": train, "method": method} | predicted(model, train, method) | {"conditions": described}
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{model:14} {train:6} {method:38} {row.get('peak_bytes', row.get('left_out'))}", flush=True)
+    wanted = [{"model": model, "train": train, "method": method} for method in METHODS for train in TRAIN for model in arguments.models]
+    found = lambda row: predicted(**row) | {"conditions": described}  # noqa: E731
+    measure(arguments.out, wanted, found, _said, "Predicting")
+
+
+def _said(row: dict) -> str:
+    return f"{row['model']:14} {row['train']:6} {row['method']:38} {row.get('peak_bytes', row.get('left_out'))}"
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ def test_a_changed_number_is_noticed(name):
     changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), body)
     altered = MEASURED.replace(f"{name} -->\n{body}", f"{name} -->\n{changed if changed != body else body + '9'}")
     assert altered != MEASURED
-    assert tables.filled(altered) == MEASURED
+    assert tables.pages.filled(altered, tables.SECTIONS) == MEASURED
 
 
 def test_an_unknown_section_is_noticed():
     with pytest.raises(KeyError):
-        tables.filled("<!-- other -->\n<!-- end -->")
+        tables.pages.filled("<!-- other -->\n<!-- end -->", tables.SECTIONS)
 
 
 def test_conditions_that_differ_are_all_named(tmp_path, monkeypatch):
