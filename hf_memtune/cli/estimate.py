@@ -10,15 +10,10 @@ import json
 
 from hf_memtune.cli import forecast
 
-ABOUT = (
-    "Predict the bytes of one optimizer step, by category and phase, on the longest batch. Takes every setting of train; those that memory "
-    "does not depend on change nothing."
-)
-
 
 def run(arguments: list[str]) -> None:
     """Print the estimate. Raises ConfigError with all problems of the settings."""
-    settings = forecast.parse(arguments, forecast.make_parser("estimate", ABOUT))
+    settings = forecast.parse(arguments, forecast.make_parser("estimate"))
     found = forecast.predict(settings)
     if settings.what.json:
         print(json.dumps(found.to_dict()))

@@ -8,6 +8,7 @@ import yaml
 
 from hf_memtune.cli import forecast, main
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
+from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
 from tests.cli.conftest import ROOT, llama, write_rows
@@ -129,8 +130,8 @@ def test_budgets_are_bytes(tmp_path, capsys):
 
 
 def test_a_recipe_may_stand_anywhere():
-    assert forecast.recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
-    assert forecast.recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
+    assert recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
+    assert recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
 
 
 def test_the_commands_of_the_readme_are_commands():
@@ -140,5 +141,5 @@ def test_the_commands_of_the_readme_are_commands():
     for line in lines:
         _, command, *arguments = line.split()
         more = PlanArguments if command == "plan" else None
-        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, "", more), more)
+        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, more), more)
         assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"
