@@ -34,7 +34,7 @@ def read(model: str, changes: dict, tokens: int):
     given = ["--model", model, "--dtype", "bfloat16", "--sequence_length", str(tokens), "--max_length", "2"]
     given += ["--per_device_train_batch_size", "1", "--config_overrides", f"max_position_embeddings={2**21}", "--report_to", "none"]
     given += budget.flags({name: value for name, value in changes.items() if name != "kv_offload"})
-    settings = forecast.parse(given, forecast.make_parser("estimate", ""))
+    settings = forecast.parse(given, forecast.make_parser("estimate"))
     vars(settings.training)["kv_offload"] = offload
     return settings
 

@@ -1,7 +1,6 @@
 """The command line: `hf-memtune train ...`, `hf-memtune evaluate ...`, and others. One file a command, imported when it is called."""
 
 import difflib
-import logging
 import sys
 from importlib import import_module
 
@@ -12,6 +11,7 @@ COMMANDS = {
     "longest": "find the longest row, and the largest batch, that fit a memory budget",
     "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
+    "merge": "add LoRA adapters to the weights of their model, and write a plain model",
     "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
@@ -20,7 +20,7 @@ _USAGE = """usage: hf-memtune COMMAND [ARGUMENTS]
 
 {commands}
 
-hf-memtune COMMAND --help lists the settings of a command.
+hf-memtune COMMAND --help shows the settings that matter, --help-all every one.
 """
 
 
@@ -40,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(f"error: no command {name!r}.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if {"-h", "--help"} & set(rest):
+        from hf_memtune.cli.help import page
+
+        print(page(name))
+        return 0
     return _run(name, rest)
 
 
@@ -49,12 +54,12 @@ def _usage() -> str:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    from hf_memtune.cli.quiet import quiet
     from hf_memtune.errors import MemTuneError
 
-    # on a CPU it reports a missing optional kernel as a failure, whether 4 bits were asked for or not
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
-        import_module(f"hf_memtune.cli.{name}").run(arguments)
+        with quiet():
+            import_module(f"hf_memtune.cli.{name}").run(arguments)
     except MemTuneError as error:  # the message says what to do, a traceback would bury it
         print(f"error: {error}", file=sys.stderr)
         return 2

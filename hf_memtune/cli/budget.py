@@ -72,7 +72,7 @@ def within_budget(arguments: list[str]) -> list[str]:
 
     Raises ConfigError where nothing fits.
     """
-    plan, _ = climb(arguments, lambda: forecast.make_parser("train", "", BudgetArguments), BudgetArguments, stop_at_first=True)
+    plan, _ = climb(arguments, lambda: forecast.make_parser("train", BudgetArguments), BudgetArguments, stop_at_first=True)
     show(plan)
     return [*arguments, *flags(plan.chosen.rung.changes)]
 

@@ -12,11 +12,6 @@ from hf_memtune.cli import forecast
 from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.verdict import verdict
 
-ABOUT = (
-    "Predict the bytes of one optimizer step, by category and phase, on the longest batch. Takes every setting of train; those that memory "
-    "does not depend on change nothing."
-)
-
 
 def run(arguments: list[str]) -> None:
     """Print the estimate. Raises ConfigError with all problems of the settings."""
@@ -32,7 +27,7 @@ def run(arguments: list[str]) -> None:
 
 def make_parser():
     """The parser of this command: that of train, with what memory there is before it."""
-    return forecast.make_parser("estimate", ABOUT, RoomArguments)
+    return forecast.make_parser("estimate", RoomArguments)
 
 
 def show(found) -> None:

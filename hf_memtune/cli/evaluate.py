@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
+from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
 
 
@@ -17,11 +18,11 @@ class Measuring:
 
     _argument_group_name = "measuring"
 
-    max_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
-    batch_size: int = field(default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."})
 
     def problems(self) -> list[str]:
-        given = {"max_rows": self.max_rows, "batch_size": self.batch_size}
+        given = {"max_eval_rows": self.max_eval_rows, "per_device_eval_batch_size": self.per_device_eval_batch_size}
         return [f"{name}: got {value}, expected 1 or more." for name, value in given.items() if value is not None and value < 1]
 
 
@@ -50,8 +51,8 @@ def parse(arguments: list[str]) -> Settings:
     from hf_memtune.cli.settings import Parser, build, values_of
 
     kinds = (ModelSource, DataSource, Measuring)
-    usage = "hf-memtune evaluate --model M --dataset D [--name value ...]"
-    parser = Parser(list(kinds), usage=usage, description="Measure the loss of a model, plain or with reversible adapters.")
+    page = PAGES["evaluate"]
+    parser = Parser(list(kinds), usage=f"hf-memtune evaluate {page.usage}", description=page.about)
     namespace = parser.read(arguments, with_recipe=False)
     problems = parser.problems
     built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
@@ -74,11 +75,11 @@ def measured(settings: Settings) -> dict[str, float | int]:
     rows = load_rows(data, data.dataset_split)
     check_columns(data, rows.column_names)
     classes = class_names(data, rows)
-    rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_rows or len(rows)))), data, tokenizer, classes)
+    rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)
     loaded = load_model(model, data, tokenizer, classes)
     with_reversible_adapters(loaded, model)
     with TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, per_device_eval_batch_size=measuring.batch_size, report_to=[])
+        args = TrainingArguments(folder, per_device_eval_batch_size=measuring.per_device_eval_batch_size, report_to=[])
         trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=_accuracy if classes else None)
         found = trainer.evaluate()
     return {"rows": len(rows), "loss": found["eval_loss"]} | ({"accuracy": found["eval_accuracy"]} if classes else {})

@@ -59,11 +59,10 @@ class Forecast(NamedTuple):
         return self.what.sequence_length or self.data.max_length
 
 
-def make_parser(command: str, about: str, more: type | None = None):
+def make_parser(command: str, more: type | None = None):
     """The parser of train, with the settings above, and those of `more`, before its own."""
     kinds = (ForecastArguments,) if more is None else (more, ForecastArguments)
-    usage = f"hf-memtune {command} --model M [RECIPE.yaml | --config RECIPE.yaml] [--name value ...]"
-    return training.make_parser(usage=usage, about=about, more=kinds)
+    return training.make_parser(command, more=kinds)
 
 
 def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
@@ -71,7 +70,7 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     from hf_memtune.cli.settings import build, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
-    namespace = parser.read(recipe_first(arguments), with_recipe=True)
+    namespace = parser.read(arguments, with_recipe=True)
     problems = parser.problems
     kinds = (ModelArguments, AnyData, MemEfficientTrainingArguments, ForecastArguments)
     built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
@@ -79,14 +78,6 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     if problems:
         raise ConfigError(problems)
     return Forecast(*built, extra, {name: getattr(namespace, name) for name in parser.given})
-
-
-def recipe_first(arguments: list[str]) -> list[str]:
-    """`--config FILE` in the place where a recipe stands."""
-    if "--config" not in arguments[:-1]:
-        return arguments
-    at = arguments.index("--config")
-    return [arguments[at + 1], *arguments[:at], *arguments[at + 2 :]]
 
 
 def run_of(forecast: Forecast):

@@ -8,6 +8,7 @@ A prompt is put to the model as an instruction is in training; with --plain it i
 from dataclasses import dataclass, field
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
+from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
 
 
@@ -50,8 +51,8 @@ def parse(arguments: list[str]) -> tuple[ModelSource, Prompts]:
     """Settings from flags. Raises ConfigError with every problem."""
     from hf_memtune.cli.settings import Parser, build, values_of
 
-    usage = "hf-memtune generate --model M --prompt TEXT [TEXT ...] [--name value ...]"
-    parser = Parser([Prompts, ModelSource], usage=usage, description="Answer prompts.")
+    page = PAGES["generate"]
+    parser = Parser([Prompts, ModelSource], usage=f"hf-memtune generate {page.usage}", description=page.about)
     namespace = parser.read(arguments, with_recipe=False)
     problems = parser.problems
     prompts, model = (build(kind, values_of(kind, namespace), problems) for kind in (Prompts, ModelSource))

@@ -18,18 +18,12 @@ def run(arguments: list[str]) -> None:
     settings = parse(arguments)
     trainer, rows = make_trainer(settings)
     summary = train.fit(trainer, settings, lambda trainer: held_out(trainer, rows))
-    if trainer.is_world_process_zero():
-        from hf_memtune.cli.summary import print_summary, write_summary
-
-        write_summary(summary, settings.training.output_dir)
-        print_summary(summary, settings, rows)
+    train.report(trainer, settings, rows, summary)
 
 
 def make_parser():
     """The parser of this command: that of `train`, with tasks and sentences in place of its data."""
-    usage = "hf-memtune glue [RECIPE.yaml] [--name value ...]"
-    about = "Fine-tune on a task of GLUE, or on sentences of your own. RECIPE.yaml holds settings by the names below; flags go over it."
-    return parser.make_parser(GlueArguments, usage, about)
+    return parser.make_parser("glue", GlueArguments)
 
 
 def parse(arguments: list[str]) -> train.Settings:

@@ -32,7 +32,6 @@ class GlueArguments:
         f"Task of GLUE: {', '.join(TASKS)}. It names columns, classes and metrics; rows come from the hub (nyu-mll/glue), or from "
         "train_file and validation_file. Default: none, and files of your own.",
         choices=list(TASKS),
-        aliases=["--task"],
     )
     train_file: str | None = _setting(None, "Rows to train on: a csv, json, jsonl or parquet file. Default: those of the task on the hub.")
     validation_file: list[str] = field(

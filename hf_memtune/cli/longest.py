@@ -11,7 +11,6 @@ from hf_memtune.cli import forecast
 from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.errors import ConfigError
 
-ABOUT = "Find the longest row (one a micro-batch, or --per_device_train_batch_size) and the largest batch (of --sequence_length) that fit."
 UNIT = 64  # tokens; of streams, their chunk: a part of one needs as much as a whole
 MOST_ROWS = 1024
 
@@ -39,7 +38,7 @@ def run(arguments: list[str]) -> None:
 
 def make_parser():
     """The parser of this command: that of train, with what memory there is before it."""
-    return forecast.make_parser("longest", ABOUT, RoomArguments)
+    return forecast.make_parser("longest", RoomArguments)
 
 
 def _longest_row(settings):

@@ -1,23 +1,54 @@
 """The model and the tokenizer that the settings describe, with adapters around the model where asked for."""
 
+from pathlib import Path
+
 from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
+from hf_memtune.cli.checks import problems_of_folder
 from hf_memtune.errors import ConfigError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def load_tokenizer(model: ModelSource):
     """The tokenizer beside the model, with a padding token."""
     from transformers import AutoTokenizer
 
+    if wrong := problems_of_folder(model.model_name_or_path):
+        raise ConfigError(wrong)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError([f"model_name_or_path: no tokenizer in {model.model_name_or_path!r}: {error}"]) from error
+        raise ConfigError([f"model_name_or_path: {_why_no_tokenizer(model.model_name_or_path, error)}"]) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             wrong = f"the tokenizer of {model.model_name_or_path!r} has neither a padding nor an end token"
             raise ConfigError([f"model_name_or_path: {wrong}; save it with one (tokenizer.pad_token = ...)."])
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _why_no_tokenizer(name: str, error: Exception) -> str:
+    """What is wrong, in one line: transformers and the hub say it in many, of libraries that play no part."""
+    if not Path(name).is_dir():
+        return f"{name!r} is no folder here, and the hub gives no model of this name ({first_line(error)})."
+    if any(Path(name, file).is_file() for file in TOKENIZERS):
+        return f"the tokenizer in {name!r} cannot be read: {first_line(error)}."
+    return f"the folder {name!r} holds no tokenizer. Save that of the model into it (tokenizer.save_pretrained); other models have none."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _why_not(name: str, task: str, error: Exception) -> str:
+    """Why a model was not loaded, in one line."""
+    if "Unrecognized configuration class" not in str(error):
+        return f"{name!r} cannot be loaded for {task}: {first_line(error)}."
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(name).model_type
+    return f"{name!r} is a model of the type {kind}, which transformers has no {task} model for. Expected a text model."
 
 
 def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None, **options):
@@ -34,8 +65,7 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     try:
         loaded = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        wrong = f"{model.model_name_or_path!r} cannot be loaded for {data.task}: {error}"
-        raise ConfigError([f"model_name_or_path: {wrong}"]) from error
+        raise ConfigError([f"model_name_or_path: {_why_not(model.model_name_or_path, data.task, error)}"]) from error
     check_length(loaded, data)
     if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
@@ -96,6 +126,10 @@ def with_adapters(loaded, model: ModelArguments, data: DataSource):
         task_type=TaskType.SEQ_CLS if data.task == "sequence_classification" else TaskType.CAUSAL_LM,
     )
     try:
-        return get_peft_model(loaded, config)
+        wrapped = get_peft_model(loaded, config)
     except ValueError as error:
         raise ConfigError([f"lora_target_modules: got {targets}: {error}"]) from error
+    base = Path(model.model_name_or_path)
+    if base.is_dir():  # a relative path would be looked for in whichever folder the adapters are used from
+        wrapped.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    return wrapped

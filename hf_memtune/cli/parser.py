@@ -1,17 +1,27 @@
 """The parser of every command that trains, or predicts what training would need."""
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
+from hf_memtune.cli.checks import checkpoint
+from hf_memtune.cli.essentials import PAGES
 
 OUTPUT_DIR = "./out"
-USAGE = "hf-memtune train [RECIPE.yaml] [--name value ...]"
-ABOUT = "Fine-tune a model. RECIPE.yaml holds settings by the names below; flags go over it."
+
+# Fields of TrainingArguments that Trainer leaves to scripts, and that mean nothing in these commands.
+WITHOUT_MEANING = {
+    "do_train": "this command always trains",
+    "do_eval": "held-out rows are always evaluated, before and after training; eval_strategy adds evaluations in between",
+    "do_predict": "this command predicts nothing",
+}
+# Not listed by --help-all: what belongs to settings that every method refuses, and older names of other settings.
+UNLISTED = ("torch_compile_backend", "torch_compile_mode", "liger_kernel_config", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 
-def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABOUT, more: tuple[type, ...] = ()):
+def make_parser(command: str = "train", data: type = DataArguments, more: tuple[type, ...] = ()):
     """`more`, the settings of the model, the data, the strategies and Trainer, in this order."""
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
+    from hf_memtune.levers.table import OF_METHODS
     from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
     class Strategies(MemEfficientArgumentsMixin):
@@ -20,6 +30,11 @@ def make_parser(data: type = DataArguments, usage: str = USAGE, about: str = ABO
     class Training(TrainingArguments):
         _argument_group_name = "training (transformers.TrainingArguments)"
 
-    parser = Parser([*more, ModelArguments, data, Strategies, Training], usage=usage, description=about)
+    page = PAGES[command]
+    kinds = [*more, ModelArguments, data, Strategies, Training]
+    parser = Parser(kinds, usage=f"hf-memtune {command} {page.usage}", description=page.about)
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
+    parser.takes_several("report_to")
+    parser.may_stand_alone("resume_from_checkpoint", True, checkpoint)
+    parser.unlist({*WITHOUT_MEANING, *OF_METHODS, *UNLISTED})
     return parser

@@ -13,7 +13,6 @@ from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.errors import ConfigError
 
-ABOUT = "Find settings with which a training step fits a memory budget, and write them as a recipe for train."
 OF_THE_COMMAND = {"memory_budget", "gpu", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
 
 
@@ -47,7 +46,7 @@ def run(arguments: list[str]) -> None:
 
 def make_parser():
     """The parser of this command: that of train, with the budget before it."""
-    return forecast.make_parser("plan", ABOUT, PlanArguments)
+    return forecast.make_parser("plan", PlanArguments)
 
 
 def write_recipe(plan, given) -> Path:

@@ -19,6 +19,8 @@ from transformers import HfArgumentParser
 from hf_memtune.errors import ConfigError
 
 NOTHING = ("", "null", "~")
+SHORTER = ("--model", "--dataset", "--budget")  # aliases by which help calls a setting
+COMMAND_LINE = "the command line"
 
 
 class Piece(NamedTuple):
@@ -30,7 +32,21 @@ class Piece(NamedTuple):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not None beside a text that says what no value stands for."""
+    """Each setting under one spelling. Shows defaults, but not None beside a text that says what no value stands for."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if flag.startswith("--")]
+        flag = next((flag for flag in flags if flag in SHORTER), flags[0])
+        return f"{flag} {self._value(action)}".rstrip()
+
+    def _value(self, action: argparse.Action) -> str:
+        """What stands for the value: its choices, or its type. A switch takes none."""
+        if action.choices:
+            return "{" + ",".join(map(str, action.choices)) + "}"
+        if action.nargs in (0, "?"):
+            return ""
+        kind = {int: "N", float: "X"}.get(action.type, "VALUE")
+        return f"{kind} ..." if action.nargs in ("+", "*") else kind
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.default is None and "Default: " in (action.help or "")
@@ -44,17 +60,34 @@ class Parser(HfArgumentParser):
         super().__init__(kinds, allow_abbrev=False, exit_on_error=False, formatter_class=Help, **options)
         self.problems: list[str] = []
         self.given: set[str] = set()
+        self.flags: set[str] = set()  # those of `given` that stand on the command line
+        self.unlist({action.dest for action in self._actions if action.option_strings[0].startswith("--no_")}, only_negations=True)
 
     def error(self, message: str):
         raise argparse.ArgumentError(None, message)  # argparse would exit at the first problem
 
+    def unlist(self, names: set[str], only_negations: bool = False) -> None:
+        """Leave settings out of `--help-all`. only_negations: not the settings, but `--no_name`, their second spelling."""
+        for action in self._actions:
+            if action.dest in names and (not only_negations or action.option_strings[0].startswith("--no_")):
+                action.help = argparse.SUPPRESS
+
+    def takes_several(self, name: str) -> None:
+        """Let a flag be given several values, which then are a list."""
+        self._option_string_actions[f"--{name}"].nargs = "+"
+
+    def may_stand_alone(self, name: str, value, typed) -> None:
+        """Let a flag be given without a value, which then is `value`. typed: makes a value of a word."""
+        action = self._option_string_actions[f"--{name}"]
+        action.nargs, action.const, action.type = "?", value, typed
+
     def read(self, arguments: list[str], with_recipe: bool) -> Namespace:
-        """Values of all settings; `problems` and `given` are filled in. `--help` prints and exits."""
-        if {"-h", "--help"} & set(arguments):
+        """Values of all settings; `problems`, `given` and `flags` are filled in. `--help-all` prints and exits."""
+        if "--help-all" in arguments:
             self.print_help()
             self.exit()
         namespace = self.parse_args([])
-        for piece in self._pieces(arguments, with_recipe):
+        for piece in self._pieces(recipe_first(arguments) if with_recipe else arguments, with_recipe):
             self._take(piece, namespace)
         return namespace
 
@@ -69,7 +102,7 @@ class Parser(HfArgumentParser):
         for start, end in pairwise(bounds):
             flag = arguments[start].partition("=")[0]
             action = self._option_string_actions.get(flag)
-            yield Piece(action.dest if action else flag[2:], arguments[start:end], "the command line")
+            yield Piece(action.dest if action else flag[2:], arguments[start:end], COMMAND_LINE)
 
     def _recipe(self, path: Path) -> Iterator[Piece]:
         """The settings of a YAML file. Scalars stay text, which the parser types: 5e-4 is a number, `no` no boolean by itself."""
@@ -111,14 +144,24 @@ class Parser(HfArgumentParser):
             self.problems.append(f"{piece.dest}: {error.message} ({piece.origin}).")
             return
         self.given.add(piece.dest)
+        if piece.origin == COMMAND_LINE:
+            self.flags.add(piece.dest)
         if left:
             self.problems.append(f"{piece.dest}: takes one value, so {' '.join(left)!r} is left over ({piece.origin}).")
 
     def _unknown(self, name: str, origin: str) -> None:
         known = sorted({flag[2:] for flag in self._option_string_actions if flag.startswith("--")})
         near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else " --help lists all settings."
+        hint = f" Did you mean {near[0]}?" if near else " --help-all lists all settings."
         self.problems.append(f"{name}: no such setting ({origin}).{hint}")
+
+
+def recipe_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` in the place where a recipe stands."""
+    if "--config" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--config")
+    return [arguments[at + 1], *arguments[:at], *arguments[at + 2 :]]
 
 
 def _words(name: str, node: yaml.Node, typed) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource, changed
+from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
 from hf_memtune.settings.methods import TokenSeekingConfig
 
@@ -70,9 +71,9 @@ def make_parser():
     class Seeking(TokenSeekingConfig):
         _argument_group_name = "token seeking"
 
-    usage = "hf-memtune tokens --model M (--text FILE | --dataset D [--index N ...]) [--name value ...]"
-    about = "Show which tokens of an example are scored how, and which token seeking would keep."
-    parser = Parser([Examples, ModelSource, DataSource, Seeking], usage=usage, description=about)
+    page = PAGES["tokens"]
+    kinds = [Examples, ModelSource, DataSource, Seeking]
+    parser = Parser(kinds, usage=f"hf-memtune tokens {page.usage}", description=page.about)
     parser.set_defaults(token_seeking=True)
     return parser
 

@@ -10,15 +10,9 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
-from hf_memtune.cli.parser import make_parser
+from hf_memtune.cli.checks import problems_of_folder, problems_of_reports, problems_of_resuming
+from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser
 from hf_memtune.errors import ConfigError
-
-# Fields of TrainingArguments that Trainer leaves to scripts, and that mean nothing in this one.
-WITHOUT_MEANING = {
-    "do_train": "this command always trains",
-    "do_eval": "held-out rows are always evaluated, before and after training; eval_strategy adds evaluations in between",
-    "do_predict": "this command predicts nothing",
-}
 
 
 class Settings(NamedTuple):
@@ -31,19 +25,26 @@ def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
     settings = parse(arguments)
     if budget_of(arguments).room is not None:
-        settings = parse(within_budget(arguments))
+        settings = parse(within_budget(arguments), of_user=False)
     trainer, rows = make_trainer(settings)
-    summary = fit(trainer, settings)
-    if trainer.is_world_process_zero():
-        from hf_memtune.cli.summary import print_summary, write_summary
-
-        write_summary(summary, settings.training.output_dir)
-        print_summary(summary, settings, rows)
+    report(trainer, settings, rows, fit(trainer, settings))
 
 
-def parse(arguments: list[str]) -> Settings:
-    """Settings from a recipe and flags. Raises ConfigError with every problem; warns of settings without effect."""
-    built = read(arguments, make_parser(more=(BudgetArguments,)), DataArguments, BudgetArguments)
+def report(trainer, settings: Settings, rows, summary) -> None:
+    """Write the summary and the model card, and print the summary. One process does."""
+    if not trainer.is_world_process_zero():
+        return
+    from hf_memtune.cli.card import write_card
+    from hf_memtune.cli.summary import print_summary, write_summary
+
+    write_summary(summary, settings.training.output_dir)
+    write_card(settings, rows, summary)
+    print_summary(summary, settings, rows)
+
+
+def parse(arguments: list[str], of_user: bool = True) -> Settings:
+    """Settings from a recipe and flags. Raises ConfigError with every problem; see `read`."""
+    built = read(arguments, make_parser("train", more=(BudgetArguments,)), DataArguments, BudgetArguments, of_user=of_user)
     if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
         strategy = str(built.training.eval_strategy.value)
         raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
@@ -54,13 +55,14 @@ def budget_of(arguments: list[str]) -> BudgetArguments:
     """The memory budget among arguments that `parse` has read."""
     from hf_memtune.cli.settings import values_of
 
-    return BudgetArguments(**values_of(BudgetArguments, make_parser(more=(BudgetArguments,)).read(arguments, with_recipe=True)))
+    return BudgetArguments(**values_of(BudgetArguments, make_parser("train", more=(BudgetArguments,)).read(arguments, with_recipe=True)))
 
 
-def read(arguments: list[str], parser, data: type, *more: type) -> Settings:
+def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = True) -> Settings:
     """What `parser` makes of a recipe and flags; data: the class of its settings of data. Raises ConfigError with every problem.
 
-    more: classes of further settings, whose problems and warnings are told as well.
+    more: classes of further settings, whose problems and warnings are told as well. A flag without effect is a problem: it was meant to
+    do something. A line of a recipe without effect is warned of: recipes are shared. of_user: whether all flags come from the user.
     """
     from hf_memtune.cli.settings import build, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
@@ -70,16 +72,23 @@ def read(arguments: list[str], parser, data: type, *more: type) -> Settings:
     idle = parser.given & WITHOUT_MEANING.keys()
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
     kinds = (ModelArguments, data, MemEfficientTrainingArguments)
-    built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
-    further = [build(kind, values_of(kind, namespace), problems) for kind in more]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* has no effect ", UserWarning)  # told below
+        built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+        further = [build(kind, values_of(kind, namespace), problems) for kind in more]
+    if built.model is not None:
+        problems += problems_of_folder(built.model.model_name_or_path)
+    if built.training is not None:
+        problems += [*problems_of_reports(built.training), *problems_of_resuming(built.training)]
+    ineffective = [message for part in (*built, *further) if part is not None for message in part.ineffective()]
+    problems += [f"{message}. Leave it out." for message in ineffective if of_user and message.split()[0] in parser.flags]
     if problems:
         raise ConfigError(problems)
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for part in (built.model, built.data, *further):
-        for message in part.ineffective():
-            warnings.warn(message, stacklevel=2)
+    for message in ineffective:
+        warnings.warn(message, stacklevel=2)
     return built
 
 
@@ -96,6 +105,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
 
     from hf_memtune.cli.data import collator
     from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
+    from hf_memtune.cli.progress import make_readable
     from hf_memtune.training.trainer import MemEfficientTrainer
 
     model, data, training = settings
@@ -114,6 +124,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
         processing_class=tokenizer,
         compute_metrics=metrics_of(rows),
     )
+    make_readable(trainer)
     return trainer, rows
 
 
@@ -123,17 +134,18 @@ def held_out(trainer) -> dict[str, float]:
 
 
 def fit(trainer, settings: Settings, measure: Callable = held_out):
-    """Measure, train, measure, save. Under FSDP2 transformers evaluates no model before its training."""
+    """Measure, train and save, measure. Under FSDP2 transformers evaluates no model before its training."""
+    from hf_memtune.cli.saving import BestAfterMove, SaveFirst
     from hf_memtune.cli.summary import StepTimes, Summary
 
     times, resumed = StepTimes(), settings.training.resume_from_checkpoint
-    trainer.add_callback(times)
+    for callback in (times, BestAfterMove(), SaveFirst(trainer)):
+        trainer.add_callback(callback)
     before = {} if resumed or trainer.is_fsdp_enabled else measure(trainer)
     result = trainer.train(resume_from_checkpoint=resumed)
     logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]
     after = measure(trainer)
-    trainer.save_model()
-    trainer.save_state()
+    trainer.save_state()  # again, with what was measured
     return Summary.of(trainer, logs, times.seconds, result.training_loss, (before, after))
 
 

@@ -62,7 +62,10 @@ class FixedPointArithmetic:
         """Z of Z', the bits and the same update."""
         kept = blended - self._scaled(update).to(torch.int32)
         bits = stored_bits(scale)
-        return kept.bitwise_left_shift_(bits).bitwise_or_(unpack(lost, bits, kept.shape)) if bits else kept
+        if not bits:
+            return kept
+        assert lost is not None
+        return kept.bitwise_left_shift_(bits).bitwise_or_(unpack(lost, bits, kept.shape))
 
     def peaks(self) -> list[float]:
         """Bounds of |Z| so far; of tensors without values: none. Waits for the device."""

@@ -21,7 +21,7 @@ def put_labelled(flat: Tensor, labelled: Tensor, into: Tensor) -> Tensor:
     return into
 
 
-def _places(labelled: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+def _places(labelled: Tensor) -> Tensor | tuple[Tensor, ...]:
     if not is_fake(labelled):
         return labelled
     return torch.zeros(labelled.numel(), 2, dtype=torch.long, device=labelled.device).unbind(1)

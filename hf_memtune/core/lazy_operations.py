@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int | torch.SymInt]  # size, stride, offset
 
 
 def geometry_of(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Geometry | None:
@@ -29,7 +30,7 @@ def is_cast(func: Any) -> bool:
     return func in (aten._to_copy.default, aten.clone.default)
 
 
-def contiguous_stride(size: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_stride(size: Sequence[int]) -> tuple[int, ...]:
     """Those of a contiguous tensor, as torch counts them."""
     stride = [1]
     for length in reversed(size[1:]):
@@ -48,11 +49,11 @@ def _reshaped(tensor: Tensor, size: list[int]) -> Geometry | None:
     if tuple(size) == tuple(tensor.size()):
         return _whole(tensor)
     known = prod(length for length in size if length != -1)
-    size = tuple(tensor.numel() // known if length == -1 and known else length for length in size)
-    keeps_tokens = size[-1:] == tensor.size()[-1:] and prod(size) == tensor.numel() > 0
+    whole = tuple(tensor.numel() // known if length == -1 and known else length for length in size)
+    keeps_tokens = whole[-1:] == tensor.size()[-1:] and prod(whole) == tensor.numel() > 0
     if not keeps_tokens or not tensor.is_contiguous():
         return None
-    return size, contiguous_stride(size), tensor.storage_offset()
+    return whole, contiguous_stride(whole), tensor.storage_offset()
 
 
 def _sliced(tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Geometry | None:
@@ -74,7 +75,7 @@ def _selected(tensor: Tensor, dim: int, index: int) -> Geometry | None:
     return (*size[:dim], *size[dim + 1 :]), (*stride[:dim], *stride[dim + 1 :]), offset + index % size[dim] * stride[dim]
 
 
-_VIEWS = {
+_VIEWS: dict[Any, Callable[..., Geometry | None]] = {
     aten.detach.default: _whole,
     aten.alias.default: _whole,
     aten.view.default: _reshaped,
@@ -109,7 +110,7 @@ def _same_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[Any, Callable[..., torch.dtype | None]] = {
     aten._to_copy.default: _copied,
     aten.clone.default: _copied,
     aten.mul.Tensor: _scaled,
@@ -151,5 +152,5 @@ HOOKING = _all_named("retain_grad", "register_hook")  # ask for a gradient
 # give a way to the memory that leaves no trace in the version counter
 EXPOSING = _all_named("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage") | _read("data")
 COPYING = _all_named("__deepcopy__", "__reduce_ex__")  # ask whether a tensor is a leaf
-REFUSED = _all_named("resize_", "resize_as_") | {Tensor.data.__set__}  # replace the memory
+REFUSED = _all_named("resize_", "resize_as_") | {getattr(Tensor, "data").__set__}  # replace the memory
 REPLACING = {aten.set_, aten.resize_}  # the same below dispatch; torch takes `set_` there at once

@@ -140,7 +140,7 @@ class _Memory:
         self.call, self.dtype, self.parent, self.done = call, dtype, parent, done
         self.size = call.size if parent is None else tuple(parent.size())
         before = () if parent is None else parent._memory.chain
-        self.chain = before if done is None else (*before, (done, is_cast))
+        self.chain: tuple[tuple[Pointwise, bool], ...] = before if done is None else (*before, (done, is_cast))
         self.values: Tensor | None = None
         self.is_exposed = False
 
@@ -154,8 +154,8 @@ class _Memory:
             return self.call.logits()
         memory = self.parent._memory
         # a parent that was changed since is made anew as it was: this is a copy from before
-        is_there = memory.values is not None and not self.parent._is_modified()
-        source = memory.values if is_there else memory._make()
+        source = memory._make() if memory.values is None or self.parent._is_modified() else memory.values
+        assert self.done is not None
         with torch.inference_mode(False), torch.no_grad():
             return self.done(source.as_strided(*self.parent._geometry)).contiguous()
 

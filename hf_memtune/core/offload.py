@@ -126,7 +126,7 @@ class _Address:
     part: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class OffloadedStore(KeyValueStore):
@@ -146,7 +146,7 @@ class OffloadedStore(KeyValueStore):
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         chunks, stop = (keys.detach(), values.detach()), start + keys.shape[2]
         if key not in self._homes:
-            self._homes[key] = tuple(HostTensor(self._host, chunk, length) for chunk in chunks)
+            self._homes[key] = (HostTensor(self._host, chunks[0], length), HostTensor(self._host, chunks[1], length))
         here = self._here.get(key)
         if here is not None and here.stop < stop:
             del self._here[key]

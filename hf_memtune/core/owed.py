@@ -83,12 +83,14 @@ class OwedGradients:
 
     def mass(self, stop: int) -> Tensor | None:
         """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""
-        squares = [self._sums.get(key, stop).float().square().sum((1, 3)) for key in self._sums.keys()]
+        owed = (self._sums.get(key, stop) for key in self._sums.keys())
+        squares = [debt.float().square().sum((1, 3)) for debt in owed if debt is not None]
         return torch.stack(squares).sum(0).sqrt() if squares else None
 
 
 def _at(own: Tensor, tokens: Live) -> Tensor:
     """What of (B, K, chunk, C) belongs to the live tokens: (B, K, S, C), 0 at fillers."""
+    assert tokens.index is not None
     rows, heads, _, channels = own.shape
     index = (tokens.index - tokens.start)[:, None, :, None].expand(rows, heads, -1, channels)
     taken = own.gather(2, index)

@@ -71,7 +71,7 @@ class Surroundings:
     def settle(self) -> None:
         """Keep no states (5 KB of the CPU's) where the run drew nothing."""
         with with_values():  # generators have values, also while memory is being traced
-            if all(map(torch.equal, self._now(), self._states)):
+            if self._states is not None and all(map(torch.equal, self._now(), self._states)):
                 self._states = None
 
     @contextmanager

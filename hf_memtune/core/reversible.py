@@ -41,14 +41,21 @@ class Tape:
         self.streams = (stream, stream)
         self.entered = self.streams if self.compares else None
 
+    @property
+    def present(self) -> tuple[Tensor, Tensor]:
+        """The streams, from `enter` until the backward pass of the first layer."""
+        assert self.streams is not None
+        return self.streams
+
     def values(self) -> tuple[Tensor, Tensor]:
         """The streams in the dtype of the hidden states, as tensors of their own."""
-        newest, older = (self.arithmetic.value(stream) for stream in self.streams)
+        newest, older = (self.arithmetic.value(stream) for stream in self.present)
         return newest.detach(), older.detach()
 
     def start_error(self) -> float:
         """Largest difference between the rebuilt input and the true one, relative to the latter's size: 0 is exact, inf not a number."""
-        pairs = [(found.double(), true.double()) for found, true in zip(self.streams, self.entered)]
+        assert self.entered is not None
+        pairs = [(found.double(), true.double()) for found, true in zip(self.present, self.entered)]
         errors = [((found - true).norm() / true.norm().clamp_min(1e-30)).item() for found, true in pairs]
         return max(math.inf if math.isnan(error) else error for error in errors)
 
@@ -115,13 +122,13 @@ class LayerRun:
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The half steps, on the tape's streams. Returns what each has lost."""
         lost = [self._advance(number, half, tensors) for number, half in enumerate(self.coupling.halves)]
-        self.tape.streams = self.coupling.settled(self.tape.streams)
+        self.tape.streams = self.coupling.settled(self.tape.present)
         self.tape.position = self.position + 1
         return lost
 
     def _advance(self, number: int, half: HalfStep, tensors: Sequence[Tensor]) -> Tensor | None:
         """One half step. Returns what it has lost; the graph of its update ends here."""
-        streams, surroundings = list(self.tape.streams), Surroundings(self.device)
+        streams, surroundings = list(self.tape.present), Surroundings(self.device)
         leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_(torch.is_grad_enabled())
         live = views_of(leaves_like(tensors))
         update, extras = self._update(half, leaf.view_as(leaf), live)
@@ -130,13 +137,13 @@ class LayerRun:
         if extras is not None:
             self.extras, self.extras_half = Outputs(extras, live), number
         streams[half.target], lost = self.tape.arithmetic.blend(streams[half.target], half.scale, update.detach())
-        self.tape.streams = tuple(streams)
+        self.tape.streams = (streams[0], streams[1])
         return lost
 
     def backward(self, gradients: Sequence[Tensor], extras: Sequence[Tensor], tensors: Sequence[Tensor], lost: Sequence[Tensor | None]):
         """The half steps in reverse. Takes the gradients of both streams (newest, older), which it returns for the layer's input,
         and those of the tensors and parameters."""
-        streams = list(self.coupling.settled(self.tape.streams))
+        streams = list(self.coupling.settled(self.tape.present))
         self.tape.streams = None  # each is let go when the one before it is there
         cotangents = list(self.coupling.settled(tuple(gradients)))
         leaves = leaves_like(tensors)
@@ -147,7 +154,7 @@ class LayerRun:
             own_extras = extras if number == self.extras_half else ()
             found = self._reverse(number, half, streams, cotangents, leaves, wanted, own_extras, lost[number])
             sums = [_added(total, part) for total, part in zip(sums, found)]
-        self.tape.streams, self.tape.position = tuple(streams), self.position
+        self.tape.streams, self.tape.position = (streams[0], streams[1]), self.position
         by_leaf = iter(sums)
         of_tensors = [next(by_leaf) if leaf.requires_grad else None for leaf in leaves]
         return cotangents, of_tensors, list(by_leaf)
@@ -163,7 +170,7 @@ class LayerRun:
         streams[half.target] = self.tape.arithmetic.unblend(streams[half.target], lost, half.scale, update.detach())
         gradient = cotangents[half.target].to(update.dtype)
         outputs, given = [update, passed_on], [gradient, cotangents[half.source]]
-        for new, cotangent in zip(Outputs(found_extras, live).tensors, extras) if extras else ():
+        for new, cotangent in zip(Outputs(found_extras or (), live).tensors, extras) if extras else ():
             if new.requires_grad:
                 outputs, given = [*outputs, new], [*given, cotangent]
         found = torch.autograd.grad(outputs, [leaf, *wanted], given, allow_unused=True)

@@ -43,7 +43,8 @@ def sample(
     With k draws from n tokens no weight exceeds 2 n / k (but by the 2**-32 that probabilities are rounded to): 2 / ratio
     at most without forced tokens, and 2 n in a row that falls back on its real ones. At ratio 1 all weights are 1.
     """
-    counts = kept_counts(*scores.shape, ratio, real, candidates, forced, beside_forced=1)
+    rows, length = scores.shape
+    counts = kept_counts(rows, length, ratio, real, candidates, forced, beside_forced=1)
     forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced
     pool = _drawn_from(scores, real, candidates) & ~forced
     draws = torch.tensor(counts, device=scores.device)[:, None] - forced.sum(1, keepdim=True)

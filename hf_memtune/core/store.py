@@ -21,11 +21,11 @@ class KeyValueStore:
     def write(self, key: int, keys: Tensor, values: Tensor, start: int, length: int) -> None:
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
-            self._entries[key] = tuple(_alone(part.detach()) for part in (keys, values))
+            self._entries[key] = (_alone(keys.detach()), _alone(values.detach()))
             self._written[key] = length
             return
         if key not in self._entries:
-            self._entries[key] = tuple(_empty(chunk, length) for chunk in (keys, values))
+            self._entries[key] = (_empty(keys, length), _empty(values, length))
         for entry, chunk in zip(self._entries[key], (keys, values)):
             entry.narrow(2, start, chunk.shape[2]).copy_(chunk.detach())
         if start <= self._written.get(key, 0):  # else there is a gap, which `prefix` must not read

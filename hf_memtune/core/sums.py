@@ -62,7 +62,7 @@ class GradientSums:
             return
         alias.grad.add_(gradient)
         if not is_expanded:
-            gradient.set_(gradient.new_empty(0))  # autograd itself holds it until all of backward is over
+            gradient.set_(gradient.new_empty(0))  # type: ignore[call-overload]  # autograd itself holds it until all of backward is over
 
     def take(self) -> list[Tensor | None]:
         """When all parts have gone backward: what to hand to autograd, in the order of `parameters`."""
@@ -71,9 +71,13 @@ class GradientSums:
     def _taken(self, parameter: nn.Parameter) -> Tensor | None:
         alias = self._aliases[id(parameter)]
         found, alias.grad = alias.grad, None
-        return found.new_zeros(()).expand(found.shape) if id(parameter) in self._shared else found
+        if id(parameter) not in self._shared:
+            return found
+        assert found is not None  # a shared sum is that of a parameter with a gradient
+        return found.new_zeros(()).expand(found.shape)
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     gradient = parameter.grad
+    assert gradient is not None
     return gradient.layout == torch.strided and gradient.dtype == parameter.dtype and not gradient.requires_grad

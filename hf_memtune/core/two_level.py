@@ -38,10 +38,11 @@ class LayerCall:
         output, extras = self._run(leaf.view_as(leaf), live)
         self.surroundings.settle()
         self.extras = None if extras is None else Outputs(extras, live)
-        return output.detach(), [] if extras is None else self.extras.tensors
+        return output.detach(), [] if self.extras is None else self.extras.tensors
 
     def again(self, source: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As the first time, with its graph."""
+        assert self.surroundings is not None
         with torch.enable_grad(), self.surroundings.restored():
             output, extras = self._run(source, live)
         return output, [] if extras is None else Outputs(extras, live).tensors

@@ -25,7 +25,6 @@ from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.verify import Facts, verify
 from hf_memtune.settings.methods import StreamingConfig
 
-
 logger = logging.getLogger(__name__)
 
 

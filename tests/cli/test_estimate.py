@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from hf_memtune.cli import forecast, main
+from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
+from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
 from tests.cli.conftest import ROOT, llama, write_rows
@@ -130,19 +132,22 @@ def test_budgets_are_bytes(tmp_path, capsys):
 
 
 def test_a_recipe_may_stand_anywhere():
-    assert forecast.recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
-    assert forecast.recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
+    assert recipe_first(["--model", "m", "--config", "r.yaml", "--lora_r", "4"]) == ["r.yaml", "--model", "m", "--lora_r", "4"]
+    assert recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
+
+
+KINDS = ("hf-memtune estimate", "hf-memtune plan", "hf-memtune longest")
 
 
 def test_the_commands_of_the_readme_are_commands():
     """Their settings are read, without running them; the model is one that is known without files."""
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("hf-memtune estimate", "hf-memtune plan"))]
-    assert len(lines) == 2
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(KINDS)]
+    assert len(lines) == 3
     for line in lines:
         _, command, *arguments = line.split()
-        more = PlanArguments if command == "plan" else None
-        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, "", more), more)
-        assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"
+        more = PlanArguments if command == "plan" else RoomArguments
+        settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, more), more)
+        assert settings.model.dtype == "bfloat16" and settings.more.gpu == "rtx4090" and (settings.tokens == 2048 or command == "longest")
 
 
 # -- verdicts, and how far things can grow -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def test_the_loss_is_that_of_training(model, instructions, tmp_path, capsys):
     with_adapters = measured(*common, "--reversible_adapters", "out")
     assert with_adapters == {"rows": 10, "loss": pytest.approx(after, rel=1e-5)}
     assert measured(*common)["loss"] != pytest.approx(after, rel=1e-3) and before != after
-    assert measured(*common, "--max_rows", "4")["rows"] == 4
+    assert measured(*common, "--max_eval_rows", "4")["rows"] == 4
     capsys.readouterr()
     assert main(["evaluate", *map(str, common), "--reversible_adapters", "out"]) == 0
     assert f"{with_adapters['loss']:.4f}" in capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
     "flags, named",
     [
         ([], {"model_name_or_path", "dataset_name"}),
-        (["--model", "m", "--dataset", "d", "--max_rows", "0", "--batch_size", "0"], {"max_rows", "batch_size"}),
+        (["--model", "m", "--dataset", "d", "--max_eval_rows", "0", "--per_device_eval_batch_size", "0"], {"max_eval_rows", "per_device_eval_batch_size"}),
         (["--model", "m", "--dataset", "d", "--reversible_adapters", "absent"], {"reversible_adapters"}),
     ],
 )

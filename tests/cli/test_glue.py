@@ -109,7 +109,7 @@ def test_rows_of_the_hub(encoder, monkeypatch, tmp_path):
 
 
 def test_without_the_hub_the_files_are_named(encoder):
-    (problem,) = problems(["--task", "rte", "--model", str(encoder), "--use_cpu"])
+    (problem,) = problems(["--task_name", "rte", "--model", str(encoder), "--use_cpu"])
     assert problem.startswith("task_name") and "--train_file" in problem
 
 
@@ -211,9 +211,9 @@ def test_problems_of_the_settings_come_all_at_once(tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--task", "wnli"], "task_name"),
+        (["--task_name", "wnli"], "task_name"),
         ([], "task_name"),
-        (["--task", "rte", "--validation_file", "dev.txt"], "train_file"),
+        (["--task_name", "rte", "--validation_file", "dev.txt"], "train_file"),
         (["--validation_file", "a/dev.csv", "b/dev.csv", "--train_file", "t.csv"], "several files called 'dev'"),
     ],
 )
@@ -222,8 +222,8 @@ def test_settings_that_cannot_work(flags, named):
 
 
 def test_what_a_task_has_by_itself_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="metrics has no effect with task_name=sst2"):
-        glue.parse(["--task", "sst2", "--metrics", "f1", *NO_MODEL])
+    (problem,) = problems(["--task_name", "sst2", "--metrics", "f1", *NO_MODEL])
+    assert problem.startswith("metrics has no effect with task_name=sst2")
 
 
 def bad_rows(tmp_path, rows: list[dict], *flags: str) -> list[str]:
@@ -239,11 +239,11 @@ def test_columns_that_are_missing_are_all_named(tmp_path):
     found = bad_rows(tmp_path, [{"text": "a", "class": 1}])
     assert [problem.split(":")[0] for problem in found] == ["sentence_column", "label_column"]
     assert all("bad has no column" in problem and "text, class" in problem for problem in found)
-    (problem, *_) = bad_rows(tmp_path, [{"text": "a", "label": 1}], "--task", "sst2")
+    (problem, *_) = bad_rows(tmp_path, [{"text": "a", "label": 1}], "--task_name", "sst2")
     assert problem.startswith("task_name=sst2: bad has no column 'sentence'")
 
 
-@pytest.mark.parametrize("label, flags", [(7, []), ("good", []), (-1, ["--task", "sst2"]), ("neutral", ["--task", "cola"])])
+@pytest.mark.parametrize("label, flags", [(7, []), ("good", []), (-1, ["--task_name", "sst2"]), ("neutral", ["--task_name", "cola"])])
 def test_labels_that_the_rows_to_train_on_lack(label, flags, tmp_path):
     (problem,) = bad_rows(tmp_path, [{"sentence": "a", "label": label}], *flags)
     assert problem.startswith(f"label_column: bad has {label!r}") and "expected one of: 0" in problem

@@ -58,9 +58,9 @@ def test_a_preset_of_a_recipe_fills_what_neither_it_nor_a_flag_gives(tmp_path):
 
 
 def test_the_recipe_of_streaming_turns_it_on():
-    training = train.parse([str(ROOT / "configs" / "lm" / "stream.yaml")]).training
+    training = train.parse([str(ROOT / "configs" / "lm" / "stream.yaml"), *NEEDED]).training
     assert (training.streams, training.stream_chunk_size, training.token_seeking) == (True, 512, False)
-    assert not train.parse([str(ROOT / "configs" / "lm" / "plain.yaml")]).training.streams
+    assert not train.parse([str(ROOT / "configs" / "lm" / "plain.yaml"), *NEEDED]).training.streams
 
 
 @pytest.mark.parametrize("command", [train, tokens])
@@ -72,7 +72,7 @@ def test_help_says_what_no_value_stands_for(command):
 
 
 def test_hyphens_in_flags_and_negative_numbers_work():
-    training = train.parse([*NEEDED, "--token-seeking", "--context-layer", "-1", "--learning_rate=1e-3"]).training
+    training = train.parse([*NEEDED, "--token-seeking", "--token-scorer", "combined", "--context-layer", "-1", "--learning_rate=1e-3"]).training
     assert (training.context_layer, training.learning_rate) == (-1, 1e-3)
 
 
@@ -130,7 +130,7 @@ def test_an_empty_recipe_is_all_defaults(tmp_path):
 
 
 def test_a_word_after_a_flag_with_one_value_is_a_problem():
-    assert "'0.3' is left over" in only(*NEEDED, "--token_ratio", "0.2", "0.3")
+    assert "'0.3' is left over" in only(*NEEDED, "--token_seeking", "--token_ratio", "0.2", "0.3")
 
 
 def test_a_second_recipe_is_a_problem(tmp_path):
@@ -151,6 +151,53 @@ def test_a_second_recipe_is_a_problem(tmp_path):
         (["--token_seeking", "--sequence_chunk_size", "64"], "sequence_chunk_size has no effect with token_gradient=cut"),
     ],
 )
-def test_a_setting_without_effect_is_warned_of(flags, expected):
+def test_a_flag_without_effect_is_an_error(flags, expected, recwarn):
+    found = only(*NEEDED, *flags)
+    assert found.startswith(expected) and found.endswith(". Leave it out.")
+    assert not [warning for warning in recwarn if "has no effect" in str(warning.message)]  # said once
+
+
+@pytest.mark.parametrize("line, expected", [("token_ratio: 0.2", "token_ratio has no effect"), ("lora_alpha: 8", "lora_alpha has no effect")])
+def test_a_line_of_a_recipe_without_effect_is_warned_of(line, expected, tmp_path):
     with pytest.warns(UserWarning, match=expected):
-        train.parse([*NEEDED, *flags])
+        train.parse([recipe(tmp_path, line + "\n"), *NEEDED])
+
+
+def test_a_flag_may_take_the_effect_from_a_line_of_the_recipe(tmp_path):
+    file = recipe(tmp_path, "token_seeking: true\ntoken_ratio: 0.2\n")
+    with pytest.warns(UserWarning, match="token_ratio has no effect"):
+        assert train.parse([file, *NEEDED, "--token_seeking", "false"]).training.token_seeking is False
+
+
+@pytest.mark.parametrize("words", [["--resume_from_checkpoint"], ["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint=latest"]])
+def test_resuming_without_a_folder_is_from_the_latest(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "holds no checkpoint" in only(*NEEDED, *words)
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    assert train.parse([*NEEDED, *words, "--seed", "3"]).training.resume_from_checkpoint is True
+    assert train.parse([recipe(tmp_path, "resume_from_checkpoint: true\n"), *NEEDED]).training.resume_from_checkpoint is True
+    assert train.parse([*NEEDED, "--resume_from_checkpoint", "out/checkpoint-3"]).training.resume_from_checkpoint == "out/checkpoint-3"
+    assert "'out/checkpoint-4' is not a folder" in only(*NEEDED, "--resume_from_checkpoint", "out/checkpoint-4")
+
+
+def test_integrations_are_checked_with_the_other_settings(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.get_available_reporting_integrations", lambda: ["tensorboard"])
+    found = problems("--dataset", "d", "--report_to", "tensorboard", "wandb", "wandbb")
+    assert {message.partition(":")[0] for message in found} == {"report_to", "model_name_or_path"}
+    assert any("'wandb', whose package is not installed" in message for message in found)
+    assert any("'wandbb', expected none, all, or some of" in message for message in found)
+    assert train.parse([*NEEDED, "--report_to", "tensorboard"]).training.report_to == ["tensorboard"]
+    assert train.parse([*NEEDED, "--report_to", "none"]).training.report_to == []
+
+
+@pytest.mark.parametrize("name, expected", [("./absent", "there is no folder"), ("recipe.yaml", "is a file"), ("empty", "holds no model")])
+def test_a_model_that_is_not_where_it_should_be(name, expected, tmp_path):
+    recipe(tmp_path, "")
+    (tmp_path / "empty").mkdir()
+    found = only("--model", name, "--dataset", "d")
+    assert expected in found and "\n" not in found
+
+
+def test_a_recipe_can_be_named_by_a_flag(tmp_path):
+    file = recipe(tmp_path, "lora_r: 4\n")
+    assert train.parse([*NEEDED, "--config", file]).model.lora_r == train.parse([file, *NEEDED]).model.lora_r == 4

@@ -1,0 +1,53 @@
+"""What can be known to be wrong before anything is loaded: integrations, checkpoints, the folder of a model."""
+
+from pathlib import Path
+
+RESUME_WORDS = {"true": True, "latest": True, "false": None, "none": None}
+CONFIGS = ("config.json", "adapter_config.json")
+
+
+def checkpoint(word: str) -> str | bool | None:
+    """The value of `--resume_from_checkpoint`: a folder, or True for the latest checkpoint of output_dir."""
+    return RESUME_WORDS.get(word.lower(), word)
+
+
+def problems_of_resuming(training) -> list[str]:
+    """A checkpoint that is asked for and is not there."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    if wanted is None:
+        return []
+    if wanted is True:
+        found = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
+        return [] if found else [f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds no checkpoint. Leave it out to begin anew."]
+    if Path(wanted).is_dir():
+        return []
+    return [f"resume_from_checkpoint: {wanted!r} is not a folder. Without a value, it is the latest checkpoint of output_dir."]
+
+
+def problems_of_reports(training) -> list[str]:
+    """Integrations of `--report_to` that transformers does not know, or whose package is not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    installed, found = get_available_reporting_integrations(), []
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            found.append(f"report_to: got {name!r}, expected none, all, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
+        elif name not in (*installed, "flyte"):  # flyte is never listed as installed: it has no package to look for
+            found.append(f"report_to: got {name!r}, whose package is not installed. Install it, or leave it out.")
+    return found
+
+
+def problems_of_folder(name: str) -> list[str]:
+    """A path that is no folder, or is a folder without a model. Other names are the hub's, which is asked later."""
+    path = Path(name)
+    if path.is_dir():
+        if any((path / config).is_file() for config in CONFIGS):
+            return []
+        return [f"model_name_or_path: the folder {name!r} holds no model (it has no {' or '.join(CONFIGS)})."]
+    if path.is_file():
+        return [f"model_name_or_path: {name!r} is a file, expected the folder of a model, or a hub name."]
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
+        return [f"model_name_or_path: there is no folder {name!r}."]
+    return []

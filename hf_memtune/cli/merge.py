@@ -1,0 +1,147 @@
+"""`hf-memtune merge --model LORA_FOLDER --output_dir NEW_FOLDER`: LoRA adapters added to the weights, as a plain model.
+
+The arithmetic is peft's `merge_and_unload`. Weights keep the dtype of the base model; tokenizer and generation config go along.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_memtune.cli.essentials import PAGES
+from hf_memtune.errors import ConfigError
+
+ADAPTERS, REVERSIBLE = "adapter_config.json", "reversible_config.json"
+HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+
+
+@dataclass
+class Merging:
+    """What is merged, and where it goes."""
+
+    _argument_group_name = "merging"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Required. Folder of LoRA adapters, as train or peft writes them.", "aliases": ["--model"]}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Required. Folder in which the plain model is written; must be new or empty."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "The model that the adapters were trained on. Default: what the adapters' folder names."}
+    )
+
+    def problems(self) -> list[str]:
+        return [*self._problems_of_adapters(), *self._problems_of_output()]
+
+    def _problems_of_adapters(self) -> list[str]:
+        if self.model_name_or_path is None:
+            return ["model_name_or_path: got nothing, expected a folder of LoRA adapters (--model FOLDER)."]
+        folder = Path(self.model_name_or_path)
+        if not folder.is_dir():
+            return [f"model_name_or_path: {str(folder)!r} is not a folder."]
+        if (folder / REVERSIBLE).is_file():
+            return [
+                f"model_name_or_path: {str(folder)!r} holds adapters of reversible layers. They cannot be merged: they act between the two "
+                "halves of a layer, which the plain model does not have. Use them with --reversible_adapters, or load_reversible."
+            ]
+        if not (folder / ADAPTERS).is_file():
+            return [f"model_name_or_path: {str(folder)!r} holds no LoRA adapters (it has no {ADAPTERS})."]
+        return []
+
+    def _problems_of_output(self) -> list[str]:
+        if self.output_dir is None:
+            return ["output_dir: got nothing, expected a new folder (--output_dir FOLDER)."]
+        folder = Path(self.output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            return [f"output_dir: {str(folder)!r} exists and is not an empty folder. Name a new one."]
+        return []
+
+
+def run(arguments: list[str]) -> None:
+    """Write the plain model and say where. Raises ConfigError with all problems of the settings, before anything is loaded."""
+    merging = parse(arguments)
+    model = merged(merging)
+    write(model, merging)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters in {str(model.dtype).removeprefix('torch.')}, saved in {merging.output_dir}")
+
+
+def parse(arguments: list[str]) -> Merging:
+    """Settings from flags. Raises ConfigError with every problem."""
+    from hf_memtune.cli.settings import Parser, build, values_of
+
+    page = PAGES["merge"]
+    parser = Parser([Merging], usage=f"hf-memtune merge {page.usage}", description=page.about)
+    namespace = parser.read(arguments, with_recipe=False)
+    problems = parser.problems
+    merging = build(Merging, values_of(Merging, namespace), problems)
+    if problems:
+        raise ConfigError(problems)
+    return merging
+
+
+def merged(merging: Merging):
+    """The base model with the adapters in its weights; every parameter in the dtype that the base model has."""
+    from peft import PeftModel
+
+    from hf_memtune.cli.model import first_line
+
+    base = load_base(merging)
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    try:
+        wrapped = PeftModel.from_pretrained(base, merging.model_name_or_path)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that do not match
+        wrong = f"the adapters of {merging.model_name_or_path!r} do not fit the model {base.name_or_path!r}: {first_line(error)}"
+        raise ConfigError([f"model_name_or_path: {wrong}. Name the model they were trained on (--base_model M)."]) from error
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        kind = wrapped.peft_config["default"].peft_type.value
+        raise ConfigError([f"model_name_or_path: adapters of the kind {kind} change no weights, so they cannot be merged."])
+    model = wrapped.merge_and_unload(safe_merge=True)
+    for name, parameter in model.named_parameters():  # peft trains a head in float32, whatever the model is in
+        parameter.data = parameter.data.to(dtypes[name])
+    return model
+
+
+def load_base(merging: Merging):
+    """The model the adapters were trained on, with the head they were trained with, in the dtype in which it is stored."""
+    import transformers
+
+    from hf_memtune.cli.model import first_line
+
+    config = json.loads(Path(merging.model_name_or_path, ADAPTERS).read_text(encoding="utf-8"))
+    name, task = merging.base_model or config.get("base_model_name_or_path"), config.get("task_type") or "CAUSAL_LM"
+    if not name:
+        raise ConfigError([f"base_model: {ADAPTERS} names no model. Name the one that the adapters were trained on (--base_model M)."])
+    if task not in HEADS:
+        raise ConfigError([f"model_name_or_path: adapters of task {task}, expected {' or '.join(HEADS)}. Merge them with peft."])
+    options = {"num_labels": _classes(Path(merging.model_name_or_path))} if task == "SEQ_CLS" else {}
+    try:
+        return getattr(transformers, HEADS[task]).from_pretrained(name, dtype="auto", **options)
+    except (OSError, ValueError, ImportError) as error:
+        wrong = f"the model {name!r}, which the adapters were trained on, cannot be loaded: {first_line(error)}"
+        raise ConfigError([f"base_model: {wrong}. If it has moved, say where it is (--base_model FOLDER)."]) from error
+
+
+def _classes(folder: Path) -> int:
+    """How many classes the trained head has: rows of its weight."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))]
+        if not heads:
+            raise ConfigError([f"model_name_or_path: {str(folder)!r} holds no trained head of a classifier."])
+        return file.get_slice(heads[-1]).get_shape()[0]
+
+
+def write(model, merging: Merging) -> None:
+    """Weights, config and generation config, and the tokenizer of the run; that of the base model where the run has none."""
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(merging.output_dir)
+    for source in (merging.model_name_or_path, model.name_or_path):
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(merging.output_dir)
+            return
+        except (OSError, ValueError, ImportError):
+            continue
+    print(f"no tokenizer beside the adapters or the model: {merging.output_dir} has none")

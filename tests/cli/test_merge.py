@@ -1,0 +1,103 @@
+"""`hf-memtune merge`: a LoRA folder becomes a plain model that computes the same."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_memtune.cli import main
+from tests.cli.conftest import tokenizer
+
+IDS = torch.tensor([[2, 10, 11, 12, 13]])
+
+
+def adapters(model, folder, dtype=torch.float32, task="CAUSAL_LM", **options):
+    """A folder of LoRA adapters that change the model, as peft writes it."""
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    base = auto.from_pretrained(model, dtype=dtype, **options)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type=task))
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(folder)
+    tokenizer(chat=True).save_pretrained(folder)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def test_the_merged_model_computes_the_same_and_needs_no_adapters(model, tmp_path, capsys):
+    wrapped = adapters(model, "run")
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    assert "float32, saved in plain" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained("plain")
+    assert not isinstance(plain, PeftModel) and not (tmp_path / "plain" / "adapter_config.json").exists()
+    torch.testing.assert_close(plain(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert (plain(IDS).logits - base(IDS).logits).abs().max() > 1e-3  # the adapters do something
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "plain").iterdir()}
+    assert AutoTokenizer.from_pretrained("plain").chat_template == tokenizer(chat=True).chat_template
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_keep_their_dtype(dtype, model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained("base")
+    adapters("base", "run", dtype)
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "plain" / "model.safetensors").values()} == {dtype}
+
+
+@torch.no_grad()
+def test_a_classifier_keeps_its_trained_head(model):
+    wrapped = adapters(model, "run", task="SEQ_CLS", num_labels=3)
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    plain = AutoModelForSequenceClassification.from_pretrained("plain")
+    assert plain.config.num_labels == 3
+    torch.testing.assert_close(plain(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_model_that_has_moved_is_named_and_can_be_given(model, tmp_path, capsys):
+    adapters(model, "run")
+    config = tmp_path / "run" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "./gone"}))
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 2
+    shown = capsys.readouterr().err
+    assert "'./gone'" in shown and "--base_model" in shown
+    assert main(["merge", "--model", "run", "--output_dir", "plain", "--base_model", str(model)]) == 0
+
+
+def test_adapters_of_another_model_are_refused(model, encoder, capsys):
+    adapters(model, "run")
+    other = AutoModelForCausalLM.from_pretrained(model)
+    config = other.config
+    config.intermediate_size = 128
+    AutoModelForCausalLM.from_config(config).save_pretrained("other")
+    assert main(["merge", "--model", "run", "--output_dir", "plain", "--base_model", "other"]) == 2
+    assert "do not fit the model 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (["reversible_config.json"], "They cannot be merged"),
+        (["config.json"], "holds no LoRA adapters"),
+        ([], "holds no LoRA adapters"),
+    ],
+)
+def test_a_folder_of_something_else(files, expected, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in files:
+        (tmp_path / "run" / name).write_text("{}")
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 2
+    assert expected in capsys.readouterr().err and not (tmp_path / "plain").exists()
+
+
+def test_every_problem_at_once(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["merge", "--model", "absent", "--output_dir", "full"]) == 2
+    shown = capsys.readouterr().err
+    assert "'absent' is not a folder" in shown and "'full' exists and is not an empty folder" in shown
