@@ -85,6 +85,20 @@ def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: 
     return with_adapters(loaded, model, data) if model.lora_r else loaded
 
 
+def slow_dtype(loaded, device) -> str | None:
+    """What to say of weights in a dtype that this CPU computes in software; None where it has units for it, and on other devices."""
+    import torch
+
+    supported = {"bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    name = str(loaded.dtype).removeprefix("torch.")
+    if device.type != "cpu" or name not in supported or supported[name]():
+        return None
+    return (
+        f"dtype: the weights are in {name}, for which this CPU has no units: a step may take ten times as long as in float32. Set "
+        "--dtype float32 (4 bytes a parameter)."
+    )
+
+
 def with_reversible_adapters(loaded, model: ModelSource):
     """The handle of the reversible layers that the settings name, put into the model; None where they name none."""
     from hf_memtune.training.reversible.files import load_reversible

@@ -104,7 +104,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     from transformers import set_seed
 
     from hf_memtune.cli.data import collator
-    from hf_memtune.cli.model import load_tokenizer, load_trainable, with_reversible_adapters
+    from hf_memtune.cli.model import load_tokenizer, load_trainable, slow_dtype, with_reversible_adapters
     from hf_memtune.cli.progress import make_readable
     from hf_memtune.training.trainer import MemEfficientTrainer
 
@@ -114,6 +114,8 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     with training.main_process_first(desc="preparing the data"):
         rows = prepare(data, tokenizer)
     loaded = load_trainable(model, data, tokenizer, rows.classes)
+    if slow := slow_dtype(loaded, training.device):
+        warnings.warn(slow, stacklevel=2)
     trainer = MemEfficientTrainer(
         model=loaded,
         reversible=with_reversible_adapters(loaded, model),

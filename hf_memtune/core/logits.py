@@ -85,7 +85,7 @@ class LazyLogits(torch.Tensor):
         return _plainly(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # torch calls it with its classes first
         kwargs = kwargs or {}
         if func.overloadpacket in REPLACING:
             raise LogitsError(REPLACED.format(func))

@@ -4,11 +4,20 @@ import json
 import warnings
 
 import pytest
+import torch
 
 from hf_memtune.cli import main
+from hf_memtune.cli.model import slow_dtype
 from hf_memtune.cli.quiet import quiet
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu --disable_tqdm true".split()
+
+
+class Weights:
+    """What is asked of a model: the dtype of its weights."""
+
+    def __init__(self, dtype: str):
+        self.dtype = getattr(torch, dtype)
 
 
 def arguments(model, data, *more: str) -> list[str]:
@@ -107,3 +116,11 @@ def test_what_is_no_text_model_is_said_in_one_line(instructions, tmp_path, capsy
     shown = capsys.readouterr().err
     _, _, message = shown.partition("error: 1 problem with the settings:\n")
     assert "model of the type vit" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype, has_units, said", [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
+def test_a_dtype_that_the_cpu_has_no_units_for_is_said(dtype, has_units, said, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
+    message = slow_dtype(Weights(dtype), torch.device("cpu"))
+    assert (message is not None and "--dtype float32" in message) == said
+    assert slow_dtype(Weights(dtype), torch.device("meta")) is None
