@@ -144,6 +144,7 @@ class Demo:
         rows = prepare(self.data_settings, self.tokenizer)
         # by length, so that little of a batch is padding; the loss of all rows is the same in any order
         order = sorted(range(len(rows.held_out)), key=lambda n: len(rows.held_out[n]["input_ids"]))
+        self.data_settings = rows.data
         self.train, self.held_out = rows.train, rows.held_out.select(order)
         self.loss_before: float | None = None
         self.fewer = ""

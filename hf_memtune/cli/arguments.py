@@ -4,9 +4,12 @@ Names a user may expect are aliases: `--model` for `--model_name_or_path`, `--da
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-TASKS = ("causal_lm", "sequence_classification")
+CLASSES = "sequence_classification"
+TASKS = ("auto", "causal_lm", CLASSES)
+COLUMNS = ("instruction_column", "input_column", "output_column")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL_LINEAR = "all-linear"
 
@@ -103,14 +106,16 @@ class DataSource:
 
     dataset_name: str | None = _setting(
         None,
-        "Data: a json, jsonl, csv or parquet file, a folder of such files, a folder written by save_to_disk, or a hub name.",
+        "Data: a json, jsonl, csv, parquet or txt file (a line a row), a folder of such files, a folder written by save_to_disk, or a hub name. Rows "
+        "are known by their columns: messages, conversations, prompt and completion, instruction and output, text, or text and label.",
         aliases=["--dataset"],
     )
     dataset_config: str | None = _setting(None, "Configuration of a data set that has several, as on the hub.")
     dataset_split: str = _setting("train", "Split to use; a slice such as train[:1000] works except for folders of save_to_disk.")
     task: str = _setting(
-        "causal_lm",
-        "causal_lm: next-token prediction on instruction rows or plain text; sequence_classification: one class a row.",
+        "auto",
+        "causal_lm: next-token prediction on chats, instructions or plain text; sequence_classification: one class a row; auto: the latter for "
+        "rows with text and a label, else the former.",
         choices=list(TASKS),
     )
     max_length: int = _setting(
@@ -127,18 +132,33 @@ class DataSource:
         "sequence_classification: column of the text to classify (default: text).",
     )
     label_column: str = _setting("label", "sequence_classification: column of the class, a whole number or a name.")
+    assistant_only_loss: bool = _setting(
+        True, "causal_lm: learn from the answers alone, of chats from every turn of the assistant; False: from every token."
+    )
+    chat_template_path: str | None = _setting(
+        None, "A Jinja file, or a model (folder or hub name), whose chat template is used and saved. Default: that of the tokenizer."
+    )
+    packing: bool = _setting(
+        False,
+        "causal_lm: train on rows of up to max_length tokens made of whole rows, none of which sees another (trl's best fit decreasing). Less "
+        "padding; needs trl (pip install 'hf_memtune[sft]').",
+    )
 
     def problems(self) -> list[str]:
         found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
         if self.dataset_name is None:
             found.append("dataset_name: got nothing, expected a file, a folder or a hub name (--dataset_name, or --dataset).")
+        if self.packing and find_spec("trl") is None:
+            found.append("packing: got True, but trl is not installed. pip install 'hf_memtune[sft]', or leave it out.")
         return found
 
     def ineffective(self) -> list[str]:
-        classifies = self.task == "sequence_classification"
-        idle = ["label_column"] if not classifies else []
+        classifies = self.task == CLASSES
+        idle = ["label_column"] if self.task == "causal_lm" else []
         if classifies or self.text_column is not None:
-            idle += ["instruction_column", "input_column", "output_column"]
+            idle += [*COLUMNS, "assistant_only_loss", "chat_template_path"]
+        if classifies:
+            idle.append("packing")
         reason = f"task={self.task}" + ("" if classifies or self.text_column is None else f", text_column={self.text_column}")
         return [f"{name} has no effect with {reason}" for name in changed(self, idle)]
 
@@ -157,11 +177,14 @@ class DataArguments(DataSource):
         None, "Train on this many rows at most, the first ones after holding out. Default: all."
     )
     max_eval_rows: int | None = _setting(200, "Measure the held-out loss on this many rows at most.")
+    show_rows: int = _setting(2, "Rows to print before training as they will be learned, with what carries a loss; 0 prints none.")
 
     def problems(self) -> list[str]:
         found = super().problems()
         if not 0 <= self.eval_fraction < 1:
             found.append(f"eval_fraction: got {self.eval_fraction}, expected a fraction in [0, 1).")
+        if self.show_rows < 0:
+            found.append(f"show_rows: got {self.show_rows}, expected 0 or more.")
         for name in ("max_train_rows", "max_eval_rows"):
             rows = getattr(self, name)
             if rows is not None and rows < 1:

@@ -29,9 +29,9 @@ class Page(NamedTuple):
 MODEL = Line("model", "M", "folder of a model, or its name on the hub", MUST)
 DTYPE = Line("dtype", "auto|float32|bfloat16|float16", "number format of the weights; auto: as they are stored", "auto")
 REVERSIBLE_ADAPTERS = Line("reversible_adapters", "FOLDER", "put in adapters that were trained with --reversible")
-DATASET = Line("dataset", "D", "a file (json, jsonl, csv, parquet), a folder, or a name on the hub", MUST)
+DATASET = Line("dataset", "D", "a file (json, jsonl, csv, parquet, txt), a folder, or a name on the hub: chats, instructions, text", MUST)
 SPLIT = Line("dataset_split", "SPLIT", "split to use; train[:1000] takes a part", "train")
-TASK = Line("task", "causal_lm|sequence_classification", "what the model learns", "causal_lm")
+TASK = Line("task", "auto|causal_lm|sequence_classification", "what the model learns; auto: by the columns", "auto")
 MAX_LENGTH = Line("max_length", "TOKENS", "longest row; the rest is cut off", 1024)
 TEXT_COLUMN = Line("text_column", "NAME", "column of plain text, for data without instructions")
 SEED = Line("seed", "N", "seed of all random numbers", 42)
@@ -90,7 +90,16 @@ _OUTPUT = (
 )
 _DATA = (
     "data",
-    (DATASET, SPLIT, TASK, TEXT_COLUMN, MAX_LENGTH, Line("eval_fraction", "F", "share of the rows held out to measure the loss", 0.05)),
+    (
+        DATASET,
+        SPLIT,
+        TASK,
+        TEXT_COLUMN,
+        MAX_LENGTH,
+        Line("assistant_only_loss", "true|false", "learn from answers alone", True),
+        Line("packing", "", "whole rows together in rows of max_length", False),
+        Line("eval_fraction", "F", "share of the rows held out to measure the loss", 0.05),
+    ),
 )
 _PREDICTED = (
     "prediction",

@@ -67,13 +67,16 @@ def measured(settings: Settings) -> dict[str, float | int]:
     """rows, loss, and accuracy of a classifier; all labelled tokens, plain forward through the layers as they were trained."""
     from transformers import Trainer, TrainingArguments
 
-    from hf_memtune.cli.data import check_columns, class_names, collator, load_rows, tokenised
+    from hf_memtune.cli.data import check_columns, class_names, collator, load_rows, resolved, tokenised
+    from hf_memtune.cli.data.rows import use_template
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
 
     model, data, measuring = settings
     tokenizer = load_tokenizer(model)
     rows = load_rows(data, data.dataset_split)
+    data = resolved(data, rows.column_names)
     check_columns(data, rows.column_names)
+    use_template(data, tokenizer)
     classes = class_names(data, rows)
     rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)
     loaded = load_model(model, data, tokenizer, classes)

@@ -88,5 +88,5 @@ def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:
 
     if plain:
         return tokenizer(prompt)["input_ids"]
-    row = instruction_row({"instruction": prompt, "output": ""}, DataSource(max_length=2**31), tokenizer)
-    return [token for token, label in zip(row["input_ids"], row["labels"]) if label == IGNORED]
+    row = instruction_row({"instruction": prompt, "output": "."}, DataSource(max_length=2**31), tokenizer)  # any answer: it is left out
+    return row["input_ids"][: next(number for number, label in enumerate(row["labels"]) if label != IGNORED)]

@@ -91,7 +91,8 @@ def print_summary(summary: Summary, settings, rows) -> None:
 
 def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
     held_out = len(rows.held_out) if rows.held_out is not None else 0
-    dropped = f", {rows.dropped} dropped (no labelled token within max_length)" if rows.dropped else ""
+    told = ", ".join(f"{count} {reason}" for reason, count in getattr(rows, "reasons", {}).items())
+    dropped = f", {rows.dropped} dropped ({told})" if rows.dropped else ""
     share = summary.trainable_parameters / summary.parameters
     lines = [
         ("model", str(settings.model.model_name_or_path)),

@@ -5,7 +5,7 @@
 Writes a page, and a picture of the same name beside it, and prints how many of the kept tokens carry a label.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,11 +118,11 @@ def make_maps(settings: Settings) -> list:
     from hf_memtune.training.token_maps import token_maps
 
     tokenizer = load_tokenizer(settings.model)
-    rows, titles, classes = _text_row(settings, tokenizer) if settings.examples.text else _chosen_rows(settings, tokenizer)
+    rows, titles, classes, data = _text_row(settings, tokenizer) if settings.examples.text else _chosen_rows(settings, tokenizer)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(settings.model, settings.data, tokenizer, classes).to(device)
+    model = load_model(settings.model, data, tokenizer, classes).to(device)
     with_reversible_adapters(model, settings.model)
-    collate, maps = collator(settings.data, tokenizer), []
+    collate, maps = collator(replace(data, packing=False), tokenizer), []
     for row, title in zip(rows, titles, strict=True):
         batch = {name: value.to(device) for name, value in collate([row]).items()}
         maps += token_maps(model, batch, settings.seeking, tokenizer, titles=[title])
@@ -133,28 +133,31 @@ def _text_row(settings: Settings, tokenizer):
     from hf_memtune.cli.data import text_row
 
     path = Path(settings.examples.text)
-    data = DataSource(text_column="text", max_length=settings.data.max_length)
+    data = DataSource(task="causal_lm", text_column="text", max_length=settings.data.max_length)
     row = text_row({"text": path.read_text(encoding="utf-8")}, data, tokenizer)
     if len(row["input_ids"]) < 2:
         raise ConfigError([f"text: {path} has no two tokens, so nothing in it can be predicted."])
-    return [row], [path.name], None
+    return [row], [path.name], None, data
 
 
 def _chosen_rows(settings: Settings, tokenizer):
-    from hf_memtune.cli.data import check_columns, class_names, load_rows, tokenised
+    from hf_memtune.cli.data import check_columns, class_names, load_rows, resolved, tokenised
+    from hf_memtune.cli.data.rows import use_template
 
     data, index = settings.data, settings.examples.index
     rows = load_rows(data, data.dataset_split)
+    data = resolved(data, rows.column_names)
     check_columns(data, rows.column_names)
+    use_template(data, tokenizer)
     outside = [number for number in index if not -len(rows) <= number < len(rows)]
     if outside:
         raise ConfigError([f"index: got {outside}, but {data.dataset_name!r} has {len(rows)} rows."])
     classes = class_names(data, rows)
     chosen, dropped = tokenised(rows.select([number % len(rows) for number in index]), data, tokenizer, classes)
     if dropped:
-        wrong = f"{dropped} of the chosen rows have no labelled token within {data.max_length} tokens"
-        raise ConfigError([f"max_length: {wrong}. Raise it."])
-    return list(chosen), [f"row {number % len(rows)}" for number in index], classes
+        told = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+        raise ConfigError([f"index: of the chosen rows some teach nothing: {told}. Choose others, or raise max_length."])
+    return list(chosen), [f"row {number % len(rows)}" for number in index], classes, data
 
 
 def write(maps: list, settings: Settings) -> tuple[Path, Path]:

@@ -93,10 +93,17 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
 
 
 def make_trainer(settings: Settings):
-    """The trainer, with model and data loaded, and the rows."""
+    """The trainer, with model and data loaded, and the rows, some of which are shown."""
     from hf_memtune.cli.data import prepare
+    from hf_memtune.cli.data.showing import show
 
-    return trainer_on(settings, prepare, lambda rows: accuracy if rows.classes else None)
+    def prepared(data, tokenizer):
+        rows = prepare(data, tokenizer)
+        if settings.training.process_index == 0:
+            show(rows, tokenizer, data.show_rows)
+        return rows
+
+    return trainer_on(settings, prepared, lambda rows: accuracy if rows.classes else None)
 
 
 def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
@@ -113,6 +120,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):
         rows = prepare(data, tokenizer)
+    data = getattr(rows, "data", data)  # with the task that the rows are for
     loaded = load_trainable(model, data, tokenizer, rows.classes)
     if slow := slow_dtype(loaded, training.device):
         warnings.warn(slow, stacklevel=2)

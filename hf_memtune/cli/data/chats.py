@@ -1,0 +1,126 @@
+"""Conversations as tokens, through the chat template of the tokenizer, with a label on what the assistant says.
+
+Where the template marks it ({% generation %}), transformers tells which tokens those are. Other templates are rendered turn by turn: what a
+turn of the assistant adds to the text before it carries a label, if the whole conversation begins with it letter by letter.
+"""
+
+import json
+import re
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from hf_memtune.errors import ConfigError
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+
+
+class Chat(NamedTuple):
+    """learned_from: number of the first message that may carry a label. tools: as the template takes them, or None."""
+
+    messages: list[dict[str, Any]]
+    learned_from: int = 0
+    tools: list | None = None
+
+
+def without_nones(value: Any) -> Any:
+    """Structs of a data set have every key that any row has; what a row lacks is None there."""
+    if isinstance(value, dict):
+        return {name: without_nones(each) for name, each in value.items() if each is not None}
+    return [without_nones(each) for each in value] if isinstance(value, list) else value
+
+
+def messages_of(turns: Any, where: str) -> list[dict[str, Any]]:
+    """Messages with role and content, of those of transformers or of ShareGPT (from, value). Raises ConfigError; where: row and column."""
+    if isinstance(turns, str):
+        turns = _parsed(turns, where)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ConfigError([f"dataset_name: {where} is no list of messages."])
+    found = []
+    for turn in without_nones(turns):
+        if "from" in turn and "role" not in turn:
+            turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value", "")}
+        if "role" not in turn:
+            raise ConfigError([f"dataset_name: {where} has a message without a role (its keys: {', '.join(turn)}), expected role and content."])
+        found.append({"content": ""} | turn)
+    return found
+
+
+def tools_of(row: dict, where: str) -> list | None:
+    """The column `tools`, if there is one: a list, or JSON text of one."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools, where)
+    return without_nones(tools) or None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"dataset_name: {where} is text, but no JSON ({error})."]) from error
+
+
+def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation, and which of them carry a label. Raises ConfigError where the template cannot tell."""
+    if tokenizer.chat_template is None:
+        raise ConfigError([
+            "dataset_name: the rows are conversations, but the tokenizer has no chat template. Take a model that was tuned for chats, or "
+            "name a template: --chat_template_path FILE.jinja, or a model whose template to use."
+        ])
+    try:
+        if assistant_only and _MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
+            return _marked(chat, tokenizer)
+        return _in_pieces(chat, tokenizer, assistant_only, where)
+    except ConfigError:
+        raise
+    except Exception as error:  # templates raise errors of their own: roles that do not alternate, a system role they lack
+        raise ConfigError([f"dataset_name: {where}: the chat template refuses the conversation: {error}"]) from error
+
+
+def _marked(chat: Chat, tokenizer) -> tuple[list[int], list[bool]]:
+    found = tokenizer.apply_chat_template(
+        chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+
+
+def _in_pieces(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
+    """The text cut where labels begin and end, each piece tokenised by itself."""
+    whole = _text(chat, tokenizer, len(chat.messages))
+    spans = _assistant_spans(chat, tokenizer, whole, where) if assistant_only else [(0, len(whole))]
+    ids: list[int] = []
+    learned: list[bool] = []
+    at = 0
+    for start, stop in spans:
+        for piece, is_learned in ((whole[at:start], False), (whole[start:stop], True)):
+            tokens = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            ids += tokens
+            learned += [is_learned] * len(tokens)
+        at = stop
+    rest = tokenizer(whole[at:], add_special_tokens=False)["input_ids"] if whole[at:] else []
+    return ids + rest, learned + [False] * len(rest)
+
+
+def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
+    spans = []
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or number < chat.learned_from:
+            continue
+        prompt = _text(chat, tokenizer, number, add_generation_prompt=True)
+        until = _text(chat, tokenizer, number + 1)
+        # some templates open the answer differently when it is known: what both share is the prompt; some end the last message alone
+        start, stop = len(commonprefix([prompt, until])), len(commonprefix([until, whole]))
+        ending = until[stop:].replace(tokenizer.eos_token or "", "").strip()
+        if ending or start > stop:
+            raise ConfigError([
+                f"assistant_only_loss: {where}: the chat template writes message {number + 1} in another way when more messages follow, so the "
+                "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
+                "--assistant_only_loss false."
+            ])
+        spans.append((start, stop))
+    return spans
+
+
+def _text(chat: Chat, tokenizer, count: int, **options: Any) -> str:
+    return tokenizer.apply_chat_template(chat.messages[:count], tools=chat.tools, tokenize=False, **options) if count else ""

@@ -1,0 +1,81 @@
+"""What kind of rows a data set has, by its columns; settings that name columns come first."""
+
+from dataclasses import replace
+
+from hf_memtune.cli.arguments import CLASSES, COLUMNS, DataSource, changed
+from hf_memtune.errors import ConfigError
+
+CHAT, SHAREGPT, COMPLETION, INSTRUCTION, TEXT = "messages", "conversations", "prompt and completion", "instructions", "text"
+_RECOGNISED = (
+    ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",), ("text", "label")
+)  # fmt: skip
+
+
+def resolved(data: DataSource, columns: list[str]) -> DataSource:
+    """The settings with the task that the rows are for, where it was left to them."""
+    if data.task != "auto":
+        return data
+    classifies = {data.text_column or "text", data.label_column} <= set(columns) and not _of_language(columns)
+    if classifies and data.text_column is not None and data.label_column not in changed(data, ["label_column"]):
+        classifies = False  # a column of text was asked for, and none of classes
+    return replace(data, task=CLASSES if classifies else "causal_lm")
+
+
+def _of_language(columns: list[str]) -> bool:
+    return any(set(names) <= set(columns) for names in _RECOGNISED[:4])
+
+
+def kind_of(data: DataSource, columns: list[str]) -> str:
+    """Which of the kinds above rows of a language model have. Raises ConfigError where none is recognised."""
+    if data.text_column is not None:
+        return TEXT
+    if changed(data, COLUMNS):
+        return INSTRUCTION
+    for kind, names in zip((CHAT, SHAREGPT, COMPLETION), _RECOGNISED):
+        if set(names) <= set(columns):
+            return kind
+    if {data.instruction_column, data.output_column} <= set(columns):
+        return INSTRUCTION
+    if "text" in columns:
+        return TEXT
+    known = "; ".join(" and ".join(names) for names in _RECOGNISED)
+    raise ConfigError([
+        f"dataset_name: the rows of {data.dataset_name!r} have the columns {', '.join(columns)}, of which none is known. Expected {known}. "
+        "Or name them: --text_column, or --instruction_column and --output_column."
+    ])
+
+
+def text_column(data: DataSource) -> str:
+    return data.text_column or "text"
+
+
+def check_columns(data: DataSource, columns: list[str]) -> None:
+    """Raises ConfigError for every column that the settings name and the rows lack. data: resolved."""
+    if data.task == CLASSES:
+        wanted = {"text_column": text_column(data), "label_column": data.label_column}
+    elif (kind := kind_of(data, columns)) == TEXT:
+        wanted = {"text_column": text_column(data)}
+    elif kind == INSTRUCTION:
+        wanted = {"instruction_column": data.instruction_column, "output_column": data.output_column}
+    else:
+        wanted = {}
+    missing = [
+        f"{setting}: the data has no column {name!r}, expected one of: {', '.join(columns)}."
+        for setting, name in wanted.items()
+        if name not in columns
+    ]
+    if missing:
+        raise ConfigError(missing)
+
+
+def class_names(data: DataSource, rows) -> list | None:
+    """Every class of the rows, in the order of their numbers; None where the task has none. data: resolved."""
+    if data.task != CLASSES:
+        return None
+    named = getattr(rows.features[data.label_column], "names", None)
+    found = named or rows.unique(data.label_column)
+    wrong = [label for label in found if not isinstance(label, (int, str))]
+    if wrong or len(found) < 2:
+        got = f"the value {wrong[0]!r}" if wrong else f"{len(found)} class(es)"
+        raise ConfigError([f"label_column: got {got} in {data.label_column!r}, expected whole numbers or names, two or more."])
+    return found if named else sorted(found)

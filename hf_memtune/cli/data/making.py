@@ -1,0 +1,113 @@
+"""One row of each kind as tokens and labels; or the reason why nothing can be learned from it."""
+
+import json
+from typing import Any
+
+from hf_memtune.cli.arguments import DataSource
+from hf_memtune.cli.data.chats import Chat, chat_tokens, messages_of, tools_of, without_nones
+from hf_memtune.cli.data.kinds import CHAT, COMPLETION, INSTRUCTION, SHAREGPT, TEXT, text_column
+
+IGNORED = -100
+PLAIN_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"  # for tokenizers without a chat template
+EMPTY, CUT = "empty", "nothing to learn within max_length"
+
+
+def as_text(value: Any) -> str:
+    """Text as it is, nothing as nothing, and what has structure as JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(without_nones(value), ensure_ascii=False)
+
+
+def dropped_row(reason: str) -> dict:
+    """In place of a row that is left out."""
+    return {"input_ids": [], "attention_mask": [], "labels": [], "dropped": reason}
+
+
+def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer) -> dict:
+    """A row of a language model, with the reason, if any, for which it is to be dropped."""
+    made = _MAKERS[kind](row, data, tokenizer, f"row {number}")
+    if "dropped" in made:
+        return made
+    has_label = any(label != IGNORED for label in made["labels"][1:])  # nothing predicts the first token
+    return made | {"dropped": ""} if has_label else dropped_row(CUT)
+
+
+def text_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
+    """Plain text: every token carries a label, the end of the text too."""
+    text = as_text(row[text_column(data)])
+    if not text.strip():
+        return dropped_row(EMPTY)
+    ids = tokenizer(text)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return _cut(ids, [True] * len(ids), data.max_length)
+
+
+def instruction_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
+    """A request and its answer; the request is masked out of the loss."""
+    request = "\n\n".join(as_text(row[name]) for name in (data.instruction_column, data.input_column) if row.get(name))
+    answer = as_text(row[data.output_column])
+    if not answer.strip() or not request.strip():
+        return dropped_row(EMPTY)
+    if tokenizer.chat_template is None:
+        return _prompted(PLAIN_PROMPT.format(request=request), answer, data, tokenizer)
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return _chat(Chat(messages), data, tokenizer, where)
+
+
+def completion_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
+    """A prompt and its completion, as texts or as messages; the prompt is masked out of the loss."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = messages_of(prompt, f"{where}, prompt")
+        chat = Chat([*before, *messages_of(completion, f"{where}, completion")], len(before), tools_of(row, f"{where}, tools"))
+        return _chat(chat, data, tokenizer, where) if completion else dropped_row(EMPTY)
+    text = as_text(completion)
+    return _prompted(as_text(prompt), text, data, tokenizer) if text.strip() else dropped_row(EMPTY)
+
+
+def conversation_row(column: str, row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
+    """A conversation of any number of turns."""
+    if not row[column]:
+        return dropped_row(EMPTY)
+    messages = messages_of(row[column], f"{where}, {column}")
+    if not any(message["role"] == "assistant" and (message["content"] or message.get("tool_calls")) for message in messages):
+        return dropped_row("no answer of an assistant") if data.assistant_only_loss else dropped_row(EMPTY)
+    return _chat(Chat(messages, tools=tools_of(row, f"{where}, tools")), data, tokenizer, where)
+
+
+_MAKERS = {
+    TEXT: text_row,
+    INSTRUCTION: instruction_row,
+    COMPLETION: completion_row,
+    CHAT: lambda *args: conversation_row("messages", *args),
+    SHAREGPT: lambda *args: conversation_row("conversations", *args),
+}
+
+
+def classified_row(row: dict, data: DataSource, tokenizer, classes: dict) -> dict:
+    """A text and the number of its class."""
+    text = as_text(row[text_column(data)])
+    if not text.strip():
+        return {**tokenizer(""), "labels": 0, "dropped": EMPTY}
+    tokens = tokenizer(text, truncation=True, max_length=data.max_length)
+    return {**tokens, "labels": classes[row[data.label_column]], "dropped": ""}
+
+
+def _chat(chat: Chat, data: DataSource, tokenizer, where: str) -> dict:
+    ids, learned = chat_tokens(chat, tokenizer, data.assistant_only_loss, where)
+    return _cut(ids, learned, data.max_length)
+
+
+def _prompted(prompt: str, answer: str, data: DataSource, tokenizer) -> dict:
+    before = tokenizer(prompt)["input_ids"]
+    before = [token for token in before if token != tokenizer.eos_token_id]  # some tokenizers end every text
+    rest = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    rest += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _cut(before + rest, [not data.assistant_only_loss] * len(before) + [True] * len(rest), data.max_length)
+
+
+def _cut(ids: list[int], learned: list[bool], max_length: int) -> dict:
+    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned)][:max_length]
+    return {"input_ids": ids[:max_length], "attention_mask": [1] * len(labels), "labels": labels}

@@ -1,0 +1,57 @@
+"""The rows of a data set as they are stored: in a file, a folder of files, a folder of save_to_disk, or on the hub."""
+
+from pathlib import Path
+
+from hf_memtune.cli.arguments import DataSource
+from hf_memtune.errors import ConfigError
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_rows(data: DataSource, split: str):
+    """The rows of one split. Of a text file, each line that is not empty is a row with the column `text`."""
+    import datasets
+
+    path = Path(data.dataset_name)
+    if found := _problem_of_path(data.dataset_name, path):
+        raise ConfigError([found])
+    try:
+        if path.is_file():
+            return _not_empty(datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split), data)
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _not_empty(_saved_rows(datasets.load_from_disk(path), split), data)
+        return _not_empty(datasets.load_dataset(data.dataset_name, data.dataset_config, split=split), data)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ConfigError([f"dataset_name: {data.dataset_name!r}, split {split!r}: {_cause(error)}"]) from error
+
+
+def _problem_of_path(name: str, path: Path) -> str | None:
+    if path.is_dir() and not any(path.iterdir()):
+        return f"dataset_name: the folder {name!r} is empty, expected files of one of {', '.join(BUILDERS)}."
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            return f"dataset_name: got a {path.suffix or 'nameless'} file, expected one of {', '.join(BUILDERS)}."
+        return f"dataset_name: the file {name!r} is empty." if path.stat().st_size == 0 else None
+    # a hub name is NAME or OWNER/NAME
+    is_local = path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return f"dataset_name: {name!r} does not exist." if is_local and not path.exists() else None
+
+
+def _not_empty(rows, data: DataSource):
+    if not len(rows):
+        raise ConfigError([f"dataset_name: {data.dataset_name!r} has no rows."])
+    return rows
+
+
+def _saved_rows(saved, split: str):
+    splits = saved if isinstance(saved, dict) else {"train": saved}
+    if split not in splits:
+        raise ValueError(f"the folder has the splits {', '.join(splits)}")
+    return splits[split]
+
+
+def _cause(error: BaseException) -> str:
+    """What lies under the errors of `datasets`, which say first that an error occurred."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__
