@@ -54,7 +54,7 @@ test: $(STAMP) ## run the test suite (ARGS="-k ledger" for a part)
 assets: $(STAMP) ## fetch weights and data into .assets (NAMES="smollm2 alpaca ..."; done ones are skipped)
 	$(PY) scripts/assets/get_assets.py $(ASSETS) $(NAMES)
 
-bench: assets ## measure memory and time, write the result files and the tables of README.md
+bench: assets ## measure memory and time, write the result files and the tables of docs/measurements.md
 	$(PY) scripts/bench_memory.py
 	$(PY) scripts/bench_speed.py
 	$(PY) scripts/tables.py

@@ -5,8 +5,6 @@ a real MemEfficientTrainer with the same settings, random weights and random tok
 """
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 import warnings
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 import transformers as tf
 from conditions import conditions
-from rich.progress import track
+from store import measure
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, StepAccountCallback, estimate
 
@@ -123,7 +121,7 @@ def arguments_of(row: dict, folder: str) -> MemEfficientTrainingArguments:
 
 
 def compare(row: dict) -> dict:
-    """The row, with what was predicted, what was measured, and how they compare."""
+    """What was predicted, what was measured, and how they compare."""
     with tempfile.TemporaryDirectory() as folder:
         model, args = model_of(row), arguments_of(row, folder)
         began = time.perf_counter()
@@ -139,22 +137,19 @@ def compare(row: dict) -> dict:
         phase.phase: [phase.peak_bytes, measured.phase(phase.phase).peak_bytes] for phase in predicted.account.phases
     }
     ratio = predicted.peak_bytes / measured.peak_bytes
-    return {**row, **found, "ratio": ratio, "phases": phases, "extrapolated": predicted.extrapolated, "seconds": round(seconds, 2)}
+    return {**found, "ratio": ratio, "phases": phases, "extrapolated": predicted.extrapolated, "seconds": round(seconds, 2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/estimate.jsonl"))
     arguments = parser.parse_args()
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    known = [{key: row[key] for key in BASE} for row in map(json.loads, lines)]
-    todo = [row for row in grid() if row not in known]
     described = conditions(device="cpu", dtype="float32", attention="sdpa", threads=torch.get_num_threads())
-    for row in track(todo, description="Comparing", disable=not sys.stderr.isatty()):
-        found = compare(row) | {"conditions": described}
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(f"{found['ratio']:.4f} {found['measured_bytes']:12} {row}", flush=True)
+    measure(arguments.out, grid(), lambda row: compare(row) | {"conditions": described}, _said, "Comparing")
+
+
+def _said(row: dict) -> str:
+    return f"{row['ratio']:.4f} {row['measured_bytes']:12} {({name: row[name] for name in BASE})}"
 
 
 if __name__ == "__main__":

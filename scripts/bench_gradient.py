@@ -8,7 +8,6 @@ averages out, from bias, which stays. Writes results/gradient.jsonl, one line an
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -18,6 +17,7 @@ from statistics import median
 
 import torch
 from conditions import conditions
+from store import append
 
 SELECTIONS = {
     "random, top, cut": {"token_scorer": "random", "token_selection": "top", "token_gradient": "cut"},
@@ -138,8 +138,7 @@ def _tracked(batches, name: str):
 def _write(options, task, name: str, settings: dict, measured: Measured) -> None:
     described = conditions(**task.settings.described, rows=options.rows, batches=options.batches, device="cpu")
     row = {"task": options.task, "arm": name, **measured.described(), "settings": settings, "conditions": described}
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(options.out, row)
     print(f"{name:34} error {row['error']:.3f}  cosine {row['cosine']:.3f}  of sums {row['cosine_of_sums']:.3f}  tokens {row['tokens_with_gradient']:.1%}", flush=True)
 
 

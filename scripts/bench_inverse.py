@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from conditions import conditions
-from quality.records import append
-from rich.progress import track
+from store import measure, missing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import ReversibleConfig, StreamOverflowError, make_reversible
@@ -34,18 +33,16 @@ KEY = ("model", "coupling", "numerics", "layers", "dtype")
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
-    known = {tuple(row[name] for name in KEY) for row in _read(options.out)}
     for model in options.models:
         folder, kind, depths = MODELS[model]
         for dtype in ("float32", "bfloat16"):
             runs = [(model, coupling, numerics, n, dtype) for coupling in COUPLINGS for numerics in ("float", "exact") for n in depths]
-            todo = [run for run in runs if run not in known]
+            todo = missing(options.out, [dict(zip(KEY, run)) for run in runs])
             if not todo:
                 continue
             loaded = kind.from_pretrained(options.assets / "models" / folder, dtype=getattr(torch, dtype))
             batch = _batch(options, folder)
-            for run in track(todo, description=f"{model}, {dtype}"):
-                append(options.out, _measured(dict(zip(KEY, run)), loaded, batch))
+            measure(options.out, todo, lambda run, loaded=loaded, batch=batch: _measured(run, loaded, batch), title=f"{model}, {dtype}")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,10 +53,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--out", type=Path, default=Path("results/inverse.jsonl"))
     return parser.parse_args(arguments)
-
-
-def _read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _batch(options: argparse.Namespace, folder: str) -> dict[str, torch.Tensor]:
@@ -89,7 +82,7 @@ def _measured(run: dict, model: torch.nn.Module, batch: dict[str, torch.Tensor])
         "is_finite": error is not None and math.isfinite(error),
     }
     described = conditions(device="cpu", rows=len(batch["input_ids"]), tokens=batch["input_ids"].shape[1], threads=torch.get_num_threads())
-    return {**run, **found, "divisor": math.prod(factors), "overflow": overflow, "conditions": described}
+    return {**found, "divisor": math.prod(factors), "overflow": overflow, "conditions": described}
 
 
 if __name__ == "__main__":

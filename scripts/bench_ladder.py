@@ -5,14 +5,12 @@ file has already is not predicted again.
 """
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from pathlib import Path
 
 from conditions import conditions
-from rich.progress import track
+from store import measure
 
 from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.plan import PlanArguments, make_parser
@@ -44,17 +42,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("results/ladder.jsonl"))
     arguments = parser.parse_args()
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    known = {(row["model"], row["rung"]) for row in map(json.loads, lines)}
     described = conditions(dtype="bfloat16", rows=ROWS, tokens=TOKENS, attention="sdpa")
-    wanted = [(model, rung) for model in arguments.models for rung in ladder(read(model, {}).training, TOKENS)]
-    todo = [(model, rung) for model, rung in wanted if (model, rung.name) not in known]
-    for model, rung in track(todo, description="Predicting", disable=not sys.stderr.isatty()):
-        row = {"model": model, "rung": rung.name, "gradient": rung.gradient, "changes": rung.changes}
-        row |= predicted(model, rung) | {"conditions": described}
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{model:14} {rung.name:32} {row.get('peak_bytes', 0) / 2**30:8.2f} GiB {row.get('seconds', 0):6.1f} s", flush=True)
+    rungs = {(model, rung.name): rung for model in arguments.models for rung in ladder(forecast.run_of(read(model, {})))}
+    wanted = [{"model": model, "rung": name, "gradient": rung.gradient, "changes": rung.changes} for (model, name), rung in rungs.items()]
+    found = lambda row: predicted(row["model"], rungs[row["model"], row["rung"]]) | {"conditions": described}  # noqa: E731
+    measure(arguments.out, wanted, found, _said, "Predicting")
+
+
+def _said(row: dict) -> str:
+    return f"{row['model']:14} {row['rung']:32} {row.get('peak_bytes', 0) / 2**30:8.2f} GiB {row.get('seconds', 0):6.1f} s"
 
 
 if __name__ == "__main__":

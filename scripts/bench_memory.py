@@ -5,20 +5,19 @@ On a GPU (--device cuda) the same steps run for real, with random weights, and t
 """
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from conditions import conditions
-from rich.progress import track
+from store import measure
 
 from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import measure_causal_lm_step, trace_causal_lm_step
 
+MODELS = ["Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"]
 METHODS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
@@ -36,25 +35,23 @@ EVERY = (*METHODS, *SEEKING)
 def main() -> None:
     arguments = _arguments()
     wanted = [
-        {"model": model, "tokens": tokens, "train": train, "method": method}
+        {"model": model, "tokens": tokens, "train": train, "method": method, "device": arguments.device}
         for tokens in arguments.tokens
         for model in arguments.models
         for train in arguments.train
         for method in EVERY
         if method in arguments.methods
     ]
-    known = _known(arguments.out)
-    todo = [row for row in wanted if json.dumps({**row, "device": arguments.device}, sort_keys=True) not in known]
-    for row in track(todo, description="Measuring", disable=not sys.stderr.isatty()):
-        measured = _measure(row, arguments.device)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(measured) + "\n")
-        print(f"{row['model']:14} {row['tokens']:6} {row['train']:5} {row['method']:32} {measured.get('peak_bytes', 0) / 2**20:10.1f} MiB")
+    measure(arguments.out, wanted, _measured, _said)
+
+
+def _said(row: dict) -> str:
+    return f"{row['model']:14} {row['tokens']:6} {row['train']:5} {row['method']:32} {row['peak_bytes'] / 2**20:10.1f} MiB"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192], help="tokens of the one row of a batch")
     parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--methods", nargs="+", default=EVERY, choices=EVERY, metavar="METHOD", help=f"among {', '.join(EVERY)}")
@@ -63,29 +60,20 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _known(file: Path) -> set[str]:
-    """The measurements a result file holds, as their describing part."""
-    if not file.exists():
-        return set()
-    keys = ("model", "tokens", "train", "method", "device")
-    rows = map(json.loads, file.read_text().splitlines())
-    return {json.dumps({key: row[key] for key in keys}, sort_keys=True) for row in rows}
-
-
-def _measure(row: dict, device: str) -> dict:
+def _measured(row: dict) -> dict:
     options = dict(METHODS.get(row["method"], {}))
     if row["method"] in SEEKING:
         options = {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, **SEEKING[row["method"]])}
     config, rank = SHAPES[row["model"]](), 8 if row["train"] == "lora" else None
     began = time.perf_counter()
     described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, attention="sdpa")
-    if device == "cuda":
+    if row["device"] == "cuda":
         step = measure_causal_lm_step(config, row["tokens"], torch.device("cuda"), lora_rank=rank, **options)
         described["gpu"] = torch.cuda.get_device_name()
     else:
         step = trace_causal_lm_step(config, row["tokens"], lora_rank=rank, **options)
     found = {name: getattr(step, name) for name in ("peak_bytes", "weight_bytes", "gradient_bytes")}
-    return {**row, "device": device, **found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
+    return {**found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from conditions import conditions
+from store import append
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import Streaming, StreamingConfig
@@ -78,8 +79,7 @@ def _write(options, method: str, chunk: int | None, sums: torch.dtype | None, fo
         "error": round(_error(found, exact), 5), "error_of_keys_and_values": round(_error(found, exact, ("k_proj", "v_proj")), 5),
         "conditions": conditions(device="cpu", dtype="bfloat16"),
     }  # fmt: skip
-    with options.out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append(options.out, row)
     print(f"{method:16} {chunk or '':4} {row['sums'] or '':9} all {row['error']:.4f}  keys and values {row['error_of_keys_and_values']:.4f}")
 
 

@@ -5,8 +5,6 @@ Writes results/reversible_memory.jsonl, one line a measurement; what the file al
 """
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -16,8 +14,7 @@ from pathlib import Path
 import torch
 import transformers as tf
 from conditions import conditions
-from quality.records import append
-from rich.progress import track
+from store import measure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,13 +66,10 @@ KEY = ("model", "layers", "method")
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
-    known = {tuple(row[name] for name in KEY) for row in _read(options.out)}
     runs = [(name, LAYERS, method) for name in options.models for method in METHODS]
     runs += [(DEPTH_SHAPE, depth, method) for depth in options.layers for method in OVER_DEPTH if DEPTH_SHAPE in options.models]
-    wanted = [run for run in dict.fromkeys(runs) if run[2] in options.methods]
-    todo = [run for run in wanted if run not in known]
-    for run in track(todo, description="Tracing", disable=not sys.stderr.isatty()):
-        append(options.out, _measured(*run))
+    wanted = [dict(zip(KEY, run)) for run in dict.fromkeys(runs) if run[2] in options.methods]
+    measure(options.out, wanted, lambda run: _measured(run["model"], run["layers"], run["method"]), title="Tracing")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,18 +83,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _measured(name: str, layers: int, method: str) -> dict:
     began, shape = time.perf_counter(), SHAPES[name]
     found = traced_step(shape, METHODS[method], layers)
     described = conditions(
         dtype="bfloat16", attention=shape["attention"], rows=shape["rows"], tokens=shape["tokens"], adapter_rank=shape["rank"]
     )
-    row = {"model": name, "layers": layers, "method": method, **found}
-    return {**row, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
+    return {**found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
 
 
 def traced_step(shape: dict, method: dict, layers: int, **changed) -> dict:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from conditions import conditions
 from rich.progress import Progress
+from store import append
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
@@ -46,8 +47,7 @@ def main() -> None:
         plain = statistics.median(seconds["plain"])
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(arguments.out, row)
             print(f"{train:5} {method:32} {row['seconds']:8.3f} s  {row['relative']:5.2f} x plain")
 
 

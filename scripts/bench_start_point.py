@@ -13,12 +13,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from conditions import conditions
-from quality.records import append
-from rich.progress import track
+from store import measure, missing
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,22 +37,20 @@ SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 COUPLINGS = ("centred", "meft1", "meft2", "meft3")
 PAPER = 0.1  # a factor that is no power of two: in float numerics alone
 DEFAULT_STD = 0.02
-KEY = ("model", "data", "coupling", "factor", "numerics", "output", "adapter_init_std", "rows", "tokens")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
-    known = {_key(row) for row in _read(options.out)}
     for model, data in PAIRS:
-        todo = [row for row in wanted(model, data, options) if _key(row) not in known]
+        todo = missing(options.out, wanted(model, data, options))
         if not todo or model not in options.models:
             continue
         loaded = _load(options.assets / "models" / MODELS[model], model)
         batches = _own_samples(loaded, options) if data == OWN else list(_batches(options.assets, model, data, options))
         with torch.no_grad():
             plain = _seen(loaded, batches)
-        for row in track(todo, description=f"{model}, {data}"):
-            append(options.out, _measured(row, loaded, batches, plain))
+        measured = partial(_measured, model=loaded, batches=batches, plain=plain)
+        measure(options.out, todo, measured, title=f"{model}, {data}")
 
 
 def wanted(model: str, data: str, options: argparse.Namespace) -> list[dict]:
@@ -88,14 +86,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--assets", type=Path, default=Path(".assets"))
     parser.add_argument("--out", type=Path, default=Path("results/start_point.jsonl"))
     return parser.parse_args(arguments)
-
-
-def _read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _key(row: dict) -> tuple:
-    return tuple(row[name] for name in KEY)
 
 
 # --- models and texts
@@ -163,7 +153,6 @@ def _measured(row: dict, model: torch.nn.Module, batches: list[dict], plain: lis
         handle.restore()
         model.eval()
     return {
-        **row,
         **_changes(found, plain),
         "overflow": overflow,
         "seconds": round(time.perf_counter() - began, 1),

@@ -1,6 +1,6 @@
 """Fine-tune a small real model five ways, and compare what each costs and how well it learns. `make demo` runs this.
 
-    python scripts/demo.py [--steps 30] [--rows 48] [--quick]
+    python scripts/demo.py [--minutes 7 | --steps 30] [--rows 48] [--quick]
 
 Plain training, activation checkpointing, exact streaming, the best-scored tenth of the tokens (TokenSeek), and token seeking as this library
 sets it: the same model, adapters, rows in the same order, optimizer and seed. Writes report.html, tokens.html and results.json to out/demo.
@@ -21,6 +21,9 @@ from conditions import conditions
 
 ASSETS = Path(__file__).resolve().parents[1] / ".assets"
 SEED, BATCH, MAX_LENGTH, LORA_R = 0, 4, 160, 8
+STEPS, FEWEST_STEPS, ROWS, EVALUATIONS = 30, 6, 48, 4  # evaluations of a method: before training, and thrice while it goes on
+RELATIVE = 1.0 + 1.3 + 1.35 + 0.65 + 0.75  # time of a step of each method, relative to plain training: results/demo.json
+FORWARD = 0.7  # of a batch of 8 held-out rows, relative to a step of plain training
 LEARNING_RATE = 1.5e-3  # the best of three for every method on this model and these rows: docs/results.md
 TRACED_STEP = 1  # counted from 0: in the first one the optimizer makes its state, which belongs to no step
 CHUNK = 64  # tokens of a chunk of streaming: these rows are short
@@ -72,8 +75,9 @@ class Result:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; a model or data folder that is missing ends the program with a word on how to get it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each method (default: 30)")
-    parser.add_argument("--rows", type=int, default=48, help="held-out rows, for the loss (default: 48)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of each method (default: as many as the minutes allow, {STEPS} at most)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="minutes for all methods, where no steps are given (default: 7)")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"held-out rows, for the loss (default: {ROWS})")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 4 steps, 8 held-out rows")
     parser.add_argument("--model", default=str(ASSETS / "models/smollm2-135m-instruct"), help="folder of a causal model")
     parser.add_argument("--data", default=str(ASSETS / "data/alpaca/train.jsonl"), help="rows of instruction, input, output")
@@ -81,8 +85,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.steps, options.rows = 4, 8
-    if options.steps < 3 or options.rows < 2:
-        parser.error("--steps must be 3 or more (the first two are not timed), --rows 2 or more")
+    if (options.steps is not None and options.steps < 3) or options.rows < 2 or options.minutes <= 0:
+        parser.error("--steps must be 3 or more (the first two are not timed), --rows 2 or more, --minutes more than 0")
     for path in (options.model, options.data):
         if not Path(path).exists():
             parser.error(f"{path} does not exist; `make assets` fetches the model and the data")
@@ -113,6 +117,12 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU, that an optional kernel is missing
 
 
+def affordable(step_seconds: float, minutes: float, rows: int) -> int:
+    """Steps of each method for which there is time, on a machine that takes so long for a step of plain training."""
+    evaluations = len(METHODS) * EVALUATIONS * FORWARD * rows / 8
+    return max(FEWEST_STEPS, min(STEPS, int((60 * minutes / step_seconds - evaluations) / RELATIVE)))
+
+
 class Demo:
     """What all methods share: the rows, the tokenizer, the settings, and where the results go."""
 
@@ -136,6 +146,30 @@ class Demo:
         order = sorted(range(len(rows.held_out)), key=lambda n: len(rows.held_out[n]["input_ids"]))
         self.train, self.held_out = rows.train, rows.held_out.select(order)
         self.loss_before: float | None = None
+        self.fewer = ""
+        if options.steps is None:
+            self._choose_steps()
+
+    def _choose_steps(self) -> None:
+        """As many steps as the machine has time for: it is measured first."""
+        from hf_memtune.cli.model import load_trainable
+
+        seconds = self._seconds_of_a_step(load_trainable(self.model_settings, self.data_settings, self.tokenizer))
+        self.options.steps = affordable(seconds, self.options.minutes, len(self.held_out))
+        if self.options.steps < STEPS:
+            self.fewer = f", fewer than {STEPS} since this machine takes {seconds:.1f} s for a step of plain training"
+        self.console.print(f"a step of plain training takes {seconds:.1f} s here: {self.options.steps} steps of each method")
+
+    def _seconds_of_a_step(self, model) -> float:
+        """Forward and backward of the first rows; the second time counts."""
+        from hf_memtune.cli.data import collator
+
+        batch, seconds = collator(self.data_settings, self.tokenizer)([self.train[n] for n in range(BATCH)]), 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            model.train()(**{name: value.to(model.device) for name, value in batch.items()}).loss.backward()
+            seconds = time.perf_counter() - began
+        return seconds
 
     def run(self, name: str, settings: dict) -> Result:
         """Train with one method, from the same pre-trained model as the others."""
@@ -228,7 +262,7 @@ class Demo:
             threads=torch.get_num_threads(),
             model=f"{Path(self.options.model).name}, LoRA r={LORA_R} on all linear layers but the head, float32",
             data=f"{Path(self.options.data).parent.name}, prompts masked out, rows of {MAX_LENGTH} tokens at most",
-            training=f"{steps} steps of {BATCH} rows, AdamW, learning rate {LEARNING_RATE} falling linearly, seed {SEED}",
+            training=f"{steps} steps of {BATCH} rows{self.fewer}, AdamW, learning rate {LEARNING_RATE} falling linearly, seed {SEED}",
             held_out_loss=f"all labelled tokens of {rows} rows, plain forward passes (mean over batches of 8 rows)",
             peak_memory="live bytes of all tensors that the second training step makes, above weights and optimizer state",
             seconds_a_step="median of all steps but the first two, evaluations excluded",

@@ -1,14 +1,14 @@
 """Pictures of what fits, from results/ladder.jsonl and results/estimate.jsonl: `python scripts/plot_fits.py`. Writes to docs/images."""
 
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import store
+from pages import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 COLOURS = {
     "weights": "#4d4d4d", "gradients": "#b2182b", "optimizer_state": "#ef8a62", "saved_activations": "#2166ac", "stored_kv": "#67a9cf",
@@ -17,7 +17,7 @@ COLOURS = {
 
 
 def rows_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+    return store.read(ROOT / "results" / name)
 
 
 def draw_ladder(path: Path) -> None:

@@ -4,15 +4,14 @@ The text between the tables is written by hand; the numbers in tables, and the s
 """
 
 import argparse
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pages
+import store
+from pages import ROOT, conditions_of
 from reversible import bytes_tables, inverse_tables, start_tables
-from tables import conditions_of
 
-ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict]
 
 
@@ -33,31 +32,18 @@ def sections(start: Rows, memory: Rows, inverse: Rows) -> dict[str, Callable[[],
     }
 
 
-def filled(text: str, made: dict[str, Callable[[], str]]) -> str:
-    """The text with every section made anew. Raises KeyError for an unknown marker."""
-    return re.sub(
-        r"<!-- ([a-z0-9-]+) -->\n.*?<!-- end -->", lambda match: f"<!-- {match[1]} -->\n{made[match[1]]()}\n<!-- end -->", text, flags=re.S
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the result files (default: results)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reversible.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     options = parser.parse_args(arguments)
-    start, memory, inverse = (_read(options.results / name) for name in ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl"))
-    before = options.page.read_text()
-    after = filled(before, sections(start, memory, inverse))
+    start, memory, inverse = (store.read(options.results / name) for name in ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl"))
+    is_current = pages.write(options.page, sections(start, memory, inverse), options.check)
     if options.check:
-        return int(before != after)
-    options.page.write_text(after)
+        return int(not is_current)
     _draw(start, memory, options.page.parent / "images")
     return 0
-
-
-def _read(file: Path) -> Rows:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _draw(start: Rows, memory: Rows, folder: Path) -> None:

@@ -1,13 +1,14 @@
-"""Write the tables of README.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
+"""Write the tables of docs/measurements.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
 
 import argparse
 import json
-import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 2**20
+import pages
+import store
+from pages import ROOT, conditions_of, mib
+
+PAGE = ROOT / "docs" / "measurements.md"
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
@@ -41,8 +42,7 @@ LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
 
 
 def rows_of(name: str) -> list[dict]:
-    file = ROOT / "results" / name
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return store.read(ROOT / "results" / name)
 
 
 def traced_rows() -> list[dict]:
@@ -59,13 +59,9 @@ def memory_table(train: str) -> str:
         "|---|---:|" + "---:|" * len(METHODS),
     ]
     for model, tokens in dict.fromkeys((row["model"], row["tokens"]) for row in rows):
-        cells = [_mib(measured.get((model, tokens, method))) for method in METHODS]
+        cells = [mib(measured.get((model, tokens, method))) for method in METHODS]
         lines.append(f"| {model} | {tokens} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _mib(value: int | None) -> str:
-    return "-" if value is None else f"{value / MIB:,.0f}"
 
 
 def ladder_table() -> str:
@@ -77,7 +73,7 @@ def ladder_table() -> str:
     heads = [f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES]
     lines = ["| | gradient | " + " | ".join(heads) + " | step time |", "|---|---|" + "---:|" * (len(heads) + 1)]
     for title, gradient, memory, speed in LADDER:
-        cells = [_mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES]
+        cells = [mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES]
         time = f"{times[speed] / times['checkpointing']:.2f} x" if speed in times else "-"
         lines.append(f"| {title} | {gradient} | " + " | ".join(cells) + f" | {time} |")
     return "\n".join(lines)
@@ -132,18 +128,6 @@ def contract_table() -> str:
     return "\n".join(lines)
 
 
-def conditions_of(rows: list[dict]) -> str:
-    """One line on what the rows of a table were measured with; where they differ, every value."""
-    if not rows:
-        return "Not measured yet."
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for key, value in row["conditions"].items():
-            if value is not None and key != "lora_rank" and str(value) not in found.setdefault(key, []):
-                found[key].append(str(value))
-    return "Conditions: " + ", ".join(f"{key} {' / '.join(values)}" for key, values in found.items()) + "."
-
-
 def demo_table() -> str:
     """What the last committed run of `make demo` printed."""
     file = ROOT / "results" / "demo.json"
@@ -155,7 +139,7 @@ def demo_table() -> str:
         share = row["tokens_kept_share"]
         kept = "all" if share is None else f"{100 * share:.1f} %"
         lines.append(
-            f"| {row['method']} | {kept} | {row['loss_before']:.4f} | {row['loss_after']:.4f} | {_mib(row['peak_bytes'])} | "
+            f"| {row['method']} | {kept} | {row['loss_before']:.4f} | {row['loss_after']:.4f} | {mib(row['peak_bytes'])} | "
             f"{row['seconds_per_step']:.2f} |"
         )
     described = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["conditions"].items())
@@ -173,7 +157,7 @@ def reversible_table() -> str:
     lines = ["| peak MiB of a step, 32 rows of 512 tokens | " + " | ".join(models.values()) + " |", "|---|" + "---:|" * len(models)]
     for method in methods:
         name = f"`reversible=centred`, {method.split()[1]}" if method.startswith("centred") else method
-        lines.append(f"| {name} | " + " | ".join(_mib(peaks.get((model, method))) for model in models) + " |")
+        lines.append(f"| {name} | " + " | ".join(mib(peaks.get((model, method))) for model in models) + " |")
     return "\n".join(lines)
 
 
@@ -212,25 +196,12 @@ SECTIONS = {
 }
 
 
-def filled(text: str) -> str:
-    """The text with every section between its markers made anew. Raises KeyError for an unknown marker."""
-
-    def section(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n{SECTIONS[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- end -->", section, text, flags=re.S)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = filled(before)
-    if check:
-        sys.exit("README.md is out of date: run python scripts/tables.py" if before != after else 0)
-    readme.write_text(after)
+    is_current = pages.write(PAGE, SECTIONS, check)
+    sys.exit("docs/measurements.md is out of date: run python scripts/tables.py" if check and not is_current else 0)
 
 
 if __name__ == "__main__":

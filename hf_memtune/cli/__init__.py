@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "fine-tune a model, from a recipe in configs/ and flags",
     "estimate": "predict the memory of a training step, without a GPU, weights or data",
     "plan": "find settings with which training fits a memory budget, and write them as a recipe",
+    "longest": "find the longest row, and the largest batch, that fit a memory budget",
     "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
     "merge": "add LoRA adapters to the weights of their model, and write a plain model",

@@ -1,6 +1,5 @@
 """From settings to settings that fit a memory budget: for `plan`, and for `train --memory_budget`."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,41 +8,63 @@ from hf_memtune.errors import ConfigError, MemTuneError
 
 
 @dataclass
-class BudgetArguments:
-    """How much memory there is, and what may be changed to stay within it."""
+class RoomArguments:
+    """How much memory there is."""
 
     _argument_group_name = "memory budget"
 
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Most bytes that the tensors of a step may take, such as 8GiB; settings are changed, exact ways first, until the "
-            "prediction fits. Leave room for what a device needs beside tensors. Default: no budget.",
+            "help": "Most bytes that the tensors of a step may take, such as 8GiB. Leave room for what a device needs beside tensors, or "
+            "name the card with --gpu. Default: none.",
             "aliases": ["--budget"],
         },
     )
+    gpu: str | None = field(
+        default=None,
+        metadata={"help": "Card whose memory is the budget, less an allowance for context and allocator: rtx4090, a100-80gb, ... Default: none."},
+    )
+
+    @property
+    def room(self):
+        """What tensors may take, or None where nothing was said."""
+        from hf_memtune.memory.cards import Room
+        from hf_memtune.units import parse_bytes
+
+        if self.gpu is not None:
+            return Room.of_card(self.gpu)
+        return None if self.memory_budget is None else Room(parse_bytes(self.memory_budget), "budget")
+
+    def problems(self) -> list[str]:
+        from hf_memtune.memory.cards import CARDS
+        from hf_memtune.units import parse_bytes
+
+        if self.gpu is not None and self.memory_budget is not None:
+            return [f"gpu: got {self.gpu} with memory_budget={self.memory_budget}. Leave one of them out."]
+        if self.gpu is not None and self.gpu.lower() not in CARDS:
+            return [f"gpu: got {self.gpu!r}, expected one of {', '.join(CARDS)}; of another card give --budget, in bytes for tensors."]
+        if self.memory_budget is None:
+            return []
+        try:
+            wanted = parse_bytes(self.memory_budget)
+        except ValueError as error:
+            return [f"memory_budget: {error}."]
+        return [] if wanted > 0 else [f"memory_budget: got {self.memory_budget}, expected more than 0 bytes."]
+
+
+@dataclass
+class BudgetArguments(RoomArguments):
+    """How much memory there is, and what may be changed to stay within it."""
+
     allow_approximate: bool = field(
         default=True,
         metadata={"help": "Whether a budget may be met by token seeking, whose gradients are those of a part of the tokens."},
     )
 
-    @property
-    def budget_bytes(self) -> int:
-        from hf_memtune.units import parse_bytes
-
-        return parse_bytes(self.memory_budget)
-
     def ineffective(self) -> list[str]:
-        idle = self.memory_budget is None and not self.allow_approximate
-        return ["allow_approximate has no effect without memory_budget"] if idle else []
-
-    def problems(self) -> list[str]:
-        if self.memory_budget is None:
-            return []
-        try:
-            return [] if self.budget_bytes > 0 else [f"memory_budget: got {self.memory_budget}, expected more than 0 bytes."]
-        except ValueError as error:
-            return [f"memory_budget: {error}."]
+        idle = self.memory_budget is self.gpu is None and not self.allow_approximate
+        return ["allow_approximate has no effect without memory_budget or gpu"] if idle else []
 
 
 def within_budget(arguments: list[str]) -> list[str]:
@@ -65,22 +86,45 @@ def climb(arguments: list[str], parser: Callable, more: type, stop_at_first: boo
         return forecast.parse([*arguments, *flags(changes)], parser(), more)
 
     given = read({})
-    model, training = given.model, given.training
-    rungs = ladder(training, given.tokens, model.lora_r, model.load_in_4bit, model.reversible_adapters is None)
+    rungs = ladder(forecast.run_of(given))
     if not given.more.allow_approximate:
         rungs = [rung for rung in rungs if rung.is_exact or not rung.changes]
-    plan = make_plan(_shown(rungs), lambda changes: forecast.predict(read(changes)), given.more.budget_bytes, stop_at_first)
+    plan = make_plan(
+        rungs,
+        lambda changes: forecast.predict(read(changes)),
+        given.more.room.tensor_bytes,
+        stop_at_first,
+        floor=lambda changes: forecast.least(read(changes)),
+        tell=_teller(len(rungs)),
+    )
     if plan.chosen is None:
         raise _refusal(plan, arguments, parser, more, given)
     return plan, given
 
 
-def _shown(rungs: list):
+def _teller(count: int) -> Callable:
+    """Says on standard error what each rung needs, as it is tried."""
     from rich.console import Console
-    from rich.progress import track
 
     console = Console(stderr=True)
-    return track(rungs, "Estimating", console=console, disable=not sys.stderr.isatty(), transient=True)
+    console.print(f"Estimating up to {count} ways to run, exact ones first.", style="dim")
+
+    def tell(step) -> None:
+        size, judged = _judged(step)
+        console.print(f"  {step.rung.name}: {size} {judged}", style="dim", highlight=False)
+
+    return tell
+
+
+def _judged(step) -> tuple[str, str]:
+    """What a rung needs, and what comes of that."""
+    from hf_memtune.units import format_bytes
+
+    if step.at_least is not None:
+        return f"> {format_bytes(step.at_least)}", "does not fit"
+    if step.estimate is None:
+        return "-", "left out"
+    return format_bytes(step.estimate.peak_bytes), "fits" if step.fits else "does not fit"
 
 
 def _refusal(plan, arguments: list[str], parser: Callable, more: type, given) -> ConfigError:
@@ -113,13 +157,18 @@ def show(plan) -> None:
     """The ladder as a table, with the rung that was chosen."""
     from rich.console import Console
 
+    from hf_memtune.units import format_bytes
+
     console = Console()
     console.print(table_of(plan))
     for step in plan.steps:
-        if step.reason is not None:
+        if step.reason is not None and step.at_least is None:
             console.print(f"left out: {step.rung.name}: {step.reason}", style="dim", highlight=False)
     changes = ", ".join(f"{name}={value}" for name, value in plan.chosen.rung.changes.items()) or "nothing is changed"
     console.print(f"chosen: [bold]{plan.chosen.rung.name}[/] ({plan.chosen.rung.gradient}): {changes}", highlight=False)
+    rows, tokens = (plan.chosen.estimate.conditions[name] for name in ("rows", "tokens"))
+    spare = format_bytes(plan.budget_bytes - plan.chosen.estimate.peak_bytes)
+    console.print(f"verdict: fits, with {spare} to spare, {rows} row{'s' * (rows != 1)} of {tokens} tokens at a time.", highlight=False)
 
 
 def table_of(plan):
@@ -132,10 +181,8 @@ def table_of(plan):
     for head, justify in (("rung", "left"), ("gradient", "left"), ("predicted", "right"), ("operations", "right"), ("", "left")):
         table.add_column(head, justify=justify)
     for step in plan.steps:
-        style = "bold" if step is plan.chosen else None
-        if step.estimate is None:
-            table.add_row(step.rung.name, step.rung.gradient, "-", "-", "left out", style="dim")
-            continue
-        size, time = format_bytes(step.estimate.peak_bytes), f"{step.relative_time:.2f} x"
-        table.add_row(step.rung.name, step.rung.gradient, size, time, "fits" if step.fits else "does not fit", style=style)
+        style = "bold" if step is plan.chosen else "dim" if step.estimate is None else None
+        time = "-" if step.estimate is None else f"{step.relative_time:.2f} x"
+        size, judged = _judged(step)
+        table.add_row(step.rung.name, step.rung.gradient, size, time, judged, style=style)
     return table

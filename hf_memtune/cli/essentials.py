@@ -46,6 +46,8 @@ _LEARNED = (
     ),
 )
 _BUDGET = Line("budget", "BYTES", "change settings until a step is predicted to fit, for example 8GiB")
+_ROOM = Line("budget", "BYTES", "memory for the tensors of a step, for example 8GiB")
+_GPU = Line("gpu", "CARD", "in place of --budget: the memory of a card, rtx4090, a100-80gb, ...")
 _SEEKING = (
     Line("token_ratio", "R", "share of the tokens to keep; 0.3, or that of the preset"),
     Line("preset", "tokenseek|tokentune", "settings of a published method"),
@@ -105,7 +107,7 @@ _STEP = (
     tuple(line for line in _TRAINING[1] if line.flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim")),
 )
 
-_WITH_BUDGET = (_STRATEGIES[0], (_BUDGET, *_STRATEGIES[1]))
+_WITH_BUDGET = (_STRATEGIES[0], (_BUDGET, _GPU, *_STRATEGIES[1]))
 _RECIPE = "RECIPE.yaml holds settings by these names; flags go over it."
 
 PAGES = {
@@ -117,16 +119,22 @@ PAGES = {
     "estimate": Page(
         "[RECIPE.yaml] --model M [--name value ...]",
         f"Predict the memory of a training step, without a GPU, weights or data. Takes the settings of train. {_RECIPE}",
-        (_PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
+        (("memory budget", (_ROOM, _GPU)), _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
+    ),
+    "longest": Page(
+        "[RECIPE.yaml] --model M (--budget BYTES | --gpu CARD) [--name value ...]",
+        f"Find the longest row, and the largest batch, that fit. Takes the settings of train. {_RECIPE}",
+        (("memory budget", (_ROOM, _GPU)), _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
     ),
     "plan": Page(
-        "[RECIPE.yaml] --model M --budget BYTES [--name value ...]",
+        "[RECIPE.yaml] --model M (--budget BYTES | --gpu CARD) [--name value ...]",
         f"Find settings that fit a memory budget, and write them as a recipe for train. Takes the settings of train. {_RECIPE}",
         (
             (
                 "plan",
                 (
-                    Line("budget", "BYTES", "memory for the tensors of a step, for example 8GiB", MUST),
+                    _ROOM,
+                    _GPU,
                     Line("allow_approximate", "true|false", "whether token seeking may be used", True),
                     Line("out", "FILE.yaml", "recipe to write", "plan.yaml"),
                 ),

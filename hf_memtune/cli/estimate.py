@@ -9,16 +9,25 @@ Needs no GPU, no weights and no data: the config of the model is enough.
 import json
 
 from hf_memtune.cli import forecast
+from hf_memtune.cli.budget import RoomArguments
+from hf_memtune.cli.verdict import verdict
 
 
 def run(arguments: list[str]) -> None:
     """Print the estimate. Raises ConfigError with all problems of the settings."""
-    settings = forecast.parse(arguments, forecast.make_parser("estimate"))
-    found = forecast.predict(settings)
+    settings = forecast.parse(arguments, make_parser(), RoomArguments)
+    found, room = forecast.predict(settings), settings.more.room
     if settings.what.json:
-        print(json.dumps(found.to_dict()))
-    else:
-        show(found)
+        fits = None if room is None else {"budget_bytes": room.tensor_bytes, "fits": found.peak_bytes <= room.tensor_bytes}
+        print(json.dumps(found.to_dict() | {"verdict": fits}))
+        return
+    show(found)
+    print("\n".join(verdict(found.peak_bytes, room, forecast.run_of(settings))))
+
+
+def make_parser():
+    """The parser of this command: that of train, with what memory there is before it."""
+    return forecast.make_parser("estimate", RoomArguments)
 
 
 def show(found) -> None:

@@ -80,17 +80,46 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     return Forecast(*built, extra, {name: getattr(namespace, name) for name in parser.given})
 
 
-def predict(forecast: Forecast):
-    """The estimate of what the settings describe. Raises ConfigError and UnsupportedModelError."""
+def run_of(forecast: Forecast):
+    """The run that is predicted, as the levers see it."""
+    from hf_memtune.levers.facts import Run
+
+    model, args = forecast.model, forecast.training
+    rows = args.per_device_train_batch_size
+    return Run(args, rows, forecast.tokens, model.lora_r, model.load_in_4bit, changes_model=model.reversible_adapters is None)
+
+
+def least(forecast: Forecast) -> int:
+    """Bytes that are there in any case: of weights, and of the gradients of what is trained. Takes no trace."""
+    from hf_memtune.levers.facts import steps_in_backward
+
+    parameters = list(_blank(forecast).parameters())
+    trained = 0 if steps_in_backward(forecast.training) else sum(p.nbytes for p in parameters if p.requires_grad)
+    return sum(_stored_bytes(p) for p in parameters) + trained
+
+
+def _stored_bytes(parameter) -> int:
+    return parameter.untyped_storage().nbytes()
+
+
+def _blank(forecast: Forecast):
+    from hf_memtune.cli.blank import blank_trainable
+
+    return blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
+
+
+def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = None):
+    """The estimate of what the settings describe, or of other rows of other lengths. Raises ConfigError and UnsupportedModelError."""
     from dataclasses import replace
 
-    from hf_memtune.cli.blank import blank_trainable
     from hf_memtune.cli.model import check_length
     from hf_memtune.forecast.estimate import estimate
+
+    tokens = forecast.tokens if tokens is None else tokens
 
     if forecast.model.reversible_adapters is not None:
         got = forecast.model.reversible_adapters
         raise ConfigError([f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."])
-    made = blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
-    check_length(made, replace(forecast.data, max_length=max(2, forecast.tokens)))
-    return estimate(made, forecast.training, sequence_length=forecast.tokens, padded=forecast.what.padded)
+    made = _blank(forecast)
+    check_length(made, replace(forecast.data, max_length=max(2, tokens)))
+    return estimate(made, forecast.training, rows, tokens, padded=forecast.what.padded)

@@ -13,7 +13,7 @@ from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.errors import ConfigError
 
-OF_THE_COMMAND = {"memory_budget", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
+OF_THE_COMMAND = {"memory_budget", "gpu", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
 
 
 @dataclass
@@ -26,8 +26,8 @@ class PlanArguments(BudgetArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.memory_budget is None:
-            found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB.")
+        if self.memory_budget is None and self.gpu is None:
+            found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB, or a card, such as --gpu rtx4090.")
         if Path(self.out).suffix not in (".yaml", ".yml"):
             found.append(f"out: got {self.out!r}, expected a name that ends in .yaml.")
         return found

@@ -24,7 +24,7 @@ class Settings(NamedTuple):
 def run(arguments: list[str]) -> None:
     """Train as the arguments say. Raises ConfigError with all problems of the settings, before anything is loaded."""
     settings = parse(arguments)
-    if budget_of(arguments).memory_budget is not None:
+    if budget_of(arguments).room is not None:
         settings = parse(within_budget(arguments), of_user=False)
     trainer, rows = make_trainer(settings)
     report(trainer, settings, rows, fit(trainer, settings))

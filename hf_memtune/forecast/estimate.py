@@ -19,7 +19,7 @@ from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
 from hf_memtune.memory.account import MemoryAccount
-from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
+from hf_memtune.memory.depth import FEWEST, Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
 
 
@@ -58,7 +58,10 @@ def estimate(
     scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
     account, flops, how = _traced(model, args, scene, every_layer)
     flops = flops * args.gradient_accumulation_steps // min(args.gradient_accumulation_steps, MICRO_BATCHES)
-    return MemoryEstimate(account, _conditions(model, args, scene, rows, sequence_length), flops, how)
+    conditions = _conditions(model, args, scene, rows, sequence_length)
+    if evaluated:
+        conditions["evaluation_rows"] = args.per_device_eval_batch_size
+    return MemoryEstimate(account, conditions, flops, how)
 
 
 def _problems(args: Any, rows: int, tokens: int) -> list[str]:
@@ -77,8 +80,6 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
-    if args.kv_offload:
-        found.append("kv_offload: got True; what is moved to the host is not predicted. Estimate without it, which needs at least as much.")
     if args.world_size > 1:
         found.append(f"{args.world_size} processes: expected one. Estimate in a process of its own; each of several needs what one needs.")
     return found
@@ -126,7 +127,8 @@ def _depths(model: nn.Module, args: Any) -> Depths | None:
     if len(stacks) != 1:
         return None
     kinds = getattr(stacks[0].config, "layer_types", None) or [None] * len(stacks[0].layers)
-    return depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)])
+    fewest = FEWEST + 2 if args.kv_offload else FEWEST  # the keys and values of two layers are on the device at a time
+    return depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)], fewest)
 
 
 def _conditions(model: nn.Module, args: Any, scene: Scene, rows: int, tokens: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_memtune.errors import ConfigError, MemTuneError
@@ -11,17 +11,21 @@ from hf_memtune.forecast.ladder import Rung
 from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.units import format_bytes
 
+_EVALUATION = "per_device_eval_batch_size"
+
 
 @dataclass(frozen=True)
 class Step:
     """A rung with what it would need. estimate: None where there is none, for the `reason`. relative_time: floating point operations of a
-    step, relative to the settings as given (time itself depends on the device)."""
+    step, relative to the settings as given (time itself depends on the device). at_least: of a rung that was not traced, since what is
+    there in any case exceeds the budget: bytes of weights and gradients."""
 
     rung: Rung
     estimate: MemoryEstimate | None
     relative_time: float | None
     fits: bool
     reason: str | None = None
+    at_least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,21 +64,35 @@ class Plan:
 
 
 def make_plan(
-    rungs: Iterable[Rung], predict: Callable[[dict[str, Any]], MemoryEstimate], budget_bytes: int, stop_at_first: bool = False
+    rungs: Iterable[Rung],
+    predict: Callable[[dict[str, Any]], MemoryEstimate],
+    budget_bytes: int,
+    stop_at_first: bool = False,
+    floor: Callable[[dict[str, Any]], int] | None = None,
+    tell: Callable[[Step], None] = lambda step: None,
 ) -> Plan:
     """Estimate rung by rung. predict: maps changes of settings to the estimate of the run with them.
 
-    A rung that does not apply (a strategy the model does not support, a package that is missing) is left out with the reason.
-    stop_at_first: climb no further than to the first rung that fits.
+    A rung that does not apply (a strategy the model does not support, a package that is missing) is left out with the reason, and so is one
+    whose `floor`, what it needs in any case, exceeds the budget: that takes no trace. Where a batch of evaluation sets the peak, it is
+    made smaller, there and in the rungs above.
+    stop_at_first: climb no further than to the first rung that fits. tell: hears of every step as it is made.
 
     Raises:
         MemTuneError: what the settings as given, the first rung, raise; they are the user's.
     """
-    steps, given = [], None
+    steps: list[Step] = []
+    given: MemoryEstimate | None = None
+    smaller: dict[str, Any] = {}  # batches of evaluation
     for rung in rungs:
-        found = _climb(rung, predict, budget_bytes, given, is_given=not steps)
+        rung = replace(rung, changes={**rung.changes, **smaller})
+        found = _too_large(rung, floor, budget_bytes) or _climb(rung, predict, budget_bytes, given, is_given=not steps)
+        if not found.fits and found.estimate is not None and found.estimate.peak_phase == "evaluation":
+            found = _with_less_evaluation(found, predict, budget_bytes, given)
+            smaller = {name: value for name, value in found.rung.changes.items() if name == _EVALUATION}
         given = given or found.estimate
         steps.append(found)
+        tell(found)
         if stop_at_first and found.fits:
             break
     return Plan(tuple(steps), budget_bytes)
@@ -92,14 +110,40 @@ def _climb(rung: Rung, predict: Callable, budget_bytes: int, given: MemoryEstima
     return Step(rung, found, found.flops / max(1, (given or found).flops), found.peak_bytes <= budget_bytes)
 
 
+def _too_large(rung: Rung, floor: Callable | None, budget_bytes: int) -> Step | None:
+    """Without a trace: what is there in any case is more than there is room for."""
+    if floor is None or rung.missing is not None:
+        return None
+    if (least := floor(rung.changes)) <= budget_bytes:
+        return None
+    return Step(rung, None, None, False, f"weights and their gradients alone need {format_bytes(least)}", least)
+
+
+def _with_less_evaluation(step: Step, predict: Callable, budget_bytes: int, given: MemoryEstimate | None) -> Step:
+    """With halves of the batch of evaluation, until training sets the peak, or one row is left."""
+    rows = step.estimate.conditions["evaluation_rows"]
+    while rows > 1 and step.estimate.peak_phase == "evaluation":
+        rows = rows // 2
+        rung = replace(step.rung, changes={**step.rung.changes, _EVALUATION: rows})
+        tried = _climb(rung, predict, budget_bytes, given, is_given=False)
+        if tried.estimate is None:
+            break
+        step = tried
+    return step
+
+
 def _first_line(error: MemTuneError) -> str:
     return error.problems[0] if isinstance(error, ConfigError) else str(error).splitlines()[0]
 
 
 def refusal(plan: Plan, shorter: tuple[int, MemoryEstimate] | None) -> ConfigError:
     """What to say of a budget that nothing fits. shorter: a length of rows with which the smallest rung would, and its estimate."""
-    need = plan.smallest
-    nearest = f"the least is {format_bytes(need.estimate.peak_bytes)}, with {need.rung.name}" if need else "no rung applies to this model"
+    need, least = plan.smallest, min((step.at_least for step in plan.steps if step.at_least), default=None)
+    nearest = "no rung applies to this model"
+    if need:
+        nearest = f"the least is {format_bytes(need.estimate.peak_bytes)}, with {need.rung.name}"
+    elif least:
+        nearest = f"weights and their gradients alone need {format_bytes(least)}; take a smaller model, or more memory"
     advice = ["Raise the budget to that" if need else "Raise the budget"]
     if shorter is not None:
         advice.append(f"or shorten rows to {shorter[0]} tokens, which needs {format_bytes(shorter[1].peak_bytes)}")

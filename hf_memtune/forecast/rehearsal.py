@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from hf_memtune.architectures.stacks import unwrapped
+from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.forecast.apart import apart
 from hf_memtune.forecast.blank_model import Shapes
@@ -84,6 +85,8 @@ class _Take(StepAccountCallback):
 
     def on_step_begin(self, *args, **kwargs):
         super().on_step_begin(*args, **kwargs)
+        if self.trainer.method is not None:
+            self.trainer.method.host = _Elsewhere(self.ledger)
         if self.first_layer is not None:
             self.ledger.stretch_at(self.first_layer)
 
@@ -102,6 +105,18 @@ class _Take(StepAccountCallback):
             self.evaluation.stretch_at(self.first_layer)
         with self.evaluation, self.evaluation.phase("evaluation"):
             self.trainer.prediction_step(model, batch, prediction_loss_only=self.trainer.compute_metrics is None)
+
+
+class _Elsewhere(HostMemory):
+    """Host memory, which is no memory of the device: what lies there is left out of the account."""
+
+    def __init__(self, ledger: StepLedger):
+        super().__init__()
+        self._ledger = ledger
+
+    def empty(self, *args: Any) -> Tensor:
+        with self._ledger.paused():
+            return super().empty(*args)
 
 
 class _Install(MethodCallback):

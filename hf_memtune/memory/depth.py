@@ -38,17 +38,18 @@ class Depths:
         return (self.wanted - self.shorter) // (self.longer - self.shorter)
 
 
-def depths_of(signatures: list[Any]) -> Depths | None:
+def depths_of(signatures: list[Any], fewest: int = FEWEST) -> Depths | None:
     """The depths to trace for layers with these signatures; None where the layers repeat too seldom for it to be less than the whole.
 
-    From some layer on, layers repeat with a period p; the short models have as many layers less as are whole periods.
+    From some layer on, layers repeat with a period p; the short models have as many layers less as are whole periods. fewest: periods of
+    the shorter one.
     """
     count = len(signatures)
-    for period in range(1, count // (FEWEST + 2) + 1):
+    for period in range(1, count // (fewest + 2) + 1):
         first = next((i for i in range(count) if _repeats(signatures[i:], period)), count)
         periods = (count - first) // period
-        if periods >= FEWEST + 2:
-            shorter = count - (periods - FEWEST) * period
+        if periods >= fewest + 2:
+            shorter = count - (periods - fewest) * period
             return Depths(shorter, shorter + period, count)
     return None
 

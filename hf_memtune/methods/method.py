@@ -4,6 +4,7 @@ While a method is on, `model(**batch)` returns what it always returned; in train
 to the same outputs, and backward another way to the gradient. All else, evaluation and generation included, passes through untouched.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from hf_memtune.methods.head import Head
 from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.verify import Facts, verify
 from hf_memtune.settings.methods import StreamingConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Method:
@@ -53,7 +56,7 @@ class Method:
         self._router: Router | None = Router(self.architecture)
         self._undo: list[Callable[[], None]] = []
         self._heads: list[Head] = []  # of the calls of the model that are open, the innermost last
-        self._is_aside = False
+        self._is_aside = self._has_noticed = False
         repacking = forbid_4bit_repacking(model)
         self._undo.append(lambda: [setattr(module, "support_avx512bf16_for_cpu", True) for module in repacking])
         try:
@@ -161,6 +164,7 @@ class Method:
 
     def _body(self, forward: Callable, *args, **kwargs):
         if not self._acts or not self._learns(self.architecture.base, args, kwargs):
+            self._notice_evaluation_mode(args, kwargs)
             return forward(*args, **kwargs)
         self.require_gathered()
         call = BodyCall(self.architecture, forward, args, kwargs)
@@ -168,6 +172,16 @@ class Method:
         if found is None:
             return forward(*args, **kwargs)
         return found.to_tuple() if call.returns_tuple else found
+
+    def _notice_evaluation_mode(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Say once that a call which could learn was plain: a loop without `model.train()` would otherwise train plainly without a word."""
+        could = torch.is_grad_enabled() and not self.architecture.base.training and not self._is_aside
+        if could and not self._has_noticed and self._learns(self.architecture.base, args, kwargs):
+            self._has_noticed = True
+            logger.warning(
+                "%s: a call with gradients in evaluation mode was the model's own, so %s did nothing in it. Call model.train() before a loop that "
+                "trains; or use torch.no_grad() where nothing is to be learned.", self.architecture.name, type(self).__name__,
+            )  # fmt: skip
 
     def _learns(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether any gradient can go through a module: not with adapters disabled, say."""

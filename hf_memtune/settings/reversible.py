@@ -218,8 +218,4 @@ class CheckpointConfig:
             found.append(
                 f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing."
             )
-        if self.checkpoint_levels and getattr(self, "reversible", "none") != "none":
-            found.append(
-                f"checkpoint_levels: got {self.checkpoint_levels} with reversible={self.reversible}, which keeps no inputs. Leave one out."
-            )
         return found

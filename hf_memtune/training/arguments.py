@@ -7,23 +7,10 @@ from transformers import TrainingArguments
 
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
+from hf_memtune.levers.table import refusals_of_arguments
 from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
 from hf_memtune.training.care.preflight.arguments import PreflightArguments
-from hf_memtune.training.launch import unsupported
-
-_DATA_PARALLEL = "use plain data parallelism (accelerate launch --multi_gpu)"
-UNSHARDED = "gradients under FSDP2 are tested, but saving and resuming of sharded adapters and layers are not written"
-_ALREADY = "set it to False: the layers keep no activations as it is"
-_UNSUPPORTED_BY_LAYERS = {
-    "deepspeed": _DATA_PARALLEL,
-    "fsdp": f"{UNSHARDED}; {_DATA_PARALLEL}",
-    "parallelism_config": _DATA_PARALLEL,
-    "torch_compile": "leave it out",
-    "use_liger_kernel": "leave it out: it changes what runs inside the layers",
-    "activation_checkpointing": _ALREADY,
-    "gradient_checkpointing": _ALREADY,
-}
 
 
 @dataclass
@@ -61,7 +48,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     def __post_init__(self):
         self._fill()
         found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
-        found += [*self._unknown_scorer(), *self._unsupported(), *self._unsupported_by_layers(), *self.unsupported_by_preflight()]
+        found += [*self._unknown_scorer(), *refusals_of_arguments(self), *self.unsupported_by_preflight()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
@@ -101,34 +88,6 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
             f"token_scorer: got {self.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
             "hf_memtune.register_scorer before."
         ]
-
-    def _unsupported(self) -> list[str]:
-        """Training arguments under which the method that is on has not been shown to be exact."""
-        return [] if self.switch is None else unsupported(self, self.switch)
-
-    def _unsupported_by_layers(self) -> list[str]:
-        """Training arguments under which layers that run again for backward have not been shown to be exact."""
-        if not (self.is_reversible or self.checkpoint_levels):
-            return []
-        strategy = "reversible" if self.is_reversible else "checkpoint_levels"
-        found = [
-            f"{name}: got {getattr(self, name)!r} with {strategy}, which does not support it; {remedy}."
-            for name, remedy in _UNSUPPORTED_BY_LAYERS.items()
-            if getattr(self, name, None) and not self._is_named_already(name)
-        ]
-        if self.is_reversible and self.streams:
-            name = self.streamed_by
-            found.append(
-                f"{name}: got {getattr(self, name)!r} with reversible={self.reversible}: streaming runs each layer once a "
-                "chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row. Leave one out; "
-                "token_gradient=cut works with reversible."
-            )
-        return found
-
-    def _is_named_already(self, name: str) -> bool:
-        """By token seeking or streaming; or under the older of two names of one argument."""
-        older = name == "gradient_checkpointing" and getattr(self, "activation_checkpointing", None)
-        return bool(older or any(problem.startswith(f"{name}:") for problem in self._unsupported()))
 
 
 @dataclass

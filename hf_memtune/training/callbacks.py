@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
 from hf_memtune.errors import ConfigError
+from hf_memtune.levers.table import lever_of
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.method import Method
@@ -22,12 +25,14 @@ from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
 from hf_memtune.training.launch import problems_of
 from hf_memtune.training.offline import OfflineScores
+from hf_memtune.training.restorable import Restorable
 from hf_memtune.training.rng import preserved_rng
+from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class MethodCallback(TrainerCallback, Listener):
+class MethodCallback(TrainerCallback, Listener, Restorable):
     """Puts a method on the model at the start of training and takes it off at its end; any Trainer trains with it, unchanged.
 
     strategy: what is on, or None. listeners: who is told of its calls. Where training fails, transformers tells no callback: call `remove`.
@@ -37,13 +42,15 @@ class MethodCallback(TrainerCallback, Listener):
         self.strategy: Method | None = None
         self.listeners: list[Listener] = []
 
+    _changes: tuple[str, ...] = ()  # attributes that a step changes
+
     def make(self, model) -> Method:
         """The method, on the model."""
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.remove()  # training begins again where a batch size that did not fit was halved
-        if found := problems_of(args, self.config.switch):
+        if found := problems_of(args, lever_of(self.config.switch)):
             raise ConfigError(found)
         self.strategy = self.make(model)
         for listener in (self, *self.listeners):
@@ -51,6 +58,12 @@ class MethodCallback(TrainerCallback, Listener):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.remove()
+
+    def takes(self, inputs: Any) -> None:
+        """The next call of the model is of this micro-batch, as the trainer was given it."""
+
+    def keep(self) -> Callable[[], None]:
+        return partial(vars(self).update, {name: vars(self)[name] for name in self._changes if name in vars(self)})
 
     def remove(self) -> None:
         """Take the method off the model. May be called twice."""
@@ -79,7 +92,7 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
     trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set go through its data loader.
     """
 
-    def __init__(self, config: TokenSeekingConfig | None = None, scorer: TokenScorer | None = None, trainer=None, **settings):
+    def __init__(self, config: TokenSeekingConfig | None = None, scorer: TokenScorer | None = None, trainer: RunningTrainer | None = None, **settings):
         super().__init__()
         self.config = TokenSeekingConfig(**{"token_seeking": True, **settings}) if config is None else config
         if self.config.seek_schedule != "step" and trainer is None:
@@ -95,6 +108,11 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
         self.last_selection: Selection | dict[str, Selection] | None = None
         self._resumed_file: Path | None = None
         self._learned: Tensor | int | None = None  # since the last log
+
+    _changes = ("last_selection", "inputs", "_learned")
+
+    def takes(self, inputs: Any) -> None:
+        self.inputs = inputs if isinstance(inputs, dict) else None
 
     def make(self, model) -> TokenSeeking:
         return TokenSeeking(model, self.config, self.scorer)
@@ -163,7 +181,7 @@ def _scores_file(state) -> Path | None:
     return None if file is None else Path(file)
 
 
-class MemoryCallback(TrainerCallback, Listener):
+class MemoryCallback(TrainerCallback, Listener, Restorable):
     """Measures memory and time of training, for the logs.
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
@@ -188,6 +206,10 @@ class MemoryCallback(TrainerCallback, Listener):
         """Counts of a call of the model (seen, kept, learned, recomputed); those on a device stay there until the next log."""
         for name, count in counts.items():
             self._tokens[name] = self._tokens.get(name, 0) + count
+
+    def keep(self) -> Callable[[], None]:
+        tokens = dict(self._tokens)
+        return lambda: setattr(self, "_tokens", dict(tokens))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.close()

@@ -23,6 +23,7 @@ from hf_memtune.core.loss import IGNORED
 from hf_memtune.methods.overrides import evaluating, forward_as
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.training.rng import preserved_rng
+from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -85,31 +86,25 @@ class FullLossCallback:
     Acts where the loss is the mean over the kept tokens (token_selection=top): every other one stands for all tokens already.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: RunningTrainer):
         args = trainer.args
         self.trainer, self.is_on = trainer, bool(args.is_mean_of_kept and args.token_ratio < 1 and args.full_loss_rows)
         self._guard = FullLossGuard()
         self._rows: list[dict[str, Any]] | None = None
-        self._last_inputs: dict[str, Any] | None = None
-
-    def saw(self, inputs: dict[str, Any]) -> None:
-        """A micro-batch of training, whose rows are measured where there is no evaluation set."""
-        if self.is_on and self.trainer.eval_dataset is None and isinstance(inputs, Mapping):
-            self._last_inputs = inputs
 
     def add_to(self, logs: dict[str, float]) -> None:
         """Measure, and put it into the logs."""
         trainer = self.trainer
-        strategy = getattr(trainer.strategy_callback, "strategy", None)
-        if not self.is_on or strategy is None:
+        if not self.is_on or trainer.method is None:
             return
         count = trainer.args.full_loss_rows
         if self._rows is None and trainer.eval_dataset is not None:
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="Evaluation")
             self._rows = first_batches(trainer.eval_dataset, count, collate, trainer.args.device)
-        if self._rows is None and self._last_inputs is None:
+        last = trainer.batches_of_step[-1] if trainer.batches_of_step else None
+        if self._rows is None and not isinstance(last, Mapping):
             return  # what this trainer trains on has no rows that the model's own loss could be taken of
-        batches = rows_of(self._last_inputs, count) if self._rows is None else self._rows
+        batches = rows_of(last, count) if self._rows is None else self._rows
         with trainer.compute_loss_context_manager():
             logs["full_loss"] = full_loss(trainer.model, map(trainer._prepare_inputs, batches))
         if warning := self._guard.add(logs["loss"], logs["full_loss"]):

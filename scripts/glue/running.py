@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import store
 from conditions import conditions
 from quality import records
 from quality.plans import Cell, pending
@@ -128,7 +129,7 @@ def go(options, share: list[Cell], source: Source) -> None:
         while left := pending(share, records.read(options.out)):
             progress.update(bar, description=_described(left[0]), completed=ended, total=ended + len(left))
             record = train(left[0], source, options.assets / source.model, files, options.timed)
-            records.append(options.out, record)
+            store.append(options.out, record)
             ended += 1
             progress.console.print(f"{_described(left[0])}: {_told(record)}")
         progress.update(bar, description="done", completed=ended, total=ended)

@@ -1,10 +1,9 @@
-"""results/quality.jsonl: one JSON object a line and a run, which several processes may add to at the same time."""
+"""The runs of results/quality.jsonl and results/glue.jsonl."""
 
-import fcntl
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+import store
 
 KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
 
@@ -15,35 +14,8 @@ def key(record: dict) -> tuple:
 
 
 def read(file: Path) -> list[dict]:
-    """All finished runs, the last line of each. A line that a killed process left unfinished is passed over."""
-    if not file.exists():
-        return []
-    found = [record for line in file.read_text().splitlines() if (record := _parsed(line)) is not None]
-    return list({key(record): record for record in found}.values())
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def append(file: Path, record: dict) -> None:
-    """Add one line in one write, under a lock."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b", buffering=0) as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        text = json.dumps(record, allow_nan=False) + "\n"
-        os.write(stream.fileno(), (_missing_newline(stream) + text).encode())
-
-
-def _missing_newline(stream) -> str:
-    """A newline where the last line has none: what is left of a killed process must not swallow the next record."""
-    if stream.seek(0, os.SEEK_END) == 0:
-        return ""
-    stream.seek(-1, os.SEEK_END)
-    return "" if stream.read(1) == b"\n" else "\n"
+    """All finished runs, the last line of each."""
+    return list({key(record): record for record in store.read(file)}.values())
 
 
 def final_loss(record: dict) -> float:

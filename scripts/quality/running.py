@@ -3,6 +3,8 @@
 from pathlib import Path
 from statistics import median
 
+import store
+
 from quality import records
 from quality.arms import is_seeking, parts_of
 from quality.plans import Cell, pending
@@ -69,7 +71,7 @@ class Bench:
                 costs = [estimate(run, done) for run in left]
                 progress.update(bar, description=f"{len(left)} left: {_described(left[0])}", completed=spent, total=spent + sum(costs))
                 record = train(left[0], self.task(left[0].task), self.options.timed)
-                records.append(self.out, record)
+                store.append(self.out, record)
                 spent += costs[0]
                 progress.console.print(_told(record))
             progress.update(bar, description="done", completed=spent, total=spent)

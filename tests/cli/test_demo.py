@@ -1,6 +1,8 @@
 """scripts/demo.py from end to end, on a tiny model."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -36,6 +38,27 @@ def test_the_demo_compares_its_methods_and_writes_its_report(chat_model, long_in
 def test_the_demo_says_how_to_get_a_missing_model(tmp_path):
     done = in_new_process(DEMO, "--model", "absent", cwd=tmp_path)
     assert done.returncode == 2 and "make assets" in done.stderr
+
+
+def test_a_slow_machine_takes_fewer_steps():
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    demo = importlib.util.module_from_spec(spec)
+    sys.path.append(str(DEMO.parent))
+    spec.loader.exec_module(demo)
+    steps = [demo.affordable(seconds, 7, 48) for seconds in (0.1, 1.5, 2.0, 3.0, 100.0)]
+    assert steps[0] == demo.STEPS and steps[-1] == demo.FEWEST_STEPS and steps == sorted(steps, reverse=True)
+    between = demo.affordable(2.5, 7, 48)
+    needed = 2.5 * (between * demo.RELATIVE + len(demo.METHODS) * demo.EVALUATIONS * demo.FORWARD * 48 / 8)
+    assert demo.FEWEST_STEPS < between < demo.STEPS and 0.9 * 7 * 60 < needed <= 7 * 60
+
+
+def test_the_demo_measures_the_machine(chat_model, long_instructions, tmp_path):
+    done = in_new_process(
+        DEMO, "--minutes", "0.0001", "--rows", "8", "--model", chat_model, "--data", long_instructions, "--out", "made", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "made" / "results.json").read_text())
+    assert "6 steps of 4 rows, fewer than 30 since this machine takes" in found["conditions"]["training"]
 
 
 def test_help_of_the_demo(tmp_path):

@@ -1,6 +1,7 @@
 """`hf-memtune estimate`, `hf-memtune plan` and `train --memory_budget`: from a config alone to a recipe that trains."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_would(model, tmp_path, 
     common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 8, "--per_device_train_batch_size", 1]
     common += ["--lora_r", 2, "--load_in_4bit", "--activation_checkpointing"]
     said = planned(capsys, tmp_path / "plan.yaml", "--budget", "4KiB", *common, "--allow_approximate", "no", code=2)
-    assert "got 4 KiB, and nothing fits: the least is" in said and "--allow_approximate true" in said
+    assert "got 4 KiB, and nothing fits: weights and their gradients alone need" in said and "--allow_approximate true" in said
     assert not (tmp_path / "plan.yaml").exists()
 
 
@@ -126,7 +127,7 @@ def test_budgets_are_bytes(tmp_path, capsys):
     assert "memory_budget: not a number of bytes" in capsys.readouterr().err
     assert main(["plan", *OF_A_TYPE]) == 2
     assert "memory_budget: got nothing" in capsys.readouterr().err
-    assert PlanArguments(memory_budget="8GiB").budget_bytes == parse_bytes("8 GiB")
+    assert PlanArguments(memory_budget="8GiB").room.tensor_bytes == parse_bytes("8 GiB")
 
 
 def test_a_recipe_may_stand_anywhere():
@@ -143,3 +144,43 @@ def test_the_commands_of_the_readme_are_commands():
         more = PlanArguments if command == "plan" else None
         settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, more), more)
         assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"
+
+
+# -- verdicts, and how far things can grow -----------------------------------------------------------------------------
+
+
+def test_an_estimate_ends_with_a_verdict(capsys):
+    needed = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64)["peak_bytes"]
+    for budget, words in ((needed, "verdict: fits"), (needed - 1, "verdict: does not fit")):
+        assert main(["estimate", *OF_A_TYPE, "--sequence_length", "64", "--budget", str(budget)]) == 0
+        said = capsys.readouterr().out
+        assert words in said and "next: " in said
+        found = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64, "--budget", budget)["verdict"]
+        assert found == {"budget_bytes": budget, "fits": budget == needed}
+    assert main(["estimate", *OF_A_TYPE, "--gpu", "rtx4090"]) == 0
+    assert "rtx4090: 24 GiB less an allowance" in capsys.readouterr().out
+
+
+def test_the_longest_row_and_the_largest_batch(capsys):
+    one = [*OF_A_TYPE[:-2], "--per_device_train_batch_size", "1"]
+    budget = estimated(capsys, *one, "--sequence_length", 256)["peak_bytes"]
+    assert main(["longest", *one, "--sequence_length", "64", "--budget", str(budget)]) == 0
+    said = capsys.readouterr().out
+    assert "longest row, 1 row a micro-batch: 256 tokens" in said and "next: " in said
+    rows = int(re.search(r"largest batch: (\d+) rows? of 64 tokens", said)[1])
+    fits, beyond = (estimated(capsys, *OF_A_TYPE[:-1], n, "--sequence_length", 64)["peak_bytes"] for n in (rows, rows + 1))
+    assert fits <= budget < beyond
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["longest", *OF_A_TYPE], "memory_budget: got nothing"),
+        (["longest", *OF_A_TYPE, "--budget", "1KiB"], "of which the shortest row already needs"),
+        (["estimate", *OF_A_TYPE, "--gpu", "abacus"], "gpu: got 'abacus', expected one of"),
+        (["estimate", *OF_A_TYPE, "--gpu", "t4", "--budget", "8GiB"], "gpu: got t4 with memory_budget=8GiB"),
+    ],
+)
+def test_memory_that_is_not_said_or_not_enough(arguments, problem, capsys):
+    assert main(arguments) == 2
+    assert problem in capsys.readouterr().err

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from hf_memtune.cli import COMMANDS, estimate, evaluate, forecast, generate, glue, main, merge, plan, tokens, train
+from hf_memtune.cli import COMMANDS, estimate, evaluate, forecast, generate, glue, longest, main, merge, plan, tokens, train
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.cli.essentials import MUST, PAGES
 from hf_memtune.cli.help import page
@@ -14,7 +14,7 @@ from hf_memtune.settings.presets import PRESETS
 from tests.cli.conftest import ROOT, in_new_process
 
 READERS = {
-    "train": train.parse, "estimate": estimate.run, "plan": plan.run, "evaluate": evaluate.parse, "generate": generate.parse,
+    "train": train.parse, "estimate": estimate.run, "plan": plan.run, "longest": longest.run, "evaluate": evaluate.parse, "generate": generate.parse,
     "glue": glue.parse, "tokens": tokens.parse, "merge": merge.parse,
 }  # fmt: skip
 LIGHT = """
@@ -86,7 +86,7 @@ def test_a_page_that_says_something_else_is_seen(parsers):
 @pytest.mark.parametrize("command", READERS)
 def test_each_setting_is_shown_once(command):
     flags = re.findall(r"^  --(\w+)", page(command), re.M)
-    assert len(flags) == len(set(flags)) <= 36
+    assert len(flags) == len(set(flags)) <= 38
 
 
 def test_what_presets_fill_is_stated_as_it_is():

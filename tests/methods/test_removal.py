@@ -127,7 +127,7 @@ def assert_bit_equal(found, expected):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_calls_that_do_not_learn_are_the_models_own(name, method):
+def test_calls_that_do_not_learn_are_the_models_own(name, method, caplog):
     skip_where_it_cannot_stream(name, method)
     model, untouched, batch = watched(name)
     with METHODS[method](model) as installed:
@@ -135,9 +135,12 @@ def test_calls_that_do_not_learn_are_the_models_own(name, method):
         with torch.no_grad():
             assert_bit_equal(model(**batch), untouched(**batch))
         with torch.inference_mode():
-            assert_bit_equal(model(**batch), untouched(**batch))
+            assert_bit_equal(model.eval()(**batch), untouched.eval()(**batch))
+            model.train(), untouched.train()
+        assert "evaluation mode" not in caplog.text
         assert_bit_equal(model.eval()(**batch), untouched.eval()(**batch))  # with gradient
         assert model(**batch).logits.requires_grad
+        assert caplog.text.count("in evaluation mode was the model's own") == 1  # a loop without model.train() is told
         model.train(), untouched.train()
         step_on(model, installed, batch)
 

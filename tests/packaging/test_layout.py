@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hf_memtune"
 
 TOP_LEVEL = {"setup.cfg", "hf_memtune", "configs", "scripts", "tests", "Makefile"}
-TOP_LEVEL_ALSO = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", ".gitignore", ".pre-commit-config.yaml", ".ci", "docs", "results"}
+TOP_LEVEL_ALSO = {"pyproject.toml", "constraints.txt", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".ci", "docs", "results"}
+TOP_LEVEL_ALSO |= {".pre-commit-config.yaml"}
 
 # THE FLOORS, top to bottom: a module imports from its own part and from lower floors only.
 FLOORS = [
@@ -25,7 +26,7 @@ FLOORS = [
     {"methods"},
     {"architectures"},
     {"core"},
-    {"settings", "errors", "units", "_compat"},
+    {"settings", "levers", "errors", "units", "_compat"},
 ]
 GROUND = FLOORS[-1]  # its parts may import one another; nowhere else may neighbours
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "evaluate", "matplotlib", "numpy", "peft", "torch", "transformers"}

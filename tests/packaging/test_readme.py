@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+MEASURED = (ROOT / "docs" / "measurements.md").read_text()
+PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- end -->", re.S)
 
 
@@ -44,22 +46,22 @@ def test_tables_come_from_the_result_files():
 
 
 def test_every_section_is_there_once():
-    assert sorted(match[1] for match in SECTION.finditer(TEXT)) == sorted(tables.SECTIONS)
+    assert sorted(match[1] for match in SECTION.finditer(MEASURED)) == sorted(tables.SECTIONS)
 
 
 @pytest.mark.parametrize("name", tables.SECTIONS)
 def test_a_changed_number_is_noticed(name):
     """The last number of the section, or one more where it has none."""
-    body = next(match[2] for match in SECTION.finditer(TEXT) if match[1] == name)
+    body = next(match[2] for match in SECTION.finditer(MEASURED) if match[1] == name)
     changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), body)
-    altered = TEXT.replace(f"{name} -->\n{body}", f"{name} -->\n{changed if changed != body else body + '9'}")
-    assert altered != TEXT
-    assert tables.filled(altered) == TEXT
+    altered = MEASURED.replace(f"{name} -->\n{body}", f"{name} -->\n{changed if changed != body else body + '9'}")
+    assert altered != MEASURED
+    assert tables.pages.filled(altered, tables.SECTIONS) == MEASURED
 
 
 def test_an_unknown_section_is_noticed():
     with pytest.raises(KeyError):
-        tables.filled("<!-- other -->\n<!-- end -->")
+        tables.pages.filled("<!-- other -->\n<!-- end -->", tables.SECTIONS)
 
 
 def test_conditions_that_differ_are_all_named(tmp_path, monkeypatch):
@@ -78,9 +80,19 @@ def test_conditions_that_differ_are_all_named(tmp_path, monkeypatch):
 
 
 def test_named_files_exist():
-    named = set(re.findall(r"(?<![\w/.])(?:scripts|configs|tests|results|hf_memtune)/[\w/.-]*\w", TEXT + REFERENCE))
+    named = set(re.findall(r"(?<![\w/.])(?:scripts|configs|tests|results|hf_memtune)/[\w/.-]*\w", TEXT + PAGES))
     assert {"scripts/train.py", "configs/lm/seek.yaml"} <= named
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()) if "://" not in link]
+    assert len(links) > 30 and not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.splitlines()) < 200
 
 
 def test_named_targets_exist():
@@ -124,7 +136,8 @@ def test_the_programs_run(tmp_path):
     write_model(tmp_path / "my-model")
     texts = [" ".join(f"w{4 + (n + k) % 50}" for k in range(600 + n % 3)) for n in range(8)]
     write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
+    chat = [[{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text}] for text in texts]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chat])
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "w5 w6 ", "chosen": text, "rejected": text[::-1]} for text in texts])
     (comparison,) = blocks("diff")
     new_lines = [line[2:] for line in comparison.splitlines() if line.startswith("+ ")]
@@ -155,7 +168,8 @@ def write_model(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    template = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special).save_pretrained(folder)
 
 
 def test_the_log_keys_are_explained():

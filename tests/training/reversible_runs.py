@@ -43,8 +43,11 @@ def reversible(tmp_path, **settings):
 class TwinTrainer(MemEfficientTrainer):
     """The same coupled network under plain autograd."""
 
-    def training_step(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.preflight.looks = False  # that nothing runs again in backward is an error otherwise
+
+    def training_step(self, *args, **kwargs):
         with twin(self.reversible):
             return super().training_step(*args, **kwargs)
 

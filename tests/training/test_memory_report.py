@@ -72,7 +72,7 @@ def test_what_a_setting_saved_is_the_difference_of_two_steps(reported):
 def test_advice_is_a_setting_that_saves_what_it_says(reported):
     trainer = reported[0].trainer
     advice, shape = trainer.report_callback.report.advice, trainer.report_callback._shape
-    assert advice.exact and advice.setting == "per_device_train_batch_size=4, gradient_accumulation_steps=2"
+    assert advice.exact and advice.setting == "per_device_train_batch_size=4 with gradient_accumulation_steps=2"
     args = arguments(trainer.args.output_dir, memory_report=False, gradient_checkpointing=True, gradient_accumulation_steps=2, **PLAIN)
     followed = estimate(trainer.model, args, batch_size=4, sequence_length=shape.tokens, padded=shape.padded)
     assert followed.peak_bytes == advice.peak_bytes == trainer.report_callback.report.predicted.peak_bytes - advice.saved_bytes

@@ -7,6 +7,8 @@ import pytest
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, UnsupportedModelError
 from hf_memtune.forecast.ladder import Rung, ladder
 from hf_memtune.forecast.plan import make_plan, refusal
+from hf_memtune.levers.facts import Run
+from hf_memtune.levers.offers import smaller_micro_batches
 from hf_memtune.memory.account import CATEGORIES, MemoryAccount, PhaseBytes
 from hf_memtune.memory.estimate import MemoryEstimate
 
@@ -69,7 +71,7 @@ def arguments(tmp_path):
 
 
 def test_the_ladder_from_plain_training(arguments):
-    rungs = ladder(arguments(per_device_train_batch_size=4), 2048)
+    rungs = ladder(Run(arguments(per_device_train_batch_size=4), 4, 2048))
     assert [rung.name for rung in rungs] == [
         "as given", "logit-free loss", "activation checkpointing", "streaming, chunks of 512",
         "micro-batch of 2, accumulated 2 times", "micro-batch of 1, accumulated 4 times", "8-bit optimizer state", "LoRA, rank 16",
@@ -85,28 +87,35 @@ def test_the_ladder_from_plain_training(arguments):
 
 def test_every_rung_is_settings_that_hold_together(arguments):
     model = {"lora_r", "load_in_4bit"}
-    for rung in ladder(arguments(per_device_train_batch_size=2), 256):
+    for rung in ladder(Run(arguments(per_device_train_batch_size=2), 2, 256)):
         arguments(**{"per_device_train_batch_size": 2} | {name: value for name, value in rung.changes.items() if name not in model})
 
 
 @pytest.mark.parametrize(
     "given, absent",
     [
-        ({"token_seeking": True}, ("streaming", "logit-free", "token seeking")),
+        ({"token_seeking": True}, ("streaming", "logit-free", "token seeking, ratio 0.5", "token seeking, ratio 0.3")),
         ({"reversible": "centred"}, ("streaming", "logit-free", "activation checkpointing")),
         ({"sequence_chunk_size": 64}, ("streaming", "logit-free")),
         ({"activation_checkpointing": True}, ("activation checkpointing",)),
         ({"optim": "sgd"}, ("8-bit",)),
-        ({"per_device_train_batch_size": 3}, ("micro-batch",)),
+        ({"per_device_train_batch_size": 1}, ("micro-batch",)),
     ],
 )
 def test_what_is_given_is_no_rung(given, absent, arguments):
-    names = [rung.name for rung in ladder(arguments(**given), 1024)]
+    args = arguments(**given)
+    names = [rung.name for rung in ladder(Run(args, args.per_device_train_batch_size, 1024))]
     assert not [name for name in names if name.startswith(absent)]
     assert len(names) > 2
 
 
+@pytest.mark.parametrize("rows, expected", [(3, [(1, 3)]), (6, [(3, 2), (1, 6)]), (8, [(4, 2), (2, 4), (1, 8)])])
+def test_smaller_micro_batches_have_as_many_rows_in_a_step(rows, expected, arguments):
+    offered = [offer.changes for offer in smaller_micro_batches(Run(arguments(), rows))]
+    assert [(each["per_device_train_batch_size"], each["gradient_accumulation_steps"]) for each in offered] == expected
+
+
 def test_adapters_that_are_there_are_no_rung(arguments):
-    names = [rung.name for rung in ladder(arguments(), 64, lora_rank=8, four_bits=True)]
+    names = [rung.name for rung in ladder(Run(arguments(), 8, 64, lora_rank=8, four_bits=True))]
     assert not [name for name in names if "LoRA" in name]
-    assert not [rung for rung in ladder(arguments(token_seeking=True), 64) if rung.is_exact]
+    assert not [rung for rung in ladder(Run(arguments(token_seeking=True), 8, 64)) if rung.is_exact]

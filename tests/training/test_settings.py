@@ -197,9 +197,9 @@ def test_they_are_allowed_without_a_strategy(tmp_path):
 def test_sharding_that_accelerate_was_told_of_is_refused(tmp_path, name):
     """`accelerate launch` may have been configured for it, of which the arguments know nothing."""
     trainer = trainer_for(llama(), arguments(tmp_path), ROWS)
-    assert trainer._problems(None) == []
+    assert trainer._problems_of_method(None) == []
     setattr(trainer, name, True)
-    assert "accelerate is configured" in trainer._problems(None)[0]
+    assert "accelerate is configured" in trainer._problems_of_method(None)[0]
 
 
 @pytest.mark.parametrize("setting", [{}, {"token_seeking": False, "token_ratio": None, "context_normalize": None, "reversible": "centred"}])

@@ -20,6 +20,7 @@ from hf_memtune import (
     StreamingCallback,
 )
 from hf_memtune.core.owed import OwedSums
+from hf_memtune.levers.table import lever_of
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from hf_memtune.training.launch import problems_of_launch
 from tests.methods.tiny_models import tiny_model
@@ -356,7 +357,7 @@ def test_of_fsdp_that_accelerate_was_told_of_the_first_is_refused(tmp_path, vers
     trainer = trainer_for(llama(), arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK), ROWS)
     trainer.is_fsdp_enabled, plugin = True, SimpleNamespace(fsdp_version=version)
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    assert bool(problems_of_launch(trainer, "sequence_chunk_size")) == is_refused
+    assert bool(problems_of_launch(trainer, lever_of("sequence_chunk_size"))) == is_refused
 
 
 @pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_distributed_loading_by_transformers"])

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversib
 from hf_memtune.methods.reversible.start import StartReport
 from hf_memtune.methods.two_level import TwoLevelHandle, checkpoint_in_two_levels
 from hf_memtune.settings.reversible import ReversibleConfig
+from hf_memtune.training.restorable import Restorable
 from hf_memtune.training.rng import preserved_rng
 
 logger = logging.getLogger(__name__)
 
 
-class ReversibleCallback(TrainerCallback):
+class ReversibleCallback(TrainerCallback, Restorable):
     """Makes the layers of a model reversible, and measures on the first batch whether the inverse holds.
 
     The layers change when the Trainer is made, not when training begins: by then the optimizer has been given its parameters, and
@@ -61,6 +63,16 @@ class ReversibleCallback(TrainerCallback):
         if self.require_exact:
             raise InverseError(f"{message} reversible_require_exact=False trains nevertheless.")
         logger.warning(message)
+
+    def keep(self) -> Callable[[], None]:
+        """How near to overflow the streams came."""
+        bits = [] if self.handle is None else [(shared, shared.headroom_bits) for shared in self.handle.shared]
+
+        def restore() -> None:
+            for shared, number in bits:
+                shared.headroom_bits = number
+
+        return restore
 
     def remove(self) -> None:
         """Take the layers and their adapters out of the model. May be called twice."""

@@ -1,6 +1,7 @@
 """What a trainer does of layers that are changed: puts them in, verifies, saves and loads. The steps themselves are plain."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.levers.table import CHECKPOINT_LEVELS, REVERSIBLE, lever_of
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.methods.seeking.method import resolve_scorer
 from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.reversible import ReversibleConfig
-from hf_memtune.training.arguments import UNSHARDED
 from hf_memtune.training.launch import problems_of_devices, problems_of_launch
 from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible
@@ -57,20 +58,20 @@ class ReversibleMixin:
             found.append("reversible: got the handle of another model, expected that of the trainer's.")
         if handle is None and not (self.args.is_reversible or self.args.checkpoint_levels):
             return found
-        strategy = "checkpoint_levels" if self.args.checkpoint_levels else "reversible"
         if self.args.is_reversible and self.model_init is not None:
             found.append("model_init: got a function with reversible: it makes models whose layers are not. Pass a model.")
         if self.args.is_reversible and self.optimizer is not None:
             found.append("optimizers: got one that was made before the adapters. Set optim, or override create_optimizer.")
         if self._is_launch_refused:
             return found
-        return found + [*problems_of_devices(self.args, strategy), *problems_of_launch(self, strategy, f": {UNSHARDED}")]
+        lever = CHECKPOINT_LEVELS if self.args.checkpoint_levels else REVERSIBLE
+        return found + [*problems_of_devices(self.args, lever), *problems_of_launch(self, lever)]
 
     @property
     def _is_launch_refused(self) -> bool:
         """By token seeking or streaming, which has named its problems already."""
-        switch = self.args.switch
-        return bool(switch and (problems_of_devices(self.args, switch) or problems_of_launch(self, switch)))
+        lever = self.args.switch and lever_of(self.args.switch)
+        return bool(lever and (problems_of_devices(self.args, lever) or problems_of_launch(self, lever)))
 
     def _prepare_layers(self, scorer: TokenScorer | None, handle: ReversibleHandle | None) -> None:
         self._layer_settings, self._is_verified = self._layer_arguments(), False
@@ -145,7 +146,7 @@ class ReversibleMixin:
             return
         self.model.train()
         batch = model_inputs_alone(unwrapped(self.model), self._prepare_inputs(batches[0]))
-        with self.compute_loss_context_manager():
+        with nullcontext() if self.method is None else self.method.aside(), self.compute_loss_context_manager():
             self.reversible_callback.verify(batch, self.args.device)
         self._is_verified = True
 

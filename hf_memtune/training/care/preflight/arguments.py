@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from hf_memtune.training.care.recovery.advice import optimizer_name, steps_in_backward
+from hf_memtune.levers.facts import optimizer_name, steps_in_backward
 
 
 @dataclass

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from hf_memtune.memory import StepLedger, peak_device_bytes, reset_peak_device_bytes
-from hf_memtune.training.care.preflight.levers import LeverWatch
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.snapshot import everything_restored
+from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.care.recovery.advice import advice
+from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.savings import BatchShape
+from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes
 
 _STEPS_OF_A_SCALER = 12  # at most, until its scale has fallen so far that the optimizer steps
@@ -21,8 +23,8 @@ _MICRO_BATCHES = 2  # of an accumulation: gradients are made in the first, and a
 class Flight:
     """One preflight on one batch."""
 
-    def __init__(self, trainer: Any, longest: Longest):
-        self.trainer, self.longest = trainer, longest
+    def __init__(self, trainer: RunningTrainer, longest: Longest, halving: HalvingSteps):
+        self.trainer, self.longest, self.halving = trainer, longest, halving
         self.report = PreflightReport(str(trainer.args.device), longest.rows, longest.tokens, longest.why, BatchShape.of(longest.batch))
         self._phase = "training"
         self._peaks: dict[str, int] = {}
@@ -30,16 +32,16 @@ class Flight:
     def run(self) -> None:
         """Raises what training on the batch would raise. Everything is as it was afterwards, but for `report`."""
         trainer, args = self.trainer, self.trainer.args
-        watch = trainer.preflight.watch = LeverWatch(trainer, is_longest=self.longest.tokens is not None)
-        was_on, trainer.halving.is_on = trainer.halving.is_on, False
+        watch = LeverWatch(trainer, is_longest=self.longest.tokens is not None)
+        was_on, self.halving.is_on = self.halving.is_on, False
         try:
             with everything_restored(trainer):
-                self._train_twice()
+                self._train_twice(watch)
                 watch.require()
                 if args.eval_strategy != "no" or args.eval_on_start:
                     self._evaluate()
         finally:
-            trainer.preflight.watch, trainer.halving.is_on = None, was_on
+            self.halving.is_on = was_on
             reset_peak_device_bytes(args.device)
         self.report.allocator_peaks = self._peaks or None
         self.report.device_bytes = _device_bytes(args.device)
@@ -58,11 +60,11 @@ class Flight:
 
     # -- training
 
-    def _train_twice(self) -> None:
+    def _train_twice(self, watch: LeverWatch) -> None:
         """The first step makes the state of the optimizer, which is there from the beginning of the second, and of all others."""
         scaler = self.trainer.accelerator.scaler
         for _ in range(1 if scaler is None else _STEPS_OF_A_SCALER):
-            self._train(self.trainer.preflight.watch.watching())
+            self._train(watch.watching())
             if not self.trainer.accelerator.optimizer_step_was_skipped:
                 break
         ledger = self._ledger()
@@ -103,8 +105,8 @@ class Flight:
         inputs = trainer._prepare_inputs(self.longest.batch) if inputs is None else inputs
         tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
         ledger = StepLedger(trainer.model_wrapped, getattr(trainer.optimizer, "optimizer", trainer.optimizer), tensors)
-        if trainer.strategy_callback is not None:
-            ledger.watch(trainer.strategy_callback.strategy)
+        if trainer.method is not None:
+            ledger.watch(trainer.method)
         return ledger
 
     # -- evaluation

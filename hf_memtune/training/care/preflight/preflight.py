@@ -3,67 +3,64 @@
 A run that will need more memory than there is fails in its first minute, and not hours in, on one long batch, or in evaluation.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
 from hf_memtune.training.care.preflight.flight import Flight
-from hf_memtune.training.care.preflight.levers import LeverWatch
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
+from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.care.recovery.advice import first_line, is_out_of_memory
+from hf_memtune.training.care.recovery.halving import HalvingSteps
+from hf_memtune.training.running import RunningTrainer
 
 
-class Preflight:
-    """One for a trainer.
+class Preflight(TrainerCallback):
+    """Before the first step of a training, a flight if the arguments ask for one; else the first step itself is looked at on the way.
 
-    report: what the last one found, or None. watch: notes which levers act in the step at hand, or None. looks: False where a trainer
-    takes what is on out of the model on purpose, in its own training_step: without a preflight the first step is then not looked at.
+    It has to be told of a step before whoever measures steps. report: what the last flight found, or None. looks: False where a trainer
+    takes what is on out of the model on purpose, in its own training_step: without a flight the first step is then not looked at.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer, self.report, self.looks = trainer, None, True
-        self.watch: LeverWatch | None = None
-        self._is_due, self._looked = False, None
+    def __init__(self, trainer: RunningTrainer, halving: HalvingSteps):
+        self.trainer, self.halving, self.looks = trainer, halving, True
+        self.report: PreflightReport | None = None
+        self._is_due, self._open, self._watch = False, ExitStack(), None
 
-    def begin_training(self) -> None:
-        """The next step is the first one."""
-        self._is_due, self._looked = True, None
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.close()
+        self._is_due = True  # again where a batch that did not fit is halved: training begins again
 
-    def before_step(self, batches: list[dict[str, Any]]) -> None:
-        """Before each step. batches: those of the step, for data sets that cannot be looked through."""
-        if self._looked is not None:  # in the first step: now the optimizer has its state
-            looked, self._looked = self._looked, None
-            looked.require()
-        if not self._is_due or not batches or not self.trainer.args.preflights or self._is_rehearsal:
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self._is_due or not self.trainer.batches_of_step or self._is_rehearsal:
             return
+        if args.preflights:
+            self.report = self._fly(self.trainer.batches_of_step)
+            self.report.tell(self.trainer)
+        elif self.looks and not args.torch_compile:
+            self._watch = LeverWatch(self.trainer, is_longest=False)
+            self._open.enter_context(self._watch.watching())
         self._is_due = False
-        try:
-            self.report = self._fly(batches)
-        except BaseException:
-            self._is_due = True  # where a batch that did not fit is halved, training begins again
-            raise
-        self.report.tell(self.trainer)
 
-    @contextmanager
-    def first_step(self) -> Iterator[None]:
-        """Around every micro-batch: in the first of a training without preflight, whether the levers act is looked at on the way."""
-        is_off = not self.looks or self.trainer.args.torch_compile or self._is_rehearsal
-        if not self._is_due or self.trainer.args.preflights or is_off:
-            yield
-            return
-        self._is_due = False
-        self.watch = LeverWatch(self.trainer, is_longest=False)
-        try:
-            with self.watch.watching():
-                yield
-            self.watch.require()
-        finally:
-            self._looked, self.watch = self.watch, None
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._open.close()
+        if self._watch is not None:
+            self._watch.require()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._watch is not None:
+            watch, self._watch = self._watch, None
+            watch.require()  # now the optimizer has its state
+
+    def close(self) -> None:
+        """No longer look at a step that was left in the middle. May be called twice."""
+        self._open.close()
+        self._watch = None
 
     @property
     def _is_rehearsal(self) -> bool:
@@ -77,7 +74,7 @@ class Preflight:
         if found is None:
             why = "the first batch: a data set without length cannot be looked through, so its longest row is not known"
             found = Longest(batches[0], _rows(batches[0]), None, why)
-        flight, failure = Flight(self.trainer, found), None
+        flight, failure = Flight(self.trainer, found, self.halving), None
         try:
             flight.run()
         except Exception as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_memtune.memory import MemoryAccount, PhaseBytes
 from hf_memtune.training.care.report.savings import BatchShape, savings_of
+from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class PreflightReport:
                 "the figures. preprocess_logits_for_metrics or eval_accumulation_steps make it less."
             )
 
-    def predict(self, trainer: Any) -> None:
+    def predict(self, trainer: RunningTrainer) -> None:
         """Fill in `predicted`, or a note that says why there is none."""
         if (savings := savings_of(trainer, self.shape, self.notes)) is not None:
             self.predicted = savings.predicted
@@ -87,7 +88,7 @@ class PreflightReport:
         hint = ": little is left for fragmentation, so that memory may run out later" if share > _TIGHT else ""
         return f", {100 * share:.0f} % of the device{hint}"
 
-    def tell(self, trainer: Any) -> None:
+    def tell(self, trainer: RunningTrainer) -> None:
         """Print it, once, as the Trainer prints its logs; where its bars are off, to the log."""
         if not trainer.is_world_process_zero():
             return

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_memtune.training.restorable import keep_callbacks
 from hf_memtune.training.rng import preserved_rng
+from hf_memtune.training.running import RunningTrainer
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @contextmanager
-def everything_restored(trainer: Any) -> Iterator[None]:
+def everything_restored(trainer: RunningTrainer) -> Iterator[None]:
     """Whatever training steps do meanwhile is undone at the end, also where they fail.
 
     Restored: trained parameters, buffers and plain attributes of modules (counters, training mode); state, settings and counters of the
@@ -35,10 +37,10 @@ def everything_restored(trainer: Any) -> Iterator[None]:
             trainer.model.zero_grad(set_to_none=True)
 
 
-def _kept_of_trainer(trainer: Any) -> Iterator[Callable[[], None]]:
+def _kept_of_trainer(trainer: RunningTrainer) -> Iterator[Callable[[], None]]:
     yield keep_module(trainer.model)
     yield keep_plain(trainer)
-    yield keep_plain(trainer.memory_callback)
+    yield keep_callbacks(trainer)
     optimizer = trainer.optimizer
     yield keep_optimizer(getattr(optimizer, "optimizer", optimizer))
     yield keep_plain(optimizer)
@@ -107,23 +109,14 @@ def _keep_state_dict(owner: Any) -> Callable[[], None]:
     return lambda: owner.load_state_dict(state)
 
 
-def _keep_flags(trainer: Any) -> Callable[[], None]:
-    """Which micro-batch of an accumulation this is, what was selected last, and how near to overflow reversible streams came."""
-    gradients, method = trainer.accelerator.gradient_state, trainer.strategy_callback
-    syncs, tokens = gradients.sync_gradients, dict(trainer.memory_callback._tokens)
-    names = ("last_selection", "inputs", "_learned")
-    held = {} if method is None else {name: vars(method)[name] for name in names if name in vars(method)}
-    last_inputs = trainer.full_loss._last_inputs
-    shared = [] if trainer.reversible is None else [(each, each.headroom_bits) for each in trainer.reversible.shared]
+def _keep_flags(trainer: RunningTrainer) -> Callable[[], None]:
+    """Which micro-batch of an accumulation this is, and the batches of the step that waits."""
+    gradients, batches = trainer.accelerator.gradient_state, trainer.batches_of_step
+    syncs = gradients.sync_gradients
 
     def restore() -> None:
         gradients._set_sync_gradients(syncs)
-        trainer.memory_callback._tokens = tokens
-        trainer.full_loss._last_inputs = last_inputs
-        if method is not None:
-            vars(method).update(held)
-        for each, bits in shared:
-            each.headroom_bits = bits
+        trainer.batches_of_step = batches
 
     return restore
 

@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_memtune.errors import MemTuneError
+from hf_memtune.levers.facts import steps_in_backward
 from hf_memtune.methods.overrides import instance_attribute
-from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory, steps_in_backward
+from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory
 from hf_memtune.training.care.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
+from hf_memtune.training.restorable import keep_callbacks
 from hf_memtune.training.rng import Generators, preserved_rng
+from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +45,23 @@ class _MicroBatch:
     rows_at_most: int | None
 
 
-class HalvingSteps:
+class HalvingSteps(TrainerCallback):
     """Runs the training steps of one trainer, in parts where they do not fit.
 
     rows_at_most: rows that run at a time; None: as many as there are. is_on: False lets the error through: in a preflight, under
     auto_find_batch_size, whose way is another, and where backward changes weights or processes hold parts of one model.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: RunningTrainer):
         self.trainer, self.is_on = trainer, _can_run_again(trainer)
         self.rows_at_most: int | None = None
         self._is_sum: bool | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """The next accumulated batch begins."""
         self._done: list[_MicroBatch] = []
-        self._tokens = dict(self.trainer.memory_callback._tokens)
+        self._take_back: Callable[[], None] = keep_callbacks(trainer)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._done = []
+        self._take_back = keep_callbacks(self.trainer)
 
     def run(self, step: Step, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of one training step, whose gradient is then there."""
@@ -84,9 +88,8 @@ class HalvingSteps:
 
     def _again(self, step: Step, model: Any, now: _MicroBatch) -> tuple[Tensor | None, str | None]:
         """From the first micro-batch of the accumulated batch to this one."""
-        trainer = self.trainer
         model.zero_grad()
-        trainer.memory_callback._tokens = dict(self._tokens)
+        self._take_back()
         fitted, failure = None, None
         for batch in [*self._done, now]:
             batch.generators.restore()
@@ -175,13 +178,13 @@ def _shared(compute_loss: Callable, share: float, *args, **kwargs) -> Any:
     return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
 
 
-def _with_own_loss(trainer: Any) -> str | None:
+def _with_own_loss(trainer: RunningTrainer) -> str | None:
     """The class, if any, whose loss is neither the model's own nor a sum over its tokens, as that of trl's SFTTrainer is."""
     kind = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers") or kind.__name__ == "SFTTrainer"
     return None if is_known else kind.__name__
 
 
-def _can_run_again(trainer: Any) -> bool:
+def _can_run_again(trainer: RunningTrainer) -> bool:
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     return not (trainer.args.auto_find_batch_size or steps_in_backward(trainer.args) or is_sharded)

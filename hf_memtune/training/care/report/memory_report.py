@@ -12,11 +12,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory import MemoryAccount
+from hf_memtune.training.callbacks import MemoryCallback
+from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.preflight.report import PreflightReport
-from hf_memtune.training.care.recovery.advice import optimizer_name
+from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.savings import Advice, BatchShape, Lever, savings_of
 from hf_memtune.training.care.report.step_account import StepAccountCallback
+from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +73,9 @@ class MemoryReportCallback(TrainerCallback):
     `report`: what was written last, or None. MemEfficientTrainer adds it by itself.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer, self.report = trainer, None
+    def __init__(self, trainer: RunningTrainer, memory: MemoryCallback, preflight: Preflight, halving: HalvingSteps):
+        self.trainer, self.memory, self.preflight, self.halving = trainer, memory, preflight, halving
+        self.report: MemoryReport | None = None
         self._taken: StepAccountCallback | None = None
         self._shape: BatchShape | None = None
 
@@ -79,7 +84,7 @@ class MemoryReportCallback(TrainerCallback):
         if args.reports and not args.preflights:
             step = state.global_step + (state.max_steps - state.global_step > 1)
             self._taken = StepAccountCallback(self.trainer, step)
-            self.trainer.memory_callback.left_out = {step}  # two traces of one step would have to end in the order they do not
+            self.memory.left_out = {step}  # two traces of one step would have to end in the order they do not
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._taken is not None:
@@ -113,7 +118,7 @@ class MemoryReportCallback(TrainerCallback):
             return None
         notes = list(found.notes)
         predicted, levers, advice = self._savings(found, notes)
-        if (at_most := self.trainer.halving.rows_at_most) is not None:
+        if (at_most := self.halving.rows_at_most) is not None:
             notes.append(f"Memory ran out later on: since then {at_most} rows ran at a time.")
         words = found.batch_in_words
         return MemoryReport(found.account, predicted, found.allocator_peaks, words, self._conditions(), levers, advice, notes)
@@ -122,7 +127,7 @@ class MemoryReportCallback(TrainerCallback):
         """Of the preflight; without one, of the step that was taken account of, in the same form."""
         taken, shape = self._taken, self._shape
         if taken is None or taken.account is None:
-            return self.trainer.preflight.report
+            return self.preflight.report
         rows = self.trainer.args.per_device_train_batch_size if shape is None else shape.rows
         tokens = None if shape is None else shape.tokens
         return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account)

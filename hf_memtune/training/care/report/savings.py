@@ -6,16 +6,19 @@ A peak is that of `estimate`, in which the trainer itself runs a step on tensors
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
+from hf_memtune.levers.facts import checkpoint_names
+from hf_memtune.levers.table import LEVERS, offers_of
 from hf_memtune.methods.overrides import not_checkpointing
-from hf_memtune.training.care.recovery.advice import checkpoints, optimizer_name
+from hf_memtune.training.care.recovery.advice import run_of
 from hf_memtune.training.rng import preserved_rng
+from hf_memtune.training.running import RunningTrainer
 
 _WORTH_NAMING = 0.02  # of the peak: less is not worth a change
 
@@ -64,7 +67,7 @@ class Advice:
 class Savings:
     """Estimates around one batch shape of a trainer, between steps or after training. predicted: that of its settings, if it is known."""
 
-    def __init__(self, trainer: Any, shape: BatchShape, predicted: Any = None):
+    def __init__(self, trainer: RunningTrainer, shape: BatchShape, predicted: Any = None):
         self.trainer, self.args, self.shape = trainer, trainer.args, shape
         self.predicted = self._estimate() if predicted is None else predicted
 
@@ -85,19 +88,19 @@ class Savings:
     def advice(self) -> Advice | None:
         """The best setting that is not on."""
         peak, found = self.predicted.peak_bytes, []
-        for setting, changes, rows, exact in self._candidates():
-            bytes_then = self._try(changes, rows=rows)
+        for setting, changes, exact in self._candidates():
+            bytes_then = self._try(changes, rows=changes.get("per_device_train_batch_size"))
             if isinstance(bytes_then, int) and peak - bytes_then > _WORTH_NAMING * peak:
                 found.append(Advice(setting, bytes_then, peak - bytes_then, exact))
         return max(found, key=lambda advice: (advice.exact, advice.saved_bytes), default=None)
 
     # -- one estimate
 
-    def _estimate(self, changes: dict[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
+    def _estimate(self, changes: Mapping[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
         if self.trainer.estimate is None:
             raise MemTuneError("no forecast was handed to this trainer: import its class from hf_memtune")
         args = copy.copy(self.args)
-        vars(args).update({"memory_preflight": False, "memory_report": False} | (changes or {}))
+        vars(args).update({"memory_preflight": False, "memory_report": False} | dict(changes or {}))
         with preserved_rng(args.device):  # a trainer that is made sets the seed
             found = self.trainer.estimate(
                 self.trainer.model if model is None else model, args, batch_size=rows or self.shape.rows,
@@ -114,7 +117,7 @@ class Savings:
         if touched:
             raise MemTuneError("the forward of the model is a function that no copy of it has")
 
-    def _try(self, changes: dict[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
+    def _try(self, changes: Mapping[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
         """The peak, or why there is none."""
         try:
             with around():
@@ -124,21 +127,12 @@ class Savings:
 
     # -- settings
 
-    def _enabled(self) -> Iterator[tuple[str, dict[str, Any] | None, Any]]:
-        args = self.args
-        if args.token_seeking:
-            name = f"token_seeking, token_ratio={args.token_ratio:g}, token_gradient={args.token_gradient}"
-            yield name, {"token_seeking": False, "sequence_chunk_size": None, "kv_offload": False}, nullcontext
-        elif args.streams:
-            yield f"sequence_chunk_size={args.sequence_chunk_size}", {"sequence_chunk_size": None, "kv_offload": False}, nullcontext
-        if checkpoints(args):
-            yield "gradient_checkpointing", dict.fromkeys(_checkpoint_names(args), False), self._without_checkpoints
-        if args.checkpoint_levels:
-            yield f"checkpoint_levels={args.checkpoint_levels}", {"checkpoint_levels": None}, nullcontext
-        if self.trainer.reversible is not None:
-            yield f"reversible={args.reversible}", None, nullcontext
-        if "8bit" in optimizer_name(args):
-            yield f"optim={optimizer_name(args)}", {"optim": "adamw_torch"}, nullcontext
+    def _enabled(self) -> Iterator[tuple[str, Mapping[str, Any] | None, Any]]:
+        """Setting, what takes it out, and what has to be around a step without it."""
+        for lever in LEVERS:
+            if lever.is_on(self.args) and (written := lever.written(self.args)):
+                is_checkpointing = lever.name == "gradient_checkpointing"
+                yield written, lever.off(self.args), self._without_checkpoints if is_checkpointing else nullcontext
 
     @contextmanager
     def _without_checkpoints(self) -> Iterator[None]:
@@ -153,26 +147,14 @@ class Savings:
                 for module, hooks in hooked:
                     module._forward_hooks = hooks
 
-    def _candidates(self) -> Iterator[tuple[str, dict[str, Any], int | None, bool]]:
-        """Setting, what it changes, rows of a micro-batch, whether the gradient stays exact."""
-        args, rows, tokens = self.args, self.shape.rows, self.shape.tokens
-        if rows > 1:
-            steps = 2 * args.gradient_accumulation_steps
-            setting = f"per_device_train_batch_size={rows // 2}, gradient_accumulation_steps={steps}"
-            yield setting, {"gradient_accumulation_steps": steps}, rows // 2, True
-        layers_run_again = checkpoints(args) or args.checkpoint_levels or self.trainer.reversible is not None
-        if not layers_run_again:
-            yield "gradient_checkpointing=True", dict.fromkeys(_checkpoint_names(args), True), None, True
-        if not args.token_seeking and self.trainer.reversible is None:
-            chunk = args.sequence_chunk_size or 2 * min(512, tokens)
-            if (smaller := chunk // 2) >= 16:
-                yield f"sequence_chunk_size={smaller}", {"sequence_chunk_size": smaller}, None, True
-        if optimizer_name(args).startswith("adamw_torch"):
-            yield "optim=adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}, None, True
-        if not args.token_seeking:
-            yield "token_seeking=True", {"token_seeking": True, "sequence_chunk_size": None}, None, False
-        elif args.token_ratio > 0.1:
-            yield f"token_ratio={args.token_ratio / 2:g}", {"token_ratio": args.token_ratio / 2}, None, False
+    def _candidates(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Setting, what it changes of the arguments, whether the gradient stays exact. What changes the model itself is not traced here."""
+        for offer in offers_of(run_of(self.trainer, self.shape.rows, self.shape.tokens), one_each=True):
+            changes = dict(offer.changes)
+            if offer.missing is None and all(hasattr(self.args, name) for name in changes):
+                if "activation_checkpointing" in changes:
+                    changes |= dict.fromkeys(checkpoint_names(self.args), True)
+                yield offer.setting, changes, offer.is_exact
 
 
 def _is_for_checkpoints(hook: Any) -> bool:
@@ -180,11 +162,7 @@ def _is_for_checkpoints(hook: Any) -> bool:
     return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
 
 
-def _checkpoint_names(args: Any) -> list[str]:
-    return [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]
-
-
-def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
+def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
     """What can be predicted; None, and a note that says why, where nothing can."""
     why, own = None, _own_steps(trainer)
     if shape is None:
@@ -205,7 +183,7 @@ def savings_of(trainer: Any, shape: BatchShape | None, notes: list[str], predict
     return None
 
 
-def _own_steps(trainer: Any) -> str | None:
+def _own_steps(trainer: RunningTrainer) -> str | None:
     """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
     for kind in type(trainer).__mro__:
         is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")

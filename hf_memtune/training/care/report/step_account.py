@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import TrainerCallback
 
 from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.step_ledger import StepLedger
+from hf_memtune.training.running import RunningTrainer
 
 
 class StepAccountCallback(TrainerCallback):
@@ -23,7 +22,7 @@ class StepAccountCallback(TrainerCallback):
         taken.account.peak_bytes
     """
 
-    def __init__(self, trainer: Any, step: int = 1, names: bool = True):
+    def __init__(self, trainer: RunningTrainer, step: int = 1, names: bool = True):
         self.trainer, self.step, self.names = trainer, step, names
         self.ledger: StepLedger | None = None
         self.account: MemoryAccount | None = None
@@ -38,9 +37,8 @@ class StepAccountCallback(TrainerCallback):
         self.ledger = StepLedger(model, optimizer, inputs, names=self.names)
         self.ledger.__enter__()
         self._is_open = True
-        strategy = getattr(self.trainer.strategy_callback, "strategy", None)
-        if strategy is not None:
-            self.ledger.watch(strategy)
+        if self.trainer.method is not None:
+            self.ledger.watch(self.trainer.method)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.close()

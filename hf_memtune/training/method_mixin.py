@@ -1,0 +1,67 @@
+"""What a trainer does of the method that its arguments turn on: checks it, and gives it to a callback. Steps are transformers' own."""
+
+from hf_memtune._compat import forbid_4bit_repacking
+from hf_memtune.architectures import describe
+from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.core.selection import Selection
+from hf_memtune.levers.table import lever_of
+from hf_memtune.methods.method import Method
+from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.training.callbacks import MethodCallback, StreamingCallback, TokenSeekingCallback
+from hf_memtune.training.launch import problems_of, problems_of_launch
+from hf_memtune.training.requests import problems_of_seeking
+from hf_memtune.training.smoothing import LabelSmootherOnDemand
+
+
+class MethodMixin:
+    """Exact streaming and token seeking in a Trainer; a part of MemEfficientMixin.
+
+    strategy_callback: has the method that is on, or None.
+    """
+
+    strategy_callback: MethodCallback | None = None
+
+    @property
+    def last_selection(self) -> Selection | dict[str, Selection] | None:
+        """Which tokens the last call of the model in training kept (a dict by stack for encoder-decoder models), or None."""
+        return getattr(self.strategy_callback, "last_selection", None)
+
+    @property
+    def method(self) -> Method | None:
+        """What is on the model at present."""
+        return None if self.strategy_callback is None else self.strategy_callback.strategy
+
+    def _problems_of_method(self, token_scorer: TokenScorer | None) -> list[str]:
+        """What only a Trainer can see: the arguments are checked when they are made."""
+        found = problems_of_seeking(self.args, token_scorer, self.train_dataset)
+        if self.args.switch:
+            lever = lever_of(self.args.switch)
+            found += [*problems_of(self.args, lever), *problems_of_launch(self, lever)]
+        return found
+
+    def _prepare_method(self, token_scorer: TokenScorer | None) -> None:
+        if not self.args.switch:
+            return
+        forbid_4bit_repacking(self.model)  # for good: an evaluation before or between trainings must not spoil the weights
+        if getattr(self, "label_smoother", None) is not None:
+            self.label_smoother = LabelSmootherOnDemand(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+        config = self._method_settings()
+        seeks = self.args.token_seeking
+        self.strategy_callback = TokenSeekingCallback(config, token_scorer, trainer=self) if seeks else StreamingCallback(config)
+        self.strategy_callback.listeners.append(self.memory_callback)
+        self.add_callback(self.strategy_callback)
+
+    def _method_settings(self) -> StreamingConfig | None:
+        """The settings of the method that the arguments turn on."""
+        if self.args.token_seeking:
+            settings = TokenSeekingConfig.of(self.args)
+            return settings if describe(self.model).task.loss_per_token else settings.for_row_loss()
+        return StreamingConfig.of(self.args) if self.args.streams else None
+
+    def _load_callback_state(self) -> None:
+        """transformers makes stateful callbacks anew from a checkpoint; ours belongs to this trainer and reads its state itself."""
+        if self.strategy_callback is None:
+            return super()._load_callback_state()
+        self.callback_handler.callbacks.remove(self.strategy_callback)
+        super()._load_callback_state()
+        self.add_callback(self.strategy_callback)

@@ -1,0 +1,112 @@
+"""The longest row and the largest batch that fit: the search on made-up bytes, and on estimates."""
+
+from functools import partial
+
+import pytest
+from transformers import LlamaConfig
+
+from hf_memtune import MemEfficientTrainingArguments, estimate
+from hf_memtune.forecast.ladder import Rung
+from hf_memtune.forecast.longest import largest
+from hf_memtune.forecast.plan import make_plan
+from hf_memtune.memory.cards import ALLOCATOR_SHARE, CARDS, CONTEXT_BYTES, Room
+from hf_memtune.units import GIB
+
+LINES = {
+    "one line": lambda n: 1000 + 7 * n,
+    "the larger of two": lambda n: max(5000 + n, 1000 + 9 * n),
+    "the largest of three": lambda n: max(9000, 5000 + 3 * n, 40 * n - 20000),
+    "a square": lambda n: 100 + n * n,
+    "no growth": lambda n: 10,
+    "steps": lambda n: 500 * (n // 100) + 10,
+}
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("budget", [9, 1200, 9050, 30_000])
+def test_it_is_the_largest_that_fits(name, budget, unit):
+    at_most = 1003
+    fitting = [size for size in range(unit, at_most + 1, unit) if LINES[name](size) <= budget]
+    found = largest(LINES[name], budget, unit, at_most)
+    assert found.size == max(fitting, default=0)
+    if found.size:
+        assert found.bytes == LINES[name](found.size) <= budget
+    if found.size + unit <= at_most:
+        assert found.bytes_beyond == LINES[name](found.size + unit) > budget
+    else:
+        assert found.bytes_beyond is None
+
+
+def test_a_line_takes_four_traces():
+    assert len(largest(lambda n: 1000 + 7 * n, 10**6, 1, 10**9).sizes) == 4
+    assert len(largest(lambda n: max(5 * 10**5 + n, 9 * n), 10**6, 1, 10**9).sizes) <= 7
+
+
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
+    max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return partial(MemEfficientTrainingArguments, str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize("settings, unit", [({}, 32), ({"sequence_chunk_size": 16, "activation_checkpointing": True}, 16)], ids=["plain", "stream"])
+def test_the_longest_row_of_a_model(arguments, settings, unit):
+    """Estimated, and one step beyond it, which does not fit."""
+    args = arguments(**settings)
+    budget = estimate(CONFIG, args, sequence_length=5 * unit).peak_bytes + 1
+    found = largest(lambda tokens: estimate(CONFIG, args, sequence_length=tokens).peak_bytes, budget, unit, 4096)
+    assert found.size == 5 * unit and found.bytes <= budget < found.bytes_beyond
+
+
+def test_offloaded_keys_and_values_are_no_memory_of_the_device(arguments):
+    args = arguments(sequence_chunk_size=16, activation_checkpointing=True)
+    kept = estimate(CONFIG, args, sequence_length=128)
+    vars(args)["kv_offload"] = True  # on a CPU it is refused: host and device are one there
+    moved, whole = (estimate(CONFIG, args, sequence_length=128, every_layer=every) for every in (False, True))
+    assert moved.peak_bytes == whole.peak_bytes < kept.peak_bytes
+    assert kept.by_category["stored_kv"] > 0 == moved.by_category["stored_kv"]
+    assert min(moved.by_category.values()) >= 0
+
+
+def test_a_card_has_less_room_than_memory():
+    room = Room.of_card("RTX4090")
+    assert CARDS["rtx4090"] == 24 and room.tensor_bytes == int((24 * GIB - CONTEXT_BYTES) / (1 + ALLOCATOR_SHARE))
+    assert "24 GiB less an allowance of 2.09 GiB" in room.source
+    with pytest.raises(KeyError):
+        Room.of_card("abacus")
+
+
+# -- plans
+
+
+def test_what_cannot_fit_is_not_traced(arguments):
+    rungs = [Rung("as given", "exact", {}), Rung("smaller", "exact", {"small": True})]
+    traced = []
+
+    def predict(changes):
+        traced.append(changes)
+        return estimate(CONFIG, arguments(), sequence_length=32)
+
+    floor = lambda changes: 10 if changes else 10**12  # noqa: E731
+    plan = make_plan(rungs, predict, 10**11, floor=floor)
+    assert traced == [{"small": True}] and plan.chosen.rung.name == "smaller"
+    assert plan.steps[0].at_least == 10**12 and not plan.steps[0].fits
+
+
+def test_where_evaluation_sets_the_peak_its_batch_is_made_smaller(arguments):
+    def predict(changes):
+        rows = changes.get("per_device_eval_batch_size", 64)
+        args = arguments(per_device_eval_batch_size=rows, eval_strategy="steps", eval_steps=1)
+        return estimate(CONFIG, args, sequence_length=64)
+
+    budget = predict({"per_device_eval_batch_size": 1}).peak_bytes
+    assert predict({}).peak_phase == "evaluation" and predict({}).peak_bytes > budget
+    heard = []
+    plan = make_plan([Rung("as given", "exact", {}), Rung("next", "exact", {})], predict, budget, tell=heard.append)
+    assert all(0 < step.rung.changes["per_device_eval_batch_size"] < 64 and step.fits for step in plan.steps)
+    assert plan.steps[0].estimate.peak_phase != "evaluation" and heard == list(plan.steps)
