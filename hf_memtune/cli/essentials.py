@@ -46,8 +46,8 @@ _LEARNED = (
     ),
 )
 _BUDGET = Line("budget", "BYTES", "change settings until a step is predicted to fit, for example 8GiB")
-_ROOM = Line("budget", "BYTES", "memory for the tensors of a step, for example 8GiB")
-_GPU = Line("gpu", "CARD", "in place of --budget: the memory of a card, rtx4090, a100-80gb, ...")
+_GPU = Line("gpu", "CARD", "in place of --budget: rtx4090, a100-80gb, ...")
+_ROOM = ("memory", (Line("budget", "BYTES", "memory for the tensors of a step, for example 8GiB"), _GPU))
 _SEEKING = (
     Line("token_ratio", "R", "share of the tokens to keep; 0.3, or that of the preset"),
     Line("preset", "tokenseek|tokentune", "settings of a published method"),
@@ -119,12 +119,12 @@ PAGES = {
     "estimate": Page(
         "[RECIPE.yaml] --model M [--name value ...]",
         f"Predict the memory of a training step, without a GPU, weights or data. Takes the settings of train. {_RECIPE}",
-        (("memory budget", (_ROOM, _GPU)), _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
+        (_ROOM, _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
     ),
     "longest": Page(
         "[RECIPE.yaml] --model M (--budget BYTES | --gpu CARD) [--name value ...]",
-        f"Find the longest row, and the largest batch, that fit. Takes the settings of train. {_RECIPE}",
-        (("memory budget", (_ROOM, _GPU)), _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
+        f"Find the longest row, and the largest batch, that fit a memory budget. Takes the settings of train. {_RECIPE}",
+        (_ROOM, _PREDICTED, (_MODEL[0], (*_MODEL[1], MAX_LENGTH)), _LEARNED, _STRATEGIES, _STEP),
     ),
     "plan": Page(
         "[RECIPE.yaml] --model M (--budget BYTES | --gpu CARD) [--name value ...]",
@@ -133,8 +133,7 @@ PAGES = {
             (
                 "plan",
                 (
-                    _ROOM,
-                    _GPU,
+                    *_ROOM[1],
                     Line("allow_approximate", "true|false", "whether token seeking may be used", True),
                     Line("out", "FILE.yaml", "recipe to write", "plan.yaml"),
                 ),

@@ -21,7 +21,7 @@ def make_parser(command: str = "train", data: type = DataArguments, more: tuple[
     from transformers import TrainingArguments
 
     from hf_memtune.cli.settings import Parser
-    from hf_memtune.levers.table import STREAMING
+    from hf_memtune.levers.table import OF_METHODS
     from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
     class Strategies(MemEfficientArgumentsMixin):
@@ -36,5 +36,5 @@ def make_parser(command: str = "train", data: type = DataArguments, more: tuple[
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     parser.takes_several("report_to")
     parser.may_stand_alone("resume_from_checkpoint", True, checkpoint)
-    parser.unlist({*WITHOUT_MEANING, *STREAMING.excludes(None), *UNLISTED})  # what every method refuses
+    parser.unlist({*WITHOUT_MEANING, *OF_METHODS, *UNLISTED})
     return parser

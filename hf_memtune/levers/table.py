@@ -20,7 +20,7 @@ _FSDP_SEEKING = (
     f"parameters in all processes in step; use sequence_chunk_size without token_seeking, which works with FSDP2, or {DATA_PARALLEL}"
 )
 _FSDP_LAYERS = f"gradients under FSDP2 are tested, but saving and resuming of sharded adapters and layers are not written; {DATA_PARALLEL}"
-_OF_METHODS = {
+OF_METHODS = {
     "deepspeed": f"it keeps parameters and gradients in ways of its own, under which no method has been shown to be exact; {DATA_PARALLEL}",
     "parallelism_config": DATA_PARALLEL,
     "torch_compile": "leave it out: compiled code would keep the model's own forward, or be compiled anew for every chunk",
@@ -49,7 +49,7 @@ STREAMING = Lever(
     off=lambda args: _NO_STREAM,
     offers=offers.streaming,
     judge=judgements.ran_in_chunks,
-    excludes=lambda args: _OF_METHODS,
+    excludes=lambda args: OF_METHODS,
     sharded=_FSDP1,
     fsdp2=True,
 )
@@ -60,7 +60,7 @@ SEEKING = Lever(
     off=lambda args: {"token_seeking": False} | _NO_STREAM,
     offers=offers.token_seeking,
     judge=judgements.left_tokens_out,
-    excludes=lambda args: _OF_METHODS,
+    excludes=lambda args: OF_METHODS,
     sharded=_FSDP_SEEKING,
 )
 REVERSIBLE = Lever(

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_memtune.cli import forecast, main
+from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
@@ -135,15 +136,18 @@ def test_a_recipe_may_stand_anywhere():
     assert recipe_first(["r.yaml", "--model", "m"]) == ["r.yaml", "--model", "m"]
 
 
+KINDS = ("hf-memtune estimate", "hf-memtune plan", "hf-memtune longest")
+
+
 def test_the_commands_of_the_readme_are_commands():
     """Their settings are read, without running them; the model is one that is known without files."""
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("hf-memtune estimate", "hf-memtune plan"))]
-    assert len(lines) == 2
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(KINDS)]
+    assert len(lines) == 3
     for line in lines:
         _, command, *arguments = line.split()
-        more = PlanArguments if command == "plan" else None
+        more = PlanArguments if command == "plan" else RoomArguments
         settings = forecast.parse([*arguments, "--use_cpu"], forecast.make_parser(command, more), more)
-        assert settings.tokens == 2048 and settings.model.dtype == "bfloat16"
+        assert settings.model.dtype == "bfloat16" and settings.more.gpu == "rtx4090" and (settings.tokens == 2048 or command == "longest")
 
 
 # -- verdicts, and how far things can grow -----------------------------------------------------------------------------
