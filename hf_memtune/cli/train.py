@@ -95,12 +95,16 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
 def make_trainer(settings: Settings):
     """The trainer, with model and data loaded, and the rows, some of which are shown."""
     from hf_memtune.cli.data import prepare
+    from hf_memtune.cli.data.rows import lengths_of
     from hf_memtune.cli.data.showing import show
+    from hf_memtune.cli.traps import traps
 
     def prepared(data, tokenizer):
         rows = prepare(data, tokenizer)
         if settings.training.process_index == 0:
             show(rows, tokenizer, data.show_rows)
+            for message in () if rows.classes else traps(settings.training, lengths_of(rows.train)):
+                warnings.warn(message, stacklevel=2)
         return rows
 
     return trainer_on(settings, prepared, lambda rows: accuracy if rows.classes else None)
@@ -116,6 +120,8 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     from hf_memtune.training.trainer import MemEfficientTrainer
 
     model, data, training = settings
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # there is nothing to pin for, and torch would say so
     set_seed(training.seed)  # LoRA's first weights, and those of a new head, are random
     tokenizer = load_tokenizer(model)
     with training.main_process_first(desc="preparing the data"):

@@ -8,8 +8,9 @@ from typing import Any
 from hf_memtune.cli.arguments import DataArguments, DataSource
 from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import check_columns, class_names, kind_of, resolved
-from hf_memtune.cli.data.making import CUT, classified_row, language_row
+from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
 from hf_memtune.cli.data.reading import load_rows
+from hf_memtune.cli.traps import Lengths
 from hf_memtune.errors import ConfigError
 
 HOLD_OUT_SEED = 0  # not the seed of training: runs with different seeds are measured on the same rows
@@ -94,6 +95,12 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None):
     if not len(done):
         raise ConfigError([_nothing_left(reasons, data)])
     return done.remove_columns("dropped"), reasons
+
+
+def lengths_of(rows) -> Lengths:
+    """Of tokenised rows of a language model."""
+    labelled = [sum(label != IGNORED for label in labels) for labels in rows["labels"]]
+    return Lengths([len(ids) for ids in rows["input_ids"]], labelled)
 
 
 def _nothing_left(reasons: Counter, data: DataSource) -> str:

@@ -1,0 +1,67 @@
+"""Settings that work and waste time or teach little on the rows at hand: said before the first step, with the setting to change.
+
+Each trap is a function of the training arguments and of the lengths of the rows, and gives a message or None.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+SHORT = 512  # tokens: below it streaming saves little and its small chunks cost time (docs/measurements.md)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row to train on, and how many of them carry a label."""
+
+    tokens: list[int]
+    labelled: list[int]
+
+    @property
+    def longest(self) -> int:
+        return max(self.tokens)
+
+
+def chunk_beyond_every_row(args: Any, rows: Lengths) -> str | None:
+    """One chunk is the loss without logits, which may be what is wanted; nothing else is saved."""
+    chunk = args.stream_chunk_size
+    if chunk is None or chunk <= rows.longest or args.token_seeking:
+        return None
+    return (
+        f"sequence_chunk_size: got {chunk}, and the longest row has {rows.longest} tokens, so rows are not cut: only the logits are saved. For "
+        f"less memory set it to {max(16, rows.longest // 4)}, or turn activation_checkpointing on."
+    )
+
+
+def chunks_of_short_rows(args: Any, rows: Lengths) -> str | None:
+    chunk = args.stream_chunk_size
+    if chunk is None or args.token_seeking or not chunk < rows.longest <= SHORT:
+        return None
+    return (
+        f"sequence_chunk_size: got {chunk}, but the longest row has {rows.longest} tokens: on rows that short, small chunks cost more time than "
+        f"they save memory. Try sequence_chunk_size={rows.longest} with activation_checkpointing."
+    )
+
+
+def nothing_labelled_is_kept(args: Any, rows: Lengths) -> str | None:
+    """Among all tokens, a small part of a row may be prompt alone."""
+    if not args.token_seeking or args.select_from != "all" or not any(rows.labelled):
+        return None
+    expected = median(args.token_ratio * labelled for labelled in rows.labelled)
+    if expected >= 1:
+        return None
+    return (
+        f"token_ratio: got {args.token_ratio:g} of all tokens, but half of the rows have {median(rows.labelled):g} tokens with a label or fewer, so "
+        "that often none of these is kept, and nothing is learned. Set select_from=labels, or raise token_ratio."
+    )
+
+
+TRAPS: tuple[Callable[[Any, Lengths], str | None], ...] = (chunk_beyond_every_row, chunks_of_short_rows, nothing_labelled_is_kept)
+
+
+def traps(args: Any, rows: Lengths) -> Iterator[str]:
+    """What to say of these settings on these rows."""
+    for trap in TRAPS:
+        if (message := trap(args, rows)) is not None:
+            yield message
