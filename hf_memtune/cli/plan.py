@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.errors import ConfigError
+from hf_memtune.files import write_text
 
 OF_THE_COMMAND = {"memory_budget", "gpu", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
 
@@ -58,7 +59,7 @@ def write_recipe(plan, given) -> Path:
     said = f"# Predicted peak of tensors: {plan.chosen.estimate.peak_bytes} bytes, of a budget of {plan.budget_bytes}.\n"
     path = Path(given.more.out)
     try:
-        path.write_text(said + yaml.safe_dump({name: _plain(value) for name, value in values.items()}, sort_keys=True), encoding="utf-8")
+        write_text(path, said + yaml.safe_dump({name: _plain(value) for name, value in values.items()}, sort_keys=True))
     except OSError as error:
         raise ConfigError([f"out: {path} cannot be written: {error}"]) from error
     return path

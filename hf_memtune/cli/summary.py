@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from transformers import TrainerCallback
 
+from hf_memtune.files import write_text
 from hf_memtune.units import format_bytes
 
 
@@ -75,7 +76,7 @@ def _is_score(name: str) -> bool:
 
 def write_summary(summary: Summary, folder: str) -> None:
     """The numbers as summary.json, beside the trained model."""
-    Path(folder, "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    write_text(Path(folder, "summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def print_summary(summary: Summary, settings, rows) -> None:

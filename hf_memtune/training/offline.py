@@ -7,6 +7,7 @@ decide a score; rows that a file lacks are scored and added.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,11 +23,14 @@ from tqdm.auto import tqdm
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
+from hf_memtune.files import whole
 from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
 from hf_memtune.training.fingerprint import model_fingerprint
 from hf_memtune.training.rng import preserved_rng
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS = (
     "token_scorer", "context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm",
@@ -53,15 +57,15 @@ class OfflineScores:
             self.score_into(Path(self.trainer.args.output_dir) / "seek-scores.safetensors")
             return
         file = self._folder() / f"seek-{self._fingerprint()}.safetensors"
-        if self._everyone_has(file):
-            self.rows = _read(file, self.stacks)
+        found = self._read_if_usable(file)
+        if all(gather_object([found is not None])):
+            self.rows = found
         self.score_into(file)
 
     def score_into(self, file: Path) -> None:
         """Score the training rows that are not known yet and keep everything in `file`."""
         self.file = file
         if self.score() and self.trainer.is_world_process_zero():
-            file.parent.mkdir(parents=True, exist_ok=True)
             _write(file, self.rows, self.stacks, self._description())
         self.trainer.accelerator.wait_for_everyone()
 
@@ -73,6 +77,16 @@ class OfflineScores:
                 "is already trained. Restore the file, or start over, or use seek_schedule=step."
             )
         self.rows, self.file = _read(file, self.stacks), file
+
+    def _read_if_usable(self, file: Path) -> dict[str, dict[str, Tensor]] | None:
+        """The rows of a file; None where it is missing or broken, which only costs another pass: nothing was trained with them yet."""
+        if not file.exists():
+            return None
+        try:
+            return _read(file, self.stacks)
+        except StaleCacheError as error:
+            logger.warning("%s The data is scored again.", error)
+            return None
 
     def _everyone_has(self, file: Path) -> bool:
         # processes on different disks must agree, or they would wait for each other in different places
@@ -181,13 +195,28 @@ def _write(file: Path, rows: dict[str, dict[str, Tensor]], stacks: tuple[str, ..
     for stack in stacks:
         tensors[stack] = torch.cat([rows[key][stack] for key in keys])
         tensors[f"{stack}.lengths"] = torch.tensor([len(rows[key][stack]) for key in keys])
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"settings": json.dumps(description)})
-    partial.replace(file)
+    with whole(file) as partial:
+        save_file(tensors, partial, metadata={"settings": json.dumps(description), "digest": _digest(tensors)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _read(file: Path, stacks: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        keys = [bytes(row).hex() for row in tensors.get_tensor("keys").tolist()]
-        parts = {s: tensors.get_tensor(s).split(tensors.get_tensor(f"{s}.lengths").tolist()) for s in stacks}
+    """Raises StaleCacheError where the file is cut off, changed, or another one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors, digest = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata().get("digest")
+        if digest not in (None, _digest(tensors)):  # None: written before digests were
+            raise ValueError("its content is not what was written")
+        keys = [bytes(row).hex() for row in tensors["keys"].tolist()]
+        parts = {s: tensors[s].split(tensors[f"{s}.lengths"].tolist()) for s in stacks}
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise StaleCacheError(
+            f"{file}: the token scores in it cannot be used ({error}). Take another copy; or delete it, and start over: the scores are then made anew."
+        ) from error
     return {key: {stack: parts[stack][number] for stack in stacks} for number, key in enumerate(keys)}

@@ -17,6 +17,7 @@ from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
+from hf_memtune.training.checkpoints import newest_complete
 from hf_memtune.training.guard import FullLossCallback
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
@@ -59,12 +60,15 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             self.add_callback(callback)
         self.callback_handler.callbacks.insert(0, self.preflight)  # it takes steps of its own, before anyone measures
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in Trainer; True resumes from the newest checkpoint of output_dir that was written to its end."""
         self._require_same_layers()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
         if (wanted := self._method_settings()) != (had := getattr(self.strategy_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails
             for each in (self.report_callback, self.memory_callback, self.preflight):
                 each.close()

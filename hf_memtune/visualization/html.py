@@ -6,6 +6,7 @@ import math
 from html import escape
 from pathlib import Path
 
+from hf_memtune.files import write_text
 from hf_memtune.visualization.token_map import (
     EXPLANATIONS,
     HUES,
@@ -64,7 +65,7 @@ def write_page(path: str | Path, title: str, body: str, style: str = "") -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(title)}</title>"
     page = f"<!doctype html><html lang='en'><head>{head}<style>{_STYLE}{style}</style></head><body>{body}</body></html>"
-    path.write_text(page, encoding="utf-8", errors="replace")
+    write_text(path, page, errors="replace")
     return path
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from hf_memtune.files import whole
+
 LEVELS = 10  # colour steps: one per tenth of the tokens, so the darkest is "the best 10 %"
 
 EXPLANATIONS = {
@@ -231,7 +233,8 @@ def write_token_map_png(
         top += used
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with whole(path) as partial:
+        figure.savefig(partial, format="png")
     return path
 
 

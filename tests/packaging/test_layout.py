@@ -25,7 +25,7 @@ FLOORS = [
     {"methods"},
     {"architectures"},
     {"core"},
-    {"settings", "levers", "errors", "units", "_compat"},
+    {"settings", "levers", "errors", "files", "units", "_compat"},
 ]
 GROUND = FLOORS[-1]  # its parts may import one another; nowhere else may neighbours
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "evaluate", "matplotlib", "numpy", "peft", "torch", "transformers"}

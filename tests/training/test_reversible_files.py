@@ -195,13 +195,25 @@ def of_other_shape(path):
     save_file({name: torch.cat([value, value]) for name, value in load_file(path).items()}, path)
 
 
+def before_digests(damage):
+    """The folder of a version that kept no digest, by which all damage is known."""
+
+    def damaged(path):
+        damage(path)
+        settings = path.parent / SETTINGS
+        settings.write_text(json.dumps({name: value for name, value in json.loads(settings.read_text()).items() if name != "digest"}))
+
+    return damaged
+
+
 BROKEN = {
     "cut off": (WEIGHTS, cut_off, "broken or cut off"),
     "cut off settings": (SETTINGS, cut_off, "broken or cut off"),
     "no weights": (WEIGHTS, lambda path: path.unlink(), "is missing"),
     "no settings": (SETTINGS, lambda path: path.unlink(), "no reversible layers were saved"),
-    "no key": (WEIGHTS, without_a_key, "1 of .* trained tensors do not match"),
-    "other shapes": (WEIGHTS, of_other_shape, "trained tensors do not match"),
+    "another save": (WEIGHTS, without_a_key, "not the file that was saved with"),
+    "no key": (WEIGHTS, before_digests(without_a_key), "1 of .* trained tensors do not match"),
+    "other shapes": (WEIGHTS, before_digests(of_other_shape), "trained tensors do not match"),
     "other format": (SETTINGS, lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 2')), "expected 1"),
     "other settings": (SETTINGS, lambda path: path.write_text(path.read_text().replace('"centred"', '"leaning"')), "cannot be used"),
 }  # fmt: skip

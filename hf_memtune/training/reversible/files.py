@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_memtune import __version__
+from hf_memtune import __version__, files
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
@@ -38,9 +38,10 @@ _FREE = ("adapter_init_std", "adapter_dropout", "train_head")
 def save_reversible(handle: ReversibleHandle, folder: str | Path) -> None:
     """Write what the handle trains, and the settings of its layers, into a folder. A few megabytes; the model itself is not in it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.cpu().contiguous().clone() for name, value in handle.trained.items()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(_described(handle), indent=1) + "\n", encoding="utf-8")
+    with files.whole(folder / WEIGHTS) as partial:
+        save_file({name: value.cpu().contiguous().clone() for name, value in handle.trained.items()}, partial)
+    described = _described(handle) | {"digest": files.digest_of(folder / WEIGHTS)}  # last, so that they belong together
+    files.write_text(folder / SETTINGS, json.dumps(described, indent=1) + "\n")
 
 
 def load_reversible(model: nn.Module, folder: str | Path) -> ReversibleHandle:
@@ -58,7 +59,7 @@ def load_reversible(model: nn.Module, folder: str | Path) -> ReversibleHandle:
     except (TypeError, ConfigError) as error:  # of another version of this library
         raise MemTuneError(f"{Path(folder, SETTINGS)}: its settings cannot be used here: {error}") from error
     try:
-        _put_in(handle, Path(folder))
+        _put_in(handle, Path(folder), saved.get("digest"))
     except BaseException:
         handle.restore()
         raise
@@ -74,7 +75,7 @@ def load_into(handle: ReversibleHandle, folder: str | Path) -> None:
         found = ", ".join(f"{name}: got {ours[name]}, expected {saved['settings'].get(name)}" for name in wrong)
         raise MemTuneError(f"{folder} was trained with other settings of its reversible layers: {found}.")
     _require_base(handle.model, saved["base"], Path(folder))
-    _put_in(handle, Path(folder))
+    _put_in(handle, Path(folder), saved.get("digest"))
 
 
 def is_saved_reversible(folder: str | Path) -> bool:
@@ -123,7 +124,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def _put_in(handle: ReversibleHandle, folder: Path) -> None:
+def _put_in(handle: ReversibleHandle, folder: Path, digest: str | None) -> None:
+    """digest: of the file when it was saved; None: saved before digests were."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise MemTuneError(f"{folder}: {WEIGHTS} is missing, though {SETTINGS} is there.")
@@ -131,6 +133,11 @@ def _put_in(handle: ReversibleHandle, folder: Path) -> None:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise MemTuneError(f"{path}: cannot be read ({error}). It is broken or cut off; take another copy.") from error
+    if digest is not None and files.digest_of(path) != digest:
+        raise MemTuneError(
+            f"{path}: it is not the file that was saved with {SETTINGS}: it was changed since, or is of another save, such as one that was cut "
+            "short. Take another checkpoint, or another copy."
+        )
     try:
         handle.load(state)
     except MemTuneError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_memtune.files import write_text
 from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.callbacks import MemoryCallback
@@ -62,8 +63,7 @@ class MemoryReport:
         from hf_memtune.visualization import write_memory_report_html
 
         plain, (data, page) = self.to_dict(), (Path(folder) / name for name in FILES)
-        data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+        write_text(data, json.dumps(plain, indent=1))
         return data, write_memory_report_html(plain, page)
 
 

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all, and digests that tell whether they are still what was written."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write to, whose name nobody else has. It takes the place of `path` when the block ends.
+
+    Where the block fails it is removed, and `path` is as it was. A process that is killed may leave it behind: `.NAME.*.partial`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(number)
+    partial = Path(name)
+    try:
+        yield partial
+        _to_disk(partial)
+        partial.chmod(0o666 & ~_umask())  # mkstemp's are for their owner alone
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str, errors: str = "strict") -> Path:
+    """Write UTF-8 text, whole or not at all. Returns the path."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+    return Path(path)
+
+
+def digest_of(path: str | Path) -> str:
+    """A digest of the content of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Before the name is there, so that after a loss of power the name never stands for an empty file."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

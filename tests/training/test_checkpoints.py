@@ -1,0 +1,102 @@
+"""A run resumes from the newest checkpoint that was written to its end, and says what it passes over."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_memtune.errors import ConfigError, MemTuneError, StaleCacheError
+from hf_memtune.training.checkpoints import newest_complete, why_incomplete
+from tests.training.runs import arguments, llama, text_rows, trainer_for
+
+ROWS = text_rows(12)
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "token_seeking": False, "token_ratio": None, "context_normalize": None}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three steps, a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = trainer_for(llama(), arguments(folder, **SAVING), ROWS)
+    trainer.train()
+    return folder, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    return shutil.copytree(run[0], tmp_path / "run")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+HARM = {
+    "state missing": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "state cut off": lambda checkpoint: cut(checkpoint / "trainer_state.json"),
+    "weights cut off": lambda checkpoint: cut(checkpoint / "model.safetensors"),
+    "optimizer cut off": lambda checkpoint: cut(checkpoint / "optimizer.pt"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_run_goes_on_from_the_newest_that_is_whole(harm, folder, run, caplog):
+    newest = folder / "checkpoint-3"
+    assert why_incomplete(newest) is None and newest_complete(folder) == str(newest)
+    HARM[harm](newest)
+    with caplog.at_level(logging.WARNING):
+        assert newest_complete(folder) == str(folder / "checkpoint-2")
+    assert "passed over: checkpoint-3 (" in caplog.text
+    trainer = trainer_for(llama(), arguments(folder, **SAVING), ROWS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, run[1][name]), name
+
+
+def test_without_a_whole_one_the_reasons_are_named(folder, tmp_path):
+    for number in (1, 2, 3):
+        HARM["state missing"](folder / f"checkpoint-{number}")
+    with pytest.raises(ConfigError, match="none of its checkpoints is complete: checkpoint-3 .trainer_state.json is missing"):
+        newest_complete(folder)
+    with pytest.raises(ConfigError, match="it has no checkpoint"):
+        newest_complete(tmp_path / "nothing")
+
+
+# -- what this library writes itself -----------------------------------------------------------------------------------
+
+ONCE = {"seek_schedule": "once", "token_scorer": "context", "max_steps": 1}
+
+
+def test_a_broken_cache_of_scores_is_made_anew_and_not_resumed_from(tmp_path, caplog):
+    settings = {"seek_cache_dir": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 1, **ONCE}
+    trainer_for(llama(), arguments(tmp_path / "run", **settings), ROWS).train()
+    (cache,) = (tmp_path / "cache").iterdir()
+    whole, expected = cache.read_bytes(), load_file(cache)
+    for broken in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+        cache.write_bytes(broken)
+        with pytest.raises(StaleCacheError, match=cache.name):
+            trainer_for(llama(), arguments(tmp_path / "run", **settings | {"max_steps": 2}), ROWS).train(resume_from_checkpoint=True)
+        caplog.clear()
+        trainer_for(llama(), arguments(tmp_path / "run", **settings), ROWS).train()
+        assert "The data is scored again" in caplog.text
+        found = load_file(cache)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_adapters_of_another_save_are_refused(tmp_path):
+    from hf_memtune import ReversibleConfig, make_reversible
+    from hf_memtune.training.reversible.files import WEIGHTS, load_into, save_reversible
+
+    model = llama(num_hidden_layers=4)
+    handle = make_reversible(model, ReversibleConfig(reversible="centred"))
+    save_reversible(handle, tmp_path / "one")
+    for value in handle.trained.values():
+        value.data += 1
+    save_reversible(handle, tmp_path / "two")
+    load_into(handle, tmp_path / "one")
+    shutil.copy(tmp_path / "two" / WEIGHTS, tmp_path / "one" / WEIGHTS)
+    with pytest.raises(MemTuneError, match="not the file that was saved with"):
+        load_into(handle, tmp_path / "one")
