@@ -49,9 +49,7 @@ def is_quantised_kernel(module: torch.nn.Module) -> bool:
 def forbid_4bit_repacking(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Keep the 4-bit weights of a model as they are in evaluation mode. Returns the modules this changed."""
     repacking = [
-        module
-        for module in model.modules()
-        if is_quantised_kernel(module) and vars(module).get("support_avx512bf16_for_cpu", False)
+        module for module in model.modules() if is_quantised_kernel(module) and vars(module).get("support_avx512bf16_for_cpu", False)
     ]
     for module in repacking:
         module.support_avx512bf16_for_cpu = False

@@ -133,9 +133,7 @@ def compare(row: dict) -> dict:
         trainer.train()
     measured = taken.account
     found = {"predicted_bytes": predicted.peak_bytes, "measured_bytes": measured.peak_bytes}
-    phases = {
-        phase.phase: [phase.peak_bytes, measured.phase(phase.phase).peak_bytes] for phase in predicted.account.phases
-    }
+    phases = {phase.phase: [phase.peak_bytes, measured.phase(phase.phase).peak_bytes] for phase in predicted.account.phases}
     ratio = predicted.peak_bytes / measured.peak_bytes
     return {**found, "ratio": ratio, "phases": phases, "extrapolated": predicted.extrapolated, "seconds": round(seconds, 2)}
 
@@ -149,7 +147,7 @@ def main() -> None:
 
 
 def _said(row: dict) -> str:
-    return f"{row['ratio']:.4f} {row['measured_bytes']:12} {({name: row[name] for name in BASE})}"
+    return f"{row['ratio']:.4f} {row['measured_bytes']:12} { ({name: row[name] for name in BASE}) }"
 
 
 if __name__ == "__main__":

@@ -139,7 +139,10 @@ def _write(options, task, name: str, settings: dict, measured: Measured) -> None
     described = conditions(**task.settings.described, rows=options.rows, batches=options.batches, device="cpu")
     row = {"task": options.task, "arm": name, **measured.described(), "settings": settings, "conditions": described}
     append(options.out, row)
-    print(f"{name:34} error {row['error']:.3f}  cosine {row['cosine']:.3f}  of sums {row['cosine_of_sums']:.3f}  tokens {row['tokens_with_gradient']:.1%}", flush=True)
+    print(
+        f"{name:34} error {row['error']:.3f}  cosine {row['cosine']:.3f}  of sums {row['cosine_of_sums']:.3f}  tokens {row['tokens_with_gradient']:.1%}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

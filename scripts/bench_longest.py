@@ -25,7 +25,10 @@ METHODS = {
     "streaming 2048 + checkpointing": CHECKPOINTING | {"sequence_chunk_size": CHUNK},
     "the same, keys and values offloaded": CHECKPOINTING | {"sequence_chunk_size": CHUNK, "kv_offload": True},
 }
-LENGTHS = {True: (2, 4, 8, 16, 32, 64), False: (1, 2, 4, 16, 64, 128)}  # in chunks; by whether the method streams: then a trace takes longer with its length
+LENGTHS = {
+    True: (2, 4, 8, 16, 32, 64),
+    False: (1, 2, 4, 16, 64, 128),
+}  # in chunks; by whether the method streams: then a trace takes longer with its length
 
 
 def read(model: str, changes: dict, tokens: int):

@@ -80,7 +80,9 @@ def _write(options, method: str, chunk: int | None, sums: torch.dtype | None, fo
         "conditions": conditions(device="cpu", dtype="bfloat16"),
     }  # fmt: skip
     append(options.out, row)
-    print(f"{method:16} {chunk or '':4} {row['sums'] or '':9} all {row['error']:.4f}  keys and values {row['error_of_keys_and_values']:.4f}")
+    print(
+        f"{method:16} {chunk or '':4} {row['sums'] or '':9} all {row['error']:.4f}  keys and values {row['error_of_keys_and_values']:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     every = ["plain", "checkpointing", LOGIT_FREE, *SEEKING, *STREAMING, STREAMING_CHECKPOINTED]
-    parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%"))
+    parser.add_argument(
+        "--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%")
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, each after an untimed one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")

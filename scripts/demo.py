@@ -75,7 +75,9 @@ class Result:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; a model or data folder that is missing ends the program with a word on how to get it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of each method (default: as many as the minutes allow, {STEPS} at most)")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps of each method (default: as many as the minutes allow, {STEPS} at most)"
+    )
     parser.add_argument("--minutes", type=float, default=7.0, help="minutes for all methods, where no steps are given (default: 7)")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"held-out rows, for the loss (default: {ROWS})")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 4 steps, 8 held-out rows")

@@ -93,7 +93,17 @@ def task_section(task: str, groups: list[Group]) -> str:
 def finals_table(groups: list[Group]) -> str:
     """One row an arm: what it learned, against plain on the same seeds, and what it cost."""
     scored = all(group.any_run["accuracies"] for group in groups)
-    columns = ["arm", "rate", "held-out loss", "minus plain", *(["accuracy", "minus plain"] if scored else []), "kept", "learned", "peak MiB", "s a step"]
+    columns = [
+        "arm",
+        "rate",
+        "held-out loss",
+        "minus plain",
+        *(["accuracy", "minus plain"] if scored else []),
+        "kept",
+        "learned",
+        "peak MiB",
+        "s a step",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     return "\n".join(lines + [_row(group, baseline(groups, group), scored) for group in groups])
 
@@ -135,12 +145,16 @@ def _overall(groups: list[Group]) -> list[str]:
 
 def _near_plain(groups: list[Group]) -> list[str]:
     """The arm that ends lowest against plain training."""
-    compared = [(d, group, plain) for group in groups if is_seeking(group.arm) and (plain := baseline(groups, group)) and (d := group.minus(plain))]
+    compared = [
+        (d, group, plain) for group in groups if is_seeking(group.arm) and (plain := baseline(groups, group)) and (d := group.minus(plain))
+    ]
     if not compared:
         return []
     difference, group, plain = min(compared, key=lambda item: item[0].mean)
     size, time = group.peak_bytes / plain.peak_bytes, group.seconds / plain.seconds
-    return [f"The lowest against plain is `{group.label}` ({difference.signed}), with {size:.0%} of plain's peak bytes and {time:.0%} of its seconds a step."]
+    return [
+        f"The lowest against plain is `{group.label}` ({difference.signed}), with {size:.0%} of plain's peak bytes and {time:.0%} of its seconds a step."
+    ]
 
 
 def _against_tokentune(groups: list[Group]) -> list[str]:
@@ -204,7 +218,9 @@ def conditions_section(found: list[dict]) -> str:
             if name not in ("model", "data") and str(value) not in values.setdefault(name, []):
                 values[name].append(str(value))
     told = ", ".join(f"{name.replace('_', ' ')} {' / '.join(given)}" for name, given in values.items())
-    return f"## Conditions\n\n{told or 'Nothing measured yet.'}\n\nPeak bytes are the live bytes of all tensors that the second step makes.\n"
+    return (
+        f"## Conditions\n\n{told or 'Nothing measured yet.'}\n\nPeak bytes are the live bytes of all tensors that the second step makes.\n"
+    )
 
 
 if __name__ == "__main__":

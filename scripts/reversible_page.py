@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reversible.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     options = parser.parse_args(arguments)
-    start, memory, inverse = (store.read(options.results / name) for name in ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl"))
+    start, memory, inverse = (
+        store.read(options.results / name) for name in ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl")
+    )
     is_current = pages.write(options.page, sections(start, memory, inverse), options.check)
     if options.check:
         return int(not is_current)

@@ -46,7 +46,11 @@ def missing(file: Path, wanted: Iterable[dict]) -> list[dict]:
 
 
 def measure(
-    file: Path, wanted: Iterable[dict], measured: Callable[[dict], dict], said: Callable[[dict], str] = lambda row: "", title: str = "Measuring"
+    file: Path,
+    wanted: Iterable[dict],
+    measured: Callable[[dict], dict],
+    said: Callable[[dict], str] = lambda row: "",
+    title: str = "Measuring",
 ) -> None:
     """Measure what the file lacks, one line a run. measured: what is found for a description, the conditions too. said: a line for people."""
     from rich.progress import track

@@ -51,7 +51,9 @@ def test_what_is_on_is_seen_written_and_taken_out(arguments, name):
 def test_what_acted_is_not_named_and_what_did_not_is(arguments, name):
     args = arguments(**ON[name])
     assert not list(idle_levers(args, WORKED))
-    nothing = replace(WORKED, recomputed=0, chunks=1, kept=40, optimizer_state={torch.nn.Parameter(torch.zeros(5000)): {"m": torch.zeros(5000)}})
+    nothing = replace(
+        WORKED, recomputed=0, chunks=1, kept=40, optimizer_state={torch.nn.Parameter(torch.zeros(5000)): {"m": torch.zeros(5000)}}
+    )
     (idle,) = idle_levers(args, nothing)
     assert idle.message.startswith(name) and not idle.is_short
     assert not list(idle_levers(arguments(), nothing))

@@ -61,16 +61,12 @@ class ModelSource:
 class ModelArguments(ModelSource):
     """The model, and the adapter that is trained instead of it."""
 
-    lora_r: int = _setting(
-        0, "Rank of the LoRA adapters. Larger: more trainable parameters. 0 trains all parameters of the model instead."
-    )
+    lora_r: int = _setting(0, "Rank of the LoRA adapters. Larger: more trainable parameters. 0 trains all parameters of the model instead.")
     lora_alpha: int = _setting(16, "LoRA scaling: updates are multiplied by lora_alpha / lora_r. Larger: larger updates.")
     lora_dropout: float = _setting(0.0, "Probability, in [0, 1), with which an input of an adapter is dropped in training.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
-        metadata={
-            "help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."
-        },
+        metadata={"help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."},
     )
     load_in_4bit: bool = _setting(
         False,
@@ -121,9 +117,7 @@ class DataSource:
     max_length: int = _setting(
         1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
     )
-    instruction_column: str = _setting(
-        "instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out."
-    )
+    instruction_column: str = _setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
     input_column: str = _setting("input", "causal_lm: column of further text of the request, may be missing or empty.")
     output_column: str = _setting("output", "causal_lm: column of the wanted answer, the tokens that carry a label.")
     text_column: str | None = _setting(
@@ -173,9 +167,7 @@ class DataArguments(DataSource):
         "Fraction of the rows, in [0, 1), held out to measure the loss, the same rows for every seed; 0 holds out none. "
         "Without effect where eval_split is given.",
     )
-    max_train_rows: int | None = _setting(
-        None, "Train on this many rows at most, the first ones after holding out. Default: all."
-    )
+    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones after holding out. Default: all.")
     max_eval_rows: int | None = _setting(200, "Measure the held-out loss on this many rows at most.")
     show_rows: int = _setting(2, "Rows to print before training as they will be learned, with what carries a loss; 0 prints none.")
 
@@ -198,4 +190,3 @@ class DataArguments(DataSource):
         elif not self.eval_fraction:
             found += [f"{name} has no effect with eval_fraction=0" for name in changed(self, ["max_eval_rows"])]
         return found
-

@@ -23,7 +23,9 @@ class RoomArguments:
     )
     gpu: str | None = field(
         default=None,
-        metadata={"help": "Card whose memory is the budget, less an allowance for context and allocator: rtx4090, a100-80gb, ... Default: none."},
+        metadata={
+            "help": "Card whose memory is the budget, less an allowance for context and allocator: rtx4090, a100-80gb, ... Default: none."
+        },
     )
 
     @property

@@ -1,6 +1,6 @@
 """`hf-memtune evaluate --model M --dataset D`: the loss on a data set, of a model or of reversible adapters that were trained on it.
 
-    hf-memtune evaluate --model M --dataset rows.jsonl --dataset_split "train[-200:]" --reversible_adapters out
+hf-memtune evaluate --model M --dataset rows.jsonl --dataset_split "train[-200:]" --reversible_adapters out
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,9 @@ class Measuring:
     _argument_group_name = "measuring"
 
     max_eval_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."})
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."}
+    )
 
     def problems(self) -> list[str]:
         given = {"max_eval_rows": self.max_eval_rows, "per_device_eval_batch_size": self.per_device_eval_batch_size}

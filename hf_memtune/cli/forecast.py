@@ -119,7 +119,9 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
 
     if forecast.model.reversible_adapters is not None:
         got = forecast.model.reversible_adapters
-        raise ConfigError([f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."])
+        raise ConfigError(
+            [f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."]
+        )
     made = _blank(forecast)
     check_length(made, replace(forecast.data, max_length=max(2, tokens)))
     return estimate(made, forecast.training, rows, tokens, padded=forecast.what.padded)

@@ -1,7 +1,7 @@
 """`hf-memtune glue [RECIPE.yaml] [--name value ...]`: fine-tune an encoder on a task of GLUE, or on sentences of one's own.
 
-    hf-memtune glue configs/glue/mrpc.yaml --reversible centred
-    accelerate launch scripts/train_glue.py configs/glue/mrpc.yaml --train_file train.csv --validation_file dev.csv
+hf-memtune glue configs/glue/mrpc.yaml --reversible centred
+accelerate launch scripts/train_glue.py configs/glue/mrpc.yaml --train_file train.csv --validation_file dev.csv
 """
 
 from collections.abc import Callable

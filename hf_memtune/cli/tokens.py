@@ -29,9 +29,7 @@ class Examples:
         default_factory=lambda: [0],
         metadata={"help": "Rows of the data set to show, counted from 0; negative counts from the end."},
     )
-    out: str = field(
-        default="tokens.html", metadata={"help": "Page to write; the picture goes beside it, ending in .png."}
-    )
+    out: str = field(default="tokens.html", metadata={"help": "Page to write; the picture goes beside it, ending in .png."})
 
     def problems(self) -> list[str]:
         found = []

@@ -1,7 +1,7 @@
 """`hf-memtune train [RECIPE.yaml] [--name value ...]`: fine-tune a model, and say what it cost and what it gained.
 
-    hf-memtune train configs/lm/seek.yaml --model_name_or_path M --dataset_name D --token_ratio 0.2
-    accelerate launch scripts/train.py --model_name_or_path M --dataset_name D --token_seeking --lora_r 8
+hf-memtune train configs/lm/seek.yaml --model_name_or_path M --dataset_name D --token_ratio 0.2
+accelerate launch scripts/train.py --model_name_or_path M --dataset_name D --token_seeking --lora_r 8
 """
 
 import warnings

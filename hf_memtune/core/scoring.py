@@ -90,9 +90,7 @@ def minmax(scores: Tensor, real: Tensor | None = None) -> Tensor:
     return torch.where(spread > 0, (scores - low) / spread, 0.0)
 
 
-def combined_score(
-    context: Tensor, gradient: Tensor, context_weight: float, gradient_weight: float, real: Tensor | None = None
-) -> Tensor:
+def combined_score(context: Tensor, gradient: Tensor, context_weight: float, gradient_weight: float, real: Tensor | None = None) -> Tensor:
     """Eq. 5: I = alpha * log(I1) + beta * minmax(I2), each (B, T). The logarithm tames the attention sink."""
     log_context = context.clamp_min(torch.finfo(context.dtype).tiny).log()
     return context_weight * log_context + gradient_weight * minmax(gradient, real)

@@ -198,10 +198,12 @@ class Method:
 def _require_free(architecture: Architecture) -> None:
     there = vars(architecture.base).get("forward")
     if isinstance(there, Override) and there.is_on:
-        raise ConfigError([
-            f"{architecture.name}: a method of hf_memtune is on this model already, whose backward pass cannot be changed twice. Call remove() of "
-            "the other one; of a trainer with arguments that turn one on, leave the callback out."
-        ])
+        raise ConfigError(
+            [
+                f"{architecture.name}: a method of hf_memtune is on this model already, whose backward pass cannot be changed twice. Call remove() of "
+                "the other one; of a trainer with arguments that turn one on, leave the callback out."
+            ]
+        )
 
 
 def _require_streamable(architecture, facts: Facts, name: str) -> None:
@@ -216,8 +218,10 @@ def _require_streamable(architecture, facts: Facts, name: str) -> None:
     if architecture.is_encoder_decoder:
         dropping.pop("encoder_layerdrop", None)  # the encoder runs once
     if dropping:
-        raise UnsupportedModelError("\n".join(
-            f"{architecture.name}: config.{found} is {value}, and each chunk of {name} would leave out other layers. Expected 0: set "
-            f"{found}=0 in the config, and on the modules that copied it, before training."
-            for found, value in dropping.items()
-        ))
+        raise UnsupportedModelError(
+            "\n".join(
+                f"{architecture.name}: config.{found} is {value}, and each chunk of {name} would leave out other layers. Expected 0: set "
+                f"{found}=0 in the config, and on the modules that copied it, before training."
+                for found, value in dropping.items()
+            )
+        )

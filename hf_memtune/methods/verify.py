@@ -63,9 +63,7 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
-        probing = _ProbingPass(
-            {n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_knows_causal
-        )
+        probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_knows_causal)
         with _explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans)))
         _require_attention_everywhere(architecture, probing.attended)

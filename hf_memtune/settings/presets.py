@@ -71,6 +71,7 @@ def described_default(name: str) -> str:
     default = _IN_WORDS.get(name, PRESETS[None][name])
     return f"Default: {default}" + (f" (presets: {', '.join(filled)})." if filled else ".")
 
+
 # Couplings of reversible layers, by reversible and then reversible_numerics: factors of the streams (lam and beta of MEFT, arXiv
 # 2306.00477, table 1; c of the centred coupling). Fixed point needs powers of two: 1/8 stands for the 0.1 of the paper.
 # beta None: the coupling has none. What the stack hands on (reversible_output) depends on the model: see architectures/layouts.py.

@@ -56,8 +56,7 @@ class ReversibleConfig:
     )
     reversible_layers: int | None = _setting(
         None,
-        "How many layers of each stack are reversible, counted from the bottom; the others keep their activations, as usual. "
-        "Default: all.",
+        "How many layers of each stack are reversible, counted from the bottom; the others keep their activations, as usual. Default: all.",
     )
     reversible_output: str | None = _setting(
         None,
@@ -215,7 +214,5 @@ class CheckpointConfig:
         """Every value that cannot work, as one message each: setting, got, expected."""
         found = []
         if self.checkpoint_levels not in (None, 2):
-            found.append(
-                f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing."
-            )
+            found.append(f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing.")
         return found

@@ -63,7 +63,9 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
         found = super().ineffective()
         default = MemEfficientArgumentsMixin.full_loss_rows
         if not self.is_mean_of_kept and self.full_loss_rows != default:
-            found.append("full_loss_rows has no effect without token_seeking and token_selection=top, whose loss is that of the kept tokens")
+            found.append(
+                "full_loss_rows has no effect without token_seeking and token_selection=top, whose loss is that of the kept tokens"
+            )
         if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
             found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
         return found + self.reversible_ineffective()
@@ -76,10 +78,12 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     def _require_device_memory(self) -> None:
         """Which device it is, is known only when the arguments of transformers have set it up."""
         if self.kv_offload and self.streams and self.device.type == "cpu":
-            raise ConfigError([
-                "kv_offload: got True, but the device is cpu, whose memory is the host memory to which keys and values would be moved: "
-                "nothing would be saved. Leave it out, or train on a GPU."
-            ])
+            raise ConfigError(
+                [
+                    "kv_offload: got True, but the device is cpu, whose memory is the host memory to which keys and values would be moved: "
+                    "nothing would be saved. Leave it out, or train on a GPU."
+                ]
+            )
 
     def _unknown_scorer(self) -> list[str]:
         if not self.token_seeking or self.token_scorer in scorer_names():

@@ -92,16 +92,20 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
     trainer: needed for seek_schedule "epoch" and "once" alone, whose passes over the data set go through its data loader.
     """
 
-    def __init__(self, config: TokenSeekingConfig | None = None, scorer: TokenScorer | None = None, trainer: RunningTrainer | None = None, **settings):
+    def __init__(
+        self, config: TokenSeekingConfig | None = None, scorer: TokenScorer | None = None, trainer: RunningTrainer | None = None, **settings
+    ):
         super().__init__()
         self.config = TokenSeekingConfig(**{"token_seeking": True, **settings}) if config is None else config
         if self.config.seek_schedule != "step" and trainer is None:
             raise ConfigError([f"seek_schedule: got {self.config.seek_schedule!r} without a trainer, whose data it passes over."])
         if scorer is not None and not callable(scorer):
-            raise ConfigError([
-                f"scorer: got {scorer!r}, expected a function, which no checkpoint can hold. Give the callback to the resumed trainer, and "
-                "leave restore_callback_states_from_checkpoint out. Names go to token_scorer."
-            ])
+            raise ConfigError(
+                [
+                    f"scorer: got {scorer!r}, expected a function, which no checkpoint can hold. Give the callback to the resumed trainer, and "
+                    "leave restore_callback_states_from_checkpoint out. Names go to token_scorer."
+                ]
+            )
         self.scorer, self.trainer = scorer, trainer
         self.offline: OfflineScores | None = None
         self.inputs: dict[str, Any] | None = None  # of the micro-batch, as the trainer was given them: a loss may take labels away
@@ -281,7 +285,9 @@ class TokenMapCallback(TrainerCallback):
         self.examples, self.collator, self.config, self.scorer = list(examples), collator, config, scorer
         self.every_n_steps, self.folder = every_n_steps, folder
         if every_n_steps < 1 or not self.examples:
-            raise ConfigError([f"TokenMapCallback: got every_n_steps={every_n_steps} and {len(self.examples)} examples, expected 1 or more."])
+            raise ConfigError(
+                [f"TokenMapCallback: got every_n_steps={every_n_steps} and {len(self.examples)} examples, expected 1 or more."]
+            )
 
     def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
         if processing_class is None:

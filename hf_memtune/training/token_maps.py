@@ -42,9 +42,7 @@ def token_maps(
         scores[getattr(scorer, "__name__", config.token_scorer)] = found.values["decoder"]
     labelled = torch.zeros_like(seen["real"]) if found.target is None else found.target != IGNORED
     ids = found.ids["decoder"]
-    return [
-        _token_map(row, ids, seen["real"], scores, selection.kept_mask(), labelled, tokenizer, titles) for row in range(len(ids))
-    ]
+    return [_token_map(row, ids, seen["real"], scores, selection.kept_mask(), labelled, tokenizer, titles) for row in range(len(ids))]
 
 
 def _token_map(row, ids, real, scores, kept, labelled, tokenizer, titles) -> TokenMap:

@@ -38,10 +38,12 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
     def __init__(self, *args, token_scorer: TokenScorer | None = None, reversible: ReversibleHandle | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, TokenSeekingConfig):
-            raise ConfigError([
-                f"args: got {type(self.args).__name__}, which lacks the fields of hf_memtune. Expected "
-                "MemEfficientTrainingArguments, or a dataclass made as `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
-            ])
+            raise ConfigError(
+                [
+                    f"args: got {type(self.args).__name__}, which lacks the fields of hf_memtune. Expected "
+                    "MemEfficientTrainingArguments, or a dataclass made as `@dataclass class Mine(MemEfficientArgumentsMixin, SFTConfig)`."
+                ]
+            )
         self.batches_of_step: list[dict[str, Any]] = []
         if found := [*self._problems_of_method(token_scorer), *self._problems_of_layers(reversible)]:
             raise ConfigError(found)

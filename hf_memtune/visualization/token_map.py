@@ -201,9 +201,7 @@ def new_figure(width: float, height: float, facecolor: str = "white"):
     return figure
 
 
-def write_token_map_png(
-    maps: list[TokenMap], path: str | Path, settings: dict, *, max_tokens: int = 300
-) -> Path:
+def write_token_map_png(maps: list[TokenMap], path: str | Path, settings: dict, *, max_tokens: int = 300) -> Path:
     """Draw the maps below each other into one PNG file and return its path.
 
     Each map shows its first three scores: the text (its first ``max_tokens`` tokens) coloured by

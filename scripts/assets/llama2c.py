@@ -172,9 +172,9 @@ def save_tokenizer(pieces: list[str], scores: list[float], folder: Path) -> None
         raise ValueError(f"piece list: {len(pieces) - len(vocab)} pieces occur twice")
     bpe = models.BPE(vocab, merges(vocab, scores), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
     tokenizer = with_sentencepiece_spaces(Tokenizer(bpe))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN, pad_token=EOS
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN, pad_token=EOS).save_pretrained(
+        folder
+    )
 
 
 def merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
@@ -200,7 +200,5 @@ def with_sentencepiece_spaces(tokenizer):
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (UNKNOWN, BOS, EOS)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)])
     return tokenizer

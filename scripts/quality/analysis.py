@@ -183,7 +183,11 @@ def effects(arms: list[Screened]) -> list[Effect]:
     found = []
     for factor, place in FACTORS.items():
         for value in dict.fromkeys(key[place + 1] for key in losses if key[place + 1] != REFERENCES[factor]):
-            pairs = [loss - losses[twin] for key, loss in losses.items() if key[place + 1] == value and (twin := _with(key, place, factor)) in losses]
+            pairs = [
+                loss - losses[twin]
+                for key, loss in losses.items()
+                if key[place + 1] == value and (twin := _with(key, place, factor)) in losses
+            ]
             if pairs:
                 found.append(Effect(factor, value, REFERENCES[factor], len(pairs), interval(pairs)))
     return found

@@ -49,7 +49,13 @@ REVIEW_ARMS = (PLAIN, *crossed(("random", "context", "gradient", "combined"), ("
 
 SCREEN = (
     Plan("stories-imdb", (PLAIN, *crossed(ratios=("10%",))), rows=4, steps=50, learning_rates=(5e-4,)),
-    Plan("stories-imdb", crossed(("random", "combined"), gradients=("cut", "stream"), ratios=("30%",)), rows=4, steps=50, learning_rates=(5e-4,)),
+    Plan(
+        "stories-imdb",
+        crossed(("random", "combined"), gradients=("cut", "stream"), ratios=("30%",)),
+        rows=4,
+        steps=50,
+        learning_rates=(5e-4,),
+    ),
     Plan("stories-imdb", LARGE_BATCH_ARMS, rows=32, steps=15, learning_rates=(5e-4, 1e-3)),
 )
 TUNE = (
@@ -59,7 +65,9 @@ TUNE = (
 )
 # Exact streaming must equal plain training, so it is tuned by nobody: it takes the rate of plain.
 FINAL = tuple(
-    replace(plan, arms=(plan.arms[0], *extra, *plan.arms[1:]), steps=steps, learning_rates=(), seeds=FINAL_SEEDS, held_out="test", measured=3)
+    replace(
+        plan, arms=(plan.arms[0], *extra, *plan.arms[1:]), steps=steps, learning_rates=(), seeds=FINAL_SEEDS, held_out="test", measured=3
+    )
     for plan, extra, steps in zip(TUNE, ((STREAMING,), (), (STREAMING,)), (100, 60, 30))
 )
 TIME = tuple(replace(plan, steps=8, learning_rates=(1e-4,), seeds=(0, 1), measured=0) for plan in FINAL)
@@ -126,4 +134,3 @@ def _widened(plan: Plan, tuned: list[dict]) -> tuple[float, ...]:
 def _rounded(rate: float) -> float:
     """To three digits: a rate names its run, and must be the same number however it was computed."""
     return float(f"{rate:.3g}")
-

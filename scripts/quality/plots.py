@@ -32,7 +32,14 @@ def look(arm: str) -> dict:
     scorer, selection, gradient, ratio, pool = parts_of(arm)
     hollow = {"markerfacecolor": "white"} if pool == "labels" else {}
     wide = 2.4 if ratio != "10%" else 1.3
-    return {"color": COLOURS[scorer], "linestyle": LINES[gradient], "marker": MARKERS[selection], "linewidth": wide, "markersize": 5, **hollow}
+    return {
+        "color": COLOURS[scorer],
+        "linestyle": LINES[gradient],
+        "marker": MARKERS[selection],
+        "linewidth": wide,
+        "markersize": 5,
+        **hollow,
+    }
 
 
 def finals_figure(groups: list[Group], file: Path) -> None:
@@ -61,7 +68,9 @@ def _curve(axes, group: Group, factor: float) -> None:
 def _point(axes, group: Group) -> None:
     style = {**look(group.arm), "linestyle": "none", "markersize": 7}
     final = group.final()
-    axes.errorbar([group.peak_bytes / MIB], [final.mean], yerr=None if final.half is None else [final.half], capsize=2, elinewidth=1, **style)
+    axes.errorbar(
+        [group.peak_bytes / MIB], [final.mean], yerr=None if final.half is None else [final.half], capsize=2, elinewidth=1, **style
+    )
 
 
 def _fit(axes, groups: list[Group]) -> None:

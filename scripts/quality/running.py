@@ -38,7 +38,9 @@ def listing(share: list[Cell], done: list[dict]) -> str:
     waiting = sum(not cell.runs(done) for cell in share)
     finished = sum(len(cell.runs(done)) for cell in share) - len(left)
     total = sum(estimate(run, done) for run in left)
-    lines.append(f"{len(left)} to run, about {total / 60:.0f} minutes; {finished} done; {waiting} wait for the tuning of their learning rate")
+    lines.append(
+        f"{len(left)} to run, about {total / 60:.0f} minutes; {finished} done; {waiting} wait for the tuning of their learning rate"
+    )
     return "\n".join(lines)
 
 

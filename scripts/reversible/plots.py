@@ -64,7 +64,12 @@ def start_figure(rows: list[dict], file: Path) -> None:
                 _curve(axes, rows, (model, data, coupling), measure, {"color": colour, "marker": marker, "linestyle": line})
             bound = start_tables.MOST_LOSS if measure == "loss_change" else start_tables.MOST_STATE
             axes.axhline(bound, color="#999999", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log", xlabel="factor", title=f"{model}, {data}\nsize of the {measure.replace('_', ' ')} (dots: {bound})")
+            axes.set(
+                xscale="log",
+                yscale="log",
+                xlabel="factor",
+                title=f"{model}, {data}\nsize of the {measure.replace('_', ' ')} (dots: {bound})",
+            )
             axes.set_xticks(MARKED, labels=[start_tables.FACTORS[factor] for factor in MARKED])
             axes.minorticks_off()
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center")

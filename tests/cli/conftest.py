@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests import patience
+from tests.support import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem".split()
@@ -27,9 +27,7 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     words = ["<pad>", "<unk>", "<bos>", "<eos>", "user", "assistant", "###", "Instruction", "Response", ":", *WORDS]
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
     fast.chat_template = CHAT if chat else None
     return fast
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import ROOT, in_new_process
-from tests.tolerances import tolerance
+from tests.support.tolerances import tolerance
 
 DEMO = ROOT / "scripts" / "demo.py"
 METHODS = ["plain training", "activation checkpointing", "exact streaming, chunks of 64", "TokenSeek, 10%", "token seeking, 30%"]

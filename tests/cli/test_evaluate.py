@@ -60,7 +60,10 @@ def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
     "flags, named",
     [
         ([], {"model_name_or_path", "dataset_name"}),
-        (["--model", "m", "--dataset", "d", "--max_eval_rows", "0", "--per_device_eval_batch_size", "0"], {"max_eval_rows", "per_device_eval_batch_size"}),
+        (
+            ["--model", "m", "--dataset", "d", "--max_eval_rows", "0", "--per_device_eval_batch_size", "0"],
+            {"max_eval_rows", "per_device_eval_batch_size"},
+        ),
         (["--model", "m", "--dataset", "d", "--reversible_adapters", "absent"], {"reversible_adapters"}),
     ],
 )

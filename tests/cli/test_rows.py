@@ -12,7 +12,7 @@ from hf_memtune.cli.data import IGNORED, collator, load_rows, prepare
 from hf_memtune.cli.data.showing import table_of
 from hf_memtune.errors import ConfigError
 from tests.cli.conftest import tokenizer, write_rows
-from tests.tolerances import tolerance
+from tests.support.tolerances import tolerance
 
 ASK, ANSWER = {"role": "user", "content": "name colours"}, {"role": "assistant", "content": "red green"}
 MORE, LAST = {"role": "user", "content": "add one"}, {"role": "assistant", "content": "blue"}
@@ -181,7 +181,9 @@ def test_packed_rows_never_see_each_other(tmp_path, model, streams):
     texts = ["red green blue", "name three colours of the sun", "a poem about the sea", "one two"]
     words, rows = tokenizer(), [{"text": text} for text in texts]
     alone, together = (prepared(tmp_path, rows, words, packing=packing, max_length=24) for packing in (False, True))
-    assert len(together.train) < len(alone.train) == 4 and sum(map(len, together.train["input_ids"])) == sum(map(len, alone.train["input_ids"]))
+    assert len(together.train) < len(alone.train) == 4 and sum(map(len, together.train["input_ids"])) == sum(
+        map(len, alone.train["input_ids"])
+    )
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).train()
     expected = gradients(loaded, [collator(alone.data, words)([row]) for row in alone.train])
     batch = collator(together.data, words)(list(together.train))

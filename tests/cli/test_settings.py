@@ -72,7 +72,9 @@ def test_help_says_what_no_value_stands_for(command):
 
 
 def test_hyphens_in_flags_and_negative_numbers_work():
-    training = train.parse([*NEEDED, "--token-seeking", "--token-scorer", "combined", "--context-layer", "-1", "--learning_rate=1e-3"]).training
+    training = train.parse(
+        [*NEEDED, "--token-seeking", "--token-scorer", "combined", "--context-layer", "-1", "--learning_rate=1e-3"]
+    ).training
     assert (training.context_layer, training.learning_rate) == (-1, 1e-3)
 
 
@@ -157,7 +159,9 @@ def test_a_flag_without_effect_is_an_error(flags, expected, recwarn):
     assert not [warning for warning in recwarn if "has no effect" in str(warning.message)]  # said once
 
 
-@pytest.mark.parametrize("line, expected", [("token_ratio: 0.2", "token_ratio has no effect"), ("lora_alpha: 8", "lora_alpha has no effect")])
+@pytest.mark.parametrize(
+    "line, expected", [("token_ratio: 0.2", "token_ratio has no effect"), ("lora_alpha: 8", "lora_alpha has no effect")]
+)
 def test_a_line_of_a_recipe_without_effect_is_warned_of(line, expected, tmp_path):
     with pytest.warns(UserWarning, match=expected):
         train.parse([recipe(tmp_path, line + "\n"), *NEEDED])

@@ -37,7 +37,20 @@ def test_what_is_said(settings, lengths, said, arguments):
 
 def test_the_command_says_it_before_it_trains(model, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "red green blue sun"}] * 4)
-    command = ["train", "--model", model, "--dataset", rows, "--use_cpu", "--max_steps", 1, "--sequence_chunk_size", 64, "--eval_fraction", 0]
+    command = [
+        "train",
+        "--model",
+        model,
+        "--dataset",
+        rows,
+        "--use_cpu",
+        "--max_steps",
+        1,
+        "--sequence_chunk_size",
+        64,
+        "--eval_fraction",
+        0,
+    ]
     with pytest.warns(UserWarning) as warned:
         assert main([*map(str, command), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]) == 0
     said = [str(warning.message) for warning in warned]

@@ -12,8 +12,8 @@ from hf_memtune.core.fixed_point import FixedPointArithmetic, pack, stored_bits,
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, LayerRun, LeaveStreams, Tape, run_layer
 from hf_memtune.errors import InverseError, StreamOverflowError
-from tests.core.stream_twin import TwinStack
-from tests.tolerances import NOTICED, RELATIVE
+from tests.support.stream_twin import TwinStack
+from tests.support.tolerances import NOTICED, RELATIVE
 
 COUPLINGS = {
     "centred": partial(centred, 0.25, True),

@@ -18,7 +18,7 @@ from hf_memtune.core.logits import HeadOnDemand, LazyLogits
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.errors import LogitsError
 from hf_memtune.memory import LiveBytes, SavedBytes, StepLedger
-from tests.tolerances import NOTICED, RELATIVE, close
+from tests.support.tolerances import NOTICED, RELATIVE, close
 
 ROWS, TOKENS, SIZE, CLASSES = 3, 14, 8, 53
 EXACT = close(torch.float64)
@@ -102,18 +102,14 @@ LOSSES = {
     "of the last tokens": lambda x, y: F.cross_entropy(x[:, -1, :].contiguous(), y[:, -1].clamp_min(0)),
     "of flat rows": lambda x, y: F.cross_entropy(x.view(-1, CLASSES)[5:20], y.flatten()[5:20]),
     "narrowed": lambda x, y: F.cross_entropy(x.narrow(1, 2, 4).reshape(-1, CLASSES), y[:, 2:6].flatten()),
-    "unflattened": lambda x, y: F.cross_entropy(
-        x.flatten(0, 1).unflatten(0, (ROWS, TOKENS))[:, 1:].flatten(0, 1), y[:, 1:].flatten()
-    ),
+    "unflattened": lambda x, y: F.cross_entropy(x.flatten(0, 1).unflatten(0, (ROWS, TOKENS))[:, 1:].flatten(0, 1), y[:, 1:].flatten()),
     "smoothed": lambda x, y: F.cross_entropy(x.view(-1, CLASSES), y.view(-1), label_smoothing=0.1),
     "smoothed sum": lambda x, y: F.cross_entropy(x.view(-1, CLASSES), y.view(-1), reduction="sum", label_smoothing=0.1),
     "module": lambda x, y: nn.CrossEntropyLoss(ignore_index=-100)(x.view(-1, CLASSES), y.view(-1)),
     "pad as class": lambda x, y: F.cross_entropy(x.view(-1, CLASSES), y.view(-1).clamp_min(0), ignore_index=0),
     "scaled": lambda x, y: F.cross_entropy((x * 3).view(-1, CLASSES), y.view(-1)),
     "scaled from the left": lambda x, y: F.cross_entropy((0.5 * x / 2.0).view(-1, CLASSES), y.view(-1), label_smoothing=0.1),
-    "capped": lambda x, y: F.cross_entropy(
-        (torch.tanh(x / 0.7) * 0.7)[:, :-1].reshape(-1, CLASSES), y[:, 1:].reshape(-1), reduction="sum"
-    ),
+    "capped": lambda x, y: F.cross_entropy((torch.tanh(x / 0.7) * 0.7)[:, :-1].reshape(-1, CLASSES), y[:, 1:].reshape(-1), reduction="sum"),
     "only tanh": lambda x, y: F.cross_entropy(x.tanh().view(-1, CLASSES), y.view(-1)),
 }
 
@@ -152,9 +148,7 @@ def test_losses_in_lower_precision(loss, dtype):
 def test_the_dtype_of_the_loss_is_that_of_the_plain_one():
     problem = Problem(dtype=torch.bfloat16)
     for cast in (torch.bfloat16, torch.float32, torch.float64, torch.float16):
-        lazy, plain = (
-            F.cross_entropy(x.to(cast).view(-1, CLASSES), problem.labels.view(-1)) for x in (problem.lazy(), problem.plain())
-        )
+        lazy, plain = (F.cross_entropy(x.to(cast).view(-1, CLASSES), problem.labels.view(-1)) for x in (problem.lazy(), problem.plain()))
         assert lazy.dtype == plain.dtype == cast
     assert problem.head.made == 0
 

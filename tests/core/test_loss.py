@@ -8,7 +8,7 @@ from hf_memtune.core import loss as loss_module
 from hf_memtune.core.loss import IGNORED, LinearLoss, linear_loss, linear_loss_gradient
 from hf_memtune.errors import LogitsError
 from hf_memtune.memory import LiveBytes
-from tests.tolerances import NOTICED, RELATIVE, close
+from tests.support.tolerances import NOTICED, RELATIVE, close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

@@ -11,7 +11,7 @@ from hf_memtune.core import offload
 from hf_memtune.core.offload import HostMemory, HostTensor, OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import Live, OwedGradients, OwedSums
 from hf_memtune.core.store import KeyValueStore
-from tests.tolerances import NOTICED, close
+from tests.support.tolerances import NOTICED, close
 
 LENGTH, ENTRIES = 10, 4
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.core.owed import Live, OwedGradients
-from tests.tolerances import NOTICED, close
+from tests.support.tolerances import NOTICED, close
 
 ROWS, HEADS, TOKENS, CHANNELS = 2, 3, 7, 4
 BOUNDS = [(0, 3), (3, 6), (6, 7)]  # the last chunk is shorter

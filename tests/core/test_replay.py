@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_memtune.core.replay import replayed
 from hf_memtune.errors import MemTuneError
-from tests.core.parts import Parts, in_parts
-from tests.tolerances import NOTICED, close
+from tests.support.parts import Parts, in_parts
+from tests.support.tolerances import NOTICED, close
 
 
 class Twice:

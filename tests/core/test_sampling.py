@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_memtune.core.sampling import CERTAIN, base_probability, in_units, inclusion_probability, sample, systematic
 from hf_memtune.core.selection import budget, select
-from tests.tolerances import NOTICED, close, tolerance
+from tests.support.tolerances import NOTICED, close, tolerance
 
 DRAWS = 20_000
 STANDARD_ERRORS = 5  # of a mean over DRAWS: by chance one comparison in two million is further off, and the seed is fixed

@@ -45,7 +45,8 @@ def test_single_scores_are_handed_on_and_nothing_else_is_computed(name, entry):
 
 
 @pytest.mark.parametrize(
-    "alpha, beta, asked_for", [(1.0, 1.0, {"context_score", "gradient_score"}), (2.0, 0.0, {"context_score"}), (0.0, 2.0, {"gradient_score"})]
+    "alpha, beta, asked_for",
+    [(1.0, 1.0, {"context_score", "gradient_score"}), (2.0, 0.0, {"context_score"}), (0.0, 2.0, {"gradient_score"})],
 )
 def test_combined_is_equation_5_and_a_weight_of_0_costs_nothing(alpha, beta, asked_for):
     asked = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.core.scoring import attention_received, combined_score, gradient_magnitude, minmax
-from tests.tolerances import NOTICED, close
+from tests.support.tolerances import NOTICED, close
 
 
 def tensors(rows=2, heads=4, groups=2, length=12, channels=8, dtype=torch.float64):

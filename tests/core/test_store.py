@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.core.store import KeyValueStore, place
-from tests.tolerances import NOTICED
+from tests.support.tolerances import NOTICED
 
 
 def chunks(length=10, size=4):

@@ -7,8 +7,8 @@ from torch import nn
 
 from hf_memtune.core.sums import GradientSums
 from hf_memtune.memory import LiveBytes
-from tests.core.parts import in_parts
-from tests.tolerances import NOTICED, close
+from tests.support.parts import in_parts
+from tests.support.tolerances import NOTICED, close
 
 ROWS, SIZE = 6, 5
 

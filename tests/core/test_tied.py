@@ -9,7 +9,7 @@ from hf_memtune.core.loss import linear_loss
 from hf_memtune.core.tied import embed_summed, embed_tied
 from hf_memtune.errors import LogitsError
 from hf_memtune.memory import LiveBytes
-from tests.tolerances import NOTICED, RELATIVE
+from tests.support.tolerances import NOTICED, RELATIVE
 
 TOKENS, CLASSES, SIZE = 40, 23, 8  # more tokens than classes: most come more than once
 

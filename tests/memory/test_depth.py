@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_memtune.memory.depth import Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.step_ledger import StepLedger
-from tests.methods.tiny_models import batch_for, tiny_model
+from tests.support.tiny_models import batch_for, tiny_model
 
 
 def log_of(layers, wide=()):

@@ -6,7 +6,7 @@ import torch
 from hf_memtune import LiveBytes, Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 from hf_memtune.memory import StepLedger
 from hf_memtune.methods.attention.outputs import BodyOutputs
-from tests.methods.tiny_models import batch_for, tiny_model
+from tests.support.tiny_models import batch_for, tiny_model
 
 ROWS, CHUNK, KEPT, LAYERS, WIDTH, HEADS, CHANNELS = 2, 8, 8, 3, 32, 4, 8
 SHORT, LONG = 64, 128  # tokens of a row

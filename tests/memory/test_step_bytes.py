@@ -11,8 +11,8 @@ from hf_memtune.memory import trace
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.units import MIB
-from tests.methods.stepping import PUBLISHED, seeking_on
-from tests.methods.tiny_models import batch_for, tiny_model
+from tests.support.stepping import PUBLISHED, seeking_on
+from tests.support.tiny_models import batch_for, tiny_model
 
 TOKENS = 40
 # What the tiny Llama (3 layers, hidden 32, MLP 48, 4 heads and 2 key heads of 8, float32) saves for one token of the focus pass.
@@ -77,9 +77,7 @@ def test_keys_and_values_are_most_of_what_grows_with_the_row():
     """From one row length to twice that, the peak grows by little more than stored keys and values (and the scores' inputs)."""
     config = SHAPES["Qwen2.5-0.5B"]()
     seeking = TokenSeekingConfig(token_seeking=True, token_scorer="random", always_keep="none")
-    short, long = (
-        trace_causal_lm_step(config, tokens, checkpointing=True, strategy=seeking).peak_bytes for tokens in (2048, 4096)
-    )
+    short, long = (trace_causal_lm_step(config, tokens, checkpointing=True, strategy=seeking).peak_bytes for tokens in (2048, 4096))
     stored = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 2 * 2048
     assert stored <= long - short <= 4 * stored
 

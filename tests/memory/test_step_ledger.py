@@ -9,7 +9,7 @@ import torch
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.memory import CATEGORIES, LiveBytes, MemoryAccount, StepLedger
 from hf_memtune.methods.events import Listener
-from tests.methods.tiny_models import batch_for, tiny_model
+from tests.support.tiny_models import batch_for, tiny_model
 
 ROWS, TOKENS, LAYERS = 2, 32, 3
 STORED = 2 * LAYERS * ROWS * TOKENS * 2 * 8 * 4  # keys and values of 2 key heads of 8, float32

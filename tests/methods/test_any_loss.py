@@ -11,10 +11,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core.logits import LazyLogits
-from tests.methods.stepping import Ear, model_and_batch, seeking_on
-from tests.methods.tiny_models import batch_for, tiny_model
-from tests.methods.twin import ditching, gradients, shifted, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import Ear, model_and_batch, seeking_on
+from tests.support.tiny_models import batch_for, tiny_model
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import ditching, gradients, shifted, worst_difference
 
 EXACT = tolerance(torch.float64)
 CHUNKS = [1, 5]  # of rows of 13 and 9 tokens

@@ -8,10 +8,10 @@ import transformers as tf
 
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core.logits import LazyLogits
-from tests.methods.stepping import model_and_batch, seeking_on
-from tests.methods.tiny_models import _BART_LIKE, VOCABULARY
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import NOTICED, close, tolerance
+from tests.support.stepping import model_and_batch, seeking_on
+from tests.support.tiny_models import _BART_LIKE, VOCABULARY
+from tests.support.tolerances import NOTICED, close, tolerance
+from tests.support.twin import gradients, worst_difference
 
 _DECODER = {**_BART_LIKE, "is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 1}
 _WHISPER = {name: value for name, value in _DECODER.items() if name != "max_position_embeddings"}

@@ -10,7 +10,7 @@ import transformers as tf
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.memory import SavedBytes
 from hf_memtune.methods.attention import passes
-from tests.methods.stepping import (
+from tests.support.stepping import (
     Ear,
     assert_equal_step,
     has_float32_inside,
@@ -21,9 +21,9 @@ from tests.methods.stepping import (
     take_step,
     token_twin,
 )
-from tests.methods.tiny_models import batch_for, lm_head
-from tests.methods.twin import ditching, gradients, twin_loss, worst_difference
-from tests.tolerances import NOTICED, RELATIVE, tolerance
+from tests.support.tiny_models import batch_for, lm_head
+from tests.support.tolerances import NOTICED, RELATIVE, tolerance
+from tests.support.twin import ditching, gradients, twin_loss, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "non-re-entrant"])
@@ -112,8 +112,14 @@ def quantised_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = tf.LlamaConfig(
-        vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, pad_token_id=0,
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
     )
     model = tf.LlamaForCausalLM(config)
     with torch.no_grad():

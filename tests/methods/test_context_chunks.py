@@ -11,9 +11,9 @@ from hf_memtune.methods.attention.passes import ContextPass
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.streaming import chunk_stream
 from hf_memtune.units import MIB
-from tests.methods.stepping import model_and_batch, plain_twin, step_on, stream
-from tests.methods.twin import worst_difference
-from tests.tolerances import tolerance
+from tests.support.stepping import model_and_batch, plain_twin, step_on, stream
+from tests.support.tolerances import tolerance
+from tests.support.twin import worst_difference
 
 LENGTHS, CHUNK = (31, 22), 3  # 11 chunks, of which the context pass runs 10
 

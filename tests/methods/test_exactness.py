@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_memtune.core.sampling import CERTAIN, systematic
-from tests.methods.stepping import (
+from tests.support.stepping import (
     Ear,
     assert_equal_step,
     has_float32_inside,
@@ -19,9 +19,9 @@ from tests.methods.stepping import (
     target_of,
     token_twin,
 )
-from tests.methods.tiny_models import CAUSAL, FURTHER, MASKED, lm_head
-from tests.methods.twin import ditching, gradients, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.tiny_models import CAUSAL, FURTHER, MASKED, lm_head
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import ditching, gradients, worst_difference
 
 EVERY = [*CAUSAL, *MASKED, "bart"]
 # Summed attention favours the first tokens so much that a causal row would keep a prefix of itself, on which cutting the rest

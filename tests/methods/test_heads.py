@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.methods.stepping import Ear, assert_equal_step, model_and_batch, seeking_on, take_step, token_twin
-from tests.methods.twin import ditching, gradients, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import Ear, assert_equal_step, model_and_batch, seeking_on, take_step, token_twin
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import ditching, gradients, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
 PROBLEMS = {
@@ -14,7 +14,15 @@ PROBLEMS = {
     "multi label": dict(problem_type="multi_label_classification", num_labels=3),
     "regression": dict(problem_type="regression", num_labels=1),
 }
-SEQUENCE = [("llama", "right"), ("llama", "left"), ("gpt2", "left"), ("opt", "right"), ("bert", "right"), ("roberta", "right"), ("distilbert", "right")]
+SEQUENCE = [
+    ("llama", "right"),
+    ("llama", "left"),
+    ("gpt2", "left"),
+    ("opt", "right"),
+    ("bert", "right"),
+    ("roberta", "right"),
+    ("distilbert", "right"),
+]
 QUESTION = [("llama", "right"), ("llama", "left"), ("bert", "right"), ("roberta", "right"), ("distilbert", "right")]
 TOKEN = [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("bert", "right"), ("roberta", "left"), ("distilbert", "right")]
 
@@ -63,7 +71,17 @@ def test_token_classification_equals_the_twin(name, side, scorer):
     assert_equal_step(taken, loss, expected, dtype)
 
 
-@pytest.mark.parametrize("head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "bert"), ("question_answering", "llama"), ("token_classification", "bert"), ("token_classification", "llama")])
+@pytest.mark.parametrize(
+    "head, name",
+    [
+        ("sequence_classification", "llama"),
+        ("sequence_classification", "bert"),
+        ("question_answering", "bert"),
+        ("question_answering", "llama"),
+        ("token_classification", "bert"),
+        ("token_classification", "llama"),
+    ],
+)
 @pytest.mark.parametrize("ratio", [1.0, 0.999])  # the model's own way; all tokens, but through the method
 def test_all_tokens_kept_is_plain_training(head, name, ratio):
     # rows of one length: plain training also learns from padding, whose logits stand in the softmax over positions
@@ -139,7 +157,9 @@ def test_pooled_heads_see_the_logits_of_a_plain_forward():
 # -- siblings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "bert")])
+@pytest.mark.parametrize(
+    "head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "bert")]
+)
 def test_a_wrong_kept_mask_is_noticed(head, name):
     model, batch, _ = model_and_batch(name, head=head)
     taken = take_step(model, batch, **SPREAD)

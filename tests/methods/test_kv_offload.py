@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core.offload import Fetched, HostTensor, OffloadedStore, OffloadedSums
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.methods.stepping import lm_head, model_and_batch, seeking_on, step_on
-from tests.methods.tiny_models import batch_for
-from tests.methods.twin import worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import lm_head, model_and_batch, seeking_on, step_on
+from tests.support.tiny_models import batch_for
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import worst_difference
 
 CHUNK, LENGTHS = 4, (13, 9)
 NAMES = ["llama", "qwen2-sliding", "gpt2", "gemma2", "bart"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_memtune import MemTuneError, Streaming, StreamingConfig
-from tests.methods.stepping import model_and_batch, seeking_on
+from tests.support.stepping import model_and_batch, seeking_on
 
 STREAM = {"sequence_chunk_size": 5}
 METHODS = {

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tests.methods.stepping import assert_equal_step, has_float32_inside, take_step, token_twin
 from tests.methods.test_scores import column_sums, scores_seen
-from tests.methods.tiny_models import CAUSAL, VOCABULARY, tiny_model
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import NOTICED, close
+from tests.support.stepping import assert_equal_step, has_float32_inside, take_step, token_twin
+from tests.support.tiny_models import CAUSAL, VOCABULARY, tiny_model
+from tests.support.tolerances import NOTICED, close
+from tests.support.twin import gradients, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
 SEGMENTS = ((5, 8), (4, 6, 3))  # two rows of 13 tokens

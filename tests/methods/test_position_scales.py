@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.methods.attention import routing
-from tests.methods.stepping import (
+from tests.support.stepping import (
     assert_equal_step,
     has_float32_inside,
     model_and_batch,
@@ -14,8 +14,8 @@ from tests.methods.stepping import (
     take_step,
     token_twin,
 )
-from tests.methods.twin import worst_difference
-from tests.tolerances import NOTICED, RELATIVE
+from tests.support.tolerances import NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 LENGTHS = (24, 19)
 LLAMA4 = {"no_rope_layers": [0, 1, 0], "layer_types": ["full_attention", "chunked_attention", "full_attention"]}

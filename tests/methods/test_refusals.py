@@ -10,9 +10,9 @@ from torch import nn
 from hf_memtune import TokenSeeking, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
 from hf_memtune.errors import ConfigError, MemTuneError, TokenScoreError, UnsupportedModelError
-from tests.methods.stepping import Ear, model_and_batch, seeking_on, take_step
-from tests.methods.twin import ditching, gradients, shifted, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import Ear, model_and_batch, seeking_on, take_step
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import ditching, gradients, shifted, worst_difference
 
 _LLAMA = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -251,7 +251,9 @@ def test_a_config_that_asks_for_every_hidden_state_is_refused():
 
 
 def test_rows_past_the_length_of_changing_frequencies_are_refused():
-    config = tf.LlamaConfig(**_LLAMA | {"max_position_embeddings": 8}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    config = tf.LlamaConfig(
+        **_LLAMA | {"max_position_embeddings": 8}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    )
     model = tf.LlamaForCausalLM(config)
     batch = {"input_ids": torch.arange(5, 18)[None]}
     with pytest.raises(UnsupportedModelError, match="dynamic.*past 8 tokens.*13"):

@@ -18,9 +18,9 @@ from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.overrides import Override
-from tests.methods.stepping import loss_of, model_and_batch, seeking_on, step_on
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import loss_of, model_and_batch, seeking_on, step_on
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import gradients, worst_difference
 
 NAMES = ["llama", "gemma2", "gpt2", "opt", "bert", "bart"]
 HOOKS = [key for key in vars(torch.nn.Module()) if key.endswith("_hooks")]

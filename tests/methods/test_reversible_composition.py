@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from tests.methods.reversible_models import (
+from tests.methods.test_reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
+from tests.support.reversible_models import (
     COUPLINGS,
     inputs_of,
     model_of,
@@ -15,9 +16,8 @@ from tests.methods.reversible_models import (
     step,
     twin,
 )
-from tests.methods.test_reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
-from tests.methods.twin import worst_difference
-from tests.tolerances import NOTICED, RELATIVE, tolerance
+from tests.support.tolerances import NOTICED, RELATIVE, tolerance
+from tests.support.twin import worst_difference
 
 
 @pytest.mark.parametrize("numerics", ["float", "exact"])

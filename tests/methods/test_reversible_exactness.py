@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_memtune import make_reversible
-from tests.methods.reversible_models import (
+from tests.support.reversible_models import (
     CLAIMED,
     COUPLINGS,
     PARALLEL,
@@ -18,8 +18,8 @@ from tests.methods.reversible_models import (
     twin,
     widen_norms_and_attention,
 )
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, tolerance
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, tolerance
+from tests.support.twin import worst_difference
 
 PAIRS = [(name, coupling) for name in CLAIMED for coupling in COUPLINGS if not (coupling == "meft3" and name in PARALLEL)]
 # Norms that compute in float32 whatever they are given: what the float inverse is off by may flip a rounding there.

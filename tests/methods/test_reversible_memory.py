@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.memory import LiveBytes
-from tests.methods.reversible_models import COUPLINGS, inputs_of, model_of, reversible_of
+from tests.support.reversible_models import COUPLINGS, inputs_of, model_of, reversible_of
 
 # bits an element and layer: k of the centred coupling's 1/16, of MEFT's 1/8, and both of MEFT3's
 STORED_BITS = {"centred": 4, "meft1": 3, "meft2": 3, "meft3": 6}
@@ -44,9 +44,7 @@ def test_ordinary_layers_grow_by_much_more():
 
 
 def test_the_layers_above_a_part_of_the_stack_grow_as_ever():
-    (shallow, elements), (deep, _) = (
-        live_after_forward("llama", depth, "centred", "float", reversible_layers=4) for depth in (4, 12)
-    )
+    (shallow, elements), (deep, _) = (live_after_forward("llama", depth, "centred", "float", reversible_layers=4) for depth in (4, 12))
     assert deep - shallow > 8 * elements * 4 * 8
 
 

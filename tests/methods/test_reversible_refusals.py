@@ -1,14 +1,13 @@
 """Reversible layers refuse, before anything is changed, what they cannot do; and raise where they cannot go on."""
 
-
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
-from tests.methods.reversible_models import inputs_of, model_of, reversible_of, settings
 from tests.methods.test_reversible_removal import same_state, state_of
+from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings
 
 
 def refused(model, coupling="centred", match=None, **changed):
@@ -115,5 +114,8 @@ def test_overflow_raises_before_backward_and_names_the_layer():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e6)
     for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), pytest.raises(StreamOverflowError, match=r"model.layers.1: its output reaches .* reversible_fraction_bits to \d+ or less"):
+        with (
+            mode(),
+            pytest.raises(StreamOverflowError, match=r"model.layers.1: its output reaches .* reversible_fraction_bits to \d+ or less"),
+        ):
             model(**batch)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_memtune import MemTuneError
-from tests.methods.reversible_models import CLAIMED, COUPLINGS, PARALLEL, inputs_of, model_of, reversible_of, step
-from tests.methods.tiny_models import tiny_model
-from tests.methods.twin import worst_difference
-from tests.tolerances import NOTICED
+from tests.support.reversible_models import CLAIMED, COUPLINGS, PARALLEL, inputs_of, model_of, reversible_of, step
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import NOTICED
+from tests.support.twin import worst_difference
 
 
 def state_of(model):
@@ -28,9 +28,7 @@ def state_of(model):
 def same_state(found, expected):
     if found[0] != expected[0] or found[1].keys() != expected[1].keys():
         return False
-    return all(
-        found[1][name][0::2] == before[0::2] and torch.equal(found[1][name][1], before[1]) for name, before in expected[1].items()
-    )
+    return all(found[1][name][0::2] == before[0::2] and torch.equal(found[1][name][1], before[1]) for name, before in expected[1].items())
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_memtune import LiveBytes, Streaming, StreamingConfig, checkpoint_in_two_levels
-from tests.methods.reversible_models import inputs_of, model_of, reversible_of, twin
-from tests.methods.stepping import seek_in_stream, seeking_on, step_on, take_step
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, tolerance
+from tests.support.reversible_models import inputs_of, model_of, reversible_of, twin
+from tests.support.stepping import seek_in_stream, seeking_on, step_on, take_step
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, tolerance
+from tests.support.twin import gradients, worst_difference
 
 SCORERS = ["random", "context", "combined"]
 

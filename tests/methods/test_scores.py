@@ -11,10 +11,10 @@ from hf_memtune.core.selection import select
 from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.methods.seeking import loss_gradient, token_scores
-from tests.methods.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
-from tests.methods.tiny_models import CAUSAL, MASKED, lm_head
-from tests.methods.twin import shifted
-from tests.tolerances import NOTICED, close
+from tests.support.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
+from tests.support.tiny_models import CAUSAL, MASKED, lm_head
+from tests.support.tolerances import NOTICED, close
+from tests.support.twin import shifted
 
 EVERY = [*CAUSAL, *MASKED, "bart"]
 CHUNKS = [4, 512]
@@ -180,7 +180,9 @@ def test_gradient_score_is_autograds_gradient_at_the_last_block(name, side, chun
         torch.testing.assert_close(score, expected[stack].norm(dim=-1), **close(dtype, name in ("gemma2", "gemma3")))
 
 
-@pytest.mark.parametrize("head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "distilbert")])
+@pytest.mark.parametrize(
+    "head, name", [("sequence_classification", "llama"), ("sequence_classification", "bert"), ("question_answering", "distilbert")]
+)
 def test_gradient_score_of_a_pooled_head(head, name):
     model, batch, dtype = model_and_batch(name, head=head)
     found = scores_seen(model, batch, "gradient_score")["decoder"]["gradient_score"]

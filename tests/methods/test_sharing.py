@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-from tests import patience
-from tests.methods import sharing_script
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support import patience, sharing_script
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 FLOAT32_NORMS = ("llama",)
 

@@ -14,13 +14,13 @@ from hf_memtune.core.owed import OwedGradients
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.methods.stepping import has_float32_inside, loss_of, model_and_batch, plain_twin, step_on, stream
 from tests.methods.test_heads import PROBLEMS, classified
 from tests.methods.test_packing import packed_batch, unpacked
 from tests.methods.test_removal import registered, traces
-from tests.methods.tiny_models import CAUSAL, tiny_model
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import NOTICED, tolerance
+from tests.support.stepping import has_float32_inside, loss_of, model_and_batch, plain_twin, step_on, stream
+from tests.support.tiny_models import CAUSAL, tiny_model
+from tests.support.tolerances import NOTICED, tolerance
+from tests.support.twin import gradients, worst_difference
 
 NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3"]
 ENCODER_DECODERS = ["bart", "pegasus", "m2m100"]

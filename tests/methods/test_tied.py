@@ -12,10 +12,10 @@ from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.methods import tied
 from hf_memtune.methods.streaming import chunk_stream, embedding
 from hf_memtune.units import MIB
-from tests.methods.stepping import plain_twin, stream, take_step, token_twin
-from tests.methods.tiny_models import batch_for, lm_head, tiny_model
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.stepping import plain_twin, stream, take_step, token_twin
+from tests.support.tiny_models import batch_for, lm_head, tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 TIED = ["llama", "gemma3", "gpt2", "opt", "bert"]  # gemma3 scales its embeddings, bert has a bias and types, opt positions
 

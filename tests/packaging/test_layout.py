@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hf_memtune"
 
 TOP_LEVEL = {"setup.cfg", "hf_memtune", "configs", "scripts", "tests", "Makefile"}
-TOP_LEVEL_ALSO = {"pyproject.toml", "constraints.txt", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".gitignore", ".pre-commit-config.yaml", ".ci", "docs", "results"}
+TOP_LEVEL_ALSO = {
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    ".ci",
+    "docs",
+    "results",
+}
 
 # THE FLOORS, top to bottom: a module imports from its own part and from lower floors only.
 FLOORS = [

@@ -173,6 +173,15 @@ def write_model(folder: Path) -> None:
 
 
 def test_the_log_keys_are_explained():
-    keys = {"tokens_seen", "tokens_kept", "tokens_learned", "tokens_recomputed", "full_loss", "peak_memory_bytes", "resident_bytes", "step_seconds"}
+    keys = {
+        "tokens_seen",
+        "tokens_kept",
+        "tokens_learned",
+        "tokens_recomputed",
+        "full_loss",
+        "peak_memory_bytes",
+        "resident_bytes",
+        "step_seconds",
+    }
     logs = REFERENCE.partition("\n## Logs\n")[2].partition("\n## ")[0]
     assert keys <= set(re.findall(r"`(\w+)`", logs))

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from tests import patience
 from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
 from tests.packaging.test_readme import write_model
+from tests.support import patience
 
 PAGE, SCRIPTS = ROOT / "docs" / "reversible.md", ROOT / "scripts"
 RESULTS = ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl")
@@ -68,9 +68,7 @@ def test_the_programs_run(tmp_path):
         "HF_HOME": str(tmp_path / "hf"),
     }
     command = [sys.executable, "-c", program]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)
     assert done.returncode == 0, done.stderr
     assert "is_exact" in done.stdout or "inverse_error=0.0" in done.stdout
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer
-from tests.methods.stepping import Ear
-from tests.methods.tiny_models import tiny_model
-from tests.methods.twin import gradients, shifted, twin_loss, worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training.runs import arguments, exact_model, llama, text_rows, train, worst_step
+from tests.support.runs import arguments, exact_model, llama, text_rows, train, worst_step
+from tests.support.stepping import Ear
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import gradients, shifted, twin_loss, worst_difference
 
 EXACT = RELATIVE[torch.float64]
 LOGGED = 1e-6  # transformers adds up the logged losses in float32

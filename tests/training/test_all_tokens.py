@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from hf_memtune.evaluation import load_metric
-from tests.methods.tiny_models import tiny_model
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training.runs import arguments, pad_right, text_rows, train, worst_step
+from tests.support.runs import arguments, pad_right, text_rows, train, worst_step
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)  # some have a label at their first token, which transformers counts for GPT-2, although nothing predicts it

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tolerances import NOTICED, RELATIVE
+from tests.support.tolerances import NOTICED, RELATIVE
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("tokenizers")
 pytest.importorskip("peft")
 
 import hf_memtune  # noqa: E402
-from tests.training.trl_runs import (  # noqa: E402
+from tests.support.trl_runs import (  # noqa: E402
     CASES,
     CHUNK,
     OURS,
@@ -52,7 +52,9 @@ def close_numbers(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected) > 2
     for ours, theirs in zip(found, expected):
         keys = [key for key in theirs if not (key == "rewards/accuracies" and is_tied(theirs))]
-        assert {key: ours.get(key) for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=RELATIVE[torch.float32], abs=ROUNDING)
+        assert {key: ours.get(key) for key in keys} == pytest.approx(
+            {key: theirs[key] for key in keys}, rel=RELATIVE[torch.float32], abs=ROUNDING
+        )
 
 
 def is_tied(entry: dict) -> bool:

@@ -16,8 +16,8 @@ from hf_memtune import (
     TokenSeekingConfig,
 )
 from hf_memtune.core.selection import Selection, budget
-from tests.methods.tiny_models import tiny_model
-from tests.training.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.tiny_models import tiny_model
 
 ROWS = text_rows(24)
 CONFIG = TokenSeekingConfig(**SEEKING)
@@ -91,7 +91,10 @@ def test_last_selection_is_what_the_last_step_kept(tmp_path):
     pairs = [row | {"labels": row["input_ids"]} for row in ROWS]
     both = train(tiny_model("bart", "seq2seq"), arguments(tmp_path), pairs).trainer.last_selection
     assert {name: type(value) for name, value in both.items()} == {"encoder": Selection, "decoder": Selection}
-    assert train(llama(), arguments(tmp_path, token_seeking=False, token_ratio=0.1, context_normalize="sum"), ROWS).trainer.last_selection is None
+    assert (
+        train(llama(), arguments(tmp_path, token_seeking=False, token_ratio=0.1, context_normalize="sum"), ROWS).trainer.last_selection
+        is None
+    )
 
 
 def test_a_scorer_sees_what_is_documented(tmp_path):
@@ -99,7 +102,9 @@ def test_a_scorer_sees_what_is_documented(tmp_path):
 
     def nosy(context):
         rows, length = context.attention_mask.shape
-        shapes = {name: tuple(getattr(context, name).shape) for name in ("input_ids", "labels", "context_score", "gradient_score", "token_loss")}
+        shapes = {
+            name: tuple(getattr(context, name).shape) for name in ("input_ids", "labels", "context_score", "gradient_score", "token_loss")
+        }
         assert set(shapes.values()) == {(rows, length)}
         assert context.last_hidden_state.shape == (rows, length, 32)
         assert context.attention_mask.dtype == torch.bool and context.input_ids.dtype == torch.int64

@@ -6,9 +6,9 @@ import torch
 from hf_memtune import (
     MemEfficientTrainer,
 )
-from tests.tolerances import NOTICED, tolerance
-from tests.training.reversible_runs import ROWS, deep, quiet  # noqa: F401  a fixture for all
-from tests.training.runs import SEEKING, arguments, text_rows, train, worst_step
+from tests.support.reversible_runs import ROWS, deep, quiet  # noqa: F401  a fixture for all
+from tests.support.runs import SEEKING, arguments, text_rows, train, worst_step
+from tests.support.tolerances import NOTICED, tolerance
 
 TWO = {"checkpoint_levels": 2, "token_seeking": False}
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer, SavedBytes
-from tests.methods.tiny_models import tiny_model
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, RELATIVE
-from tests.training.runs import arguments, llama, text_rows, train, worst_step
+from tests.support.runs import arguments, llama, text_rows, train, worst_step
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, RELATIVE
+from tests.support.twin import worst_difference
 
 ROWS = text_rows(8, shortest=40, longest=48)
 SPELLINGS = ["activation_checkpointing", "gradient_checkpointing"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hf_memtune.errors import ConfigError, MemTuneError, StaleCacheError
 from hf_memtune.training.checkpoints import newest_complete, why_incomplete
-from tests.training.runs import arguments, llama, text_rows, trainer_for
+from tests.support.runs import arguments, llama, text_rows, trainer_for
 
 ROWS = text_rows(12)
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "token_seeking": False, "token_ratio": None, "context_normalize": None}

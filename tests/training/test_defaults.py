@@ -5,10 +5,10 @@ import torch
 from transformers import Trainer
 
 from hf_memtune import ConfigError, TokenSeeking, TokenSeekingConfig
-from tests.methods.stepping import step_on
-from tests.methods.tiny_models import batch_for, tiny_model
-from tests.tolerances import NOTICED
-from tests.training.runs import arguments, llama, text_rows, train, trainer_for, worst_step
+from tests.support.runs import arguments, llama, text_rows, train, trainer_for, worst_step
+from tests.support.stepping import step_on
+from tests.support.tiny_models import batch_for, tiny_model
+from tests.support.tolerances import NOTICED
 
 ROWS = text_rows(8)
 LEFT_OUT = {"token_scorer": None, "token_selection": None, "select_from": None, "context_normalize": None, "token_ratio": 0.2}

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import patience
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training import distributed_script
+from tests.support import distributed_script, patience
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 EXACT = RELATIVE[torch.float64]
 
@@ -60,7 +59,11 @@ def test_a_mean_of_each_process_is_another_gradient(two_processes, one_process):
     assert worst_step(two_processes[0]["own mean"], one_process[0]["own mean"]) > NOTICED
 
 
-FLOWN = [("accumulated after a preflight", "accumulated"), ("lora after a preflight", "checkpointed"), ("streamed after a preflight", "streamed")]
+FLOWN = [
+    ("accumulated after a preflight", "accumulated"),
+    ("lora after a preflight", "checkpointed"),
+    ("streamed after a preflight", "streamed"),
+]
 
 
 @pytest.mark.parametrize("flown, plain", FLOWN)

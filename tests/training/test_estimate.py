@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.memory.estimate import MemoryEstimate
-from tests.methods.tiny_models import CONFIGS, VOCABULARY, tiny_model
-from tests.training.runs import arguments, pad_right, trainer_for
+from tests.support.runs import arguments, pad_right, trainer_for
+from tests.support.tiny_models import CONFIGS, VOCABULARY, tiny_model
 
 TOKENS, ROWS = 48, 2
 STREAMED = {"sequence_chunk_size": 16, "activation_checkpointing": True}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.methods.twin import worst_difference
-from tests.patience import PROGRAM
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training import fsdp_script
-from tests.training.fsdp_script import CASES, RUNS
+from tests.support import fsdp_script
+from tests.support.fsdp_script import CASES, RUNS
+from tests.support.patience import PROGRAM
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 EXACT = RELATIVE[torch.float64]
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "accelerate", "fsdp2.yaml")

@@ -10,9 +10,9 @@ from torch.utils.data import IterableDataset
 
 from hf_memtune.core.head_call import HeadCall
 from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, _on_demand, first_batches, full_loss, rose, rows_of
-from tests.methods.tiny_models import batch_for, tiny_model
-from tests.tolerances import FLOAT32_INSIDE
-from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train
+from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train
+from tests.support.tiny_models import batch_for, tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE
 
 EXACT = FLOAT32_INSIDE  # transformers takes the loss of language models in float32
 CPU = torch.device("cpu")

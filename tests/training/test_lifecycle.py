@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Trainer, Trai
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_memtune import MemEfficientTrainer
-from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
 
@@ -33,9 +33,7 @@ class PlainTwin(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         settings = {"seeking": False, "per_device_eval_batch_size": 5}
-        plain = Trainer(
-            model, arguments(self.folder, **settings), pad_right, eval_dataset=ROWS, compute_metrics=token_accuracy
-        )
+        plain = Trainer(model, arguments(self.folder, **settings), pad_right, eval_dataset=ROWS, compute_metrics=token_accuracy)
         assert results(self.trainer.evaluate()) == results(plain.evaluate())
         ours, theirs = self.trainer.predict(ROWS), plain.predict(ROWS)
         assert (ours.predictions == theirs.predictions).all() and (ours.label_ids == theirs.label_ids).all()
@@ -47,7 +45,12 @@ class PlainTwin(TrainerCallback):
 def test_evaluation_and_prediction_are_plain_forwards(tmp_path):
     twin = PlainTwin(tmp_path)
     trainer = trainer_for(
-        llama(), arguments(tmp_path, per_device_eval_batch_size=5), ROWS, callbacks=[twin], compute_metrics=token_accuracy, eval_dataset=ROWS
+        llama(),
+        arguments(tmp_path, per_device_eval_batch_size=5),
+        ROWS,
+        callbacks=[twin],
+        compute_metrics=token_accuracy,
+        eval_dataset=ROWS,
     )
     twin.trainer = trainer
     trainer.train()

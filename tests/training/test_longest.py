@@ -54,7 +54,9 @@ def arguments(tmp_path):
     return partial(MemEfficientTrainingArguments, str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=1)
 
 
-@pytest.mark.parametrize("settings, unit", [({}, 32), ({"sequence_chunk_size": 16, "activation_checkpointing": True}, 16)], ids=["plain", "stream"])
+@pytest.mark.parametrize(
+    "settings, unit", [({}, 32), ({"sequence_chunk_size": 16, "activation_checkpointing": True}, 16)], ids=["plain", "stream"]
+)
 def test_the_longest_row_of_a_model(arguments, settings, unit):
     """Estimated, and one step beyond it, which does not fit."""
     args = arguments(**settings)

@@ -12,7 +12,7 @@ from hf_memtune.forecast.estimate import estimate
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.care.report.memory_report import FILES
 from hf_memtune.training.care.report.savings import BatchShape, Savings
-from tests.training.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
 PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None, "optim": "adamw_torch", "learning_rate": 0.01}

@@ -13,9 +13,9 @@ from hf_memtune import MemEfficientMixin, MemEfficientTrainer, StaleCacheError, 
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.training import offline
 from hf_memtune.training.fingerprint import model_fingerprint
-from tests.methods.tiny_models import tiny_model
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, close
-from tests.training.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for, worst_step
+from tests.support.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for, worst_step
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, close
 
 ROWS = text_rows(16)
 

@@ -8,9 +8,9 @@ from hf_memtune import MemTuneError
 from hf_memtune.training.care.recovery import halving
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
-from tests.methods.tiny_models import tiny_model
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
+from tests.support.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
+from tests.support.tiny_models import tiny_model
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)

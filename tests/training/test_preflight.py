@@ -16,8 +16,8 @@ from hf_memtune.memory import CATEGORIES
 from hf_memtune.training.care.preflight import flight, snapshot
 from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.care.preflight.report import PreflightReport
-from tests.methods.tiny_models import tiny_model
-from tests.training.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.tiny_models import tiny_model
 
 ROWS = text_rows(24)
 PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None}

@@ -14,7 +14,7 @@ from hf_memtune import (
     ReversibleConfig,
     StreamOverflowError,
 )
-from tests.training.reversible_runs import (
+from tests.support.reversible_runs import (
     ADAPTERS,
     CENTRED,
     ROWS,
@@ -25,7 +25,7 @@ from tests.training.reversible_runs import (
     quiet,  # noqa: F401  a fixture for all
     reversible,
 )
-from tests.training.runs import arguments, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import arguments, same_parameters, text_rows, train, trainer_for
 
 MIXED = {"plain": {}, "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, "bf16": {"bf16": True}}
 

@@ -18,10 +18,10 @@ from hf_memtune import (
 )
 from hf_memtune.training.reversible import files as reversible_files
 from hf_memtune.training.reversible.files import SETTINGS, WEIGHTS
-from tests.methods.reversible_models import model_of
-from tests.methods.tiny_models import tiny_model
-from tests.training.reversible_runs import CENTRED, ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
-from tests.training.runs import arguments, pad_right, train, trainer_for
+from tests.support.reversible_models import model_of
+from tests.support.reversible_runs import CENTRED, ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.support.runs import arguments, pad_right, train, trainer_for
+from tests.support.tiny_models import tiny_model
 
 PROMPT = torch.tensor([[7, 11, 13, 17], [8, 12, 14, 18]])
 SLOW = {"optim": "adamw_torch", "learning_rate": 0.05, "adapter_dropout": 0.2}

@@ -9,8 +9,8 @@ from hf_memtune import (
     MemTuneError,
 )
 from hf_memtune.training.reversible.files import WEIGHTS
-from tests.training.reversible_runs import ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
-from tests.training.runs import arguments, same_parameters, train
+from tests.support.reversible_runs import ROWS, adapted, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.support.runs import arguments, same_parameters, train
 
 SLOW = {"optim": "adamw_torch", "learning_rate": 0.05, "adapter_dropout": 0.2}
 

@@ -6,8 +6,8 @@ import warnings
 import pytest
 
 from hf_memtune import ConfigError, MemEfficientTrainer, ReversibleConfig, make_reversible
-from tests.training.reversible_runs import ADAPTERS, CENTRED, ROWS, TwinTrainer, deep, quiet, reversible  # noqa: F401  a fixture for all
-from tests.training.runs import SEEKING, arguments, same_parameters, train, trainer_for
+from tests.support.reversible_runs import ADAPTERS, CENTRED, ROWS, TwinTrainer, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.support.runs import SEEKING, arguments, same_parameters, train, trainer_for
 
 
 @pytest.mark.parametrize("scorer, layers", [("random", None), ("context", None), ("gradient", 3), ("combined", 3)])

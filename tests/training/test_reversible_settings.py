@@ -9,8 +9,8 @@ from hf_memtune import (
     MemEfficientTrainingArguments,
     ReversibleConfig,
 )
-from tests.training.reversible_runs import ROWS, deep, quiet, reversible  # noqa: F401  a fixture for all
-from tests.training.runs import trainer_for
+from tests.support.reversible_runs import ROWS, deep, quiet, reversible  # noqa: F401  a fixture for all
+from tests.support.runs import trainer_for
 
 
 def test_flags_are_parsed(tmp_path):

@@ -15,7 +15,7 @@ from hf_memtune import ConfigError, MemEfficientTrainingArguments, TokenSeekingC
 from hf_memtune.core import scorers
 from hf_memtune.settings.methods import STREAM_CHUNKS, StreamingConfig
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, preset_values
-from tests.training.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(8)
 OURS = {f.name: f for f in fields(MemEfficientTrainingArguments)}.keys() - {f.name for f in fields(TrainingArguments)}

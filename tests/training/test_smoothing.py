@@ -8,9 +8,9 @@ from hf_memtune import LiveBytes, Streaming, StreamingConfig
 from hf_memtune.core import loss
 from hf_memtune.core.logits import LazyLogits
 from hf_memtune.training.smoothing import LabelSmootherOnDemand
-from tests.methods.stepping import model_and_batch
-from tests.methods.twin import gradients, worst_difference
-from tests.tolerances import NOTICED, RELATIVE
+from tests.support.stepping import model_and_batch
+from tests.support.tolerances import NOTICED, RELATIVE
+from tests.support.twin import gradients, worst_difference
 
 EXACT = RELATIVE[torch.float64]
 

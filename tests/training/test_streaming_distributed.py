@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-from tests import patience
-from tests.methods.twin import worst_difference
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training import streaming_script
+from tests.support import patience, streaming_script
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import worst_difference
 
 EXACT = RELATIVE[torch.float64]
 EXACT_CASES = ["whole", "accumulated", "small buckets", "checkpointed", "lora", "seeking", "skip", "skip accumulated"]

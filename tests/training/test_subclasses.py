@@ -22,10 +22,10 @@ from hf_memtune import (
     TokenSeekingCallback,
     TokenSeekingConfig,
 )
-from tests.methods.tiny_models import VOCABULARY
-from tests.methods.twin import ditching, shifted
-from tests.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
-from tests.training.runs import SEEKING, LayerRuns, Run, arguments, exact_model, llama, text_rows, train, trainer_for, worst_step
+from tests.support.runs import SEEKING, LayerRuns, Run, arguments, exact_model, llama, text_rows, train, trainer_for, worst_step
+from tests.support.tiny_models import VOCABULARY
+from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.twin import ditching, shifted
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(16)

@@ -5,9 +5,9 @@ import torch
 from datasets import Dataset
 
 from hf_memtune import ConfigError, MemEfficientArgumentsMixin, MemEfficientMixin
-from tests.methods.tiny_models import VOCABULARY
-from tests.tolerances import NOTICED, RELATIVE
-from tests.training.runs import SEEKING, arguments, llama, text_rows, train, worst_step
+from tests.support.runs import SEEKING, arguments, llama, text_rows, train, worst_step
+from tests.support.tiny_models import VOCABULARY
+from tests.support.tolerances import NOTICED, RELATIVE
 
 trl = pytest.importorskip("trl")
 tokenizers = pytest.importorskip("tokenizers")
@@ -132,7 +132,9 @@ def test_reversible_layers_under_sft(tmp_path, tokenizer):
         Arguments(str(tmp_path), reversible="centred", report_to=[], bf16=False)
 
 
-@pytest.mark.parametrize("settings", [{"token_seeking": False, "token_ratio": None, "context_normalize": None}, {}], ids=["plain", "seeking"])
+@pytest.mark.parametrize(
+    "settings", [{"token_seeking": False, "token_ratio": None, "context_normalize": None}, {}], ids=["plain", "seeking"]
+)
 def test_a_preflight_leaves_the_counters_of_sft_as_they_were(tmp_path, tokenizer, settings):
     """Tokens seen, entropy and accuracy are summed on the trainer between two logs."""
     flights = {"memory_report": False, "max_steps": 2, **settings}

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 from hf_memtune.errors import ConfigError
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+}
 
 
 class Chat(NamedTuple):
@@ -41,7 +49,9 @@ def messages_of(turns: Any, where: str) -> list[dict[str, Any]]:
         if "from" in turn and "role" not in turn:
             turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value", "")}
         if "role" not in turn:
-            raise ConfigError([f"dataset_name: {where} has a message without a role (its keys: {', '.join(turn)}), expected role and content."])
+            raise ConfigError(
+                [f"dataset_name: {where} has a message without a role (its keys: {', '.join(turn)}), expected role and content."]
+            )
         found.append({"content": ""} | turn)
     return found
 
@@ -64,10 +74,12 @@ def _parsed(text: str, where: str) -> Any:
 def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them carry a label. Raises ConfigError where the template cannot tell."""
     if tokenizer.chat_template is None:
-        raise ConfigError([
-            "dataset_name: the rows are conversations, but the tokenizer has no chat template. Take a model that was tuned for chats, or "
-            "name a template: --chat_template_path FILE.jinja, or a model whose template to use."
-        ])
+        raise ConfigError(
+            [
+                "dataset_name: the rows are conversations, but the tokenizer has no chat template. Take a model that was tuned for chats, or "
+                "name a template: --chat_template_path FILE.jinja, or a model whose template to use."
+            ]
+        )
     try:
         if assistant_only and _MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
             return _marked(chat, tokenizer)
@@ -113,11 +125,13 @@ def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tupl
         start, stop = len(commonprefix([prompt, until])), len(commonprefix([until, whole]))
         ending = until[stop:].replace(tokenizer.eos_token or "", "").strip()
         if ending or start > stop:
-            raise ConfigError([
-                f"assistant_only_loss: {where}: the chat template writes message {number + 1} in another way when more messages follow, so the "
-                "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
-                "--assistant_only_loss false."
-            ])
+            raise ConfigError(
+                [
+                    f"assistant_only_loss: {where}: the chat template writes message {number + 1} in another way when more messages follow, so the "
+                    "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
+                    "--assistant_only_loss false."
+                ]
+            )
         spans.append((start, stop))
     return spans
 

@@ -39,10 +39,12 @@ def kind_of(data: DataSource, columns: list[str]) -> str:
     if "text" in columns:
         return TEXT
     known = "; ".join(" and ".join(names) for names in _RECOGNISED)
-    raise ConfigError([
-        f"dataset_name: the rows of {data.dataset_name!r} have the columns {', '.join(columns)}, of which none is known. Expected {known}. "
-        "Or name them: --text_column, or --instruction_column and --output_column."
-    ])
+    raise ConfigError(
+        [
+            f"dataset_name: the rows of {data.dataset_name!r} have the columns {', '.join(columns)}, of which none is known. Expected {known}. "
+            "Or name them: --text_column, or --instruction_column and --output_column."
+        ]
+    )
 
 
 def text_column(data: DataSource) -> str:

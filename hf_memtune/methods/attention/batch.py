@@ -63,7 +63,9 @@ class BodyCall:
         if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length()):
             raise MemTuneError("training steps take whole rows: past_key_values must not be given to them.")
         if self.arguments.get("cu_seq_lens_q") is not None and self.arguments.get("position_ids") is None:
-            raise MemTuneError("packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch.")
+            raise MemTuneError(
+                "packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch."
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
                 raise MemTuneError(
@@ -140,12 +142,7 @@ class BodyCall:
 
 
 def _is_per_token(value: Any, rows: Rows) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dim() >= 2
-        and value.shape[0] in (1, rows.batch)
-        and value.shape[1] == rows.length
-    )
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] in (1, rows.batch) and value.shape[1] == rows.length
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
@@ -156,5 +153,3 @@ def _padding(mask: Tensor | None) -> Tensor | None:
         return mask.bool()
     mask = mask.bool()
     return None if bool(mask.all()) else mask
-
-

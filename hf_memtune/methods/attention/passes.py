@@ -26,9 +26,7 @@ class Places:
         encoder = architecture.stacks["encoder"].module.modules() if architecture.is_encoder_decoder else ()
         self._encoder = {id(module) for module in encoder}
         self._cross = {
-            id(module)
-            for name, module in architecture.base.named_modules()
-            if name.rpartition(".")[2] in tables.CROSS_ATTENTION_NAMES
+            id(module) for name, module in architecture.base.named_modules() if name.rpartition(".")[2] in tables.CROSS_ATTENTION_NAMES
         }
 
     def is_cross(self, module: nn.Module) -> bool:

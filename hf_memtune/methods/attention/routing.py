@@ -188,8 +188,6 @@ def _by_group(attention: Callable, module: nn.Module, query: Tensor, key: Tensor
     """
     rows, heads, length, channels = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, length, channels)
-    single = SimpleNamespace(
-        num_key_value_groups=1, is_causal=getattr(module, "is_causal", True), training=module.training
-    )
+    single = SimpleNamespace(num_key_value_groups=1, is_causal=getattr(module, "is_causal", True), training=module.training)
     outputs = [attention(single, queries, key, value, mask, **kwargs)[0] for queries in grouped.unbind(2)]
     return torch.stack(outputs, dim=3).flatten(2, 3), None

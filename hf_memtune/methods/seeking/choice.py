@@ -110,7 +110,9 @@ class Choice:
         """(B, T): what the loss of each kept token counts for; None: 1 each."""
         if self.decoder.weight is None:
             return None
-        zeros = torch.zeros(self.decoder.index.shape[0], self.decoder.length, dtype=self.decoder.weight.dtype, device=self.decoder.weight.device)
+        zeros = torch.zeros(
+            self.decoder.index.shape[0], self.decoder.length, dtype=self.decoder.weight.dtype, device=self.decoder.weight.device
+        )
         return zeros.scatter(1, self.decoder.index, self.decoder.weight)
 
     def scale(self, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +154,12 @@ class Choice:
                 self.values[stack] = self.chooser.scorer(self.scores.context(stack))
         candidates = labelled if config.select_from == "labels" else None
         forced = forced_tokens(
-            self.call.architecture, rows, config.kept_always == "first_last", self.chooser.facts.is_causal, self.call.input_ids(stack), self.inputs
+            self.call.architecture,
+            rows,
+            config.kept_always == "first_last",
+            self.chooser.facts.is_causal,
+            self.call.input_ids(stack),
+            self.inputs,
         )
         choose: Callable[..., Selection] = sample if config.token_selection == "sample" else select
         return choose(self.values[stack], config.token_ratio, rows.scored, candidates, forced)

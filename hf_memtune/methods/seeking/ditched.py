@@ -94,7 +94,9 @@ class DitchedCall:
         selection = self.choice.decoder
         valid = selection.valid if selection.is_ragged else None
         live = self.outputs.by_row(output)
-        found = [place(whole[:, None], part[:, None], selection.index, valid)[:, 0] for whole, part in zip(self.outputs.as_rows(tensors), live)]
+        found = [
+            place(whole[:, None], part[:, None], selection.index, valid)[:, 0] for whole, part in zip(self.outputs.as_rows(tensors), live)
+        ]
         return self.outputs.as_returned(found)
 
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:

@@ -98,9 +98,11 @@ class OfRows:
 
     def cotangent(self, hidden: Tensor, start: int) -> Tensor:
         if not self._labels:
-            raise ConfigError([
-                f"token_scorer: the batch has no labels for {self._architecture.name}, without which no gradient scores it. Choose random or context."
-            ])
+            raise ConfigError(
+                [
+                    f"token_scorer: the batch has no labels for {self._architecture.name}, without which no gradient scores it. Choose random or context."
+                ]
+            )
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             loss = head_on(self._architecture, self._facts, leaf, self._inputs | self._labels).loss

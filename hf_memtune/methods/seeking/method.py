@@ -75,10 +75,12 @@ class TokenSeeking(Method):
         self.context_modules, wanted = {}, self.config.context_layer
         for name, stack in self.architecture.stacks.items():
             if not -len(stack.layers) <= wanted < len(stack.layers):
-                raise ConfigError([
-                    f"context_layer: got {wanted}, expected a layer of the {name} of {self.architecture.name}, which has "
-                    f"{len(stack.layers)} (0 to {len(stack.layers) - 1}, or -{len(stack.layers)} to -1)."
-                ])
+                raise ConfigError(
+                    [
+                        f"context_layer: got {wanted}, expected a layer of the {name} of {self.architecture.name}, which has "
+                        f"{len(stack.layers)} (0 to {len(stack.layers) - 1}, or -{len(stack.layers)} to -1)."
+                    ]
+                )
             self.context_modules |= {id(module): name for module in stack.layers[wanted].modules()}
         if found := self._without_token_losses():
             raise ConfigError(found)
@@ -200,8 +202,10 @@ def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Sc
     if scorer is not None:
         return Scorer(getattr(scorer, "__name__", type(scorer).__name__), scorer)
     if config.token_scorer not in scorer_names():
-        raise ConfigError([
-            f"token_scorer: got {config.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
-            "hf_memtune.register_scorer before."
-        ])
+        raise ConfigError(
+            [
+                f"token_scorer: got {config.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
+                "hf_memtune.register_scorer before."
+            ]
+        )
     return make_scorer(config.token_scorer, config.context_weight, config.gradient_weight, config.token_selection == "sample")

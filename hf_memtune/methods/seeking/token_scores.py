@@ -75,10 +75,12 @@ class TokenScores:
     def true_gradient_score(self, stack: str) -> Tensor:
         """(B, T): magnitude of the loss gradient at the last hidden states, of the loss that was taken."""
         if stack != "decoder":
-            raise ConfigError([
-                f"token_scorer: got true_gradient, but no gradient comes to the {stack} of {self.block.architecture.name} from outside. Choose "
-                "gradient or random."
-            ])
+            raise ConfigError(
+                [
+                    f"token_scorer: got true_gradient, but no gradient comes to the {stack} of {self.block.architecture.name} from outside. Choose "
+                    "gradient or random."
+                ]
+            )
         gradient = self.true_gradient
         if gradient is None:  # before backward, where tokens are only looked at
             gradient = torch.cat([self.loss.cotangent(hidden, start) for start, hidden in self._outputs()], dim=1)
@@ -95,21 +97,27 @@ class TokenScores:
         """(B, T) float32: loss of each position's own prediction, 0 without a label."""
         name = self.block.architecture.name
         if self.block.architecture.is_encoder_decoder and stack == "encoder":
-            raise ConfigError([
-                f"token_scorer: the tokens of the encoder of {name} predict nothing, so they cannot be ranked by loss. Choose context, "
-                "gradient or combined."
-            ])
+            raise ConfigError(
+                [
+                    f"token_scorer: the tokens of the encoder of {name} predict nothing, so they cannot be ranked by loss. Choose context, "
+                    "gradient or combined."
+                ]
+            )
         if not self.block.architecture.task.loss_per_token:
-            raise ConfigError([
-                f"token_scorer: {name} has one loss for a row, not one for each token ({self.block.architecture.task.value}), so tokens "
-                "cannot be ranked by loss. Choose context, gradient or combined."
-            ])
+            raise ConfigError(
+                [
+                    f"token_scorer: {name} has one loss for a row, not one for each token ({self.block.architecture.task.value}), so tokens "
+                    "cannot be ranked by loss. Choose context, gradient or combined."
+                ]
+            )
         self._require_tail()
         if (losses := self._losses()) is None:
-            raise ConfigError([
-                "token_scorer: the loss of this step is not the cross entropy of labels that the model was given, so that no token has one of "
-                "its own. Choose true_gradient or gradient, which take whatever loss there is."
-            ])
+            raise ConfigError(
+                [
+                    "token_scorer: the loss of this step is not the cross entropy of labels that the model was given, so that no token has one of "
+                    "its own. Choose true_gradient or gradient, which take whatever loss there is."
+                ]
+            )
         return losses
 
     def _losses(self) -> Tensor | None:

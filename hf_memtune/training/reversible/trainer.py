@@ -109,20 +109,24 @@ class ReversibleMixin:
             return
         got = f"{config.reversible_layers or 'nothing'} with token_scorer={self.args.token_scorer}"
         expected = f"2 to {most}" if most >= 2 else "none, for there are too few"
-        raise ConfigError([
-            f"reversible_layers: got {got}, which runs the last block alone, so that it has to be an ordinary layer; expected {expected}. "
-            "Or choose token_scorer=random or context."
-        ])
+        raise ConfigError(
+            [
+                f"reversible_layers: got {got}, which runs the last block alone, so that it has to be an ordinary layer; expected {expected}. "
+                "Or choose token_scorer=random or context."
+            ]
+        )
 
     def _require_ordinary_last_block(self, handle: ReversibleHandle) -> None:
         """Of layers that are reversible already, and have to stay as they were trained."""
         if all(len(shared.names) < len(stack.layers) for stack, shared in zip(handle.stacks, handle.shared)):
             return
-        raise ConfigError([
-            f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or "
-            "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with "
-            "reversible_layers one below the number of layers."
-        ])
+        raise ConfigError(
+            [
+                f"token_scorer: got {self.args.token_scorer} with adapters that were trained with every layer reversible, expected random or "
+                "context: other scores run the last block alone, so that it would have to be an ordinary layer. Or train adapters anew with "
+                "reversible_layers one below the number of layers."
+            ]
+        )
 
     def _scores_need_the_last_block(self, scorer: TokenScorer | None) -> bool:
         """What a function of the user's reads of the model is not known before it runs."""

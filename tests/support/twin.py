@@ -97,8 +97,7 @@ def worst_difference(found, expected):
     """Largest relative difference of any parameter's gradient; parameters missing on one side count as different."""
     largest = max(g.norm() for g in expected.values())
     differences = [
-        (found.get(name, torch.zeros_like(g)) - g).norm() / _scale(name, expected).clamp_min(1e-4 * largest)
-        for name, g in expected.items()
+        (found.get(name, torch.zeros_like(g)) - g).norm() / _scale(name, expected).clamp_min(1e-4 * largest) for name, g in expected.items()
     ]
     extra = [g.norm() / largest for name, g in found.items() if name not in expected]
     return max(map(float, differences + extra))

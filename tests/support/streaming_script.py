@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, StreamingCallback  # noqa: E402
 from hf_memtune.methods.events import Listener  # noqa: E402
-from tests import patience  # noqa: E402
-from tests.methods.tiny_models import tiny_model  # noqa: E402
-from tests.training.runs import SEEKING, GradientRecorder, arguments, exact_model, text_rows, trainer_for  # noqa: E402
+from tests.support import patience  # noqa: E402
+from tests.support.runs import SEEKING, GradientRecorder, arguments, exact_model, text_rows, trainer_for  # noqa: E402
+from tests.support.tiny_models import tiny_model  # noqa: E402
 
 ROWS_A_STEP = 8
 CHUNK = 4

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests import patience  # noqa: E402
-from tests.methods.reversible_models import model_of, reversible_of  # noqa: E402
+from tests.support import patience  # noqa: E402
+from tests.support.reversible_models import model_of, reversible_of  # noqa: E402
 
 ROWS, TOKENS = 4, 9
 # wrapper, model, coupling or another method, and settings

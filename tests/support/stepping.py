@@ -9,9 +9,9 @@ from torch import Tensor
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 from hf_memtune.core.selection import Selection
 from hf_memtune.methods.events import Listener
-from tests.methods.tiny_models import batch_for, lm_head, tiny_model
-from tests.methods.twin import gradients, shifted, twin_loss, worst_difference
-from tests.tolerances import tolerance
+from tests.support.tiny_models import batch_for, lm_head, tiny_model
+from tests.support.tolerances import tolerance
+from tests.support.twin import gradients, shifted, twin_loss, worst_difference
 
 # What most of these tests are about: the best of scores that read the model. The library's own settings are tested by name.
 PUBLISHED = {"token_scorer": "combined", "token_selection": "top", "select_from": "all"}
@@ -172,8 +172,6 @@ def plain_twin(model, batch, kept=None, label_smoothing=0.0) -> tuple[Tensor, di
         target = shifted(target)
     if kept is not None:
         target = target.masked_fill(~kept, -100)
-    losses = F.cross_entropy(
-        model(**inputs).logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=label_smoothing
-    )
+    losses = F.cross_entropy(model(**inputs).logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=label_smoothing)
     loss = losses / (target != -100).sum().clamp_min(1)
     return loss.detach(), gradients(model, loss)

@@ -13,9 +13,9 @@ from hf_memtune.core.coupling import FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.methods.overrides import forward_as
 from hf_memtune.methods.reversible.handle import make_reversible
-from tests.core.stream_twin import TwinStack
-from tests.methods import tiny_models
-from tests.methods.tiny_models import CONFIGS, VOCABULARY, batch_for, lm_head, tiny_model
+from tests.support import tiny_models
+from tests.support.stream_twin import TwinStack
+from tests.support.tiny_models import CONFIGS, VOCABULARY, batch_for, lm_head, tiny_model
 
 _IMAGE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=8, patch_size=4, num_channels=3)
 MORE = {

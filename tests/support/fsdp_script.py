@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, Streaming, StreamingCallback, StreamingConfig  # noqa: E402
 from hf_memtune.core.head_call import HeadOnDemand  # noqa: E402
 from hf_memtune.methods.streaming import sharded  # noqa: E402
-from tests.methods.tiny_models import VOCABULARY, tiny_model  # noqa: E402
-from tests.patience import COLLECTIVE  # noqa: E402
-from tests.training.runs import arguments, exact_model, text_rows, trainer_for  # noqa: E402
+from tests.support.patience import COLLECTIVE  # noqa: E402
+from tests.support.runs import arguments, exact_model, text_rows, trainer_for  # noqa: E402
+from tests.support.tiny_models import VOCABULARY, tiny_model  # noqa: E402
 
 PROCESSES, CHUNK = 2, 7
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import hf_memtune
-from tests.methods.tiny_models import HEADS, VOCABULARY, tiny_model
-from tests.training.runs import LayerRuns
+from tests.support.runs import LayerRuns
+from tests.support.tiny_models import HEADS, VOCABULARY, tiny_model
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 CHUNK = 5

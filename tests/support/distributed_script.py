@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests import patience  # noqa: E402
-from tests.methods.tiny_models import tiny_model  # noqa: E402
-from tests.training.runs import arguments, exact_model, text_rows, train  # noqa: E402
+from tests.support import patience  # noqa: E402
+from tests.support.runs import arguments, exact_model, text_rows, train  # noqa: E402
+from tests.support.tiny_models import tiny_model  # noqa: E402
 
 ROWS_A_STEP = 8
 ROWS = [row | {"labels": [-100] * len(row["labels"])} if n in (0, 1, 4, 5) else row for n, row in enumerate(text_rows(24))]

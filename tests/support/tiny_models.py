@@ -9,7 +9,18 @@ _LLAMA_LIKE = dict(_SHARED, num_key_value_heads=2, max_position_embeddings=64, p
 _BERT_LIKE = dict(
     _SHARED, max_position_embeddings=64, pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, type_vocab_size=2
 )
-_BART_LIKE = dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0)
+_BART_LIKE = dict(
+    vocab_size=VOCABULARY,
+    d_model=32,
+    encoder_layers=3,
+    decoder_layers=3,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_position_embeddings=64,
+    dropout=0.0,
+)
 
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_LLAMA_LIKE),
@@ -18,32 +29,105 @@ CONFIGS = {
     "qwen3": lambda: tf.Qwen3Config(**_LLAMA_LIKE, head_dim=8),
     "mistral-sliding": lambda: tf.MistralConfig(**_LLAMA_LIKE, sliding_window=4),
     "gemma2": lambda: tf.Gemma2Config(**_LLAMA_LIKE, head_dim=8, sliding_window=4, attn_implementation="eager"),
-    "gemma3": lambda: tf.Gemma3TextConfig(**_LLAMA_LIKE, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **_LLAMA_LIKE, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
     "phi3": lambda: tf.Phi3Config(**_LLAMA_LIKE, resid_pdrop=0.0, embd_pdrop=0.0),
     "olmo2": lambda: tf.Olmo2Config(**_LLAMA_LIKE),
     "smollm3": lambda: tf.SmolLM3Config(**_LLAMA_LIKE),
     "mixtral": lambda: tf.MixtralConfig(**_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"),
-    "gpt2": lambda: tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0),
-    "opt": lambda: tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, dropout=0.0, pad_token_id=1, word_embed_proj_dim=32),
+    "gpt2": lambda: tf.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+    ),
+    "opt": lambda: tf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
+        pad_token_id=1,
+        word_embed_proj_dim=32,
+    ),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**_SHARED, max_position_embeddings=64, pad_token_id=0),
     "bert": lambda: tf.BertConfig(**_BERT_LIKE),
     "roberta": lambda: tf.RobertaConfig(**_BERT_LIKE),
-    "distilbert": lambda: tf.DistilBertConfig(vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, pad_token_id=1),
+    "distilbert": lambda: tf.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=32,
+        hidden_dim=48,
+        n_layers=3,
+        n_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
+        attention_dropout=0.0,
+        pad_token_id=1,
+    ),
     "bart": lambda: tf.BartConfig(**_BART_LIKE, pad_token_id=1),
 }
 # Each has something that the ones above have not: chunked attention and rotary embeddings in complex numbers; sinks; a scaled
 # head; values of another size than keys; local layers in an encoder; positions from a shape, and from where padding is.
 FURTHER = {
     "llama4": lambda: tf.Llama4TextConfig(**_LLAMA_LIKE, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48),
-    "gpt-oss": lambda: tf.GptOssConfig(**_LLAMA_LIKE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, experts_implementation="eager"),
+    "gpt-oss": lambda: tf.GptOssConfig(
+        **_LLAMA_LIKE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, experts_implementation="eager"
+    ),
     "cohere2": lambda: tf.Cohere2Config(**_LLAMA_LIKE, sliding_window=4),
-    "deepseek-v3": lambda: tf.DeepseekV3Config(**_LLAMA_LIKE | {"num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1, experts_implementation="eager"),
-    "modernbert": lambda: tf.ModernBertConfig(**_SHARED, max_position_embeddings=64, pad_token_id=1, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4, local_attention=4, global_attn_every_n_layers=2),
+    "deepseek-v3": lambda: tf.DeepseekV3Config(
+        **_LLAMA_LIKE | {"num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        experts_implementation="eager",
+    ),
+    "modernbert": lambda: tf.ModernBertConfig(
+        **_SHARED,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=3,
+        sep_token_id=4,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+    ),
     "pegasus": lambda: tf.PegasusConfig(**_BART_LIKE, pad_token_id=0, decoder_start_token_id=0),
     "m2m100": lambda: tf.M2M100Config(**_BART_LIKE, pad_token_id=1, encoder_layerdrop=0.0, decoder_layerdrop=0.0, attention_dropout=0.0),
 }
 CONFIGS |= FURTHER
-CAUSAL = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral-sliding", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "mixtral", "gpt2", "opt", "gpt_neox"]
+CAUSAL = [
+    "llama",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen3",
+    "mistral-sliding",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "smollm3",
+    "mixtral",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+]
 MASKED = ["bert", "roberta", "distilbert"]
 
 HEADS = {

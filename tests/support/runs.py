@@ -8,8 +8,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
 from hf_memtune.architectures import describe
-from tests.methods.tiny_models import VOCABULARY, tiny_model
-from tests.methods.twin import worst_difference
+from tests.support.tiny_models import VOCABULARY, tiny_model
+from tests.support.twin import worst_difference
 
 # The best of scores that read the model, which most tests are about. Summed attention favours the first tokens; its mean spreads
 # the choice over the row.
@@ -107,9 +107,11 @@ def arguments(folder, seeking=True, cls=None, **settings) -> TrainingArguments:
     settings = (SEEKING if seeking else {}) | settings
     fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "lr_scheduler_type": "constant"}
     defaults = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "max_steps": 2}
-    defaults |= {"per_device_train_batch_size": 8, "memory_trace_steps": 0} if issubclass(cls, MemEfficientTrainingArguments) else {
-        "per_device_train_batch_size": 8
-    }
+    defaults |= (
+        {"per_device_train_batch_size": 8, "memory_trace_steps": 0}
+        if issubclass(cls, MemEfficientTrainingArguments)
+        else {"per_device_train_batch_size": 8}
+    )
     return cls(output_dir=str(folder), **fixed, **(defaults | settings))
 
 

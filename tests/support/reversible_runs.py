@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from hf_memtune import (
     MemEfficientTrainer,
 )
-from tests.methods.reversible_models import twin
-from tests.methods.tiny_models import tiny_model
-from tests.training.runs import arguments, text_rows
+from tests.support.reversible_models import twin
+from tests.support.runs import arguments, text_rows
+from tests.support.tiny_models import tiny_model
 
 ROWS = text_rows(24)
 ADAPTERS = {"adapter_rank": 4, "adapter_init_std": 0.2}  # far from zero, so that they count
