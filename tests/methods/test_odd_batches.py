@@ -104,6 +104,35 @@ def test_a_mask_of_other_tokens_is_refused_before_anything_runs(tokens, name, st
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("attention_mask", (3, 13), r"attention_mask is \(3, 13\), expected \(2, 13\)"),
+        ("position_ids", (2, 9), r"position_ids are \(2, 9\), expected \(2, 13\)"),
+        ("position_ids", (3, 13), r"position_ids are \(3, 13\), expected \(2, 13\)"),
+    ],
+)
+def test_masks_and_positions_of_other_rows_are_refused_before_anything_runs(name, shape, message, method):
+    model, batch, _ = model_and_batch("llama")
+    batch[name] = torch.ones(shape, dtype=torch.long)
+    ran = []
+    with METHODS[method](model):
+        model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
+        with pytest.raises(MemTuneError, match=message):
+            model(**batch)
+    assert not ran
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("number", [-1, 10_000])
+def test_ids_out_of_range_fail_as_in_plain_training(number, method):
+    model, batch, _ = model_and_batch("llama")
+    batch["input_ids"] = batch["input_ids"].clone()
+    batch["input_ids"][1, 3] = number
+    assert_as_plain(model, batch, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_that_is_right_is_learned(method):
     """The sibling of all of the above."""
     model, batch, _ = model_and_batch("llama")

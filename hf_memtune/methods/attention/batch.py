@@ -88,11 +88,13 @@ class BodyCall:
                 f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens): a ready-made mask cannot be "
                 "evaluated for a part of the tokens. For packed rows pass position_ids that restart and no mask."
             )
-        if mask is not None and mask.shape[1] != like.shape[1]:
+        if mask is not None and mask.shape != like.shape[:2]:
             raise MemTuneError(
                 f"{prefix}attention_mask is {tuple(mask.shape)}, expected {tuple(like.shape[:2])}, the shape of the {stack}'s tokens."
             )
         given = self.arguments.get("position_ids") if not prefix else None
+        if given is not None and (given.shape[-1] != like.shape[1] or given.shape[-2] not in (1, like.shape[0])):
+            raise MemTuneError(f"position_ids are {tuple(given.shape)}, expected {tuple(like.shape[:2])}, or one row for all: one position a token.")
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
         segments = None
         makes_a_mask = self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
