@@ -54,3 +54,8 @@ def test_gradients_of_chosen_tokens(assets):
     arms = {row["arm"]: row for row in rows}
     assert arms["every label, skip below 0"]["error"] < 1e-3 < arms["random, sample, stream"]["error"]
     assert arms["random, sample, cut"]["tokens_with_gradient"] < 0.2 < arms["random, sample, stream"]["tokens_with_gradient"]
+
+
+def test_killed_runs_resume_to_the_same_bits(assets):
+    rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2")
+    assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)
