@@ -5,7 +5,7 @@ import pytest
 from hf_memtune.cli.arguments import DataArguments
 from hf_memtune.cli.data import IGNORED, collator, instruction_row, load_rows, prepare, text_row
 from hf_memtune.errors import ConfigError
-from tests.cli.conftest import tokenizer, write_rows
+from tests.support.folders import tokenizer, write_rows
 
 ROW = {"instruction": "name three colours", "input": "the sun", "output": "red green"}
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.cli.conftest import ROOT, in_new_process
+from tests.support.folders import ROOT, in_new_process
 from tests.support.tolerances import tolerance
 
 DEMO = ROOT / "scripts" / "demo.py"

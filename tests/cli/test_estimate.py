@@ -13,7 +13,7 @@ from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
 from hf_memtune.units import parse_bytes
-from tests.cli.conftest import ROOT, llama, write_rows
+from tests.support.folders import ROOT, llama, write_rows
 
 SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2"
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]

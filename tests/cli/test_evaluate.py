@@ -4,7 +4,7 @@ import pytest
 
 from hf_memtune.cli import evaluate, main
 from hf_memtune.errors import ConfigError
-from tests.cli.test_train import REVERSIBLE, arguments, summary
+from tests.support.train import REVERSIBLE, arguments, summary
 
 
 def measured(*flags):

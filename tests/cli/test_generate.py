@@ -6,8 +6,8 @@ from hf_memtune.cli import generate, main
 from hf_memtune.cli.arguments import DataSource
 from hf_memtune.cli.data import instruction_row
 from hf_memtune.errors import ConfigError
-from tests.cli.conftest import tokenizer
-from tests.cli.test_train import REVERSIBLE, arguments
+from tests.support.folders import tokenizer
+from tests.support.train import REVERSIBLE, arguments
 
 PROMPTS = ("--prompt", "name three colours", "write a poem", "--max_new_tokens", "12")
 

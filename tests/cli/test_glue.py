@@ -14,7 +14,7 @@ from hf_memtune.cli.glue_arguments import GlueArguments
 from hf_memtune.cli.glue_data import prepare
 from hf_memtune.cli.glue_tasks import HUB_NAME, TASKS
 from hf_memtune.errors import ConfigError
-from tests.cli.conftest import ROOT, in_new_process, tokenizer, write_rows
+from tests.support.folders import ROOT, in_new_process, tokenizer, write_rows
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 4 --use_cpu --disable_tqdm true --max_length 32".split()
 RECIPES = sorted((ROOT / "configs" / "glue").glob("*.yaml"))

@@ -11,7 +11,7 @@ from hf_memtune.cli.essentials import MUST, PAGES
 from hf_memtune.cli.help import page
 from hf_memtune.cli.settings import Parser
 from hf_memtune.settings.presets import PRESETS
-from tests.cli.conftest import ROOT, in_new_process
+from tests.support.folders import ROOT, in_new_process
 
 READERS = {
     "train": train.parse, "estimate": estimate.run, "plan": plan.run, "longest": longest.run, "evaluate": evaluate.parse, "generate": generate.parse,

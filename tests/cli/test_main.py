@@ -3,7 +3,7 @@
 import pytest
 
 from hf_memtune.cli import COMMANDS, main
-from tests.cli.conftest import ROOT, in_new_process
+from tests.support.folders import ROOT, in_new_process
 
 LIGHT = """
 import sys

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_memtune.cli import main
-from tests.cli.conftest import tokenizer
+from tests.support.folders import tokenizer
 
 IDS = torch.tensor([[2, 10, 11, 12, 13]])
 

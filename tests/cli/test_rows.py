@@ -11,7 +11,7 @@ from hf_memtune.cli.arguments import DataArguments
 from hf_memtune.cli.data import IGNORED, collator, load_rows, prepare
 from hf_memtune.cli.data.showing import table_of
 from hf_memtune.errors import ConfigError
-from tests.cli.conftest import tokenizer, write_rows
+from tests.support.folders import tokenizer, write_rows
 from tests.support.tolerances import tolerance
 
 ASK, ANSWER = {"role": "user", "content": "name colours"}, {"role": "assistant", "content": "red green"}

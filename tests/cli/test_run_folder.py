@@ -105,7 +105,7 @@ def test_lora_of_a_relative_base_is_used_from_another_folder(model, instructions
 def test_what_is_no_text_model_is_said_in_one_line(instructions, tmp_path, capsys):
     from transformers import ViTConfig, ViTForImageClassification
 
-    from tests.cli.conftest import tokenizer
+    from tests.support.folders import tokenizer
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTForImageClassification(ViTConfig(**sizes)).save_pretrained("vision")

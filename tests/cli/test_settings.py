@@ -4,7 +4,7 @@ import pytest
 
 from hf_memtune.cli import tokens, train
 from hf_memtune.errors import ConfigError
-from tests.cli.conftest import ROOT
+from tests.support.folders import ROOT
 
 NEEDED = ["--model", "m", "--dataset", "d"]
 

@@ -110,7 +110,7 @@ def test_an_empty_text(model, tmp_path, capsys):
 
 
 def test_reversible_adapters_change_the_scores(model, instructions, tmp_path):
-    from tests.cli.test_train import REVERSIBLE, arguments
+    from tests.support.train import REVERSIBLE, arguments
 
     far = ["--learning_rate", "0.1", "--output_dir", "trained"]
     assert main(["train", *arguments(None, model, instructions, *REVERSIBLE, *far)]) == 0

@@ -7,20 +7,11 @@ import pytest
 import yaml
 
 from hf_memtune.cli import main, train
-from tests.cli.conftest import ROOT, in_new_process
+from tests.support.folders import ROOT, in_new_process
+from tests.support.train import REVERSIBLE, arguments, summary
 
 OTHERS = ("glue", "accelerate")  # of another command; of `accelerate launch`
 RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OTHERS)
-SHORT = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu --disable_tqdm true".split()
-
-
-def arguments(recipe: str | None, model, data, *more: str) -> list[str]:
-    first = [] if recipe is None else [str(ROOT / "configs" / recipe)]
-    return [*first, "--model", str(model), "--dataset", str(data), *SHORT, *more]
-
-
-def summary(tmp_path) -> dict:
-    return json.loads((tmp_path / "out" / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -114,9 +105,6 @@ def test_the_trainer_gets_what_was_asked_for(model, instructions):
     assert (config.r, config.lora_dropout, rows.classes) == (2, 0.25, None)
     base = trainer.model.get_base_model()
     assert str(base.dtype) == "torch.bfloat16" and base.config._attn_implementation == "eager"
-
-
-REVERSIBLE = ["--reversible", "centred", "--adapter_rank", "4", "--adapter_init_std", "0.2"]
 
 
 def test_reversible_adapters_are_written_loaded_and_trained_further(model, instructions, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from hf_memtune import MemEfficientTrainingArguments
 from hf_memtune.cli import main
 from hf_memtune.cli.traps import Lengths, traps
-from tests.cli.conftest import write_rows
+from tests.support.folders import write_rows
 
 ALL = {"token_seeking": True, "token_scorer": "random", "token_selection": "top", "select_from": "all", "token_ratio": 0.1}
 

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from hf_memtune.core.coupling import FloatArithmetic, centred, expected_error, meft1, meft2, meft3
 from hf_memtune.core.fixed_point import FixedPointArithmetic, pack, stored_bits, unpack
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, LayerRun, LeaveStreams, Tape, run_layer
 from hf_memtune.errors import InverseError, StreamOverflowError
+from tests.support.coupling import SHAPE, gradients_of, inputs, stack_of
 from tests.support.stream_twin import TwinStack
 from tests.support.tolerances import NOTICED, RELATIVE
 
@@ -23,29 +23,6 @@ COUPLINGS = {
     "meft3": partial(meft3, 0.25, 0.25),
 }
 WEIGHTS = {"newest": (1.0, 0.0), "mean": (0.5, 0.5), "sum": (1.0, 0.25)}
-SHAPE = (2, 5, 8)  # rows, tokens, channels
-
-
-class Block(nn.Module):
-    """What stands in for a layer: two functions with dropout, one of which uses its argument twice and a tensor beside it."""
-
-    def __init__(self, dtype=torch.float64, dropout=0.1):
-        super().__init__()
-        self.one, self.two = (nn.Linear(SHAPE[-1], SHAPE[-1], dtype=dtype) for _ in range(2))
-        self.dropout = dropout
-
-    def layer(self, x, beside):
-        return x + self.adapter(x, beside)[0] + torch.tanh(self.one(x)) * beside, None
-
-    def adapter(self, x, beside):
-        return torch.dropout(torch.sin(self.two(x)), self.dropout, train=True), None
-
-    def functions(self):
-        return {"layer": self.layer, "adapter": self.adapter, "attention": self.layer, "mlp": self.adapter}
-
-
-def stack_of(depth, dtype=torch.float64, dropout=0.1):
-    return [Block(dtype, dropout) for _ in range(depth)]
 
 
 def reversible(blocks, coupling, arithmetic, hidden, beside, weights=(1.0, 0.0), tape=None):
@@ -55,20 +32,6 @@ def reversible(blocks, coupling, arithmetic, hidden, beside, weights=(1.0, 0.0),
         run = LayerRun(coupling, block.functions(), tape, position, Arguments((beside,), {}), Parameters([block]), hidden.device)
         newest, older, _ = run_layer(run, newest, older)
     return LeaveStreams.apply(newest, older, tape, weights)
-
-
-def gradients_of(output, blocks, *inputs):
-    """Gradients of a loss with weights of its own at every element; the last stands for the parameters' in one list."""
-    torch.manual_seed(7)
-    loss = (output * torch.randn_like(output)).sum()
-    parameters = [p for block in blocks for p in block.parameters()]
-    found = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
-
-
-def inputs(dtype=torch.float64):
-    torch.manual_seed(3)
-    return [torch.randn(SHAPE, dtype=dtype, requires_grad=True) for _ in range(2)]
 
 
 def both(name, depth=3, dtype=torch.float64, fraction_bits=None, weights=(1.0, 0.0), twin_coupling=None, dropout=0.1):

@@ -5,7 +5,7 @@ import torch
 
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.two_level import LayerCall, Passing, Segment, run_layer
-from tests.core.test_coupling import Block, gradients_of, inputs, stack_of
+from tests.support.coupling import Block, gradients_of, inputs, stack_of
 
 
 def checkpointed(blocks, hidden, beside, segment_layers):

@@ -4,16 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.heads import PROBLEMS, classified
 from tests.support.stepping import Ear, assert_equal_step, model_and_batch, seeking_on, take_step, token_twin
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import ditching, gradients, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
-PROBLEMS = {
-    "single label": dict(problem_type="single_label_classification", num_labels=3),
-    "multi label": dict(problem_type="multi_label_classification", num_labels=3),
-    "regression": dict(problem_type="regression", num_labels=1),
-}
 SEQUENCE = [
     ("llama", "right"),
     ("llama", "left"),
@@ -25,17 +21,6 @@ SEQUENCE = [
 ]
 QUESTION = [("llama", "right"), ("llama", "left"), ("bert", "right"), ("roberta", "right"), ("distilbert", "right")]
 TOKEN = [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("bert", "right"), ("roberta", "left"), ("distilbert", "right")]
-
-
-def classified(name, side, problem="single label"):
-    """A sequence classifier and its batch, with labels of the problem's type."""
-    model, batch, dtype = model_and_batch(name, side, "sequence_classification", **PROBLEMS[problem])
-    rows = batch["input_ids"].shape[0]
-    if problem == "multi label":
-        batch["labels"] = torch.eye(3, dtype=dtype)[:rows]
-    if problem == "regression":
-        batch["labels"] = torch.linspace(-1, 2, rows, dtype=dtype)
-    return model, batch, dtype
 
 
 def pooled_twin(model, batch, kept):

@@ -3,34 +3,16 @@
 import pytest
 import torch
 
-from tests.methods.test_scores import column_sums, scores_seen
+from tests.support.packing import packed_batch, unpacked
+from tests.support.scores import column_sums, scores_seen
 from tests.support.stepping import assert_equal_step, has_float32_inside, take_step, token_twin
-from tests.support.tiny_models import CAUSAL, VOCABULARY, tiny_model
+from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, close
 from tests.support.twin import gradients, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
-SEGMENTS = ((5, 8), (4, 6, 3))  # two rows of 13 tokens
 CHUNKS = [4, 512]  # boundaries inside sequences, and none
 RATIOS = [1.0, 0.999]  # the model's own way; all tokens, but through the method, since budgets are rounded up
-
-
-def packed_batch(segments=SEGMENTS):
-    """Rows of sequences; the first token of each has no label, or the last of the one before would predict it.
-
-    Transformers looks for packed rows only where it makes no cache, and for training the Trainer turns the cache off.
-    """
-    torch.manual_seed(3)
-    ids = torch.randint(5, VOCABULARY, (len(segments), sum(segments[0])))
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in segments])
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100), "use_cache": False}
-
-
-def unpacked(batch, segments=SEGMENTS):
-    """The same sequences, one a row of its own."""
-    for row, lengths in enumerate(segments):
-        for part in batch["input_ids"][row].split(lengths):
-            yield {"input_ids": part[None], "labels": part[None]}
 
 
 @pytest.mark.parametrize("chunk, ratio", [(4, 0.999), (512, 0.999), (512, 1.0)])

@@ -18,12 +18,12 @@ from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.overrides import Override
+from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, seeking_on, step_on
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
 
 NAMES = ["llama", "gemma2", "gpt2", "opt", "bert", "bart"]
-HOOKS = [key for key in vars(torch.nn.Module()) if key.endswith("_hooks")]
 IN_CHUNKS = dict(sequence_chunk_size=4)
 METHODS = {
     "combined": partial(seeking_on, token_scorer="combined"),
@@ -32,28 +32,6 @@ METHODS = {
     "streaming": lambda model: Streaming(model, StreamingConfig(**IN_CHUNKS)),
 }
 STREAMS = ["stream", "streaming"]
-
-
-def registered():
-    return set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
-
-
-def traces(model):
-    """Everything that a method could leave on a model."""
-    modules = dict(model.named_modules())
-    return {
-        "parameters": list(model.state_dict()),
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
-        "forwards": {name: vars(module).get("forward") for name, module in modules.items()},
-        "own parameters": {name: [id(p) for p in module._parameters.values()] for name, module in modules.items()},
-        "hooks": {name: {h: len(vars(module)[h] or ()) for h in HOOKS} for name, module in modules.items()},
-        "training": {name: module.training for name, module in modules.items()},
-        "attention": {name: m.config._attn_implementation for name, m in modules.items() if hasattr(m, "config")},
-        "config attributes": sorted(vars(model.config)),
-        "checkpointing": {
-            name: getattr(vars(module).get("_gradient_checkpointing_func"), "func", None) for name, module in modules.items()
-        },
-    }
 
 
 def identities_apart(found):

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from tests.methods.test_reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
+from tests.support.reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
 from tests.support.reversible_models import (
     COUPLINGS,
     inputs_of,

@@ -6,48 +6,26 @@ import pytest
 import torch
 
 from hf_memtune import make_reversible
+from tests.support.reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
 from tests.support.reversible_models import (
     CLAIMED,
     COUPLINGS,
     PARALLEL,
-    inputs_of,
     model_of,
     reversible_of,
     settings,
     step,
-    twin,
     widen_norms_and_attention,
 )
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, tolerance
 from tests.support.twin import worst_difference
 
 PAIRS = [(name, coupling) for name in CLAIMED for coupling in COUPLINGS if not (coupling == "meft3" and name in PARALLEL)]
-# Norms that compute in float32 whatever they are given: what the float inverse is off by may flip a rounding there.
-FLOAT32_NORMS = ("llama", "qwen2", "qwen2-sliding", "qwen3", "mistral-sliding", "gemma", "gemma2", "gemma3", "t5", "t5-gated")
 
 
 def well_conditioned(coupling):
     """Factors at which the float inverse loses little: what is left is the implementation."""
     return {"reversible_scale": 0.5} | ({} if coupling == "centred" else {"reversible_beta": 0.5})
-
-
-def model_and_batch(name, **changed):
-    # Gemma 2's eager softmax is in float32, in which float64's smallest number is -inf: its window reaches past the padding
-    model = model_of(name, **{"dropout": 0.1, **({"sliding_window": 16} if name == "gemma2" else {}), **changed})
-    return model, inputs_of(name, model)
-
-
-def both_steps(model, batch, handle, **how):
-    ours = step(model, batch, **how)
-    with twin(handle):
-        return ours, step(model, batch, **how)
-
-
-def assert_equal_steps(ours, theirs):
-    assert torch.equal(ours[0], theirs[0])
-    assert ours[1].keys() == theirs[1].keys()
-    unequal = [name for name in theirs[1] if not torch.equal(ours[1][name], theirs[1][name])]
-    assert not unequal
 
 
 @pytest.mark.parametrize("name, coupling", PAIRS)

@@ -6,8 +6,8 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
-from tests.methods.test_reversible_removal import same_state, state_of
 from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings
+from tests.support.reversible_removal import same_state, state_of
 
 
 def refused(model, coupling="centred", match=None, **changed):

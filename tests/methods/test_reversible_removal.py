@@ -7,28 +7,10 @@ import torch
 
 from hf_memtune import MemTuneError
 from tests.support.reversible_models import CLAIMED, COUPLINGS, PARALLEL, inputs_of, model_of, reversible_of, step
+from tests.support.reversible_removal import same_state, state_of
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import NOTICED
 from tests.support.twin import worst_difference
-
-
-def state_of(model):
-    """Everything of a model that could be left changed."""
-    modules = {
-        name: (
-            sorted(key for key in vars(m) if key != "_output_capturing_hooks_installed"), m.training,
-            len(m._forward_hooks), len(m._forward_pre_hooks), list(m._modules),
-        )
-        for name, m in model.named_modules()
-    }  # fmt: skip
-    parameters = {name: (p.requires_grad, p.detach().clone(), id(p)) for name, p in model.named_parameters()}
-    return modules, parameters
-
-
-def same_state(found, expected):
-    if found[0] != expected[0] or found[1].keys() != expected[1].keys():
-        return False
-    return all(found[1][name][0::2] == before[0::2] and torch.equal(found[1][name][1], before[1]) for name, before in expected[1].items())
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

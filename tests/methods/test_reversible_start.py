@@ -4,8 +4,8 @@ import torch
 
 from hf_memtune import ReversibleConfig
 from hf_memtune.methods.reversible.handle import make_reversible
-from tests.methods.test_reversible_removal import same_state, state_of
 from tests.support.reversible_models import inputs_of, model_of, reversible_of
+from tests.support.reversible_removal import same_state, state_of
 
 
 def test_a_verified_model_learns_nothing_and_draws_nothing():

@@ -11,6 +11,7 @@ from hf_memtune.core.selection import select
 from hf_memtune.errors import ConfigError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.methods.seeking import loss_gradient, token_scores
+from tests.support.scores import column_sums, scores_seen
 from tests.support.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
 from tests.support.tiny_models import CAUSAL, MASKED, lm_head
 from tests.support.tolerances import NOTICED, close
@@ -18,25 +19,6 @@ from tests.support.twin import shifted
 
 EVERY = [*CAUSAL, *MASKED, "bart"]
 CHUNKS = [4, 512]
-
-
-def scores_seen(model, batch, *names, take=lambda model, batch: loss_of(model, batch)[0], again=False, **settings):
-    """The named entries of every SeekingContext of one step, in the order of asking, by stack.
-
-    take: takes the loss. again: whether it chooses a second time, after the model's own loss, which is then not used.
-    """
-    seen = []
-
-    def scorer(context):
-        seen.append({name: getattr(context, name).detach().clone() for name in names})
-        return torch.rand(context.attention_mask.shape)
-
-    with seeking_on(model, scorer, **settings) as seeking:
-        take(model, batch).backward()
-        stacks = ("decoder",) if seeking.config.streams else tuple(seeking.architecture.stacks)
-    model.zero_grad()
-    assert len(seen) == len(stacks) * (1 + again)
-    return dict(zip(stacks, seen[-len(stacks) :]))
 
 
 def inputs_of(model, batch):
@@ -63,13 +45,6 @@ def attention_weights(model, batch, layer, stack="decoder"):
     if model.config.is_encoder_decoder:
         return (outputs.encoder_attentions if stack == "encoder" else outputs.decoder_attentions)[layer]
     return outputs.attentions[layer]
-
-
-def column_sums(weights, real, normalize="sum"):
-    counted = weights.mean(1) * real[:, :, None]
-    if normalize == "sum":
-        return counted.sum(1)
-    return counted.sum(1) / ((weights[:, 0] > 0) & real[:, :, None]).sum(1).clamp_min(1)
 
 
 def scored_model(name, side="right"):

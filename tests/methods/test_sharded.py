@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig, UnsupportedModelError, checkpoint_in_two_levels
 from hf_memtune.core.logits import LazyLogits
-from tests.methods.test_removal import traces
+from tests.support.removal import traces
 from tests.support.stepping import loss_of, model_and_batch
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import gradients, worst_difference

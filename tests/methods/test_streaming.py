@@ -1,64 +1,31 @@
 """Exact streaming is a theorem about gradients: chunk by chunk from the last to the first, they equal plain backpropagation."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hf_memtune import Streaming, StreamingConfig
-from hf_memtune.core import logits
 from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.methods.test_heads import PROBLEMS, classified
-from tests.methods.test_packing import packed_batch, unpacked
-from tests.methods.test_removal import registered, traces
-from tests.support.stepping import has_float32_inside, loss_of, model_and_batch, plain_twin, step_on, stream
+from tests.support.heads import PROBLEMS, classified
+from tests.support.packing import packed_batch, unpacked
+from tests.support.removal import registered, traces
+from tests.support.stepping import loss_of, model_and_batch, plain_twin, step_on, stream
+from tests.support.streaming import LENGTHS, allowed, are_made, assert_streams, own_loss
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
 
 NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3"]
 ENCODER_DECODERS = ["bart", "pegasus", "m2m100"]
-LENGTHS = (12, 9)
 SIDES = ["right", "left"]
 # Of rows of 12 tokens: one, a divisor, none, the row, more than the row.
 CASES = [("right", 1), ("left", 4), ("right", 5), ("left", 5), ("right", 12), ("left", 50)]
-
-
-def allowed(name, dtype=torch.float64):
-    """DeepSeek's router is in float32 whatever the model is called in."""
-    return tolerance(dtype, has_float32_inside(name) or name == "deepseek-v3")
-
-
-@contextmanager
-def values_of_logits(are_made=True):
-    """Let losses be taken of the values of logits, as those are that are no cross entropy."""
-    with pytest.MonkeyPatch.context() as patch:
-        if are_made:
-            patch.setattr(logits, "_cross_entropy_on_demand", lambda *args, **kwargs: None)
-        yield
-
-
-def assert_streams(model, batch, chunk, limit, expected=None, made=False, **settings):
-    """Loss and all gradients of a stream equal those of plain backpropagation, or others that are expected. made: of logits' values."""
-    loss, wanted = expected or plain_twin(model, batch)
-    with values_of_logits(made):
-        found = stream(model, batch, chunk, **settings)
-    assert found.gradients.keys() == wanted.keys()
-    assert worst_difference(found.gradients, wanted) <= limit
-    assert abs(found.loss - loss) <= limit * max(1.0, abs(loss))
-    return found
-
-
-def own_loss(model, batch):
-    """The model's own loss of a plain forward, and its gradients."""
-    loss = model(**batch).loss
-    return loss.detach(), gradients(model, loss)
 
 
 # -- causal models ---------------------------------------------------------------------------------------------------
@@ -143,10 +110,6 @@ def test_the_loss_is_taken_without_logits(name):
     model, batch, _ = model_and_batch(name, lengths=LENGTHS)
     found = stream(model, batch, 5)
     assert isinstance(found.outputs.logits, LazyLogits) and not are_made(found.outputs.logits)
-
-
-def are_made(found) -> bool:
-    return found._memory.values is not None
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart"])

@@ -12,9 +12,9 @@ from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.memory import LiveBytes, SavedBytes
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.methods.test_composition import REENTRANT, checkpointed, quantised_llama, whole_error, with_lora  # noqa: F401 (a fixture)
-from tests.methods.test_streaming import LENGTHS, allowed, assert_streams, own_loss
+from tests.support.composition import REENTRANT, checkpointed, quantised_llama, whole_error, with_lora  # noqa: F401 (a fixture)
 from tests.support.stepping import model_and_batch, plain_twin, step_on, stream
+from tests.support.streaming import LENGTHS, allowed, assert_streams, own_loss
 from tests.support.tiny_models import batch_for
 from tests.support.tolerances import NOTICED, RELATIVE, tolerance
 from tests.support.twin import gradients, worst_difference

@@ -12,7 +12,7 @@ from hf_memtune import ConfigError, MemTuneError, Streaming, StreamingConfig, Un
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.methods.test_removal import registered, traces
+from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, stream
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import NOTICED, tolerance

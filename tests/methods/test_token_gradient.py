@@ -9,9 +9,9 @@ from hf_memtune.core.rng import RandomTape
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.seeking.choice import Choice
 from hf_memtune.methods.seeking.streamed import SkippingStream
-from tests.methods.test_composition import whole_error
-from tests.methods.test_streaming import LENGTHS, allowed
+from tests.support.composition import whole_error
 from tests.support.stepping import model_and_batch, plain_twin, seek_in_stream, seeking_on, step_on, take_step
+from tests.support.streaming import LENGTHS, allowed
 from tests.support.tiny_models import CAUSAL
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import shifted, worst_difference

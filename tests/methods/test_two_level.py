@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from hf_memtune import InverseError, LiveBytes, UnsupportedModelError
 from hf_memtune.methods.two_level import checkpoint_in_two_levels
-from tests.methods.test_reversible_removal import same_state, state_of
 from tests.support.reversible_models import CLAIMED, inputs_of, model_of, reversible_of, step
+from tests.support.reversible_removal import same_state, state_of
 from tests.support.tolerances import NOTICED, RELATIVE
 from tests.support.twin import worst_difference
 

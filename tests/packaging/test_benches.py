@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
+from tests.support.folders import ROOT, in_new_process, llama, write_rows
 
 SCRIPTS = ROOT / "scripts"
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli.conftest import ROOT, bert, in_new_process, write_rows
+from tests.support.folders import ROOT, bert, in_new_process, write_rows
 
 SCRIPTS = ROOT / "scripts"
 ARMS = ["full", "adapters", "MEFT1 float", "centred exact"]

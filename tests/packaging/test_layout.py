@@ -296,3 +296,15 @@ def test_importing_the_package_changes_nothing():
 def test_a_trace_is_seen():
     assert traces("import os; os.environ['HF_MEMTUNE'] = '1'") == (False, set())
     assert traces("import numpy")[1] == {"numpy"}
+
+
+# --- tests
+
+
+def test_no_test_module_imports_another():
+    """What they share lies in tests/support."""
+    pattern = re.compile(r"^\s*(?:from tests\S*\.(?:test_\w+|conftest) import|from tests\S* import .*\btest_\w+)", re.M)
+    assert pattern.search("from tests.methods.test_heads import classified") and pattern.search("    from tests.cli.conftest import llama")
+    others = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    found = {str(path.relative_to(ROOT)) for path in others if pattern.search(path.read_text())}
+    assert not found

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
+from tests.support.folders import ROOT, in_new_process, llama, write_rows
 
 BENCH, PAGE = ROOT / "scripts" / "bench_quality.py", ROOT / "scripts" / "quality_page.py"
 ARMS = ("plain", "streaming", "random/sample/stream/10%", "combined/top/cut/10%")

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from tests.cli.conftest import ROOT, in_new_process, llama, write_rows
-from tests.packaging.test_readme import write_model
 from tests.support import patience
+from tests.support.folders import ROOT, in_new_process, llama, write_rows
+from tests.support.readme import write_model
 
 PAGE, SCRIPTS = ROOT / "docs" / "reversible.md", ROOT / "scripts"
 RESULTS = ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer
+from tests.support.accumulation import LOGGED
 from tests.support.runs import arguments, exact_model, llama, text_rows, train, worst_step
 from tests.support.stepping import Ear
 from tests.support.tiny_models import tiny_model
@@ -23,7 +24,6 @@ from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import gradients, shifted, twin_loss, worst_difference
 
 EXACT = RELATIVE[torch.float64]
-LOGGED = 1e-6  # transformers adds up the logged losses in float32
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 ORDER = {"train_sampling_strategy": "sequential"}
 SAMPLE = {"token_selection": "sample"}

@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import Trainer
 
 from hf_memtune.evaluation import load_metric
+from tests.support.all_tokens import assert_equal_runs, pad_pairs, shifting_loss
 from tests.support.runs import arguments, pad_right, text_rows, train, worst_step
 from tests.support.tiny_models import tiny_model
-from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
+from tests.support.tolerances import NOTICED, RELATIVE
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)  # some have a label at their first token, which transformers counts for GPT-2, although nothing predicts it
@@ -40,20 +40,6 @@ def both(tmp_path, name, head, rows, way, settings=None, num_labels=3, **kwargs)
     return ours, plain
 
 
-def assert_equal_runs(ours, plain, allowed=FLOAT32_INSIDE):
-    assert worst_step(ours, plain) <= allowed
-    assert ours.losses == pytest.approx(plain.losses, rel=FLOAT32_INSIDE)
-    for name, parameter in plain.parameters.items():
-        torch.testing.assert_close(ours.parameters[name], parameter, rtol=allowed, atol=allowed)
-
-
-def shifting_loss(outputs, labels, num_items_in_batch=None):
-    """A loss of the user's own, on ordinary logits: it shifts by itself and divides by the number it is given."""
-    logits, target = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    losses = F.cross_entropy(logits, target, reduction="none")
-    return (losses + 0.1 * losses**2).sum() / num_items_in_batch
-
-
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -71,13 +57,6 @@ def test_label_smoothing(tmp_path, way):
 def test_a_loss_function_of_the_users_own(tmp_path, way):
     runs = both(tmp_path, "gpt2", "causal_lm", ROWS, way, CUTS["accumulated"], compute_loss_func=shifting_loss)
     assert_equal_runs(*runs, allowed=EXACT)
-
-
-def pad_pairs(rows):
-    batch = pad_right([{"input_ids": row["input_ids"], "labels": row["target"]} for row in rows], padding=1)
-    shifted = batch["labels"].roll(1, 1).masked_fill(batch["labels"].roll(1, 1) == -100, 1)
-    shifted[:, 0] = 2  # BART's decoder_start_token_id; given, because transformers' label smoothing takes the labels away
-    return batch | {"decoder_input_ids": shifted}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

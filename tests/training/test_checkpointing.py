@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer, SavedBytes
+from tests.support.checkpointing import adapted, worst_difference_of_all
 from tests.support.runs import arguments, llama, text_rows, train, worst_step
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE, RELATIVE
@@ -31,12 +31,6 @@ def run(tmp_path, make_model=llama, cls=Measuring, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the old spelling
         return train(make_model(), arguments(tmp_path, **settings), ROWS, cls=cls)
-
-
-def adapted(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    return get_peft_model(llama(dtype), config)
 
 
 @pytest.mark.parametrize("make_model", [llama, adapted])
@@ -63,12 +57,6 @@ def test_mixed_precision_is_near_to_full(tmp_path, settings, make_model):
     assert worst_difference_of_all(half.gradients[0], full.gradients[0]) <= RELATIVE[torch.bfloat16]
     assert half.losses == pytest.approx(full.losses, rel=1e-2) and half.losses != full.losses
     assert all(gradient.dtype == torch.float32 for gradient in half.gradients[0].values())
-
-
-def worst_difference_of_all(found, expected) -> float:
-    """Relative error of the gradient as one vector."""
-    vectors = [torch.cat([gradients[name].flatten() for name in sorted(expected)]) for gradients in (found, expected)]
-    return float((vectors[0] - vectors[1]).norm() / vectors[1].norm())
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -23,13 +23,13 @@ from hf_memtune.core.owed import OwedSums
 from hf_memtune.levers.table import lever_of
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from hf_memtune.training.launch import problems_of_launch
+from tests.support.accumulation import LOGGED
+from tests.support.all_tokens import assert_equal_runs, pad_pairs, shifting_loss
+from tests.support.checkpointing import adapted, worst_difference_of_all
 from tests.support.runs import LayerRuns, arguments, exact_model, llama, same_parameters, text_rows, train, trainer_for, worst_step
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import shifted, worst_difference
-from tests.training.test_accumulation import LOGGED
-from tests.training.test_all_tokens import assert_equal_runs, pad_pairs, shifting_loss
-from tests.training.test_checkpointing import adapted, worst_difference_of_all
 
 EXACT = RELATIVE[torch.float64]
 ROWS = text_rows(24)

@@ -1,0 +1,48 @@
+"""What the tests of streaming share with others."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from hf_memtune.core import logits
+from tests.support.stepping import has_float32_inside, plain_twin, stream
+from tests.support.tolerances import tolerance
+from tests.support.twin import gradients, worst_difference
+
+LENGTHS = (12, 9)
+
+
+def allowed(name, dtype=torch.float64):
+    """DeepSeek's router is in float32 whatever the model is called in."""
+    return tolerance(dtype, has_float32_inside(name) or name == "deepseek-v3")
+
+
+@contextmanager
+def values_of_logits(are_made=True):
+    """Let losses be taken of the values of logits, as those are that are no cross entropy."""
+    with pytest.MonkeyPatch.context() as patch:
+        if are_made:
+            patch.setattr(logits, "_cross_entropy_on_demand", lambda *args, **kwargs: None)
+        yield
+
+
+def assert_streams(model, batch, chunk, limit, expected=None, made=False, **settings):
+    """Loss and all gradients of a stream equal those of plain backpropagation, or others that are expected. made: of logits' values."""
+    loss, wanted = expected or plain_twin(model, batch)
+    with values_of_logits(made):
+        found = stream(model, batch, chunk, **settings)
+    assert found.gradients.keys() == wanted.keys()
+    assert worst_difference(found.gradients, wanted) <= limit
+    assert abs(found.loss - loss) <= limit * max(1.0, abs(loss))
+    return found
+
+
+def own_loss(model, batch):
+    """The model's own loss of a plain forward, and its gradients."""
+    loss = model(**batch).loss
+    return loss.detach(), gradients(model, loss)
+
+
+def are_made(found) -> bool:
+    return found._memory.values is not None
