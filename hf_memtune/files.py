@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and digests that tell whether they are still what was written."""
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -27,6 +28,15 @@ def whole(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """While open, no other process of this machine is inside a `locked` of the same path. The lock is a file beside it: `.NAME.lock`."""
+    path = Path(path)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: str | Path, text: str, errors: str = "strict") -> Path:

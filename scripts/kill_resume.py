@@ -2,7 +2,7 @@
 
 Each line of results/kill_resume.jsonl is a run that was killed (SIGKILL, no warning) and went on from its newest complete checkpoint, or
 began anew where there was none. `equal` says whether its parameters are those of a run that was never disturbed. Half of the kills come at
-any moment of the run, half while a checkpoint is being written. Runs are small: every step saves.
+any moment after the first checkpoint has begun, half shortly after a checkpoint has; `checkpoints` says of each whether it was whole then.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
 from hf_memtune.errors import ConfigError
+from hf_memtune.training.checkpoints import why_incomplete
 
 STEPS, ROWS, TOKENS = 4, 12, 24
 SCORED = {"token_seeking": True, "token_ratio": 0.3, "token_scorer": "context", "select_from": "all"}
@@ -128,11 +129,12 @@ def killed(run: dict, undisturbed: Undisturbed) -> dict:
             _wait_for_a_checkpoint(folder, chance.randrange(1, STEPS + 1), process)
             time.sleep(chance.random() * 0.03)
         else:
-            time.sleep(chance.random() * seconds)
+            _wait_for_a_checkpoint(folder, 1, process)
+            time.sleep(chance.random() * seconds / 2)
         was_running = process.is_alive()
         process.kill()
         process.join()
-        saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+        saved = {path.name: why_incomplete(path) or "whole" for path in sorted(folder.glob("checkpoint-*"))}
         found = finished(run["mode"], folder, resume=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

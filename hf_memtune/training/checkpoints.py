@@ -1,8 +1,14 @@
-"""Which checkpoint a run goes on from: the newest that was written to its end. One whose process was killed while it was written is passed over."""
+"""Which checkpoint a run goes on from: the newest that was written to its end. One whose process was killed while it was written is passed over.
+
+While a checkpoint is written, a file in it says so. Checkpoints of a plain Trainer have no such file; of these, and of ones that were
+deleted in part, the files that have to be there tell.
+"""
 
 import json
 import logging
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,15 +19,31 @@ from hf_memtune.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "hf_memtune_unfinished"
+_WEIGHTS = ("model", "pytorch_model", "adapter_model", "reversible_adapters")
+_STATES = ("optimizer", "scheduler", "rng_state")  # whose lack transformers takes for a fresh start, without a word
 
-def newest_complete(folder: str | Path) -> str:
-    """The checkpoint of `folder` with the most steps that is complete; what is passed over is said.
+
+@contextmanager
+def being_written(checkpoint: Path, is_writer: bool) -> Iterator[None]:
+    """While open, the folder is known to be unfinished; also if the process is killed. is_writer: whether this process says so."""
+    mark = checkpoint / UNFINISHED
+    if is_writer:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    yield
+    if is_writer:
+        mark.unlink(missing_ok=True)
+
+
+def newest_complete(folder: str | Path, weights_only: bool = False) -> str:
+    """The checkpoint of `folder` with the most steps that is complete; what is passed over is said. weights_only: save_only_model.
 
     Raises ConfigError where there is none, with the reason for each.
     """
     passed = []
     for checkpoint in sorted(_checkpoints(Path(folder)), key=_steps, reverse=True):
-        why = why_incomplete(checkpoint)
+        why = why_incomplete(checkpoint, weights_only)
         if why is None:
             if passed:
                 logger.warning("resuming from %s; passed over: %s.", checkpoint.name, "; ".join(passed))
@@ -40,15 +62,36 @@ def _steps(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def why_incomplete(checkpoint: Path) -> str | None:
+def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:
+    """Raises ConfigError where a folder that was named is no whole checkpoint."""
+    if not Path(checkpoint).is_dir():
+        raise ConfigError([f"resume_from_checkpoint: got {str(checkpoint)!r}, which is no folder."])
+    if (why := why_incomplete(Path(checkpoint), weights_only)) is not None:
+        raise ConfigError(
+            [
+                f"resume_from_checkpoint: got {str(checkpoint)!r}, which is not whole: {why}. What a run learned from it would not be what it would have "
+                "learned undisturbed. Name another one, or True for the newest that is whole."
+            ]
+        )
+
+
+def why_incomplete(checkpoint: Path, weights_only: bool = False) -> str | None:
     """What shows that a checkpoint was not written to its end, or None. The state of the trainer is written last."""
     state = checkpoint / TRAINER_STATE_NAME
+    if (checkpoint / UNFINISHED).exists():
+        return "it was being written when its process ended"
     if not state.is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError:
         return f"{TRAINER_STATE_NAME} is cut off"
+    names = [path.name for path in checkpoint.iterdir()]
+    if not any(name.startswith(_WEIGHTS) and not name.endswith((".json", ".md")) for name in names):
+        return "weights are missing"
+    lacking = [] if weights_only else [state for state in _STATES if not any(name.startswith(state) for name in names)]
+    if lacking:
+        return f"{', '.join(lacking)} missing"
     cut = [path.name for path in sorted(checkpoint.iterdir()) if _is_cut_off(path)]
     return f"{', '.join(cut)} cut off" if cut else None
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
-from hf_memtune.files import whole
+from hf_memtune.files import locked, whole
 from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
@@ -66,7 +66,10 @@ class OfflineScores:
         """Score the training rows that are not known yet and keep everything in `file`."""
         self.file = file
         if self.score() and self.trainer.is_world_process_zero():
-            _write(file, self.rows, self.stacks, self._description())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with locked(file):  # another run may have added rows of its own meanwhile
+                self.rows = (self._read_if_usable(file) or {}) | self.rows
+                _write(file, self.rows, self.stacks, self._description())
         self.trainer.accelerator.wait_for_everyone()
 
     def resume(self, file: Path) -> None:

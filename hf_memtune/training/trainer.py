@@ -4,10 +4,12 @@ It computes no loss: methods change the backward pass of the model, and the Trai
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
@@ -17,7 +19,7 @@ from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
-from hf_memtune.training.checkpoints import newest_complete
+from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete
 from hf_memtune.training.guard import FullLossCallback
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
@@ -63,10 +65,12 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         self.callback_handler.callbacks.insert(0, self.preflight)  # it takes steps of its own, before anyone measures
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in Trainer; True resumes from the newest checkpoint of output_dir that was written to its end."""
+        """As in Trainer; True resumes from the newest checkpoint of output_dir that is whole, and a folder that is not is refused."""
         self._require_same_layers()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            resume_from_checkpoint = newest_complete(self.args.output_dir, self.args.save_only_model)
+        elif resume_from_checkpoint:
+            require_complete(resume_from_checkpoint, self.args.save_only_model)
         if (wanted := self._method_settings()) != (had := getattr(self.strategy_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:
@@ -94,6 +98,11 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         if self.strategy_callback is not None:
             self.strategy_callback.takes(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with being_written(folder, self.args.should_save):
+            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

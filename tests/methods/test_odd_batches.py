@@ -124,6 +124,13 @@ def test_masks_and_positions_of_other_rows_are_refused_before_anything_runs(name
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_rows(method):
+    model, batch, _ = model_and_batch("llama")
+    with pytest.raises(MemTuneError, match="the batch has no rows"):
+        step(model, {name: value[:0] for name, value in batch.items()}, METHODS[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("number", [-1, 10_000])
 def test_ids_out_of_range_fail_as_in_plain_training(number, method):
     model, batch, _ = model_and_batch("llama")

@@ -21,7 +21,7 @@ from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
 
-NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3"]
+NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3", "afmoe"]
 ENCODER_DECODERS = ["bart", "pegasus", "m2m100"]
 SIDES = ["right", "left"]
 # Of rows of 12 tokens: one, a divisor, none, the row, more than the row.

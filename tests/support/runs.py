@@ -105,8 +105,16 @@ def arguments(folder, seeking=True, cls=None, **settings) -> TrainingArguments:
     """Plain SGD without clipping, so that a parameter's change is its gradient; every step logged."""
     cls = cls or (MemEfficientTrainingArguments if seeking else TrainingArguments)
     settings = (SEEKING if seeking else {}) | settings
-    fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "lr_scheduler_type": "constant"}
-    defaults = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "max_steps": 2}
+    fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": 2,
+    }
     defaults |= (
         {"per_device_train_batch_size": 8, "memory_trace_steps": 0}
         if issubclass(cls, MemEfficientTrainingArguments)

@@ -14,8 +14,8 @@ LENGTHS = (12, 9)
 
 
 def allowed(name, dtype=torch.float64):
-    """DeepSeek's router is in float32 whatever the model is called in."""
-    return tolerance(dtype, has_float32_inside(name) or name == "deepseek-v3")
+    """Some routers are in float32 whatever the model is called in."""
+    return tolerance(dtype, has_float32_inside(name) or name in ("deepseek-v3", "afmoe"))
 
 
 @contextmanager

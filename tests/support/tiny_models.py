@@ -75,11 +75,23 @@ CONFIGS = {
     "bart": lambda: tf.BartConfig(**_BART_LIKE, pad_token_id=1),
 }
 # Each has something that the ones above have not: chunked attention and rotary embeddings in complex numbers; sinks; a scaled
-# head; values of another size than keys; local layers in an encoder; positions from a shape, and from where padding is.
+# head; values of another size than keys; a mask that attention is given by its name; local layers in an encoder; positions from a shape, and from where padding is.
 FURTHER = {
     "llama4": lambda: tf.Llama4TextConfig(**_LLAMA_LIKE, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48),
     "gpt-oss": lambda: tf.GptOssConfig(
         **_LLAMA_LIKE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, experts_implementation="eager"
+    ),
+    "afmoe": lambda: tf.AfmoeConfig(
+        **_LLAMA_LIKE | {"num_hidden_layers": 4},
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        sliding_window=4,
+        global_attn_every_n_layers=2,
+        experts_implementation="eager",
     ),
     "cohere2": lambda: tf.Cohere2Config(**_LLAMA_LIKE, sliding_window=4),
     "deepseek-v3": lambda: tf.DeepseekV3Config(

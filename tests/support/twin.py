@@ -34,10 +34,10 @@ def ditching(model, kept):
 
     cross = {id(m) for n, m in base.named_modules() if n.endswith("encoder_attn")}
 
-    def attention(module, query, key, value, mask, **kwargs):
+    def attention(module, query, key, value, attention_mask, **kwargs):
         keys = kept["encoder" if id(module) in cross else stack_of(module)]
         run = ALL_ATTENTION_FUNCTIONS[kernel] if kernel != "eager" else sys.modules[type(module).__module__].eager_attention_forward
-        return run(module, query, keep_gradient(key, keys, 2), keep_gradient(value, keys, 2), mask, **kwargs)
+        return run(module, query, keep_gradient(key, keys, 2), keep_gradient(value, keys, 2), attention_mask, **kwargs)
 
     AttentionInterface.register("twin", attention)
     AttentionMaskInterface.register("twin", ALL_MASK_ATTENTION_FUNCTIONS[kernel])

@@ -8,18 +8,28 @@ import torch
 from safetensors.torch import load_file
 
 from hf_memtune.errors import ConfigError, MemTuneError, StaleCacheError
-from hf_memtune.training.checkpoints import newest_complete, why_incomplete
+from hf_memtune.training.checkpoints import UNFINISHED, newest_complete, why_incomplete
+from hf_memtune.training.offline import OfflineScores
 from tests.support.runs import arguments, llama, text_rows, trainer_for
 
 ROWS = text_rows(12)
-SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "token_seeking": False, "token_ratio": None, "context_normalize": None}
+ONCE = {"seek_schedule": "once", "token_scorer": "context", "max_steps": 1}
+SAVING = {
+    "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "token_seeking": False, "token_ratio": None, "context_normalize": None,
+    "optim": "adamw_torch", "lr_scheduler_type": "linear", "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def dropping():
+    """With dropout, so that the state of the random generators counts, too."""
+    return llama(attention_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Three steps, a checkpoint after each."""
     folder = tmp_path_factory.mktemp("run")
-    trainer = trainer_for(llama(), arguments(folder, **SAVING), ROWS)
+    trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
     trainer.train()
     return folder, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
@@ -36,6 +46,11 @@ def cut(path):
 HARM = {
     "state missing": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
     "state cut off": lambda checkpoint: cut(checkpoint / "trainer_state.json"),
+    "weights missing": lambda checkpoint: (checkpoint / "model.safetensors").unlink(),
+    "optimizer missing": lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+    "scheduler missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "generators missing": lambda checkpoint: (checkpoint / "rng_state.pth").unlink(),
+    "killed while it was written": lambda checkpoint: (checkpoint / UNFINISHED).touch(),
     "weights cut off": lambda checkpoint: cut(checkpoint / "model.safetensors"),
     "optimizer cut off": lambda checkpoint: cut(checkpoint / "optimizer.pt"),
 }
@@ -49,11 +64,49 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(harm, folder, run, caplog):
     with caplog.at_level(logging.WARNING):
         assert newest_complete(folder) == str(folder / "checkpoint-2")
     assert "passed over: checkpoint-3 (" in caplog.text
-    trainer = trainer_for(llama(), arguments(folder, **SAVING), ROWS)
+    trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, run[1][name]), name
+
+
+@pytest.mark.parametrize("harm", ["optimizer missing", "weights cut off"])
+def test_a_broken_one_that_is_named_is_refused(harm, folder):
+    HARM[harm](folder / "checkpoint-2")
+    trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
+    with pytest.raises(ConfigError, match="checkpoint-2.*which is not whole"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_what_is_lost_would_have_been_noticed(lost, folder, run, monkeypatch):
+    """The sibling: a plain Trainer goes on without them, and learns something else."""
+    (folder / "checkpoint-1" / lost).unlink()
+    monkeypatch.setattr("hf_memtune.training.trainer.require_complete", lambda *args: None)
+    trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert not all(torch.equal(parameter, run[1][name]) for name, parameter in trainer.model.named_parameters())
+
+
+def test_two_runs_add_to_one_cache_of_scores(tmp_path, monkeypatch):
+    """The second scores rows of its own while the first does; both find theirs there when they resume."""
+    settings = {"seek_cache_dir": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 1, **ONCE}
+    one, two, score = text_rows(6), text_rows(6, seed=9), OfflineScores.score
+
+    def score_while_another_runs(self):
+        new = score(self)
+        monkeypatch.undo()
+        trainer_for(llama(), arguments(tmp_path / "two", **settings), two).train()
+        return new
+
+    monkeypatch.setattr(OfflineScores, "score", score_while_another_runs)
+    trainer_for(llama(), arguments(tmp_path / "one", **settings), one).train()
+    for name, rows in (("one", one), ("two", two)):
+        resumed = trainer_for(llama(), arguments(tmp_path / name, **settings | {"max_steps": 2}), rows)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 2
 
 
 def test_without_a_whole_one_the_reasons_are_named(folder, tmp_path):
@@ -67,13 +120,11 @@ def test_without_a_whole_one_the_reasons_are_named(folder, tmp_path):
 
 # -- what this library writes itself -----------------------------------------------------------------------------------
 
-ONCE = {"seek_schedule": "once", "token_scorer": "context", "max_steps": 1}
-
 
 def test_a_broken_cache_of_scores_is_made_anew_and_not_resumed_from(tmp_path, caplog):
     settings = {"seek_cache_dir": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 1, **ONCE}
     trainer_for(llama(), arguments(tmp_path / "run", **settings), ROWS).train()
-    (cache,) = (tmp_path / "cache").iterdir()
+    (cache,) = (tmp_path / "cache").glob("*.safetensors")
     whole, expected = cache.read_bytes(), {name: value.clone() for name, value in load_file(cache).items()}
     for broken in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
         cache.write_bytes(broken)

@@ -80,6 +80,8 @@ class BodyCall:
         like = self.encoded if like is None and stack == "encoder" else like
         if like is None:
             raise MemTuneError(f"the batch has neither {prefix}input_ids nor {prefix}inputs_embeds.")
+        if not like.shape[0]:
+            raise MemTuneError(f"the batch has no rows: {prefix}input_ids is {tuple(like.shape)}. Leave out empty batches.")
         if not like.shape[1]:
             raise MemTuneError(f"row 0 of the batch has no tokens: {prefix}input_ids is {tuple(like.shape)}. Leave out empty rows.")
         mask = self.arguments.get(f"{prefix}attention_mask")
@@ -94,7 +96,9 @@ class BodyCall:
             )
         given = self.arguments.get("position_ids") if not prefix else None
         if given is not None and (given.shape[-1] != like.shape[1] or given.shape[-2] not in (1, like.shape[0])):
-            raise MemTuneError(f"position_ids are {tuple(given.shape)}, expected {tuple(like.shape[:2])}, or one row for all: one position a token.")
+            raise MemTuneError(
+                f"position_ids are {tuple(given.shape)}, expected {tuple(like.shape[:2])}, or one row for all: one position a token."
+            )
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
         segments = None
         makes_a_mask = self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none

@@ -114,13 +114,13 @@ class Router:
         configured = self._kernels.get(id(config), "sdpa") if self.active else config._attn_implementation
         return configured if configured in _MASKED_KERNELS else "sdpa"
 
-    def _attention(self, module, query, key, value, mask=None, **kwargs):
+    def _attention(self, module, query, key, value, attention_mask=None, **kwargs):  # afmoe gives the mask by its name
         kernel = self.kernel(module.config)
         attention = _eager_attention(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
-        if kernel == "sdpa" and mask is not None and _is_grouped(module, query, key):
+        if kernel == "sdpa" and attention_mask is not None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
         query = at_temperature(module, query, self.active.spans[self.active.stack])
-        return self.active.attend(module, query, key, value, mask, attention, kwargs)
+        return self.active.attend(module, query, key, value, attention_mask, attention, kwargs)
 
     def _mask(self, *args, mask_function, config, dtype=torch.float32, **kwargs):
         hidden = -torch.inf if self.kernel(config) == "sdpa" else torch.finfo(dtype).min
