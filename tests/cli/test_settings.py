@@ -144,8 +144,11 @@ def test_a_second_recipe_is_a_problem(tmp_path):
     "flags, expected",
     [
         (["--lora_alpha", "8"], "lora_alpha has no effect with lora_r=0"),
-        (["--label_column", "y"], "label_column has no effect with task=causal_lm"),
-        (["--text_column", "t", "--output_column", "o"], "output_column has no effect with task=causal_lm, text_column=t"),
+        (["--task", "causal_lm", "--label_column", "y"], "label_column has no effect with task=causal_lm"),
+        (
+            ["--task", "causal_lm", "--text_column", "t", "--output_column", "o"],
+            "output_column has no effect with task=causal_lm, text_column=t",
+        ),
         (["--eval_split", "test", "--eval_fraction", "0.2"], "eval_fraction has no effect with eval_split"),
         (["--eval_fraction", "0", "--max_eval_rows", "9"], "max_eval_rows has no effect with eval_fraction=0"),
         (["--token_ratio", "0.2"], "token_ratio has no effect without token_seeking"),

@@ -363,9 +363,9 @@ def test_of_fsdp_that_accelerate_was_told_of_the_first_is_refused(tmp_path, vers
 @pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_distributed_loading_by_transformers"])
 def test_a_sharded_model_is_refused(tmp_path, name):
     class Sharded(MemEfficientTrainer):
-        def _problems(self, *args):
+        def _problems_of_method(self, *args):
             setattr(self, name, True)
-            return super()._problems(*args)
+            return super()._problems_of_method(*args)
 
     args = arguments(tmp_path, False, MemEfficientTrainingArguments, sequence_chunk_size=CHUNK)
     with pytest.raises(ConfigError, match="which sequence_chunk_size does not support"):
