@@ -21,6 +21,7 @@ from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
 
+MASKED_WITHOUT_POSITIONS = ("gpt-oss", "afmoe")  # by transformers, so that packed rows see one another in plain training
 NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3", "afmoe"]
 ENCODER_DECODERS = ["bart", "pegasus", "m2m100"]
 SIDES = ["right", "left"]
@@ -72,17 +73,17 @@ def test_embeddings_in_place_of_ids_and_their_gradient(name):
     assert worst_difference({"embeds": batch["inputs_embeds"].grad.roll(1, 1)}, {"embeds": plain}) > NOTICED
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt-oss"])  # which transformers masks without its positions
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MASKED_WITHOUT_POSITIONS])
 def test_packed_rows(name):
     assert_streams(tiny_model(name), packed_batch(), 4, allowed(name))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", *MASKED_WITHOUT_POSITIONS])
 def test_packed_sequences_learn_as_if_each_had_a_row(name):
     model, batch = tiny_model(name), packed_batch()
     found = stream(model, batch, 4)
     alone = sum(plain_loss_sum(model, row) for row in unpacked(batch)) / (batch["labels"][:, 1:] != -100).sum()
-    assert worst_difference(found.gradients, gradients(model, alone)) <= tolerance(torch.float64)
+    assert worst_difference(found.gradients, gradients(model, alone)) <= allowed(name)
 
 
 def plain_loss_sum(model, row):

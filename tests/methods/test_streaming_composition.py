@@ -12,7 +12,7 @@ from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.memory import LiveBytes, SavedBytes
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
-from tests.support.composition import REENTRANT, checkpointed, quantised_llama, whole_error, with_lora  # noqa: F401 (a fixture)
+from tests.support.composition import REENTRANT, checkpointed, whole_error, with_lora
 from tests.support.stepping import model_and_batch, plain_twin, step_on, stream
 from tests.support.streaming import LENGTHS, allowed, assert_streams, own_loss
 from tests.support.tiny_models import batch_for
@@ -147,7 +147,7 @@ def test_truncated_backpropagation_is_further_away_than_bfloat16_allows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_qlora(quantised_llama, dtype):  # noqa: F811
+def test_qlora(quantised_llama, dtype):
     model = with_lora(quantised_llama(dtype))
     batch = batch_for(model, lengths=LENGTHS)
     found = stream(model, batch, 5)
