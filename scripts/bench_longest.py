@@ -33,13 +33,10 @@ LENGTHS = {
 
 def read(model: str, changes: dict, tokens: int):
     """The settings of one run. Rows may be longer than the model has positions for: what they need is asked, not what they are good for."""
-    offload = changes.get("kv_offload", False)  # refused on a CPU, where host and device are one
     given = ["--model", model, "--dtype", "bfloat16", "--sequence_length", str(tokens), "--max_length", "2"]
     given += ["--per_device_train_batch_size", "1", "--config_overrides", f"max_position_embeddings={2**21}", "--report_to", "none"]
-    given += budget.flags({name: value for name, value in changes.items() if name != "kv_offload"})
-    settings = forecast.parse(given, forecast.make_parser("estimate"))
-    vars(settings.training)["kv_offload"] = offload
-    return settings
+    given += budget.flags(changes)
+    return forecast.parse(given, forecast.make_parser("estimate"))
 
 
 def predicted(model: str, train: str, method: str) -> dict:

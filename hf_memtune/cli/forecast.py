@@ -73,7 +73,12 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     namespace = parser.read(arguments, with_recipe=True)
     problems = parser.problems
     kinds = (ModelArguments, AnyData, MemEfficientTrainingArguments, ForecastArguments)
-    built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
+    values = {kind: values_of(kind, namespace) for kind in kinds}
+    offloads = values[MemEfficientTrainingArguments].pop("kv_offload", False)  # refused on a CPU, which need not be where training will run
+    built = [build(kind, values[kind], problems) for kind in kinds]
+    if offloads and built[2] is not None:
+        problems += [] if built[2].streams else ["kv_offload: has no effect without sequence_chunk_size. Leave it out."]
+        built[2].kv_offload = True
     extra = None if more is None else build(more, values_of(more, namespace), problems)
     if problems:
         raise ConfigError(problems)

@@ -60,6 +60,14 @@ def test_what_cannot_be_estimated_is_said(arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_offloaded_keys_and_values_are_predicted_where_there_is_no_gpu(capsys):
+    streamed = [*OF_A_TYPE, "--sequence_length", 128, "--sequence_chunk_size", 16]
+    kept, moved = (estimated(capsys, *streamed, *more)["peak_bytes"] for more in ([], ["--kv_offload"]))
+    assert moved < kept
+    assert main(["estimate", *OF_A_TYPE, "--kv_offload"]) == 2
+    assert "kv_offload: has no effect without sequence_chunk_size" in capsys.readouterr().err
+
+
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
