@@ -119,10 +119,18 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU, that an optional kernel is missing
 
 
-def affordable(step_seconds: float, minutes: float, rows: int) -> int:
-    """Steps of each method for which there is time, on a machine that takes so long for a step of plain training."""
-    evaluations = len(METHODS) * EVALUATIONS * FORWARD * rows / 8
-    return max(FEWEST_STEPS, min(STEPS, int((60 * minutes / step_seconds - evaluations) / RELATIVE)))
+def affordable(step_seconds: float, minutes: float, rows: int) -> tuple[int, int]:
+    """Steps of each method, and held-out rows, for which there is time on a machine that takes so long for a step of plain training.
+
+    Fewer rows are measured before there are very few steps.
+    """
+    for share in (1, 2, 3):
+        measured = max(2, rows // share)
+        evaluations = len(METHODS) * EVALUATIONS * FORWARD * measured / 8
+        steps = min(STEPS, int((60 * minutes / step_seconds - evaluations) / RELATIVE))
+        if steps >= 2 * FEWEST_STEPS:
+            break
+    return max(FEWEST_STEPS, steps), measured
 
 
 class Demo:
@@ -158,7 +166,8 @@ class Demo:
         from hf_memtune.cli.model import load_trainable
 
         seconds = self._seconds_of_a_step(load_trainable(self.model_settings, self.data_settings, self.tokenizer))
-        self.options.steps = affordable(seconds, self.options.minutes, len(self.held_out))
+        self.options.steps, rows = affordable(seconds, self.options.minutes, len(self.held_out))
+        self.held_out = self.held_out.select(range(0, len(self.held_out), max(1, len(self.held_out) // rows)))  # of all lengths
         if self.options.steps < STEPS:
             self.fewer = f", fewer than {STEPS} since this machine takes {seconds:.1f} s for a step of plain training"
         self.console.print(f"a step of plain training takes {seconds:.1f} s here: {self.options.steps} steps of each method")

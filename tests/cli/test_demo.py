@@ -47,11 +47,11 @@ def test_a_slow_machine_takes_fewer_steps():
     demo = importlib.util.module_from_spec(spec)
     sys.path.append(str(DEMO.parent))
     spec.loader.exec_module(demo)
-    steps = [demo.affordable(seconds, 7, 48) for seconds in (0.1, 1.5, 2.0, 3.0, 100.0)]
-    assert steps[0] == demo.STEPS and steps[-1] == demo.FEWEST_STEPS and steps == sorted(steps, reverse=True)
-    between = demo.affordable(2.5, 7, 48)
-    needed = 2.5 * (between * demo.RELATIVE + len(demo.METHODS) * demo.EVALUATIONS * demo.FORWARD * 48 / 8)
-    assert demo.FEWEST_STEPS < between < demo.STEPS and 0.9 * 7 * 60 < needed <= 7 * 60
+    found = [demo.affordable(seconds, 7, 48) for seconds in (0.1, 1.5, 2.0, 3.0, 100.0)]
+    assert found[0] == (demo.STEPS, 48) and found[-1] == (demo.FEWEST_STEPS, 16) and found == sorted(found, reverse=True)
+    steps, rows = demo.affordable(3.0, 7, 48)
+    needed = 3.0 * (steps * demo.RELATIVE + len(demo.METHODS) * demo.EVALUATIONS * demo.FORWARD * rows / 8)
+    assert 2 * demo.FEWEST_STEPS <= steps < demo.STEPS and rows < 48 and 0.9 * 7 * 60 < needed <= 7 * 60
 
 
 def test_help_of_the_demo(tmp_path):
