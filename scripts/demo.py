@@ -22,7 +22,7 @@ from conditions import conditions
 ASSETS = Path(__file__).resolve().parents[1] / ".assets"
 SEED, BATCH, MAX_LENGTH, LORA_R = 0, 4, 160, 8
 STEPS, FEWEST_STEPS, ROWS, EVALUATIONS = 30, 6, 48, 4  # evaluations of a method: before training, and thrice while it goes on
-RELATIVE = 1.0 + 1.3 + 1.35 + 0.65 + 0.75  # time of a step of each method, relative to plain training: results/demo.json
+RELATIVE = 1.0 + 1.4 + 1.55 + 0.75 + 0.75  # time of a step of each method, relative to plain training: results/demo.json
 FORWARD = 0.7  # of a batch of 8 held-out rows, relative to a step of plain training
 LEARNING_RATE = 1.5e-3  # the best of three for every method on this model and these rows: docs/results.md
 TRACED_STEP = 1  # counted from 0: in the first one the optimizer makes its state, which belongs to no step
