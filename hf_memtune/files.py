@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PART_BYTES = 2**20  # read at a time; hashlib.file_digest would do it, from Python 3.11 on
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
@@ -48,8 +50,11 @@ def write_text(path: str | Path, text: str, errors: str = "strict") -> Path:
 
 def digest_of(path: str | Path) -> str:
     """A digest of the content of a file, hexadecimal."""
+    found = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while part := file.read(_PART_BYTES):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _to_disk(path: Path) -> None:

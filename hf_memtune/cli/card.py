@@ -55,6 +55,8 @@ def facts(settings, rows, summary) -> list[tuple[str, str]]:
 
 def methods(settings) -> list[str]:
     """What was trained, and with which memory strategies, in words."""
+    from hf_memtune.levers.facts import checkpoints
+
     model, training = settings.model, settings.training
     lora = f"{'QLoRA' if model.load_in_4bit else 'LoRA'} of rank {model.lora_r}"
     found = [lora if model.lora_r else "adapters of reversible layers" if training.is_reversible else "all parameters"]
@@ -66,7 +68,7 @@ def methods(settings) -> list[str]:
         found.append(f"exact streaming in chunks of {training.stream_chunk_size} tokens")
     if training.checkpoint_levels:
         found.append(f"checkpointing in {training.checkpoint_levels} levels")
-    if getattr(training, "activation_checkpointing", None) or getattr(training, "gradient_checkpointing", None):
+    if checkpoints(training):
         found.append("activation checkpointing")
     return found
 

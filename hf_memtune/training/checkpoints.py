@@ -23,6 +23,8 @@ UNFINISHED = "hf_memtune_unfinished"
 _WEIGHTS = ("model", "pytorch_model", "adapter_model", "reversible_adapters")
 _STATES = ("optimizer", "scheduler", "rng_state")  # whose lack transformers takes for a fresh start, without a word
 
+_STATES_OF_DEEPSPEED = ("rng_state",)  # which keeps optimizer and scheduler in a folder of its own, global_step*
+
 
 @contextmanager
 def being_written(checkpoint: Path, is_writer: bool) -> Iterator[None]:
@@ -89,7 +91,8 @@ def why_incomplete(checkpoint: Path, weights_only: bool = False) -> str | None:
     names = [path.name for path in checkpoint.iterdir()]
     if not any(name.startswith(_WEIGHTS) and not name.endswith((".json", ".md")) for name in names):
         return "weights are missing"
-    lacking = [] if weights_only else [state for state in _STATES if not any(name.startswith(state) for name in names)]
+    wanted = () if weights_only else _STATES_OF_DEEPSPEED if any(name.startswith("global_step") for name in names) else _STATES
+    lacking = [state for state in wanted if not any(name.startswith(state) for name in names)]
     if lacking:
         return f"{', '.join(lacking)} missing"
     cut = [path.name for path in sorted(checkpoint.iterdir()) if _is_cut_off(path)]

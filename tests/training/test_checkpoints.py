@@ -71,6 +71,17 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(harm, folder, run, caplog):
         assert torch.equal(parameter, run[1][name]), name
 
 
+def test_deepspeed_keeps_its_states_in_a_folder_of_its_own(folder):
+    checkpoint = folder / "checkpoint-3"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()
+    assert "optimizer, scheduler missing" == why_incomplete(checkpoint)
+    (checkpoint / "global_step3").mkdir()
+    assert why_incomplete(checkpoint) is None
+    (checkpoint / "rng_state.pth").unlink()
+    assert why_incomplete(checkpoint) == "rng_state missing"
+
+
 @pytest.mark.parametrize("harm", ["optimizer missing", "weights cut off"])
 def test_a_broken_one_that_is_named_is_refused(harm, folder):
     HARM[harm](folder / "checkpoint-2")
