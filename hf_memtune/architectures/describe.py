@@ -74,6 +74,11 @@ class Architecture:
         return "encoder" in self.stacks
 
     @property
+    def follows_encoder(self) -> bool:
+        """Whether the body is a decoder alone, which is given the states of an encoder that ran before (T5)."""
+        return self.task is Task.SEQ2SEQ_LM and not self.is_encoder_decoder
+
+    @property
     def decoder(self) -> Stack:
         return self.stacks["decoder"]
 
@@ -163,7 +168,8 @@ def _task(head_model: PreTrainedModel) -> Task:
     for name in names:
         for task, mapping in _TASK_MAPPINGS:
             if name in mapping.values() and not (task is Task.CAUSAL_LM and head_model.config.is_encoder_decoder):
-                return task
+                decodes_alone = task is Task.SEQ2SEQ_LM and not head_model.config.is_encoder_decoder  # of sounds: they are embeddings
+                return Task.CAUSAL_LM if decodes_alone else task
     raise UnsupportedModelError(
         f"{names[0]} has no head this library knows. Expected a model for one of: {', '.join(t.value for t in Task)} "
         "(for example AutoModelForCausalLM)."
@@ -173,12 +179,7 @@ def _task(head_model: PreTrainedModel) -> Task:
 def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack]]:
     """The module that runs the layers, and the layers: found by type, since every layer that can be checkpointed is one."""
     base = _base(head_model)
-    _refuse_convolutions(head_model, base)
-    lists = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_layer, module))
-    ]
+    lists = [(name, module) for name, module in base.named_modules() if _is_stack(module)] or _alike(head_model, base)
     if head_model.config.is_encoder_decoder and len(lists) == 2:
         (first, encoder_layers), (second, decoder_layers) = sorted(lists, key=lambda pair: "decoder" in pair[0])
         if "encoder" in first and "decoder" in second:
@@ -187,6 +188,8 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
                 "encoder": Stack("encoder", encoder, encoder_layers),
                 "decoder": Stack("decoder", decoder, decoder_layers),
             }
+    if len(lists) > 1:
+        lists = _of_text(head_model, base, lists)
     if len(lists) != 1:
         found = ", ".join(name for name, _ in lists) or "none"
         raise UnsupportedModelError(
@@ -194,11 +197,32 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
             f"{found}. {tables.NO_ATTENTION_REMEDY if not lists else 'Models with several towers are not supported.'}"
         )
     ((name, layers),) = lists
-    # the innermost model around the layers: some heads (OPT's) call it past the outer one
+    body = _model_around(base, name)  # some heads (OPT's) call it past the outer one
+    return body, {"decoder": Stack("decoder", body, layers)}
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(map(_is_layer, module))
+
+
+def _alike(head_model: PreTrainedModel, base: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """Of older models, whose layers cannot be checkpointed: a list of as many modules of one class as the config has layers."""
+    count = getattr(head_model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return [(name, module) for name, module in lists if len(set(map(type, module))) == 1 and list(module[0].children())]
+
+
+def _of_text(head_model: PreTrainedModel, base: PreTrainedModel, lists: list) -> list[tuple[str, nn.ModuleList]]:
+    """The stacks of the part that is configured for text, where there are towers for images or sounds beside it."""
+    text = head_model.config.get_text_config()
+    return [(name, module) for name, module in lists if _model_around(base, name).config is text] or lists
+
+
+def _model_around(base: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model around a module of `base`."""
     while name and not isinstance(base.get_submodule(name), PreTrainedModel):
         name = name.rpartition(".")[0]
-    body = base.get_submodule(name)
-    return body, {"decoder": Stack("decoder", body, layers)}
+    return base.get_submodule(name)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -210,27 +234,15 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _base(head_model: PreTrainedModel) -> PreTrainedModel:
     base = head_model.base_model
-    if base is head_model:  # its prefix names a part it does not have, as in Llama 4's text model
-        base = getattr(head_model, "model", None)
+    if base is head_model:  # its prefix names a part it does not have, as in Llama 4's text model; or its encoder has run before (T5)
+        base = getattr(head_model, "model", None) or getattr(head_model, "decoder", None) or getattr(head_model, "text_decoder", None)
+        base = base.base_model if isinstance(base, PreTrainedModel) else base
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(head_model).__name__} holds its layers and its head in one module, not in a body that can run on a part of the "
-            f"tokens (T5, whose relative positions are computed from the length of the input, is built so). {tables.REMEDY}"
+            f"tokens. {tables.REMEDY}"
         )
     return base
-
-
-def _refuse_convolutions(head_model: PreTrainedModel, base: nn.Module) -> None:
-    """Convolutions over tokens see neighbours outside attention. In half precision the probe alone could overlook a small one."""
-    for name, module in base.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            for inner, part in module.named_modules():
-                if isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1:
-                    holder = type(module.get_submodule(inner.rpartition(".")[0])).__name__
-                    raise UnsupportedModelError(
-                        f"{type(head_model).__name__}: layer {name} ({type(module).__name__}) mixes neighbouring tokens by a "
-                        f"convolution ({holder}). {tables.NO_ATTENTION_REMEDY}"
-                    )
 
 
 def _head(head_model: PreTrainedModel, task: Task) -> nn.Module | None:

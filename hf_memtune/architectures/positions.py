@@ -37,5 +37,6 @@ def check_rope(architecture: Architecture, length: int) -> None:
     if changing and trained and length > trained:
         raise UnsupportedModelError(
             f"{architecture.name} uses {changing[0]} rotary embeddings, which change their frequencies past {trained} tokens, and "
-            f"the batch has {length}: a part of the tokens would be rotated differently from the rest. Shorten the rows to {trained}."
+            f"the batch has {length}: a part of the tokens would be rotated differently from the rest. Shorten the rows to {trained}, or train whole rows with "
+            "activation checkpointing (--activation_checkpointing --checkpoint_levels 2)."
         )

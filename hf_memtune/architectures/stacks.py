@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_memtune.architectures.layouts import LAYOUTS, POST_NORM, Layout
-from hf_memtune.architectures.tables import REMEDY
+from hf_memtune.architectures.tables import CROSS_ATTENTION_NAMES, REMEDY
 from hf_memtune.errors import UnsupportedModelError
 
 
@@ -86,9 +86,24 @@ def refuse_what_does_not_run_twice(model: nn.Module) -> None:
                     f"{name} with config.{key}=True: {what} would come from inside the layers, without a gradient. Set "
                     f"config.{key} = False."
                 )
+        if shared := getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(
+                f"{name} with config.num_kv_shared_layers={shared}: layers read keys and values of other layers, whose gradient a layer that runs "
+                f"twice by itself would lose. {REMEDY}"
+            )
+    for stack in layer_stacks(model):
+        if 0 < sum(crossing := [_attends_elsewhere(layer) for layer in stack.layers]) < len(crossing):
+            raise UnsupportedModelError(
+                f"{name}: {stack.name}.{crossing.index(True)} attends to something that is not text, and does not run where there is none, so that not all "
+                f"layers run once a pass. {REMEDY}"
+            )
     for path, module in head_model.named_modules():
         if isinstance(dropped := getattr(module, "layerdrop", 0), float) and dropped > 0:
             raise UnsupportedModelError(f"{name}: {path}.layerdrop={dropped}: layers are left out at random. Set it to 0.")
+
+
+def _attends_elsewhere(layer: nn.Module) -> bool:
+    return any(name in CROSS_ATTENTION_NAMES for name, _ in layer.named_children())
 
 
 def refuse_several_devices(model: nn.Module) -> None:

@@ -43,8 +43,8 @@ CLASSIFIER_NAMES = ("classifier", "score")
 # A layer by its name in torch's wrapper around it (torch.distributed.algorithms), which checkpoints its activations.
 CHECKPOINTED = "_checkpoint_wrapped_module"
 
-# Attention of a decoder over the encoder's states, by the last part of the module's name.
-CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+# Attention of a decoder over the encoder's states, by a part of the module's name.
+CROSS_ATTENTION_NAMES = ("encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention")
 
 # Rotary embeddings whose frequencies change with the longest position in the batch, once it passes the pre-trained length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

@@ -67,13 +67,15 @@ class Scorer:
     """A named scorer.
 
     reads_model: False where it needs nothing of the pass over all tokens (random choice, the gradient that backward brings). runs_last_block: True where it is
-    known to ask for gradients or losses, which come from running the last block alone.
+    known to ask for gradients or losses, which come from running the last block alone. reads_context: True where it is known to ask for the
+    attention that tokens receive.
     """
 
     name: str
     score: TokenScorer
     reads_model: bool = True
     runs_last_block: bool = False
+    reads_context: bool = False
 
     def __call__(self, context: SeekingContext) -> Tensor:
         scores = self.score(context)
@@ -135,4 +137,5 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         "loss": lambda seen: seen.token_loss,
     }
     runs_last_block = name in ("gradient", "loss") or (name == "combined" and gradient_weight > 0)
-    return Scorer(name, {**_REGISTERED, **built_in}[name], name not in ("random", "true_gradient"), runs_last_block)
+    reads_context = name == "context" or (name == "combined" and context_weight > 0)
+    return Scorer(name, {**_REGISTERED, **built_in}[name], name not in ("random", "true_gradient"), runs_last_block, reads_context)

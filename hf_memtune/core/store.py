@@ -21,7 +21,7 @@ class KeyValueStore:
     def write(self, key: int, keys: Tensor, values: Tensor, start: int, length: int) -> None:
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
-            self._entries[key] = (_alone(keys.detach()), _alone(values.detach()))
+            self._entries[key] = (alone(keys.detach()), alone(values.detach()))
             self._written[key] = length
             return
         if key not in self._entries:
@@ -50,7 +50,7 @@ class KeyValueStore:
         return nullcontext()
 
 
-def _alone(part: Tensor) -> Tensor:
+def alone(part: Tensor) -> Tensor:
     """The tensor itself, or a copy where it is a view that would keep more alive (queries, of a fused projection)."""
     return part if part.untyped_storage().nbytes() <= part.nbytes else part.clone()
 

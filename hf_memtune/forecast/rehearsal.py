@@ -169,8 +169,11 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
         trainer.batches, trainer.waiting = batches[:MICRO_BATCHES], batches[MICRO_BATCHES:]
         taken = _Take(trainer, scene, first)
         trainer.add_callback(taken)
-        with _explained(copied), contextlib.suppress(_Over):
-            trainer.train()
+        try:
+            with _explained(copied), contextlib.suppress(_Over):
+                trainer.train()
+        finally:
+            taken.close()  # else it would account for whatever comes after a step that failed
     return Rehearsed(taken.ledger, taken.evaluation)
 
 

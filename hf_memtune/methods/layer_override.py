@@ -3,6 +3,7 @@
 The override is a bound method of an object that holds the layer, so that a deep copy of the model has overrides of its own.
 """
 
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -68,10 +69,15 @@ class LayerOverride:
         return self.earlier(*args, **kwargs) if self.earlier is not None else type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _whole(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
-        if getattr(self.layer, "gradient_checkpointing", False):
-            with not_checkpointing(self.layer):
-                return self._parted(self._original(x, *args, **kwargs))
-        return self._parted(self._original(x, *args, **kwargs))
+        boards = [(value, len(value)) for value in (*args, *kwargs.values()) if isinstance(value, UserDict)]
+        with not_checkpointing(self.layer) if getattr(self.layer, "gradient_checkpointing", False) else nullcontext():
+            output = self._original(x, *args, **kwargs)
+        if any(len(board) != before for board, before in boards):
+            raise UnsupportedModelError(
+                f"{self.name} leaves tensors for other layers outside of what it returns, whose gradient a layer that runs twice by itself would "
+                "lose. Train this model with activation checkpointing instead (--activation_checkpointing)."
+            )
+        return self._parted(output)
 
     def _parted(self, output: Tensor | tuple) -> tuple[Tensor, tuple | None]:
         return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)

@@ -85,12 +85,17 @@ class Method:
 
     def probe(self, check: bool) -> Facts:
         """What a pass over a few tokens tells of the model. check: see __init__."""
-        return verify(self.router, check, self.scores_last_block)
+        return verify(self.router, check, self.scores_last_block, self.config.stream_chunk_size is not None)
 
     def require(self, facts: Facts) -> None:
         """Refuse a model that the probe has shown not to suit the settings."""
         if self.config.stream_chunk_size is not None:
             _require_streamable(self.architecture, facts, self.config.streamed_by)
+        if self.config.kv_offload and self.router.cache is not None and self.router.cache.by_hand:
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: kv_offload: got True, expected False: its attention is written by hand, and keeps what it is given of "
+                "earlier tokens on the device until backward. Leave kv_offload out."
+            )
 
     def run(self, call: BodyCall, head: Head | None) -> Any:
         """The body's output for one call, whose backward is the method's. head: of the call of the model around it, if it is open.

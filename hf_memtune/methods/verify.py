@@ -1,7 +1,7 @@
 """Before the first step: does ditching give, on this very model, what the model itself computes?
 
 One short probe, instead of a list of models that are said to work: a context pass and a focus pass over a few tokens must
-give the hidden states that a plain forward has at those tokens.
+give the hidden states that a plain forward has at those tokens, and a stream of chunks the gradient of a plain backward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,24 +9,24 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from transformers.masking_utils import bidirectional_mask_function
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_memtune._compat import is_fake, with_values
 from hf_memtune.architectures import Architecture, tables
-from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import ContextPass, FocusPass, Records
-from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.passes import ContextPass, Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.facts import Facts
+from hf_memtune.methods.followed import cache_template
 from hf_memtune.methods.overrides import evaluating, forward_as
-from hf_memtune.methods.seeking.last_block import LastBlock
+from hf_memtune.methods.verify_parts import FAILURES, OTHER_SCORERS, problem_of_last_block, problem_of_parts
+from hf_memtune.methods.verify_stream import verify_stream
 
-PROBE_TOKENS, PROBE_KEPT = 8, (1, 4, 6)
-# Relative to the size of the hidden states: kernels sum in another order for other shapes, and models called in float64 may
-# compute a part of themselves in float32.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+PROBE_TOKENS, PROBE_ENCODED = 8, 5
 
 
 class _ProbingPass(ContextPass):
@@ -40,7 +40,8 @@ class _ProbingPass(ContextPass):
     def attend(self, module, query, key, value, mask, *args):
         self.attended.add(id(module))
         if self.places.key_stack(module) == "decoder":
-            self.looks_ahead |= _looks_ahead(self.rule_of(mask, "decoder"), query)
+            rule = self.rule_of(mask, "decoder") if self.has_rules else bidirectional_mask_function  # of a mask that is written by hand
+            self.looks_ahead |= _looks_ahead(rule, query)
         return super().attend(module, query, key, value, mask, *args)
 
 
@@ -52,11 +53,11 @@ def _looks_ahead(mask_function: Callable, like: Tensor) -> bool:
         return bool((seen & (index[None] > index[:, None])).any())
 
 
-def verify(router: Router, check: bool = True, scores_last_block: bool | None = None) -> Facts:
+def verify(router: Router, check: bool = True, scores_last_block: bool | None = None, streams: bool = False) -> Facts:
     """Probe the model. Raises UnsupportedModelError, naming the model, the reason and the remedy.
 
-    `check=False` skips the comparison of hidden states, which traced tensors do not have. scores_last_block: whether the last block must
-    be able to run alone; None: nobody will ask.
+    `check=False` skips comparisons of values, which traced tensors do not have. scores_last_block: whether the last block must be able to
+    run alone; None: nobody will ask. streams: whether chunks of rows will go backward; else chosen tokens will.
     """
     architecture = router.architecture
     base = architecture.base
@@ -65,17 +66,30 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
         store, records = KeyValueStore(), Records({})
         probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_knows_causal)
         with _explained(architecture), router.running(probing), records.of_last_blocks(architecture):
-            body_output = type(base(**call.at(probing.spans)))
-        _require_attention_everywhere(architecture, probing.attended)
+            body_output = type(base(**call.at(probing.spans, probing)))
+        with _explained(architecture):
+            router.follow_by(cache_template(architecture, call, probing.attended))
         full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
-        if check:
-            _compare(router, call, store, full)
-        tail_problem = _tail_problem(router, call, store, records, full) if check and scores_last_block is not None else None
-        if tail_problem and scores_last_block:
+        if check and streams and not probing.looks_ahead:
+            with _explained(architecture):
+                verify_stream(router, call)
+        elif check and router.cache is None:
+            if problem := problem_of_parts(router, call, store, full):
+                raise UnsupportedModelError(f"{architecture.name} {problem}. {_instead(router, call, streams=not probing.looks_ahead)}")
+        tail_problem = None
+        if router.cache is not None and not router.cache.is_plain(len(architecture.decoder.layers) - 1):
+            tail_problem = f"{architecture.name}: the last block needs what a cache hands on to it, and does not run alone. {OTHER_SCORERS}"
+        elif check and scores_last_block is not None:
+            tail_problem = problem_of_last_block(router, call, store, records, full)
+        needs_all = None if router.cache is None else f"{router.cache.why_all_tokens}. {_instead(router, call, streams=check)}"
+        if tail_problem and scores_last_block and (streams or needs_all is None):
             raise UnsupportedModelError(tail_problem)
-        plain_head, reads_body = _head_facts(architecture, call, body_output)
+        try:
+            plain_head, reads_body = _head_facts(architecture, call, body_output)
+        except FAILURES:  # a head that wants more of the body's output than its last hidden state
+            plain_head = reads_body = False
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
-    return Facts(is_causal, not probing.looks_ahead, plain_head, reads_body, body_output, tail_problem)
+    return Facts(is_causal, not probing.looks_ahead, plain_head, reads_body, body_output, tail_problem, needs_all)
 
 
 def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
@@ -84,56 +98,28 @@ def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
     # away from the first ids, which are usually special: padding would change the positions of some models
     ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None] % max(1, classes // 2) + classes // 2
     ids = ids.clamp_max(classes - 1)
-    return {"input_ids": ids, "decoder_input_ids": ids} if architecture.is_encoder_decoder else {"input_ids": ids}
+    if architecture.is_encoder_decoder:
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    if not architecture.follows_encoder:
+        return {"input_ids": ids}
+    shape = (1, PROBE_ENCODED, architecture.base.config.get_text_config().hidden_size)
+    states = torch.linspace(-1, 1, shape[1] * shape[2], device=ids.device).view(shape)
+    return {"input_ids": ids, "encoder_hidden_states": states.to(embedding.dtype if embedding.is_floating_point() else torch.float32)}
 
 
-def _require_attention_everywhere(architecture: Architecture, attended: set[int]) -> None:
-    for stack in architecture.stacks.values():
-        for number, layer in enumerate(stack.layers):
-            if not any(id(module) in attended for module in layer.modules()):
-                raise UnsupportedModelError(
-                    f"{architecture.name}: layer {number} of its {stack.name} ({type(layer).__name__}) does not send its attention "
-                    f"through transformers' attention interface. {tables.NO_ATTENTION_REMEDY}"
-                )
-
-
-def _compare(router: Router, call: BodyCall, store: KeyValueStore, full: Tensor) -> None:
-    architecture = router.architecture
-    index = torch.tensor([PROBE_KEPT], device=call.rows["decoder"].positions.device)
-    selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(PROBE_KEPT),), PROBE_TOKENS)
-    spans = {name: rows.kept(selection) for name, rows in call.rows.items()}
-    focus = FocusPass(spans, store, router.places)
-    with _explained(architecture), router.running(focus), at_positions(architecture, call, spans):
-        kept = architecture.base(**call.at(spans)).last_hidden_state
-    deviation = _deviation(kept, selection.gather(full))
-    if not deviation <= _TOLERANCE.get(full.dtype, 1e-3):
-        raise UnsupportedModelError(
-            f"{architecture.name}: the hidden states of a pass over {len(PROBE_KEPT)} of {PROBE_TOKENS} tokens differ from those of the "
-            f"full forward by {deviation:.1e} (relative), expected at most {_TOLERANCE.get(full.dtype, 1e-3):.0e}. Something in it "
-            f"depends on the neighbours of a token outside attention. {_REMEDY}"
-        )
-
-
-def _tail_problem(router: Router, call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
-    """Whether the last block, run alone on its recorded input, gives what the full forward gave."""
-    architecture = router.architecture
+def _instead(router: Router, call: BodyCall, streams: bool) -> str:
+    """What to do with a model none of whose tokens can be left out. streams: False where it is known already that it does not stream."""
     try:
-        deviation = _deviation(LastBlock(router, call, records, store, PROBE_TOKENS).output(), full)
-    except Exception as error:
-        found = f"it fails with {type(error).__name__}: {error}"
-    else:
-        if deviation <= _TOLERANCE.get(full.dtype, 1e-3):
-            return None
-        found = f"its output differs by {deviation:.1e} (relative)"
+        if streams:
+            verify_stream(router, call)
+    except UnsupportedModelError:
+        streams = False
+    if not streams:
+        return tables.REMEDY
     return (
-        f"{architecture.name}: the last block cannot run alone on its recorded input ({found}), which gradient scores and token "
-        "losses need. Choose token_scorer=context or random, or combined with gradient_weight=0."
+        "Set token_gradient=stream and sequence_chunk_size=512; or sequence_chunk_size without token_seeking, for exact gradients; or train with "
+        "activation checkpointing alone."
     )
-
-
-def _deviation(found: Tensor, expected: Tensor) -> float:
-    """Size of the difference, relative to that of the hidden states."""
-    return ((found - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
 
 
 @contextmanager
@@ -141,13 +127,21 @@ def _explained(architecture: Architecture) -> Iterator[None]:
     """A model that does not let its attention be routed fails somewhere inside: say what that means."""
     try:
         yield
-    except (MemTuneError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (MemTuneError, torch.OutOfMemoryError, DataDependentOutputException, DynamicOutputShapeException):
+        raise  # the last two: traced tensors have no values, which is nothing about the model
+    except FAILURES as error:
         raise UnsupportedModelError(f"{architecture.name} cannot run on a part of its tokens: {error}. {_REMEDY}") from error
 
 
 _REMEDY = f"What is computed for a part of the tokens would not be exact on it. {tables.REMEDY}"
+
+
+def _of_model(architecture: Architecture, call: BodyCall) -> dict:
+    """Arguments of the model for those of its body."""
+    if not architecture.follows_encoder:
+        return call.arguments
+    encoded = BaseModelOutput(last_hidden_state=call.arguments["encoder_hidden_states"])
+    return {"encoder_outputs": encoded, "decoder_input_ids": call.arguments["input_ids"]}
 
 
 def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -> tuple[bool, bool]:
@@ -168,6 +162,6 @@ def _head_facts(architecture: Architecture, call: BodyCall, body_output: type) -
         return marker
 
     with forward_as(architecture.base, body), forward_as(architecture.output_head, head):
-        plain = type(model).forward(model, **call.arguments).logits is marker
+        plain = type(model).forward(model, **_of_model(architecture, call)).logits is marker
     # the same memory, since traced tensors have no values to compare
     return plain, bool(given) and given[0].untyped_storage()._cdata == hidden.untyped_storage()._cdata

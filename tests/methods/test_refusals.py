@@ -24,16 +24,16 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, 
 
 # config, class, and what the message must name
 CANNOT_DITCH = {
-    "state space": (lambda: tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2), tf.MambaForCausalLM, "MambaBlock"),
+    "state space": (lambda: tf.MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2), tf.MambaForCausalLM, "hand a state on"),
     "recurrent": (lambda: tf.RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), tf.RwkvForCausalLM, "RwkvBlock"),
-    "linear attention": (lambda: tf.Qwen3NextConfig(**_LLAMA, **_LINEAR, **_EXPERTS, head_dim=8), tf.Qwen3NextForCausalLM, "Qwen3NextGatedDeltaNet"),
-    "short convolution": (lambda: tf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"] * 2), tf.Lfm2ForCausalLM, "Lfm2ShortConv"),
-    "beside attention": (lambda: tf.FalconH1Config(**_LLAMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1), tf.FalconH1ForCausalLM, "FalconH1Mixer"),
-    "relative bias": (lambda: tf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), tf.T5ForConditionalGeneration, "relative positions"),
+    "linear attention": (lambda: tf.Qwen3NextConfig(**_LLAMA, **_LINEAR, **_EXPERTS, head_dim=8), tf.Qwen3NextForCausalLM, "hand a state on"),
+    "short convolution": (lambda: tf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"] * 2), tf.Lfm2ForCausalLM, "hand a state on"),
+    "beside attention": (lambda: tf.FalconH1Config(**_LLAMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1), tf.FalconH1ForCausalLM, "hand a state on"),
+    "relative bias": (lambda: tf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), tf.T5ForConditionalGeneration, "alone"),
     "Fourier": (lambda: tf.FNetConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2), tf.FNetForMaskedLM, "FNetLayer"),
     "relative positions": (lambda: tf.DebertaV2Config(**_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"]), tf.DebertaV2ForMaskedLM, "DebertaV2Layer"),
-    "attention of its own": (lambda: tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), tf.BloomForCausalLM, "BloomBlock"),
-    "ready-made masks": (lambda: tf.FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tf.FalconForCausalLM, "cannot run on a part"),
+    "attention of its own": (lambda: tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), tf.BloomForCausalLM, "written by hand"),
+    "ready-made masks": (lambda: tf.FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), tf.FalconForCausalLM, "written by hand"),
     "work after the interface": (lambda: tf.DiffLlamaConfig(**_LLAMA), tf.DiffLlamaForCausalLM, "differ"),
     "shared layers": (lambda: tf.AlbertConfig(**_BERT, embedding_size=32), tf.AlbertForMaskedLM, "none"),
 }  # fmt: skip
@@ -180,7 +180,7 @@ def test_padding_may_have_any_score():
 @pytest.mark.parametrize(
     "extra, message",
     [
-        ({"attention_mask": torch.ones(2, 1, 13, 13, dtype=torch.bool)}, "4 dimensions.*position_ids that restart"),
+        ({"attention_mask": torch.ones(2, 13, 13, dtype=torch.bool)}, "3 dimensions.*position_ids that restart"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"past_key_values": "filled"}, "past_key_values"),

@@ -188,7 +188,8 @@ def test_an_encoder_that_learns_from_the_first_chunk_alone_is_noticed(monkeypatc
         go_backward(self, number, cotangents)
 
     monkeypatch.setattr(ChunkStream, "_go_backward", forgetting)
-    assert worst_difference(stream(model, batch, 4).gradients, expected) > NOTICED
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4), check=False) as streaming:
+        assert worst_difference(step_on(model, streaming, batch).gradients, expected) > NOTICED
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -259,9 +260,14 @@ def test_a_stream_that_pays_nothing_back_is_noticed(monkeypatch, name):
     _, expected = plain_twin(model, batch)
     own = lambda self, key, gradient, tokens: gradient[:, :, tokens.start : tokens.stop]  # noqa: E731
     monkeypatch.setattr(OwedGradients, "settle", own)
-    found = stream(model, batch, 5)  # Llama 4's attention has borders of its own, every 4 tokens
-    assert worst_difference(found.gradients, expected) > NOTICED
-    assert worst_difference(stream(model, batch, 50).gradients, expected) <= allowed(name)
+    with Streaming(
+        model, StreamingConfig(sequence_chunk_size=5), check=False
+    ) as streaming:  # Llama 4's attention has borders every 4 tokens
+        assert worst_difference(step_on(model, streaming, batch).gradients, expected) > NOTICED
+    with Streaming(model, StreamingConfig(sequence_chunk_size=50), check=False) as streaming:
+        assert worst_difference(step_on(model, streaming, batch).gradients, expected) <= allowed(name)
+    with pytest.raises(UnsupportedModelError, match="another gradient in chunks: that of 8 tokens"):
+        stream(model, batch, 5)
 
 
 # -- calls and losses ------------------------------------------------------------------------------------------------

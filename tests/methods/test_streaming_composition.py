@@ -285,11 +285,11 @@ def saved_by_a_chunk(model, batch):
     """Bytes that the chunk before the last, of 8 tokens, saves for backward, but for stored keys and values and the batch's own."""
     found, run = [], ChunkStream._run
 
-    def counting(self, span, stores):
+    def counting(self, number, span, stores):
         if span.start != self.rows.length - 16:
-            return run(self, span, stores)
+            return run(self, number, span, stores)
         with SavedBytes(exclude=[model, batch["input_ids"], self.rows.positions, *self.store.tensors()]) as saved:
-            ran = run(self, span, stores)
+            ran = run(self, number, span, stores)
         found.append(saved.current_bytes)
         return ran
 

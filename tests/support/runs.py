@@ -77,6 +77,8 @@ class LayerRuns(TrainerCallback):
 
     def _runs(self, module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
+        if torch.is_grad_enabled() and not module.training:
+            return  # a probe of the model, before the first step
         if torch.is_grad_enabled():
             self.with_gradient += 1
             self.widest = max(self.widest, hidden.shape[1])

@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.memory.estimate import MemoryEstimate
+from tests.support.any_type import tiny
 from tests.support.runs import arguments, pad_right, trainer_for
 from tests.support.tiny_models import CONFIGS, VOCABULARY, tiny_model
 
@@ -58,6 +60,32 @@ def test_never_under_and_within_five_percent(case, tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
     for phase in found.phases:
         assert phase.peak_bytes <= predicted.account.phase(phase.phase).peak_bytes
+
+
+@pytest.mark.parametrize("settings", [{}, {"sequence_chunk_size": 16}], ids=["plain", "streamed"])
+def test_what_depends_on_values_is_said_and_leaves_no_account_open(settings, tmp_path):
+    _, args, _ = setting(tmp_path, "llama", **settings)
+    with pytest.raises(UnsupportedModelError, match="depends on the values of its tensors"):
+        estimate(tiny("granitemoehybrid", dtype=torch.float32), args, sequence_length=TOKENS)  # experts, one by one
+    assert not _len_torch_dispatch_stack()
+
+
+@pytest.mark.parametrize("settings", [{}, {"sequence_chunk_size": 16}, STREAMED], ids=["plain", "streamed", "checkpointed"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
+def test_states_that_layers_hand_on(name, settings, tmp_path):
+    _, args, rows = setting(tmp_path, "llama", **settings)
+    model = tiny(name, dtype=torch.float32)
+    predicted = estimate(model, args, sequence_length=TOKENS, padded=False)
+    found = measured(model, args, rows)
+    assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
+
+
+def test_a_few_layers_of_each_kind_tell_what_all_would(tmp_path):
+    _, args, _ = setting(tmp_path, "llama", sequence_chunk_size=16)
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * 4
+    model = tiny("qwen3_5_text", dtype=torch.float32, num_hidden_layers=16, layer_types=kinds)
+    short, whole = (estimate(model, args, sequence_length=TOKENS, every_layer=every) for every in (False, True))
+    assert short.account.phases == whole.account.phases
 
 
 def test_an_estimate_of_another_run_is_seen_to_be_wrong(tmp_path):

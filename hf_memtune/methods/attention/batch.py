@@ -7,14 +7,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.architectures.positions import check_rope, token_positions
 from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.attention.passes import ModelPass
+from hf_memtune.methods.attention.ready import may_begin, visible
 from hf_memtune.methods.attention.spans import Rows, Span
+from hf_memtune.methods.attention.states import ARGUMENTS
 
 
 class BodyCall:
@@ -22,11 +28,13 @@ class BodyCall:
 
     inputs: the tensors among its arguments that require grad. leaves: what stands for them whenever the body runs, on whose `.grad`
     their gradients are summed. encoder_output, encoded: the former and the latter of an encoder that has run. returns_tuple: whether the caller wants a tuple in place of an output with names.
+    given: the arguments as they came. accepted: names of those that the body knows.
     """
 
     def __init__(self, architecture: Architecture, forward: Callable, args: tuple, kwargs: dict[str, Any]):
         self.architecture, self.forward = architecture, forward
         signature = inspect.signature(type(architecture.base).forward)
+        self.accepted = set(signature.parameters)
         bound = signature.bind(architecture.base, *args, **kwargs)
         variadic = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         self.arguments = {k: v for k, v in list(bound.arguments.items())[1:] if k not in variadic and v is not None}
@@ -35,17 +43,23 @@ class BodyCall:
         self.returns_tuple = not self.arguments.pop("return_dict", getattr(architecture.base.config, "return_dict", True))
         self.inputs: list[Tensor] = []
         self.leaves: list[Tensor] = []
-        self._given = dict(self.arguments)
+        self.given = dict(self.arguments)
         self.arguments = {name: self._detached(value) for name, value in self.arguments.items()}
         self.encoded = self.encoder_output = None
         if (given := self.arguments.pop("encoder_outputs", None)) is not None:
             self.give_encoded(given[0])
         positions = self.arguments.get("position_ids")
         if positions is not None and positions.dim() == 1:
-            self.arguments["position_ids"] = self._given["position_ids"] = positions[None]
+            self.arguments["position_ids"] = self.given["position_ids"] = positions[None]
         self.accepts_positions = "position_ids" in signature.parameters
         self._check()
+        self.ready = _ready_masks(self.arguments.get("attention_mask"))
+        self._masks = ("attention_mask", "decoder_attention_mask")
         self.rows = {name: self._rows(name) for name in architecture.stacks}
+        if (states := self.arguments.get("encoder_hidden_states")) is not None:
+            mask = self.arguments.get("encoder_attention_mask")
+            positions = torch.arange(states.shape[1], device=states.device)[None]
+            self.rows["encoder"] = Rows(states.shape[0], states.shape[1], _padding(mask), positions, None)
 
     def give_encoded(self, encoded: Tensor) -> None:
         """The output of the encoder (B, T, D), which then does not run."""
@@ -59,9 +73,16 @@ class BodyCall:
         return self.leaves[-1]
 
     def _check(self) -> None:
-        cache = self.arguments.pop("past_key_values", None)
-        if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length()):
-            raise MemTuneError("training steps take whole rows: past_key_values must not be given to them.")
+        for name in ARGUMENTS:
+            cache = self.arguments.pop(name, None)
+            if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length()):
+                raise MemTuneError(f"training steps take whole rows: {name} must not be given to them.")
+        kernel = self.architecture.base.config._attn_implementation
+        if isinstance(self.arguments.get("attention_mask"), dict) and kernel not in ("sdpa", "eager"):
+            raise MemTuneError(
+                f"attn_implementation: got {kernel!r} on a model that makes masks outside of its body, for that kernel alone; a pass over a part of "
+                "the tokens cannot read them. Load the model with attn_implementation='sdpa'."
+            )
         if self.arguments.get("cu_seq_lens_q") is not None and self.arguments.get("position_ids") is None:
             raise MemTuneError(
                 "packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch."
@@ -84,12 +105,15 @@ class BodyCall:
             raise MemTuneError(f"the batch has no rows: {prefix}input_ids is {tuple(like.shape)}. Leave out empty batches.")
         if not like.shape[1]:
             raise MemTuneError(f"row 0 of the batch has no tokens: {prefix}input_ids is {tuple(like.shape)}. Leave out empty rows.")
-        mask = self.arguments.get(f"{prefix}attention_mask")
+        is_ready = bool(self.ready) and not prefix
+        mask = _real_tokens(self.ready) if is_ready else self.arguments.get(f"{prefix}attention_mask")
         if mask is not None and mask.dim() != 2:
             raise MemTuneError(
-                f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens): a ready-made mask cannot be "
-                "evaluated for a part of the tokens. For packed rows pass position_ids that restart and no mask."
+                f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens), or 4 (batch, heads, tokens, tokens). For packed "
+                "rows pass position_ids that restart and no mask."
             )
+        if mask is not None and mask.shape[0] == 1:
+            mask = mask.expand(like.shape[0], -1)
         if mask is not None and mask.shape != like.shape[:2]:
             raise MemTuneError(
                 f"{prefix}attention_mask is {tuple(mask.shape)}, expected {tuple(like.shape[:2])}, the shape of the {stack}'s tokens."
@@ -99,9 +123,11 @@ class BodyCall:
             raise MemTuneError(
                 f"position_ids are {tuple(given.shape)}, expected {tuple(like.shape[:2])}, or one row for all: one position a token."
             )
+        if given is not None and given.dim() == 3:  # of several axes, of which a fourth one, the first, is that of the text
+            given = given[0] if given.shape[0] == 4 else None
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
         segments = None
-        makes_a_mask = self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
+        makes_a_mask = is_ready or self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
         if given is not None and mask is None and not makes_a_mask:  # as transformers: only without a mask do positions pack
             segments = find_packed_sequence_indices(given.expand(like.shape[0], -1))
         check_rope(self.architecture, like.shape[1])
@@ -119,32 +145,66 @@ class BodyCall:
 
     def encoder_arguments(self) -> dict[str, Any]:
         """The arguments of an encoder-decoder model's body that are its encoder's."""
-        return {k: v for k, v in self._given.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
+        return {k: v for k, v in self.given.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
 
-    def at(self, spans: dict[str, Span], live: bool = False) -> dict[str, Any]:
-        """The arguments for these tokens: ids, embeddings and positions taken, attention masks whole.
+    def may_begin(self) -> Tensor | None:
+        """(T,) bool: where a chunk may begin, no token before it looking beyond; None: anywhere. Told by ready-made masks alone."""
+        masks = [mask for mask in self.ready.values() if mask is not None]
+        return torch.stack([may_begin(mask) for mask in masks]).all(0) if masks else None
 
-        live: connected to the caller's own tensors, where they require grad, and not to leaves in their place.
+    def at(self, spans: dict[str, Span], running: ModelPass, live: bool = False, cache: Cache | None = None) -> dict[str, Any]:
+        """The arguments for these tokens in the pass that runs: ids, embeddings and positions taken, attention masks whole.
+
+        Of ready-made masks the part of these tokens is taken. live: connected to the caller's own tensors, where they require grad, and not to leaves in their place. cache: with the states of
+        layers at the first of the tokens; masks then end with the last one, for such layers read them from their end.
         """
         encoded = self.encoder_output if live else self.encoded
-        arguments = {"use_cache": False} if encoded is None else {"use_cache": False, "encoder_outputs": (encoded,)}
+        arguments: dict[str, Any] = {"use_cache": cache is not None}
+        if encoded is not None:
+            arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+        if cache is not None:
+            arguments[next(name for name in ARGUMENTS if name in self.accepted)] = cache
         for name, value in self.arguments.items():
-            value = self._given[name] if live else value
-            if name == "use_cache" or name.endswith("attention_mask"):
+            value = self.given[name] if live else value
+            if name == "use_cache" or name in self._masks:
+                continue
+            if name.startswith("encoder_"):  # of an encoder that ran before the body
+                arguments[name] = value
                 continue
             span = spans["encoder" if self.architecture.is_encoder_decoder and not name.startswith("decoder_") else "decoder"]
             arguments[name] = span.take(value) if _is_per_token(value, span.rows) else value
         for stack, span in spans.items():
+            if stack not in self.architecture.stacks:
+                continue
             prefix = "decoder_" if self.architecture.is_encoder_decoder and stack == "decoder" else ""
-            arguments[f"{prefix}attention_mask"] = self._whole_mask(f"{prefix}attention_mask", span.rows)
+            mask = self._whole_mask(f"{prefix}attention_mask", span.rows)
+            arguments[f"{prefix}attention_mask"] = mask if cache is None else mask[:, : span.visible]
+        if self.ready:
+            parts = {name: running.ready_mask(mask) for name, mask in self.ready.items()}
+            arguments["attention_mask"] = parts if isinstance(self.arguments["attention_mask"], dict) else parts[""]
         if self.accepts_positions:
-            arguments["position_ids"] = spans["decoder"].take(spans["decoder"].rows.positions)
+            positions, span = self.arguments.get("position_ids"), spans["decoder"]
+            of_axes = positions is not None and positions.dim() == 3
+            arguments["position_ids"] = torch.stack([span.take(axis) for axis in positions]) if of_axes else span.take(span.rows.positions)
         return arguments
 
     def _whole_mask(self, name: str, rows: Rows) -> Tensor:
         # always given: without one transformers would look for packed rows in the positions of the kept tokens
         given = self.arguments.get(name)
         return given if given is not None else rows.positions.new_ones(rows.batch, rows.length)
+
+
+def _ready_masks(given: Any) -> dict[str, Tensor | None]:
+    """Masks that were made outside of the body, (B or 1, 1, T, T), by the kind of layer that they are for; "" for all. None: causal."""
+    if isinstance(given, dict):
+        return given
+    return {"": given} if isinstance(given, Tensor) and given.dim() == 4 else {}
+
+
+def _real_tokens(ready: dict[str, Tensor | None]) -> Tensor | None:
+    """(B or 1, T) bool: the tokens that see themselves, in any of the masks; None: all."""
+    seen = [visible(mask).diagonal(dim1=2, dim2=3)[:, 0] for mask in ready.values() if mask is not None]
+    return torch.stack(torch.broadcast_tensors(*seen)).any(0) if seen and len(seen) == len(ready) else None
 
 
 def _is_per_token(value: Any, rows: Rows) -> bool:

@@ -11,6 +11,8 @@ from hf_memtune.methods.attention.outputs import BodyOutputs
 from hf_memtune.methods.attention.passes import ContextPass, Records
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.routing import Router
+from hf_memtune.methods.attention.spans import Chunks
+from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.overrides import evaluating, not_checkpointing
 
 
@@ -19,33 +21,35 @@ def context_pass(
     call: BodyCall,
     store: KeyValueStore,
     records: Records,
-    chunk: int,
-    chunks: range,
+    chunks: Chunks,
+    until: int,
+    states: States,
     into: BodyOutputs,
     tape: RandomTape | None = None,
     together: int = 1,
 ) -> None:
-    """Run the chunks with these numbers, each `chunk` tokens of every row, storing keys and values.
+    """Run the chunks before number `until`, storing keys and values, and the states that the next one begins with.
 
     tape: dropout stays on, and the random state at the beginning of each chunk is kept on it, for a pass that runs the chunk
     again; without one, dropout is off. into: what keeps the outputs. together: how many chunks may run at once, after the first, if no
     random numbers are drawn, whose order would be another.
     """
-    length = call.decoder.length
     base = router.architecture.base
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(not_checkpointing(base) if tape else evaluating(base))
         stack.enter_context(records.of_last_blocks(router.architecture) if records.wanted else nullcontext())
-        number, count = chunks.start, 1
-        while number < chunks.stop:
+        number, count = 0, 1
+        while number < until:
             if tape is not None:
                 tape.record(number)
             spans = {name: rows.whole() for name, rows in call.rows.items()}
-            spans["decoder"] = call.decoder.chunk(number * chunk, min((number + count) * chunk, length))
+            spans["decoder"] = call.decoder.chunk(*chunks.bounds(number, count))
             running = ContextPass(spans, store, router.places, records, router.kernel_knows_causal)
-            with router.running(running), at_positions(router.architecture, call, spans):
-                output = call.forward(**call.at(spans))
+            cache = states.begin(number, spans["decoder"].start, running)
+            with router.running(running, cache), at_positions(router.architecture, call, spans):
+                output = call.forward(**call.at(spans, running, cache=cache))
+            states.end(number, cache)
             if together > 1 and tape is not None and tape.has_moved(number):
                 together = 1
                 if count > 1:  # each of these chunks will run again by itself, and must draw what it drew here
@@ -54,4 +58,4 @@ def context_pass(
                     continue
             into.put(output, spans["decoder"])
             number += count
-            count = min(together, chunks.stop - number)
+            count = min(together, until - number)

@@ -13,6 +13,7 @@ from hf_memtune.architectures import tables
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.spans import Span
+from hf_memtune.methods.attention.states import ARGUMENTS
 
 
 class BodyOutputs:
@@ -118,7 +119,7 @@ def _masked(gradient: Tensor, span: Span) -> Tensor:
 
 def _is_of_tokens(name: str) -> bool:
     """Whether a further field of an output is expected to have an entry for each token."""
-    return name not in ("last_hidden_state", "past_key_values", "pooler_output") and not name.startswith("encoder_")
+    return name not in ("last_hidden_state", "pooler_output", *ARGUMENTS) and not name.startswith("encoder_")
 
 
 def _without_tensors(output: Any) -> tuple[type, dict[str, int | None]]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.owed import Live, OwedGradients
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.errors import MemTuneError
+from hf_memtune.methods.attention import ready
 from hf_memtune.methods.attention.spans import Span, attention_mask
 
 
@@ -26,7 +28,9 @@ class Places:
         encoder = architecture.stacks["encoder"].module.modules() if architecture.is_encoder_decoder else ()
         self._encoder = {id(module) for module in encoder}
         self._cross = {
-            id(module) for name, module in architecture.base.named_modules() if name.rpartition(".")[2] in tables.CROSS_ATTENTION_NAMES
+            id(module)
+            for name, module in architecture.base.named_modules()
+            if not set(tables.CROSS_ATTENTION_NAMES).isdisjoint(name.split("."))
         }
 
     def is_cross(self, module: nn.Module) -> bool:
@@ -44,17 +48,33 @@ class ModelPass:
         self.stack = "decoder"  # whose mask is asked for; set by the router when a stack is entered
         self._rules: list[tuple[Tensor | None, str, Callable]] = []
 
-    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor], may_skip: bool = True) -> Tensor | None:
+        """The finished mask of a rule; None where the kernel needs none, if whoever asks `may_skip` it."""
         queries, keys = self.spans[self.stack], self.spans[self.stack]
         if self.stack == "decoder" and "encoder" in self.spans and mask_function is bidirectional_mask_function:
             keys = self.spans["encoder"].rows.whole()
-        mask = self.build(mask_function, queries, keys)
+        mask = self.build(mask_function, queries, keys) if may_skip else attention_mask(mask_function, queries, keys)
         mask = mask if mask is None else finish(mask)
         self._rules.append((mask, self.stack, mask_function))
         return mask
 
+    def ready_mask(self, whole: Tensor | None) -> Tensor | None:
+        """The part of a mask that was made of all tokens outside of the body, for the tokens of this pass; None stands for a causal one."""
+        own = self.spans["decoder"]
+        rule = causal_mask_function if whole is None else ready.rule_of(whole)
+        mask = self.build(rule, own, own)
+        if mask is not None and whole is not None and whole.dtype != torch.bool:
+            mask = torch.zeros_like(mask, dtype=whole.dtype).masked_fill_(~mask, torch.finfo(whole.dtype).min)
+        self._rules.append((mask, "decoder", rule))
+        return mask
+
     def build(self, mask_function: Callable, queries: Span, keys: Span) -> Tensor | None:
         return attention_mask(mask_function, queries, keys)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any mask was asked for; else the model makes its own."""
+        return bool(self._rules)
 
     def rule_of(self, mask: Tensor | None, stack: str) -> Callable:
         """The index-based rule that the mask of a stack's attention to itself was made from."""
@@ -75,6 +95,8 @@ class ChunkPass(ModelPass):
         self.kernel_knows_causal = kernel_knows_causal
 
     def build(self, mask_function, queries, keys):
+        if queries is keys and mask_function not in (causal_mask_function, bidirectional_mask_function):
+            self._require_nothing_beyond(mask_function, queries)
         if queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
             if mask_function is bidirectional_mask_function:
                 return None
@@ -82,6 +104,19 @@ class ChunkPass(ModelPass):
             if mask_function is causal_mask_function and from_the_first and self.kernel_knows_causal:
                 return None
         return attention_mask(mask_function, queries, keys)
+
+    def _require_nothing_beyond(self, mask_function: Callable, span: Span) -> None:
+        """Where tokens of a block see one another both ways, a chunk that ends inside of it would miss some."""
+        beyond = span.visible
+        if beyond >= span.rows.length or is_fake(span.index):
+            return
+        device = span.index.device
+        batch, last = torch.arange(span.rows.batch, device=device)[:, None, None, None], torch.full((1, 1, 1, 1), beyond - 1, device=device)
+        if bool(mask_function(batch, torch.zeros_like(last), last, last + 1).any()):
+            raise MemTuneError(
+                f"token {beyond - 1} of a row attends to the token after it, with which the next chunk begins: tokens of a block see one another "
+                "both ways. Set sequence_chunk_size so that no block is cut, or leave it out and use activation checkpointing."
+            )
 
 
 class ContextPass(ChunkPass):
@@ -97,6 +132,27 @@ class ContextPass(ChunkPass):
         self.records.attention_call(self, module, query, mask, kwargs)
         key, value = self.store.prefix(id(module), keys.visible)
         return attention(module, query, key, value, mask, **kwargs)
+
+    def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a layer of the decoder with hand-written attention: the keys and values of all tokens up to the chunk's end."""
+        keys = self.spans["decoder"]
+        self.store.write(_by_hand(number), key, value, keys.start, keys.rows.length)
+        return self.store.prefix(_by_hand(number), keys.visible)
+
+    def indexed(self, number: int, keys: Tensor) -> Tensor:
+        """Keys (B, S, C) by which a layer chooses what to attend to, of all tokens up to the chunk's end: no gradient goes through them."""
+        span = self.spans["decoder"]
+        self.store.write(_of_index(number), keys[:, None], keys[:, None, :, :0], span.start, span.rows.length)
+        return self.store.prefix(_of_index(number), span.visible)[0][:, 0]
+
+
+def _by_hand(number: int) -> int:
+    """By what the store knows the keys and values of a layer with hand-written attention; those of modules are positive."""
+    return -1 - 2 * number
+
+
+def _of_index(number: int) -> int:
+    return -2 - 2 * number
 
 
 class Records:
@@ -125,7 +181,8 @@ class Records:
         self.queries.setdefault(stack, []).append(query.detach())
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         call = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-        self.calls[stack] = (id(module), running.rule_of(mask, stack), call)
+        rule = running.rule_of(mask, stack) if running.has_rules else bidirectional_mask_function
+        self.calls[stack] = (id(module), rule, call)
 
     @contextmanager
     def of_last_blocks(self, architecture: Architecture) -> Iterator[None]:
@@ -148,6 +205,8 @@ class FocusPass(ModelPass):
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         span = self.spans[self.places.key_stack(module)]
+        if span.selection is None:  # the states of an encoder that ran before the body, all of them
+            return attention(module, query, key, value, mask, **kwargs)
         stored = self.store.prefix(id(module), span.rows.length)
         run = partial(_attend_among, module, attention, kwargs, mask, stored, span)
         if not torch.is_grad_enabled():
@@ -208,9 +267,23 @@ class StreamPass(ChunkPass):
             return attention(module, query, key, value, mask, **kwargs)
         if kwargs.get("s_aux") is None:
             self.blind = self._unseeing
-        if self.stores:
-            self.store.write(id(module), key, value, self.live.start, self.live.stop)
-        stored = self.store.prefix(id(module), self.live.stop)
+        stored = self._stored(id(module), key, value)
         with self.store.unsaved(id(module), stored):
             key, value = self.owed.attach(id(module), (key, value), stored, self.live)
             return attention(module, query, key, value, mask, **kwargs)
+
+    def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a layer with hand-written attention: the keys and values of all tokens up to the chunk's end, connected to the chunk's own."""
+        if self.alone:
+            return key, value
+        self.blind = self._unseeing
+        return self.owed.attach(_by_hand(number), (key, value), self._stored(_by_hand(number), key, value), self.live)
+
+    def indexed(self, number: int, keys: Tensor) -> Tensor:
+        """As in a context pass."""
+        return keys if self.alone else self._stored(_of_index(number), keys[:, None], keys[:, None, :, :0])[0][:, 0]
+
+    def _stored(self, of: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.stores:
+            self.store.write(of, key, value, self.live.start, self.live.stop)
+        return self.store.prefix(of, self.live.stop)

@@ -31,7 +31,8 @@ def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> C
             whole = torch.Size(shape)
         else:
             whole = ids if ids is not None else torch.zeros(shape, dtype=torch.long, device=span.index.device)
-        embedded = forward(whole)
+        numbers = {} if kwargs.get("position_ids") is None else {"position_ids": torch.arange(shape[1], device=span.index.device)}
+        embedded = forward(whole, **numbers)
         return span.take(embedded if embedded.dim() == 3 else embedded[None])
 
     return run

@@ -16,8 +16,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures import Architecture, tables
@@ -25,8 +28,9 @@ from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.attention.passes import Places
 from hf_memtune.methods.attention.positions import at_temperature
 from hf_memtune.methods.attention.spans import Span
+from hf_memtune.methods.attention.states import CacheTemplate, again
 from hf_memtune.methods.layer_override import override_of
-from hf_memtune.methods.overrides import instance_attribute
+from hf_memtune.methods.overrides import forward_as, instance_attribute, not_checkpointing
 
 _numbers = itertools.count()
 # Kernels that take a boolean or an additive mask. Others (flash, flex) know no mask for a subset of the queries.
@@ -41,13 +45,14 @@ class Pass(Protocol):
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, attention: Callable, kwargs: dict): ...
 
-    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor]) -> Tensor | None: ...
+    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor], may_skip: bool = True) -> Tensor | None: ...
 
 
 class Router:
     """Registers one attention function and one mask function for one model, and activates them pass by pass.
 
-    places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions.
+    places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions. cache: how the
+    body's cache looks, where layers are followed through it; set by the probe.
     """
 
     def __init__(self, architecture: Architecture):
@@ -55,6 +60,7 @@ class Router:
         self.calls: weakref.WeakSet = weakref.WeakSet()
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
+        self.follow_by(None)
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
         # weakly, and with a finalizer: the interfaces live as long as the process, and must not keep a dropped model alive
         AttentionInterface.register(self.name, _weakly(self._attention))
@@ -68,20 +74,35 @@ class Router:
 
     @property
     def kernel_knows_causal(self) -> bool:
-        """Whether the attention kernel applies a causal mask by itself where it is given none."""
-        return self.kernel(self.architecture.base.config) == "sdpa"
+        """Whether the attention kernel applies a causal mask by itself where it is given none; of hand-written attention nobody knows."""
+        return self.kernel(self.architecture.base.config) == "sdpa" and not (self.cache is not None and self.cache.by_hand)
 
     @contextmanager
-    def running(self, active: Pass) -> Iterator[None]:
-        """Route the model's attention through `active`; layers that run again for backward find it again then."""
+    def running(self, active: Pass, cache: Cache | None = None) -> Iterator[None]:
+        """Route the model's attention through `active`; layers that run again for backward find it again then.
+
+        cache: what the body is given, in which layers leave states; those that run again begin with the states they began with.
+        """
         with ExitStack() as stack:
             stack.enter_context(self._routed(active))
             for module in self.architecture.base.modules():
-                for name in _checkpointing(module):
+                names = list(_checkpointing(module))
+                if (
+                    names
+                    and cache is not None
+                    and (isinstance(module, GradientCheckpointingLayer) or tables.CHECKPOINTED in module._modules)
+                ):
+                    inner = module._modules.get(tables.CHECKPOINTED) or module.forward
+                    stack.enter_context(forward_as(module, partial(self._checkpointed_with_states, active, module, inner)))
+                for name in names:
                     again = partial(self._checkpoint_with, active, getattr(module, name))
                     stack.enter_context(instance_attribute(module, name, again))
                 if (override := override_of(module)) is not None:
+                    if cache is not None:
+                        raise _two_levels_and_states(self.architecture)
                     stack.enter_context(instance_attribute(override, "again_within", partial(self._routed, active)))
+            if cache is not None:
+                stack.enter_context(not_checkpointing(self.architecture.base))  # layers that do it themselves drop the cache
             if self.architecture.is_encoder_decoder:
                 for name, part in self.architecture.stacks.items():
                     entering = part.module.register_forward_pre_hook(partial(_enter_stack, active, name))
@@ -109,6 +130,20 @@ class Router:
 
         return checkpointing(again, *args, **kwargs)
 
+    def _checkpointed_with_states(self, active: Pass, layer: nn.Module, forward: Callable, *args, **kwargs):
+        """In place of a layer that is checkpointed: what it leaves in the cache keeps its graph, and a second run leaves nothing there."""
+        beginnings = {id(value): again(value) for value in (*args, *kwargs.values()) if isinstance(value, (Cache, EncoderDecoderCache))}
+        runs = itertools.count()
+
+        def run(*args, **kwargs):
+            if next(runs):
+                args = [beginnings.get(id(value), value) for value in args]
+                kwargs = {name: beginnings.get(id(value), value) for name, value in kwargs.items()}
+            with self._routed(active), not_checkpointing(layer):
+                return forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
     def kernel(self, config) -> str:
         """The attention implementation that a pass uses for a model configured with another one."""
         configured = self._kernels.get(id(config), "sdpa") if self.active else config._attn_implementation
@@ -117,14 +152,25 @@ class Router:
     def _attention(self, module, query, key, value, attention_mask=None, **kwargs):  # afmoe gives the mask by its name
         kernel = self.kernel(module.config)
         attention = _eager_attention(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
-        if kernel == "sdpa" and attention_mask is not None and _is_grouped(module, query, key):
+        if kernel == "sdpa" and attention_mask is not None and kwargs.get("position_bias") is None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
+        attention_mask = _without_unchosen(module, attention_mask, kwargs)
         query = at_temperature(module, query, self.active.spans[self.active.stack])
+        if id(module) in self._extended:  # the keys and values of earlier tokens are there already
+            return attention(module, query, key, value, attention_mask, **kwargs)
         return self.active.attend(module, query, key, value, attention_mask, attention, kwargs)
 
-    def _mask(self, *args, mask_function, config, dtype=torch.float32, **kwargs):
-        hidden = -torch.inf if self.kernel(config) == "sdpa" else torch.finfo(dtype).min
-        return self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden))
+    def follow_by(self, cache: CacheTemplate | None) -> None:
+        """Let layers be followed through a cache that looks like this one; None: through attention alone."""
+        self.cache = cache
+        layers = self.architecture.decoder.layers
+        by_hand = cache.by_hand if cache is not None else ()
+        self._extended = {id(module) for number in by_hand for module in layers[number].modules()}  # given earlier tokens by the cache
+
+    def _mask(self, *args, batch_size, mask_function, config, dtype=torch.float32, allow_is_causal_skip=True, **kwargs):
+        hidden = -torch.inf if self.kernel(config) == "sdpa" and not self._extended else torch.finfo(dtype).min
+        mask = self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden), allow_is_causal_skip)
+        return mask.expand(batch_size, -1, -1, -1) if self._extended and mask is not None else mask  # hand-written code looks at its shape
 
 
 def _checkpointing(module: nn.Module) -> Iterator[str]:
@@ -133,6 +179,13 @@ def _checkpointing(module: nn.Module) -> Iterator[str]:
         yield "_gradient_checkpointing_func"
     if tables.CHECKPOINTED in module._modules and "checkpoint_fn" in vars(module):
         yield "checkpoint_fn"
+
+
+def _two_levels_and_states(architecture: Architecture) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{architecture.name}: got layers that are reversible, or checkpointed on two levels, together with sequence_chunk_size. This model hands "
+        "states from chunk to chunk, which such layers do not. Set activation_checkpointing with checkpoint_levels=1."
+    )
 
 
 def _weakly(method: Callable) -> Callable:
@@ -174,6 +227,23 @@ def _eager_attention(module: nn.Module) -> Callable:
             "eager_attention_forward. Load the model with attn_implementation='sdpa'."
         )
     return found
+
+
+def _without_unchosen(module: nn.Module, mask: Tensor | None, kwargs: dict) -> Tensor | None:
+    """The mask of a layer that chooses the keys that a query may look at.
+
+    Where the name of the attention function is not one of its own, such a layer leaves it to the function: `indices`, (B, S, chosen).
+    """
+    if kwargs.get("block_indices") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} chooses blocks of keys to attend to (block_indices), and hides the others in a way of its own, which no pass "
+            f"over a part of the tokens follows. {tables.REMEDY}"
+        )
+    indices = kwargs.pop("indices", None)
+    if indices is None or mask is None:
+        return mask
+    unchosen = indices.new_ones((*indices.shape[:2], mask.shape[-1]), dtype=torch.bool).scatter(-1, indices.long(), False)
+    return mask.masked_fill(unchosen[:, None], torch.finfo(mask.dtype).min)
 
 
 def _is_grouped(module: nn.Module, query: Tensor, key: Tensor) -> bool:

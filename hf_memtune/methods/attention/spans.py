@@ -62,6 +62,38 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The chunks of a row: each begins at one of `starts`, and the last one ends at `length`."""
+
+    starts: tuple[int, ...]
+    length: int
+
+    @classmethod
+    def of(cls, length: int, size: int, joins_last: bool = False, may_begin: Tensor | None = None) -> "Chunks":
+        """Chunks of `size` tokens. joins_last: a last one of a single token is a part of the one before it: layers with a state take such for
+        one that is being generated, and go another way. may_begin: (T,) bool, where chunks may begin; those before it become longer.
+        """
+        starts = [0]
+        while (start := starts[-1] + size) < length:
+            if may_begin is not None:
+                found = may_begin[start:].nonzero()
+                start = length if not len(found) else start + int(found[0])
+            if start >= length - int(joins_last):
+                break
+            starts.append(start)
+        return cls(tuple(starts), length)
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    def bounds(self, number: int, together: int = 1) -> tuple[int, int]:
+        """The first token of a chunk, and the one after the last token of the last of the chunks that run together."""
+        after = number + together
+        return self.starts[number], self.length if after == self.count else self.starts[after]
+
+
+@dataclass(frozen=True)
 class Span:
     """Tokens `index` (B or 1, S) of `rows`; keys [0, visible) exist for them.
 

@@ -23,6 +23,8 @@ from hf_memtune.methods.attention.outputs import BodyOutputs
 from hf_memtune.methods.attention.passes import FocusPass, Records
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.routing import Router
+from hf_memtune.methods.attention.spans import Chunks
+from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.seeking.choice import Choice
 from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.tied import tied_matrix
@@ -52,8 +54,9 @@ class DitchedCall:
 
     def run_context(self) -> None:
         """The pass over all tokens."""
-        chunks = range(-(-self.call.decoder.length // self.chunk))
-        context_pass(self.router, self.call, self._store, self.records, self.chunk, chunks, self.outputs)
+        states = States(self.router.cache)
+        chunks = Chunks.of(self.call.decoder.length, self.chunk, bool(states), self.call.may_begin())
+        context_pass(self.router, self.call, self._store, self.records, chunks, chunks.count, states, self.outputs)
         self.choice.block = LastBlock(self.router, self.call, self.records, self._store, self.chunk)
 
     def take_outputs(self) -> list[Tensor]:
@@ -72,7 +75,8 @@ class DitchedCall:
             self.outputs.tensors, self.outputs.encoded = [], None
         self.let_go_of_scores()
         store, self._store = self._store, None  # the graph alone holds it now, and lets go of it layer by layer
-        spans = {name: rows.kept(self.choice.selection[name]) for name, rows in self.call.rows.items()}
+        chosen = self.choice.selection
+        spans = {name: rows.kept(chosen[name]) if name in chosen else rows.whole() for name, rows in self.call.rows.items()}
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = FocusPass(spans, store, self.router.places)
         with ExitStack() as stack:
@@ -80,7 +84,7 @@ class DitchedCall:
             stack.enter_context(self.autocast.restored())
             stack.enter_context(self.router.running(running))
             stack.enter_context(at_positions(self.router.architecture, self.call, spans))
-            output = self.call.forward(**self.call.at(spans, live))
+            output = self.call.forward(**self.call.at(spans, running, live))
         self.matrix = tied and tied.of_head()
         return output
 

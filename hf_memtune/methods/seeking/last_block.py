@@ -74,12 +74,12 @@ class LastBlock:
             stack.enter_context(at_positions(self.architecture, self.call, spans))
             stack.enter_context(self.router.running(tail))
             stack.enter_context(only_last_block(self.architecture.decoder.layers, hidden))
-            return self.call.forward(**self.call.at(spans)).last_hidden_state
+            return self.call.forward(**self.call.at(spans, tail)).last_hidden_state
 
     def _whole(self, leaves: dict[str, Tensor]) -> Tensor:
         """(B, T, D): all tokens at once, through the model's own attention."""
         whole = self._whole_pass()
-        arguments = self.call.arguments | self.call.at(whole.spans)
+        arguments = self.call.arguments | self.call.at(whole.spans, whole)
         if self.architecture.is_encoder_decoder and self.call.encoded is None:
             arguments["encoder_outputs"] = (self._encoder_output(leaves),)
         with self.router.running(whole), only_last_block(self.architecture.decoder.layers, leaves["decoder"]):

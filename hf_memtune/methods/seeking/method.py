@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from hf_memtune.core.replay import replayed
 from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.passes import Records
 from hf_memtune.methods.events import Listeners
+from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.seeking.choice import Choice, Chooser
@@ -85,6 +86,24 @@ class TokenSeeking(Method):
         if found := self._without_token_losses():
             raise ConfigError(found)
 
+    def require(self, facts: Facts) -> None:
+        super().require(facts)
+        if facts.needs_all_tokens is None:
+            return
+        if self.config.token_gradient != "stream":
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: token_gradient: got {self.config.token_gradient!r}, expected 'stream': {facts.needs_all_tokens}"
+            )
+        layers = range(len(self.architecture.decoder.layers))
+        attending = [number for number in layers if self.router.cache.attends(number) and number not in self.router.cache.by_hand]
+        if self.scorer.reads_context and layers[self.config.context_layer] not in attending:
+            raise ConfigError(
+                [
+                    f"context_layer: got {self.config.context_layer}, which does not attend in {self.architecture.name}. Expected one of "
+                    f"{', '.join(map(str, attending)) or 'none: no layer attends, so choose token_scorer=random'}."
+                ]
+            )
+
     def _without_token_losses(self) -> list[str]:
         """Settings that weigh or choose losses of tokens, on a head that has one loss for a row."""
         if self.architecture.task.loss_per_token:
@@ -118,7 +137,9 @@ class TokenSeeking(Method):
         return self._run_ditched(call, head)
 
     def _run_ditched(self, call: BodyCall, head: ChoosingHead | None) -> Any:
-        run = DitchedCall(self.router, call, self._choice(call, head, tuple(call.rows)), self._context_chunk(call), self._records())
+        run = DitchedCall(
+            self.router, call, self._choice(call, head, tuple(self.architecture.stacks)), self._context_chunk(call), self._records()
+        )
         self._run_context(run)
         if self._chooses_at_once:
             run.choice.at_once()
@@ -189,7 +210,7 @@ class TokenSeeking(Method):
         call = BodyCall(self.architecture, forward, args, kwargs)
         call = encode(call) if self.config.streams else call
         chunk = min(self.config.stream_chunk_size, call.decoder.length) if self.config.streams else self._context_chunk(call)
-        stacks = ("decoder",) if self.config.streams else tuple(call.rows)
+        stacks = ("decoder",) if self.config.streams else tuple(self.architecture.stacks)
         silent = Chooser(self.config, self.scorer, self.facts, Listeners())
         choice = Choice(silent, call, found.inputs, None, stacks)
         DitchedCall(self.router, call, choice, chunk, Records(self.context_modules)).run_context()

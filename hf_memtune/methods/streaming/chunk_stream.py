@@ -11,7 +11,6 @@ known: SeCO (arXiv 2505.16710), OOMB (arXiv 2602.02108), StreamBP (arXiv 2506.03
 Shape legend: B rows of a batch, T tokens in a row, D hidden size.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hf_memtune.architectures import Architecture
 from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
@@ -35,7 +35,8 @@ from hf_memtune.methods.attention.outputs import BodyOutputs
 from hf_memtune.methods.attention.passes import Records, StreamPass
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.routing import Router
-from hf_memtune.methods.attention.spans import Span
+from hf_memtune.methods.attention.spans import Chunks, Span
+from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.streaming.embedding import rows_summed_in_place
@@ -66,6 +67,15 @@ class Means:
     listeners: Listeners = field(default_factory=Listeners)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A chunk that ran with gradient: its tokens, what the body returned, and the cache with the states that it left."""
+
+    span: Span
+    output: Any
+    cache: Cache | None
+
+
 class ChunkStream:
     """One call of a model's body on its way: a `core.replay.Replay`.
 
@@ -77,6 +87,8 @@ class ChunkStream:
     def __init__(self, means: Means, call: BodyCall, keeps_last: bool = True):
         self.means, self.call = means, call
         self.router, self.rows, self.chunk = means.router, call.decoder, means.chunk
+        self.states = States(self.router.cache, means.host)
+        self.chunks = Chunks.of(self.rows.length, self.chunk, bool(self.states), call.may_begin())
         self.router.calls.add(self)
         base = self.router.architecture.base
         if means.host is None:
@@ -88,9 +100,10 @@ class ChunkStream:
         self._matrix = _tied_matrix(self.router.architecture, self.sums.parameters) if means.shares_head else None
         self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
         self.outputs = BodyOutputs(self.call)
-        self.count, self.tokens_run = math.ceil(self.rows.length / self.chunk), 0
+        self.count, self.tokens_run = self.chunks.count, 0
         self.autocast = Autocast(self.rows.positions.device)
-        self._keeps_last, self._last = keeps_last and not self.leaves_out, None
+        self._keeps_last = keeps_last and not self.leaves_out
+        self._last: Ran | None = None
         self._blind: Tensor | None = None  # of the chunk that ran last: see StreamPass
 
     def _new_sums(self, base: nn.Module) -> GradientSums:
@@ -103,15 +116,15 @@ class ChunkStream:
         """All chunks without gradient, but the last one, where that keeps its graph: see `run_last`."""
         last = self.count - 1
         together = 1 if records.wanted else self._chunks_together()
-        until = range(last if self._keeps_last else self.count)
-        context_pass(self.router, self.call, self.store, records, self.chunk, until, self.outputs, self.tape, together)
+        until = last if self._keeps_last else self.count
+        context_pass(self.router, self.call, self.store, records, self.chunks, until, self.states, self.outputs, self.tape, together)
 
     def run_last(self) -> None:
         """The last chunk, with gradient, where it keeps its graph: it would be the first to run again."""
         if self._keeps_last:
             with self.sums.standing_in(), self._summed_rows():
-                self._last = self._run(self.rows.chunk(*self._bounds(self.count - 1)), stores=True)
-            self.outputs.put(*reversed(self._last))
+                self._last = self._run(self.count - 1, self.rows.chunk(*self.chunks.bounds(self.count - 1)), stores=True)
+            self.outputs.put(self._last.output, self._last.span)
 
     def take_outputs(self) -> list[Tensor]:
         """Of all tokens, in the shapes of the body's own; and the matrix for the head to use, where it shares its gradient."""
@@ -126,7 +139,7 @@ class ChunkStream:
 
     def stored(self) -> list[Tensor]:
         """Keys and values, and sums of their gradients, on the device."""
-        return [*self.store.tensors(), *self.owed.tensors()]
+        return [*self.store.tensors(), *self.owed.tensors(), *self.states.tensors()]
 
     def _chunks_together(self) -> int:
         """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
@@ -135,7 +148,11 @@ class ChunkStream:
         not so (activation checkpointing, reversible layers, chunks of which few tokens run), one at a time.
         """
         base = self.router.architecture.base
-        if self.leaves_out or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules()):
+        if (
+            self.states
+            or self.leaves_out
+            or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules())
+        ):
             return 1
         return max(1, min(CONTEXT_TOKENS // self.chunk, _layers_with_gradient(self.router.architecture) // 4))
 
@@ -168,23 +185,26 @@ class ChunkStream:
         ran, self._last = self._last, None
         if ran is None:
             with self.tape.replaying(number):
-                ran = self._run(span, stores=False)
-        tensors, gradients = self.outputs.roots(ran[1], cotangents, span)
+                ran = self._run(number, span, stores=False)
+        tensors, gradients = self.outputs.roots(ran.output, cotangents, span)
         if self._blind is not None and any(bool((g != 0).flatten(2).any(-1).logical_and(self._blind).any()) for g in gradients):
             raise MemTuneError(_SEES_NOTHING)
+        states, owed = self.states.roots(ran.cache)
         del ran
         self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)
-        torch.autograd.backward(tensors, gradients)
+        torch.autograd.backward([*tensors, *states], [*gradients, *owed])
+        self.states.settle(number)
         self.means.listeners.tell("chunk_ends")
 
-    def _run(self, span: Span, stores: bool) -> tuple[Span, Any]:
+    def _run(self, number: int, span: Span, stores: bool) -> "Ran":
         """One chunk with gradient."""
         spans = {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span}
         running = StreamPass(spans, self.store, self.router.places, self.router.kernel_knows_causal, self.owed, stores, self._is_alone)
-        with self.router.running(running), at_positions(self.router.architecture, self.call, spans):
-            output = self.call.forward(**self.call.at(spans))
+        cache = self.states.begin_live(number, self.chunks.bounds(number)[0], running)
+        with self.router.running(running, cache), at_positions(self.router.architecture, self.call, spans):
+            output = self.call.forward(**self.call.at(spans, running, cache=cache))
         self._blind = running.blind
-        return span, output
+        return Ran(span, output, cache)
 
     @property
     def _is_alone(self) -> bool:
@@ -201,16 +221,13 @@ class ChunkStream:
 
     # -- which tokens of a chunk run
 
-    def _bounds(self, number: int) -> tuple[int, int]:
-        return number * self.chunk, min((number + 1) * self.chunk, self.rows.length)
-
     def wanted(self, start: int, stop: int) -> Tensor:
         """Where tokens may be left out: which of a chunk's run, (B, stop - start) bool."""
         raise NotImplementedError
 
     def _span(self, number: int) -> Span | None:
         """The tokens of a chunk that run; None where none does."""
-        start, stop = self._bounds(number)
+        start, stop = self.chunks.bounds(number)
         if not self.leaves_out:
             return self.rows.chunk(start, stop)
         kept = self.wanted(start, stop)

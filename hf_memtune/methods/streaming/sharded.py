@@ -35,7 +35,7 @@ from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import forward_as
-from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means, Ran
 from hf_memtune.methods.streaming.encoder import encode
 
 OLDEST = (2, 13)  # torch, read and tested
@@ -306,9 +306,9 @@ class ShardedStream(ChunkStream):
         super()._go_backward(number, cotangents)
         self._units.settle()
 
-    def _run(self, span: Span, stores: bool) -> tuple[Span, Any]:
+    def _run(self, number: int, span: Span, stores: bool) -> Ran:
         with self._units.forward():
-            return super()._run(span, stores)
+            return super()._run(number, span, stores)
 
     def _run_missing(self) -> None:
         """What other processes have more of: the body on one token, and backward with a gradient of 0. Nothing is drawn for it."""
@@ -336,6 +336,11 @@ def sharded_stream(model: nn.Module, means: Means, call: BodyCall) -> ShardedStr
 
     Where they do not ask one another, a row of one chunk is a stream as well: all have to reduce gradients in one order.
     """
+    if means.router.cache is not None:
+        raise UnsupportedModelError(
+            f"{means.router.architecture.name}: {means.router.cache.why_all_tokens}; under FSDP2 exact streaming of such layers has not been shown to "
+            "be exact. Use plain data parallelism (accelerate launch --multi_gpu)."
+        )
     units = Units(model, means.router.architecture.base)
     chunks = units.largest(math.ceil(call.decoder.length / means.chunk))
     return None if units.freed and chunks == 1 else ShardedStream(means, encode(call), units, chunks)

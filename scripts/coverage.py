@@ -1,0 +1,174 @@
+"""What the methods do on every architecture of the installed transformers: `python scripts/coverage.py`.
+
+A tiny random model of every type (see tiny.py) takes one step plainly and one under each method, on rows without padding, padded on the
+right, and padded on the left; the gradients of all parameters are compared, in float64 where the model runs in it. Writes
+results/coverage.jsonl, one line a type: exact (with the largest difference, relative to the whole gradient), refused (with the reason),
+wrong, crashed, or not built.
+
+    python scripts/coverage.py --kinds causal --types llama qwen3_next
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from conditions import conditions
+from rich.progress import track
+from store import append, read
+from tiny import KINDS, batch_of, tiny, types
+from torch import Tensor, nn
+
+from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig, checkpoint_in_two_levels
+from hf_memtune.errors import MemTuneError
+
+CHUNK = 7
+ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-3}  # parts of many models compute in float32 whatever they are given
+PADDINGS = (None, "right", "left")
+OUTCOMES = ("exact", "refused", "wrong", "crashed")
+Method = Callable[[nn.Module], AbstractContextManager]
+
+
+@contextmanager
+def _in_two_levels(model: nn.Module) -> Iterator[None]:
+    handle = checkpoint_in_two_levels(model)
+    try:
+        yield
+    finally:
+        handle.restore()
+
+
+METHODS: dict[str, Method] = {
+    "streaming": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK)),
+    "seeking_cut": lambda model: TokenSeeking(model, _all_tokens(token_gradient="cut")),
+    "seeking_stream": lambda model: TokenSeeking(model, _all_tokens(token_gradient="stream", sequence_chunk_size=CHUNK)),
+    "two_levels": _in_two_levels,
+}
+
+
+def _all_tokens(**settings: Any) -> TokenSeekingConfig:
+    """Every token is kept, through the passes that keep some: any difference is the passes' own."""
+    return TokenSeekingConfig(
+        token_seeking=True, token_ratio=1 - 1e-9, token_selection="top", select_from="all", context_chunk_size=CHUNK, **settings
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--types", nargs="+", help="types of config; default: all that the file has not got")
+    parser.add_argument("--out", type=Path, default=Path("results/coverage.jsonl"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    there = {(row["kind"], row["type"]) for row in read(arguments.out)} if not arguments.types else set()
+    wanted = [(kind, name) for kind in arguments.kinds for name in types(kind) if name in (arguments.types or [name])]
+    for kind, name in track([pair for pair in wanted if pair not in there], "Architectures", disable=None):
+        row = measured(kind, name) | {"conditions": conditions()}
+        append(arguments.out, row)
+        print(
+            f"{kind:8} {name:28} " + "  ".join(f"{m}: {row[m]['outcome']}" for m in METHODS if m in row) + row.get("not_built", ""),
+            flush=True,
+        )
+
+
+def measured(kind: str, name: str) -> dict[str, Any]:
+    """One line of the file."""
+    row: dict[str, Any] = {"kind": kind, "type": name}
+    try:
+        model, dtype = _model(kind, name)
+    except Exception as error:
+        return row | {"not_built": _said(error)}
+    row |= {"model": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
+    batches = {padding: batch_of(model, kind, padding) for padding in PADDINGS}
+    plain = {padding: _attempt(model, batch) for padding, batch in batches.items()}
+    batches = {padding: batch for padding, batch in batches.items() if isinstance(plain[padding], dict)}
+    row["paddings"] = [padding or "none" for padding in batches]
+    row["followed"] = _followed(model)
+    for method, make in METHODS.items():
+        row[method] = _outcome(partial(_under, make, model), batches, plain, ALLOWED[dtype])
+    return row
+
+
+def _followed(model: nn.Module) -> str:
+    """How a stream gets at what layers know of earlier tokens."""
+    try:
+        with Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK)) as streaming:
+            cache = streaming.router.cache
+    except MemTuneError:
+        return "not"
+    ways = [
+        ("states", cache and cache.has_states),
+        ("keys to choose by", cache and cache.has_indices),
+        ("attention by hand", cache and cache.by_hand),
+    ]
+    return ", ".join(name for name, there in ways if there) or "attention"
+
+
+def _model(kind: str, name: str) -> tuple[nn.Module, torch.dtype]:
+    """In float64, or in float32 where the model's own step does not run in it."""
+    for dtype in (torch.float64, torch.float32):
+        model = tiny(name, kind, dtype)
+        found = _attempt(model, batch_of(model, kind))
+        if isinstance(found, dict):
+            return model, dtype
+    raise found
+
+
+def _attempt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor] | Exception:
+    try:
+        return _gradients(model, batch)
+    except Exception as error:
+        return error
+
+
+def _gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    if not all(bool(gradient.isfinite().all()) for gradient in found.values()):
+        raise ArithmeticError("gradients are not finite")
+    return found
+
+
+def _under(make: Method, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    with make(model):
+        return _gradients(model, batch)
+
+
+def _outcome(step: Callable, batches: dict, plain: dict, allowed: float) -> dict[str, Any]:
+    worst = 0.0
+    for padding, batch in batches.items():
+        try:
+            found = step(batch)
+        except MemTuneError as error:
+            return {"outcome": "refused", "padding": padding, "reason": _said(error)}
+        except Exception as error:
+            return {"outcome": "crashed", "padding": padding, "reason": f"{type(error).__name__}: {_said(error)}"}
+        difference = _difference(found, plain[padding])
+        worst = max(worst, difference)
+        if not difference <= allowed:
+            return {"outcome": "wrong", "padding": padding, "difference": str(difference)}
+    return {"outcome": "exact", "difference": float(f"{worst:.1e}")}
+
+
+def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of any parameter, the difference relative to its own gradient or to a thousandth of the largest one, whichever is more."""
+    largest = max((g.double().norm().item() for g in expected.values()), default=0.0)
+    names = found.keys() | expected.keys()
+    pairs = [(found.get(name), expected.get(name)) for name in names]
+    pairs = [(torch.zeros_like(e) if f is None else f, torch.zeros_like(f) if e is None else e) for f, e in pairs]
+    return max(((f - e).double().norm().item() / max(e.double().norm().item(), 1e-3 * largest, 1e-12) for f, e in pairs), default=0.0)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+if __name__ == "__main__":
+    main()
