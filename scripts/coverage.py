@@ -43,11 +43,23 @@ def _in_two_levels(model: nn.Module) -> Iterator[None]:
         handle.restore()
 
 
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    if not model.supports_gradient_checkpointing:
+        raise MemTuneError(f"{type(model).__name__} has no activation checkpointing.")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
 METHODS: dict[str, Method] = {
     "streaming": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK)),
     "seeking_cut": lambda model: TokenSeeking(model, _all_tokens(token_gradient="cut")),
     "seeking_stream": lambda model: TokenSeeking(model, _all_tokens(token_gradient="stream", sequence_chunk_size=CHUNK)),
     "two_levels": _in_two_levels,
+    "checkpointing": _checkpointed,  # transformers' own, which refusals name as what to do instead
 }
 
 
@@ -167,7 +179,7 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return " ".join(str(error).split())[:900]
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def _body(head_model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Stack
         found = ", ".join(name for name, _ in lists) or "none"
         raise UnsupportedModelError(
             f"{type(head_model).__name__}: expected one stack of transformer layers (or one encoder and one decoder), found "
-            f"{found}. {tables.NO_ATTENTION_REMEDY if not lists else 'Models with several towers are not supported.'}"
+            f"{found}. {tables.NO_ATTENTION_REMEDY if not lists else f'Through which of them a token goes, and how often, is not known. {tables.REMEDY}'}"
         )
     ((name, layers),) = lists
     body = _model_around(base, name)  # some heads (OPT's) call it past the outer one

@@ -27,7 +27,7 @@ def cache_template(architecture: Architecture, call: BodyCall, attended: set[int
     template = None if architecture.is_encoder_decoder else made_template(architecture, call)
     for (stack, number), layer in silent.items():
         problem = _problem(layer, number, template)
-        if problem is not None:
+        if template is None or problem is not None:
             raise UnsupportedModelError(
                 f"{architecture.name}: layer {number} of its {stack} ({type(layer).__name__}) {problem}. {tables.NO_ATTENTION_REMEDY}"
             )

@@ -39,6 +39,11 @@ class _ProbingPass(ContextPass):
 
     def attend(self, module, query, key, value, mask, *args):
         self.attended.add(id(module))
+        if key.shape[2] != self.spans[self.places.key_stack(module)].index.shape[1]:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends to {key.shape[2]} keys where there are {query.shape[2]} tokens: it puts some together, or its own "
+                f"before them, so that a part of the tokens has not its part of the keys. {tables.REMEDY}"
+            )
         if self.places.key_stack(module) == "decoder":
             rule = self.rule_of(mask, "decoder") if self.has_rules else bidirectional_mask_function  # of a mask that is written by hand
             self.looks_ahead |= _looks_ahead(rule, query)

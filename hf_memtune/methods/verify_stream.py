@@ -113,7 +113,7 @@ def _compare_forward(router: Router, call: BodyCall) -> None:
 def _allowed(router: Router, like: Tensor) -> float:
     """By the coarsest of the numbers that the body computes in: those of 4-bit layers are not those of its parameters."""
     modules = list(router.architecture.base.modules())
-    computed = [getattr(module, "compute_dtype", None) for module in modules]
+    computed = [dtype for module in modules if isinstance(dtype := getattr(module, "compute_dtype", None), torch.dtype)]
     stored = [p.dtype for p in router.architecture.base.parameters() if p.is_floating_point()]
     return max(TOLERANCE.get(dtype, 0.0) for dtype in (like.dtype, *computed, *stored))
 

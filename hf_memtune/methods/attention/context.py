@@ -44,9 +44,10 @@ def context_pass(
             if tape is not None:
                 tape.record(number)
             spans = {name: rows.whole() for name, rows in call.rows.items()}
-            spans["decoder"] = call.decoder.chunk(*chunks.bounds(number, count))
+            start, stop = chunks.bounds(number, count)
+            spans["decoder"] = call.decoder.chunk(start, stop)
             running = ContextPass(spans, store, router.places, records, router.kernel_knows_causal)
-            cache = states.begin(number, spans["decoder"].start, running)
+            cache = states.begin(number, start, running)
             with router.running(running, cache), at_positions(router.architecture, call, spans):
                 output = call.forward(**call.at(spans, running, cache=cache))
             states.end(number, cache)

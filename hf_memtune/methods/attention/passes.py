@@ -136,6 +136,10 @@ class ContextPass(ChunkPass):
     def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of a layer of the decoder with hand-written attention: the keys and values of all tokens up to the chunk's end."""
         keys = self.spans["decoder"]
+        if key.shape[2] != keys.index.shape[1]:
+            raise MemTuneError(
+                f"layer {number} makes {key.shape[2]} keys of {keys.index.shape[1]} tokens: something is put before the tokens that it is given."
+            )
         self.store.write(_by_hand(number), key, value, keys.start, keys.rows.length)
         return self.store.prefix(_by_hand(number), keys.visible)
 

@@ -51,9 +51,9 @@ class _Recurrent(LinearAttentionLayer):
         """The inputs of a convolution over the chunk, (B, channels, tokens), after the last ones of the chunk before."""
         if not self.is_conv_states_initialized[state_idx]:
             self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
-        kernel = self.conv_kernel_size[state_idx]
-        if self.has_previous_state[state_idx]:
-            conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        kernel, before = self.conv_kernel_size[state_idx] or 0, self.conv_states[state_idx]
+        if before is not None and self.has_previous_state[state_idx]:
+            conv_states = torch.cat([before, conv_states], dim=-1)
         else:
             self.has_previous_state[state_idx] = True
             conv_states = F.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
@@ -99,7 +99,7 @@ class _Indexed(_Attention):
         return self.running.indexed(self.number, indexer_key_states)
 
 
-class _Both(_Recurrent, _Attention):
+class _Both(_Recurrent, _Attention):  # type: ignore[override]  # transformers' own two bases are at odds over is_croppable
     """Of layers that have both side by side."""
 
     def __init__(self, number_of_states: int = 1):
@@ -181,7 +181,7 @@ class States:
         self.template = template
         self._host = host
         self._begins: dict[int, Cache] = {}
-        self._leaves: list[Tensor | None] = []
+        self._leaves: list[Tensor] = []
         self._owed: list[Tensor | None] = []
 
     def __bool__(self) -> bool:
@@ -242,6 +242,7 @@ class States:
 
     def _sent_home(self, state: Tensor) -> Tensor:
         self._device = state.device
+        assert self._host is not None
         return self._host.empty(tuple(state.shape), state.dtype, state.device).copy_(state, non_blocking=True)
 
 
@@ -251,8 +252,12 @@ def again(cache: Cache) -> Cache:
 
 
 def _known(layer: Any) -> type | None:
-    kinds = {LinearAttentionLayer: _Recurrent, DummyLayer: DummyLayer}
-    kinds |= dict.fromkeys(_ATTENTION, _Attention) | dict.fromkeys(_BOTH, _Both) | {DynamicIndexedLayer: _Indexed}
+    kinds: dict[type, type] = {LinearAttentionLayer: _Recurrent, DummyLayer: DummyLayer}
+    for of in _ATTENTION:
+        kinds[of] = _Attention
+    for of in _BOTH:
+        kinds[of] = _Both
+    kinds[DynamicIndexedLayer] = _Indexed
     return kinds.get(type(layer))
 
 
