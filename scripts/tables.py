@@ -1,4 +1,4 @@
-"""Write the tables of docs/measurements.md from the committed result files: `python scripts/tables.py` (--check only compares)."""
+"""Write the tables of docs/ from the committed result files: `python scripts/tables.py` (--check only compares)."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import pages
 import store
 from pages import ROOT, conditions_of, mib
 
-PAGE = ROOT / "docs" / "measurements.md"
+PAGES = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "architectures.md")
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
@@ -39,6 +39,12 @@ QUALITY_ARMS = {
 }
 LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
 LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
+
+
+COVERED = {
+    "streaming": "exact streaming", "seeking_cut": "token seeking, cut", "seeking_stream": "token seeking, stream", "two_levels": "two levels",
+    "checkpointing": "transformers' own checkpointing",
+}  # fmt: skip
 
 
 def rows_of(name: str) -> list[dict]:
@@ -179,7 +185,47 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
+def coverage_rows(**wanted: str) -> list[dict]:
+    return [row for row in rows_of("coverage.jsonl") if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def coverage_table() -> str:
+    """How many types of each kind are exact, refused, wrong or crashed under each method."""
+    lines = ["| types | method | exact | refused | wrong | crashed |", "|---|---|---:|---:|---:|---:|"]
+    for kind, said in {"causal": "causal", "masked": "masked", "seq2seq": "sequence-to-sequence"}.items():
+        built = [row for row in coverage_rows(kind=kind) if "not_built" not in row]
+        for method, name in COVERED.items():
+            outcomes = [row[method]["outcome"] for row in built]
+            counts = " | ".join(str(outcomes.count(outcome)) for outcome in ("exact", "refused", "wrong", "crashed"))
+            lines.append(f"| {said} ({len(built)}) | {name} | {counts} |")
+    return "\n".join(lines)
+
+
+def streaming_types() -> str:
+    """The causal types that stream, by how their layers are followed."""
+    rows = [row for row in coverage_rows(kind="causal") if row.get("streaming", {}).get("outcome") == "exact"]
+    ways = sorted({row["followed"] for row in rows}, key=lambda way: (way != "attention", way))
+    listed = {way: ", ".join(row["type"] for row in rows if row["followed"] == way) for way in ways}
+    return "\n".join(f"- **{way}** ({listed[way].count(',') + 1}): {listed[way]}" for way in ways)
+
+
+def refused_types() -> str:
+    """The causal types that do not stream, and what the refusal says."""
+    rows = [row for row in coverage_rows(kind="causal") if row.get("streaming", {}).get("outcome") == "refused"]
+    cells = [(row["type"], row["streaming"]["reason"].replace("|", "/").partition(" Train this model")[0]) for row in rows]
+    return "\n".join(["| type | refused because |", "|---|---|", *(f"| {name} | {reason} |" for name, reason in cells)])
+
+
+def not_built_types() -> str:
+    return ", ".join(f"{row['type']} ({row['kind']})" for row in rows_of("coverage.jsonl") if "not_built" in row) + "."
+
+
 SECTIONS = {
+    "coverage": coverage_table,
+    "coverage-streams": streaming_types,
+    "coverage-refused": refused_types,
+    "coverage-not-built": not_built_types,
+    "coverage-conditions": lambda: conditions_of(rows_of("coverage.jsonl")),
     "quality": quality_table,
     "demo": demo_table,
     "ladder": ladder_table,
@@ -200,8 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    is_current = pages.write(PAGE, SECTIONS, check)
-    sys.exit("docs/measurements.md is out of date: run python scripts/tables.py" if check and not is_current else 0)
+    stale = [page.name for page in PAGES if not pages.write(page, SECTIONS, check)]
+    sys.exit(f"docs: {', '.join(stale)} out of date: run python scripts/tables.py" if check and stale else 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.support.readme import write_model
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-MEASURED = (ROOT / "docs" / "measurements.md").read_text()
+MEASURED = "".join((ROOT / "docs" / name).read_text() for name in ("architectures.md", "measurements.md"))
 PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- end -->", re.S)
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, StreamingCallback  # noqa: E402
 from hf_memtune.methods.events import Listener  # noqa: E402
 from tests.support import patience  # noqa: E402
+from tests.support.any_type import tiny  # noqa: E402
 from tests.support.runs import SEEKING, GradientRecorder, arguments, exact_model, text_rows, trainer_for  # noqa: E402
 from tests.support.tiny_models import tiny_model  # noqa: E402
 
@@ -42,6 +43,11 @@ def lora_model():
     set_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     return get_peft_model(tiny_model("llama", dtype=torch.float64), config)
+
+
+def hybrid_model():
+    """Short convolutions beside attention."""
+    return tiny("lfm2")
 
 
 def classifier():
@@ -78,6 +84,7 @@ CASES = {
     "own loss": (exact_model, 2, ROWS, {}, (OwnLoss,)),
     "checkpointed": (exact_model, 1, ROWS, {"activation_checkpointing": True}, ()),
     "lora": (lora_model, 2, ROWS, {}, ()),
+    "hybrid": (hybrid_model, 2, ROWS, {}, ()),
     "classifier": (classifier, 2, CLASSES, {}, ()),
     "classifier checkpointed": (classifier, 2, CLASSES, {"activation_checkpointing": True}, ()),
     "seeking": (exact_model, 2, ROWS, SEEKING | {"token_gradient": "stream"}, ()),
