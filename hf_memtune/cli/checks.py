@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from hf_memtune.errors import ConfigError
+
 RESUME_WORDS = {"true": True, "latest": True, "false": None, "none": None}
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -12,18 +14,20 @@ def checkpoint(word: str) -> str | bool | None:
 
 
 def problems_of_resuming(training) -> list[str]:
-    """A checkpoint that is asked for and is not there."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """A checkpoint that is asked for and is not there, or not whole."""
+    from hf_memtune.training.checkpoints import look_for, require_complete
 
     wanted, folder = training.resume_from_checkpoint, Path(training.output_dir)
-    if wanted is None:
-        return []
     if wanted is True:
-        found = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
-        return [] if found else [f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds no checkpoint. Leave it out to begin anew."]
-    if Path(wanted).is_dir():
-        return []
-    return [f"resume_from_checkpoint: {wanted!r} is not a folder. Without a value, it is the latest checkpoint of output_dir."]
+        found, passed = look_for(folder, training.save_only_model)
+        what = f"no checkpoint that is complete: {'; '.join(passed)}" if passed else "no checkpoint"
+        return [] if found else [f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds {what}. Leave it out to begin anew."]
+    try:
+        if wanted is not None:
+            require_complete(wanted, training.save_only_model)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def problems_of_reports(training) -> list[str]:

@@ -43,16 +43,24 @@ def newest_complete(folder: str | Path, weights_only: bool = False) -> str:
 
     Raises ConfigError where there is none, with the reason for each.
     """
-    passed = []
+    checkpoint, passed = look_for(folder, weights_only)
+    if checkpoint is not None:
+        if passed:
+            logger.warning("resuming from %s; passed over: %s.", checkpoint.name, "; ".join(passed))
+        return str(checkpoint)
+    found = f"none of its checkpoints is complete: {'; '.join(passed)}" if passed else "it has no checkpoint"
+    raise ConfigError([f"resume_from_checkpoint: got True, but of {str(folder)!r} {found}. Leave it out to begin anew."])
+
+
+def look_for(folder: str | Path, weights_only: bool = False) -> tuple[Path | None, list[str]]:
+    """The complete checkpoint with the most steps, or None, and what is wrong with each that has more."""
+    passed: list[str] = []
     for checkpoint in sorted(_checkpoints(Path(folder)), key=_steps, reverse=True):
         why = why_incomplete(checkpoint, weights_only)
         if why is None:
-            if passed:
-                logger.warning("resuming from %s; passed over: %s.", checkpoint.name, "; ".join(passed))
-            return str(checkpoint)
+            return checkpoint, passed
         passed.append(f"{checkpoint.name} ({why})")
-    found = f"none of its checkpoints is complete: {'; '.join(passed)}" if passed else "it has no checkpoint"
-    raise ConfigError([f"resume_from_checkpoint: got True, but of {str(folder)!r} {found}. Leave it out to begin anew."])
+    return None, passed
 
 
 def _checkpoints(folder: Path) -> list[Path]:

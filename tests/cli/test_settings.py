@@ -1,6 +1,7 @@
 """From a recipe and flags to settings: precedence, types, and every problem at once with the name that was meant."""
 
 import pytest
+import torch
 
 from hf_memtune.cli import tokens, train
 from hf_memtune.errors import ConfigError
@@ -180,11 +181,15 @@ def test_a_flag_may_take_the_effect_from_a_line_of_the_recipe(tmp_path):
 def test_resuming_without_a_folder_is_from_the_latest(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "holds no checkpoint" in only(*NEEDED, *words)
-    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    (checkpoint := tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    assert "no checkpoint that is complete: checkpoint-3 (trainer_state.json is missing)" in only(*NEEDED, *words)
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text("{}")
     assert train.parse([*NEEDED, *words, "--seed", "3"]).training.resume_from_checkpoint is True
     assert train.parse([recipe(tmp_path, "resume_from_checkpoint: true\n"), *NEEDED]).training.resume_from_checkpoint is True
     assert train.parse([*NEEDED, "--resume_from_checkpoint", "out/checkpoint-3"]).training.resume_from_checkpoint == "out/checkpoint-3"
-    assert "'out/checkpoint-4' is not a folder" in only(*NEEDED, "--resume_from_checkpoint", "out/checkpoint-4")
+    assert "got 'out/checkpoint-4', which is no folder" in only(*NEEDED, "--resume_from_checkpoint", "out/checkpoint-4")
 
 
 def test_integrations_are_checked_with_the_other_settings(monkeypatch):
