@@ -56,6 +56,12 @@ def forbid_4bit_repacking(model: torch.nn.Module) -> list[torch.nn.Module]:
     return repacking
 
 
+def allow_4bit_repacking(modules: list[torch.nn.Module]) -> None:
+    """Undo what `forbid_4bit_repacking` changed."""
+    for module in modules:
+        module.support_avx512bf16_for_cpu = True
+
+
 def has_repacked_4bit(model: torch.nn.Module) -> bool:
     """Whether an evaluation has already repacked a 4-bit weight."""
     weights = (getattr(module, "weight", None) for module in model.modules() if is_quantised_kernel(module))

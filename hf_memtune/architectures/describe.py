@@ -79,6 +79,12 @@ class Architecture:
         return self.task is Task.SEQ2SEQ_LM and not self.is_encoder_decoder
 
     @property
+    def head(self) -> nn.Linear:
+        """The output head of a model that has one."""
+        assert self.output_head is not None, f"{self.name} has no plain linear head"
+        return self.output_head
+
+    @property
     def decoder(self) -> Stack:
         return self.stacks["decoder"]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_memtune.core.logits import HeadOnDemand, LazyLogits
+from hf_memtune.core.head_call import HeadOnDemand
+from hf_memtune.core.logits import LazyLogits
 
 
 class Head:
@@ -25,9 +26,14 @@ class Head:
 
     def of(self, forward: Callable[[Tensor], Tensor]) -> HeadOnDemand:
         """What makes the logits, and takes their loss. forward: the head's own."""
-        return HeadOnDemand(forward, self.weight, self.linear.bias)
+        return HeadOnDemand(forward, self.weight, self._there.bias)
 
     def weight(self) -> Tensor:
         """(V, D). The second to ask is given the parameter itself: a gradient that two add to cannot be written into."""
         matrix, self.matrix = self.matrix, None
-        return self.linear.weight if matrix is None else matrix
+        return self._there.weight if matrix is None else matrix
+
+    @property
+    def _there(self) -> nn.Linear:
+        assert self.linear is not None, "a model without a plain linear head makes its own logits"
+        return self.linear

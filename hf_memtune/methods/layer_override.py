@@ -29,6 +29,10 @@ class LayerOverride:
         self.earlier = vars(layer).get("forward")
         self.again_within: Callable[[], AbstractContextManager] = nullcontext
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the layer's own."""
+        raise NotImplementedError
+
     def alone(self, *args, **kwargs):
         """In place of the layer where it runs without those before it."""
         return self.forward(*args, **kwargs)

@@ -7,22 +7,24 @@ to the same outputs, and backward another way to the gradient. All else, evaluat
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_memtune._compat import forbid_4bit_repacking, has_repacked_4bit
+from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, has_repacked_4bit
 from hf_memtune.architectures import Architecture, describe, is_sharded
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.events import Listeners
+from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.overrides import Override
-from hf_memtune.methods.verify import Facts, verify
+from hf_memtune.methods.verify import verify
 from hf_memtune.settings.methods import StreamingConfig
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class Method:
         self._heads: list[Head] = []  # of the calls of the model that are open, the innermost last
         self._is_aside = self._has_noticed = False
         repacking = forbid_4bit_repacking(model)
-        self._undo.append(lambda: [setattr(module, "support_avx512bf16_for_cpu", True) for module in repacking])
+        self._undo.append(partial(allow_4bit_repacking, repacking))
         try:
             self.facts: Facts = self.probe(check)
             self.require(self.facts)
@@ -211,7 +213,7 @@ def _require_free(architecture: Architecture) -> None:
         )
 
 
-def _require_streamable(architecture, facts: Facts, name: str) -> None:
+def _require_streamable(architecture: Architecture, facts: Facts, name: str | None) -> None:
     if not facts.decoder_is_causal:
         raise UnsupportedModelError(
             f"{architecture.name} is bidirectional: each of its tokens attends to later ones, so the last chunk of a row cannot go "

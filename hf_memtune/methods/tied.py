@@ -14,7 +14,7 @@ from hf_memtune.methods.lookups import looking_up
 class TiedMatrix:
     """The matrix of a head that a model embeds its tokens with too. `of_head` is what the head shall use."""
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: nn.Linear):
         self._head = head
         self._shared: Tensor | None = None
 
@@ -37,7 +37,7 @@ def tied_matrix(architecture: Architecture) -> Iterator[TiedMatrix | None]:
     if not is_tied(architecture):
         yield None
         return
-    tied = TiedMatrix(architecture.output_head)
+    tied = TiedMatrix(architecture.head)
     with looking_up(architecture.base.get_input_embeddings(), tied.embed):
         yield tied
 

@@ -85,14 +85,15 @@ class CheckpointedInStack(LayerOverride):
     @contextmanager
     def _gathered(self) -> Iterator[None]:
         """FSDP2 gathers a layer's parameters for its own forward and backward alone."""
-        if not hasattr(self.layer, "unshard"):
+        unit: Any = self.layer
+        if not hasattr(unit, "unshard"):
             yield
             return
-        self.layer.unshard()
+        unit.unshard()
         try:
             yield
         finally:
-            self.layer.reshard()
+            unit.reshard()
 
     def _received(self, hidden: Any) -> tuple[Tensor, Passing]:
         if self.position:

@@ -75,16 +75,16 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
         with _explained(architecture):
             router.follow_by(cache_template(architecture, call, probing.attended))
         full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
-        if check and streams and not probing.looks_ahead:
+        if full is not None and streams and not probing.looks_ahead:
             with _explained(architecture):
                 verify_stream(router, call)
-        elif check and router.cache is None:
+        elif full is not None and router.cache is None:
             if problem := problem_of_parts(router, call, store, full):
                 raise UnsupportedModelError(f"{architecture.name} {problem}. {_instead(router, call, streams=not probing.looks_ahead)}")
         tail_problem = None
         if router.cache is not None and not router.cache.is_plain(len(architecture.decoder.layers) - 1):
             tail_problem = f"{architecture.name}: the last block needs what a cache hands on to it, and does not run alone. {OTHER_SCORERS}"
-        elif check and scores_last_block is not None:
+        elif full is not None and scores_last_block is not None:
             tail_problem = problem_of_last_block(router, call, store, records, full)
         needs_all = None if router.cache is None else f"{router.cache.why_all_tokens}. {_instead(router, call, streams=check)}"
         if tail_problem and scores_last_block and (streams or needs_all is None):
@@ -99,6 +99,7 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
 
 def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
     embedding = architecture.base.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
     classes = min(embedding.shape[0], architecture.base.config.get_text_config().vocab_size)
     # away from the first ids, which are usually special: padding would change the positions of some models
     ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None] % max(1, classes // 2) + classes // 2

@@ -45,7 +45,8 @@ class BodyCall:
         self.leaves: list[Tensor] = []
         self.given = dict(self.arguments)
         self.arguments = {name: self._detached(value) for name, value in self.arguments.items()}
-        self.encoded = self.encoder_output = None
+        self.encoded: Tensor | None = None
+        self.encoder_output: Tensor | None = None
         if (given := self.arguments.pop("encoder_outputs", None)) is not None:
             self.give_encoded(given[0])
         positions = self.arguments.get("position_ids")
@@ -184,8 +185,10 @@ class BodyCall:
             arguments["attention_mask"] = parts if isinstance(self.arguments["attention_mask"], dict) else parts[""]
         if self.accepts_positions:
             positions, span = self.arguments.get("position_ids"), spans["decoder"]
-            of_axes = positions is not None and positions.dim() == 3
-            arguments["position_ids"] = torch.stack([span.take(axis) for axis in positions]) if of_axes else span.take(span.rows.positions)
+            if positions is not None and positions.dim() == 3:
+                arguments["position_ids"] = torch.stack([span.take(axis) for axis in positions])
+            else:
+                arguments["position_ids"] = span.take(span.rows.positions)
         return arguments
 
     def _whole_mask(self, name: str, rows: Rows) -> Tensor:

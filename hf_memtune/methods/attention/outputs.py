@@ -46,7 +46,7 @@ class BodyOutputs:
             shapes = [self._by_row(part, number).shape for number, part in enumerate(parts)]
             self.tensors = [part.new_empty(self.batch, self.length, *shape[2:]) for part, shape in zip(parts, shapes)]
         for number, (whole, part) in enumerate(zip(self.tensors, parts, strict=True)):
-            whole.narrow(1, span.start, span.index.shape[1]).copy_(self._by_row(part.detach(), number))
+            whole.narrow(1, span.first, span.index.shape[1]).copy_(self._by_row(part.detach(), number))
 
     def tensors_of(self, output: Any) -> Iterator[Tensor]:
         """The tensors of an output that have an entry for each token."""
@@ -82,11 +82,12 @@ class BodyOutputs:
     def rebuilt(self, tensors: list[Tensor], encoded: Tensor | None = None) -> Any:
         """An output of the body's own type with these tensors. encoded: the output of the encoder, where there is one."""
         kind, shape = self._like
-        given, fields = iter(tensors), {"last_hidden_state": None}
-        fields["last_hidden_state"] = next(given)
+        given = iter(tensors)
+        hidden = next(given)
+        fields: dict[str, Any] = {"last_hidden_state": hidden}
         for name, count in shape.items():
             fields[name] = next(given) if count is None else tuple(next(given) for _ in range(count))
-        fields |= pooled(self._base, kind, fields["last_hidden_state"])
+        fields |= pooled(self._base, kind, hidden)
         if encoded is not None:
             fields["encoder_last_hidden_state"] = encoded
         return kind(**fields)
@@ -104,7 +105,7 @@ class BodyOutputs:
         return tensor.unflatten(0, (self.batch, -1)) if self._flat[number] else tensor
 
 
-def pooled(base: nn.Module, kind: type, hidden_BTD: Tensor) -> dict[str, Tensor]:
+def pooled(base: nn.Module, kind: Any, hidden_BTD: Tensor) -> dict[str, Tensor]:
     """What an output of class `kind` has of each row beside the hidden states of all its tokens, where the body makes it."""
     pooler = getattr(base, tables.POOLER_NAME, None)
     return {} if pooler is None or "pooler_output" not in kind.__dataclass_fields__ else {"pooler_output": pooler(hidden_BTD)}

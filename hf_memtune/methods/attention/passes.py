@@ -128,7 +128,7 @@ class ContextPass(ChunkPass):
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         keys = self.spans[self.places.key_stack(module)]
-        self.store.write(id(module), key, value, keys.start, keys.rows.length)
+        self.store.write(id(module), key, value, keys.first, keys.rows.length)
         self.records.attention_call(self, module, query, mask, kwargs)
         key, value = self.store.prefix(id(module), keys.visible)
         return attention(module, query, key, value, mask, **kwargs)
@@ -140,13 +140,13 @@ class ContextPass(ChunkPass):
             raise MemTuneError(
                 f"layer {number} makes {key.shape[2]} keys of {keys.index.shape[1]} tokens: something is put before the tokens that it is given."
             )
-        self.store.write(_by_hand(number), key, value, keys.start, keys.rows.length)
+        self.store.write(_by_hand(number), key, value, keys.first, keys.rows.length)
         return self.store.prefix(_by_hand(number), keys.visible)
 
     def indexed(self, number: int, keys: Tensor) -> Tensor:
         """Keys (B, S, C) by which a layer chooses what to attend to, of all tokens up to the chunk's end: no gradient goes through them."""
         span = self.spans["decoder"]
-        self.store.write(_of_index(number), keys[:, None], keys[:, None, :, :0], span.start, span.rows.length)
+        self.store.write(_of_index(number), keys[:, None], keys[:, None, :, :0], span.first, span.rows.length)
         return self.store.prefix(_of_index(number), span.visible)[0][:, 0]
 
 

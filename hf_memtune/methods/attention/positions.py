@@ -5,6 +5,7 @@ Shape legend: B rows of a batch, H heads, S tokens of a pass, C channels of a he
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ def positions_at(forward: Callable, call: BodyCall, span: Span, stack: str) -> C
     def run(given: Tensor | tuple | None, *args, **kwargs) -> Tensor:
         shape = (span.rows.batch, span.rows.length)
         ids = call.input_ids(stack)
+        whole: Tensor | torch.Size
         if isinstance(given, tuple):  # torch.Size is one
             whole = torch.Size(shape)
         else:
@@ -51,5 +53,5 @@ def at_temperature(module: nn.Module, query: Tensor, span: Span) -> Tensor:
     return (query * ratio[:, None, :, None].to(torch.promote_types(query.dtype, torch.float32))).to(query.dtype)
 
 
-def _temperature(module: nn.Module, positions: Tensor) -> Tensor:
+def _temperature(module: Any, positions: Tensor) -> Tensor:
     return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1

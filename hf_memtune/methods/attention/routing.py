@@ -60,6 +60,7 @@ class Router:
         self.calls: weakref.WeakSet = weakref.WeakSet()
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
+        self._kernels: dict[int, str] = {}
         self.follow_by(None)
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
         # weakly, and with a finalizer: the interfaces live as long as the process, and must not keep a dropped model alive
@@ -137,7 +138,7 @@ class Router:
 
         def run(*args, **kwargs):
             if next(runs):
-                args = [beginnings.get(id(value), value) for value in args]
+                args = tuple(beginnings.get(id(value), value) for value in args)
                 kwargs = {name: beginnings.get(id(value), value) for name, value in kwargs.items()}
             with self._routed(active), not_checkpointing(layer):
                 return forward(*args, **kwargs)
@@ -155,6 +156,7 @@ class Router:
         if kernel == "sdpa" and attention_mask is not None and kwargs.get("position_bias") is None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
         attention_mask = _without_unchosen(module, attention_mask, kwargs)
+        assert self.active is not None, "the name of these functions is set only while a pass runs"
         query = at_temperature(module, query, self.active.spans[self.active.stack])
         if id(module) in self._extended:  # the keys and values of earlier tokens are there already
             return attention(module, query, key, value, attention_mask, **kwargs)
@@ -168,6 +170,7 @@ class Router:
         self._extended = {id(module) for number in by_hand for module in layers[number].modules()}  # given earlier tokens by the cache
 
     def _mask(self, *args, batch_size, mask_function, config, dtype=torch.float32, allow_is_causal_skip=True, **kwargs):
+        assert self.active is not None
         hidden = -torch.inf if self.kernel(config) == "sdpa" and not self._extended else torch.finfo(dtype).min
         mask = self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden), allow_is_causal_skip)
         return mask.expand(batch_size, -1, -1, -1) if self._extended and mask is not None else mask  # hand-written code looks at its shape
@@ -193,7 +196,9 @@ def _weakly(method: Callable) -> Callable:
     reference = weakref.WeakMethod(method)
 
     def call(*args, **kwargs):
-        return reference()(*args, **kwargs)
+        found = reference()
+        assert found is not None, "the router unregisters its functions when it goes"
+        return found(*args, **kwargs)
 
     return call
 
@@ -220,7 +225,7 @@ def _enter_stack(active: Pass, name: str, module, args) -> None:
 def _eager_attention(module: nn.Module) -> Callable:
     """The eager attention of the model itself: Gemma2's softcap and the like live there."""
     homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)  # FSDP2 puts a class of its own before the model's
-    found = next((home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None)
+    found = next((home.eager_attention_forward for home in homes if home is not None and hasattr(home, "eager_attention_forward")), None)
     if found is None:
         raise UnsupportedModelError(
             f"{type(module).__name__} is configured for eager attention but {type(module).__module__} has no "

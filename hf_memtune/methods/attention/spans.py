@@ -113,10 +113,16 @@ class Span:
         """(B, S) bool, False at fillers; None where there are none."""
         return self.selection.valid if self.selection is not None and self.selection.is_ragged else None
 
+    @property
+    def first(self) -> int:
+        """Of contiguous tokens, the first."""
+        assert self.start is not None, "chosen tokens have no first one"
+        return self.start
+
     def take(self, values: Tensor) -> Tensor:
         """The entries of `values` (B or 1, T, ...) for these tokens."""
         if self.selection is None:
-            return values.narrow(1, self.start, self.index.shape[1])
+            return values.narrow(1, self.first, self.index.shape[1])
         return self.selection.gather(values)
 
 

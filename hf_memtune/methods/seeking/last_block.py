@@ -50,11 +50,12 @@ class LastBlock:
             found = torch.autograd.grad(output, list(leaves.values()), cotangent(output.detach(), 0), allow_unused=True)
             return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, found)}
         # from last to first: what later chunks owe to a chunk's keys and values is complete when its turn comes
-        gradient, owed = [], OwedGradients()
+        gradient: list[Tensor] = []
+        owed = OwedGradients()
         for span, hidden in reversed(list(self._chunks())):
             leaf = hidden.detach().requires_grad_()
             output = self._chunk(span, leaf, owed)
-            gradient += torch.autograd.grad(output, leaf, cotangent(output.detach(), span.start))
+            gradient += torch.autograd.grad(output, leaf, cotangent(output.detach(), span.first))
         return {"decoder": torch.cat(gradient[::-1], dim=1)}
 
     @property

@@ -67,7 +67,7 @@ class OfTargets:
         return put_labelled(flat, labelled, gradient)
 
     def _linear_head(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        head = self._architecture.output_head
+        head = self._architecture.head
         bias = None if head.bias is None else head.bias.detach()
         return linear_loss_gradient(hidden_ND, head.weight.detach(), bias, target_N)
 
@@ -130,7 +130,7 @@ def given_to_head(architecture: Architecture, facts: Facts, hidden: Tensor, inpu
         given.append(hidden)
         return hidden.new_zeros(1, 1, 1)
 
-    with forward_as(architecture.base, _returning(architecture, facts, hidden)), forward_as(architecture.output_head, head):
+    with forward_as(architecture.base, _returning(architecture, facts, hidden)), forward_as(architecture.head, head):
         type(model).forward(model, **inputs)
     return given[0]
 

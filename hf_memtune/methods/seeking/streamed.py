@@ -82,6 +82,7 @@ class SkippingStream(ChosenStream):
     def wanted(self, start: int, stop: int) -> Tensor:
         """Tokens with a loss, those whose keys and values are owed more than the threshold by later chunks, and those before any of these:
         what the chunk owes to itself is known only once it has run."""
+        assert self._learning is not None  # set when the gradient came
         wanted, mass = self._learning[:, start:stop], self.owed.mass(stop)
         if mass is not None:
             self._passed[start] = mass[:, start:].sum(1, keepdim=True)

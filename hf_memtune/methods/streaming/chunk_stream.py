@@ -246,7 +246,7 @@ def _tied_matrix(architecture: Architecture, trained: Sequence[nn.Parameter]) ->
     """The matrix that the embedding of one stack and the head share, if it is trained, as a parameter of the body."""
     if not is_tied(architecture):
         return None
-    return next((parameter for parameter in trained if parameter is architecture.output_head.weight), None)
+    return next((parameter for parameter in trained if parameter is architecture.head.weight), None)
 
 
 def _layers_with_gradient(architecture: Architecture) -> int:

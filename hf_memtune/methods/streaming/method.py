@@ -57,11 +57,12 @@ class Streaming(Method):
 
     def run(self, call: BodyCall, head: Head | None) -> Any:
         """One call of the body. Rows of one chunk take the model's own way, which is plain training."""
-        stream, rows = None, call.decoder
+        means, rows = means_of(self, head), call.decoder
+        stream: ChunkStream | None = None
         if is_sharded(self._given):
-            stream = sharded_stream(self._given, means_of(self, head), call)
-        elif rows.length > self.config.sequence_chunk_size:
-            stream = ChunkStream(means_of(self, head), encode(call))
+            stream = sharded_stream(self._given, means, call)
+        elif rows.length > means.chunk:
+            stream = ChunkStream(means, encode(call))
         self.listeners.tell("shaped", stream.count if stream else 1, rows)
         self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
         if stream is None:
@@ -77,6 +78,7 @@ def means_of(method: Method, head: Head | None) -> Means:
     """What the streams of a method run with, in a call of the model with this head, or of the body alone."""
     config = method.config
     host = method.host if config.kv_offload else None
+    assert config.stream_chunk_size is not None, "only a method that streams has streams"
     return Means(method.router, config.stream_chunk_size, host, method.sums_dtype, head is not None, method.listeners)
 
 
@@ -84,5 +86,6 @@ def connected(stream: ChunkStream, head: Head | None) -> Any:
     """The output of the body, whose backward is the stream's; the head is given the matrix that it shares with the embedding."""
     outputs = list(replayed(stream))
     if stream.shares_matrix:
+        assert head is not None  # who shares it
         head.matrix = outputs.pop()
     return stream.outputs.rebuilt(outputs, stream.call.encoder_output)
