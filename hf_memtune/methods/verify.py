@@ -80,13 +80,17 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
                 verify_stream(router, call)
         elif full is not None and router.cache is None:
             if problem := problem_of_parts(router, call, store, full):
-                raise UnsupportedModelError(f"{architecture.name} {problem}. {_instead(router, call, streams=not probing.looks_ahead)}")
+                raise UnsupportedModelError(
+                    f"{architecture.name} {problem}. {_instead(not probing.looks_ahead and _streams(router, call))}"
+                )
         tail_problem = None
         if router.cache is not None and not router.cache.is_plain(len(architecture.decoder.layers) - 1):
             tail_problem = f"{architecture.name}: the last block needs what a cache hands on to it, and does not run alone. {OTHER_SCORERS}"
         elif full is not None and scores_last_block is not None:
             tail_problem = problem_of_last_block(router, call, store, records, full)
-        needs_all = None if router.cache is None else f"{router.cache.why_all_tokens}. {_instead(router, call, streams=check)}"
+        needs_all = (
+            None if router.cache is None else f"{router.cache.why_all_tokens}. {_instead(streams or (check and _streams(router, call)))}"
+        )
         if tail_problem and scores_last_block and (streams or needs_all is None):
             raise UnsupportedModelError(tail_problem)
         try:
@@ -113,13 +117,17 @@ def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
     return {"input_ids": ids, "encoder_hidden_states": states.to(embedding.dtype if embedding.is_floating_point() else torch.float32)}
 
 
-def _instead(router: Router, call: BodyCall, streams: bool) -> str:
-    """What to do with a model none of whose tokens can be left out. streams: False where it is known already that it does not stream."""
+def _streams(router: Router, call: BodyCall) -> bool:
+    """Whether a stream gives the gradient of plain backpropagation."""
     try:
-        if streams:
-            verify_stream(router, call)
+        verify_stream(router, call)
     except UnsupportedModelError:
-        streams = False
+        return False
+    return True
+
+
+def _instead(streams: bool) -> str:
+    """What to do with a model none of whose tokens can be left out. streams: whether it is known to stream."""
     if not streams:
         return tables.REMEDY
     return (

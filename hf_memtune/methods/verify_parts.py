@@ -28,7 +28,7 @@ def problem_of_parts(router: Router, call: BodyCall, store: KeyValueStore, full:
     try:
         with router.running(focus), at_positions(router.architecture, call, spans):
             kept = router.architecture.base(**call.at(spans, focus)).last_hidden_state
-        deviation = _deviation(kept, selection.gather(full))
+        deviation = deviation_of(kept, selection.gather(full))
     except FAILURES as error:
         return f"cannot run on a part of its tokens alone ({error}): something in it takes them for neighbours"
     if deviation <= _allowed(full):
@@ -42,7 +42,7 @@ def problem_of_parts(router: Router, call: BodyCall, store: KeyValueStore, full:
 def problem_of_last_block(router: Router, call: BodyCall, store: KeyValueStore, records: Records, full: Tensor) -> str | None:
     """Whether the last block, run alone on its recorded input, gives what the full forward gave."""
     try:
-        deviation = _deviation(LastBlock(router, call, records, store, call.decoder.length).output(), full)
+        deviation = deviation_of(LastBlock(router, call, records, store, call.decoder.length).output(), full)
     except Exception as error:
         found = f"it fails with {type(error).__name__}: {error}"
     else:
@@ -59,6 +59,6 @@ def _allowed(like: Tensor) -> float:
     return _TOLERANCE.get(like.dtype, 1e-3)
 
 
-def _deviation(found: Tensor, expected: Tensor) -> float:
+def deviation_of(found: Tensor, expected: Tensor) -> float:
     """Size of the difference, relative to that of the hidden states."""
     return ((found - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()

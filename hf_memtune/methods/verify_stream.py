@@ -15,11 +15,12 @@ from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.followed import made_template
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
 from hf_memtune.methods.streaming.encoder import encode
+from hf_memtune.methods.verify_parts import FAILURES, deviation_of
 
 CHUNK = 3
 # Relative to the size of the gradient: parts of models compute in float32 whatever they are called in, and sum in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-_FAILURES = (MemTuneError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_FAILURES = (MemTuneError, *FAILURES)
 
 
 def verify_stream(router: Router, call: BodyCall) -> None:
@@ -76,7 +77,7 @@ def _problem(router: Router, call: BodyCall, expected: Tensor) -> str | None:
         (found,) = torch.autograd.grad(hidden, again.inputs[0], _toward(hidden))
     except _FAILURES as error:
         return f"cannot run on a part of its tokens ({error})"
-    deviation = _size(found, expected)
+    deviation = deviation_of(found, expected)
     allowed = _allowed(router, expected)
     if deviation <= allowed:
         return None
@@ -99,7 +100,7 @@ def _compare_forward(router: Router, call: BodyCall) -> None:
                 f"{router.architecture.name} cannot run on a part of its tokens ({error}). {tables.REMEDY}"
             ) from error
         found = stream.take_outputs()[0]
-    if found.shape != expected.shape or not (deviation := _size(found, expected)) <= _allowed(router, expected):
+    if found.shape != expected.shape or not (deviation := deviation_of(found, expected)) <= _allowed(router, expected):
         seen = (
             f"differ by {deviation:.1e} (relative)"
             if found.shape == expected.shape
@@ -116,11 +117,6 @@ def _allowed(router: Router, like: Tensor) -> float:
     computed = [dtype for module in modules if isinstance(dtype := getattr(module, "compute_dtype", None), torch.dtype)]
     stored = [p.dtype for p in router.architecture.base.parameters() if p.is_floating_point()]
     return max(TOLERANCE.get(dtype, 0.0) for dtype in (like.dtype, *computed, *stored))
-
-
-def _size(found: Tensor, expected: Tensor) -> float:
-    """Of the difference, relative to what is expected."""
-    return ((found - expected).double().norm() / expected.double().norm().clamp_min(1e-12)).item()
 
 
 def _all_by_hand(router: Router, call: BodyCall):

@@ -150,6 +150,18 @@ def test_chunks_do_not_cut_blocks(blocks):
     assert whole_error(plain(model, batch | {"attention_mask": causal()}), expected) > NOTICED
 
 
+def test_scores_of_chunks_that_blocks_made_longer_are_those_of_the_whole_row():
+    """The last block runs alone on chunks that begin where those of the pass over all tokens began."""
+    model = tiny("llama")
+    batch = batch_of(model, "causal") | {"attention_mask": with_blocks(((5, 9),))}
+    found = []
+    for chunk in (7, 24):
+        settings = {"token_scorer": "gradient", "token_ratio": 0.5, "token_gradient": "stream", "sequence_chunk_size": chunk}
+        with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:
+            found.append(seeking.inspect(batch, ("gradient_score",)).scores["decoder"]["gradient_score"])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
 def test_chunks_that_cut_blocks_are_noticed(monkeypatch):
     from hf_memtune.methods.attention.batch import BodyCall
 

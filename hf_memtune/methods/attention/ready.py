@@ -16,12 +16,11 @@ def visible(mask: Tensor) -> Tensor:
 
 def rule_of(mask: Tensor) -> Callable:
     """The mask as an index-based rule, as transformers has them: rule(batch, head, query, key)."""
-    seen = visible(mask)
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen[
-            batch if seen.shape[0] > 1 else torch.zeros_like(batch), head if seen.shape[1] > 1 else torch.zeros_like(head), query, key
-        ]
+        batch = batch if mask.shape[0] > 1 else torch.zeros_like(batch)
+        head = head if mask.shape[1] > 1 else torch.zeros_like(head)
+        return visible(mask[batch, head, query, key])  # of what is asked for alone: all of it, in every chunk, would be all tokens squared
 
     return rule
 

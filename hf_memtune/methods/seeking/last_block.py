@@ -63,8 +63,10 @@ class LastBlock:
         return self.chunk >= self.call.decoder.length
 
     def _chunks(self) -> Iterator[tuple[Span, Tensor]]:
-        for start, hidden in zip(range(0, self.call.decoder.length, self.chunk), self.records.hidden["decoder"]):
+        start = 0  # chunks are not all of one length: see Chunks
+        for hidden in self.records.hidden["decoder"]:
             yield self.call.decoder.chunk(start, start + hidden.shape[1]), hidden
+            start += hidden.shape[1]
 
     def _chunk(self, span: Span, hidden: Tensor, owed: OwedGradients) -> Tensor:
         """(B, S, D): the last block's output for a chunk, differentiable where its input is."""
