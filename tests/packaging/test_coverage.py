@@ -1,11 +1,11 @@
 """The measured table of architectures: what was committed still holds for a sample, and what it promises."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = [json.loads(line) for line in (ROOT / "results" / "coverage.jsonl").read_text().splitlines()]
@@ -30,12 +30,7 @@ SAMPLE = {
 
 @pytest.fixture(scope="module")
 def coverage():
-    sys.path.append(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("architectures_coverage", ROOT / "scripts" / "coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(ROOT / "scripts"))
+    return load("coverage")
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in SAMPLE.items() for name in names])

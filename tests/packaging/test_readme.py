@@ -1,6 +1,5 @@
 """The README says what the committed result files say; it and the reference name files that exist, and their programs run."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.readme import write_model
+from tests.support.scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -20,16 +20,7 @@ PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")
 SECTION = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- end -->", re.S)
 
 
-def load_tables():
-    """scripts/tables.py, which is no part of the package, and reads scripts/quality."""
-    sys.path.append(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "scripts" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tables = load_tables()
+tables = load("tables")
 
 
 def blocks(language: str) -> list[str]:
