@@ -18,7 +18,7 @@ from hf_memtune.core.owed import Live, OwedGradients
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention import ready
-from hf_memtune.methods.attention.spans import Span, attention_mask
+from hf_memtune.methods.attention.spans import Span, additive, attention_mask
 
 
 class Places:
@@ -64,7 +64,7 @@ class ModelPass:
         rule = causal_mask_function if whole is None else ready.rule_of(whole)
         mask = self.build(rule, own, own)
         if mask is not None and whole is not None and whole.dtype != torch.bool:
-            mask = torch.zeros_like(mask, dtype=whole.dtype).masked_fill_(~mask, torch.finfo(whole.dtype).min)
+            mask = additive(mask, whole.dtype, torch.finfo(whole.dtype).min)
         self._rules.append((mask, "decoder", rule))
         return mask
 

@@ -27,7 +27,7 @@ from hf_memtune.architectures import Architecture, tables
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.attention.passes import Places
 from hf_memtune.methods.attention.positions import at_temperature
-from hf_memtune.methods.attention.spans import Span
+from hf_memtune.methods.attention.spans import Span, additive
 from hf_memtune.methods.attention.states import CacheTemplate, again
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import forward_as, instance_attribute, not_checkpointing
@@ -172,7 +172,7 @@ class Router:
     def _mask(self, *args, batch_size, mask_function, config, dtype=torch.float32, allow_is_causal_skip=True, **kwargs):
         assert self.active is not None
         hidden = -torch.inf if self.kernel(config) == "sdpa" and not self._extended else torch.finfo(dtype).min
-        mask = self.active.mask(mask_function, partial(_additive, dtype=dtype, hidden=hidden), allow_is_causal_skip)
+        mask = self.active.mask(mask_function, partial(additive, dtype=dtype, hidden=hidden), allow_is_causal_skip)
         return mask.expand(batch_size, -1, -1, -1) if self._extended and mask is not None else mask  # hand-written code looks at its shape
 
 
@@ -206,16 +206,6 @@ def _weakly(method: Callable) -> Callable:
 def _unregister(name: str) -> None:
     AttentionInterface._global_mapping.pop(name, None)
     AttentionMaskInterface._global_mapping.pop(name, None)
-
-
-def _additive(visible: Tensor, dtype: torch.dtype, hidden: float) -> Tensor:
-    """The mask the kernels add. Made once a pass: from a boolean one they would make it again in every layer.
-
-    Its rows lie 8 elements apart or a multiple of that, without which CUDA's memory-efficient kernel copies it in every call.
-    """
-    keys = visible.shape[-1]
-    room = torch.full((*visible.shape[:-1], -(-keys // 8) * 8), hidden, dtype=dtype, device=visible.device)
-    return room[..., :keys].masked_fill_(visible, 0)
 
 
 def _enter_stack(active: Pass, name: str, module, args) -> None:

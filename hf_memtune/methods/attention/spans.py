@@ -146,3 +146,13 @@ def attention_mask(mask_function: Callable, queries: Span, keys: Span) -> Tensor
     if queries.valid is not None:
         mask = mask | ~queries.valid[:, None, :, None]  # a filler at padding would otherwise see nothing and become NaN
     return mask.expand(-1, 1, queries.index.shape[1], keys.visible)
+
+
+def additive(visible: Tensor, dtype: torch.dtype, hidden: float) -> Tensor:
+    """The mask the kernels add. Made once a pass: from a boolean one they would make it again in every layer.
+
+    Its rows lie 8 elements apart or a multiple of that, without which CUDA's memory-efficient kernel copies it in every call.
+    """
+    keys = visible.shape[-1]
+    room = torch.full((*visible.shape[:-1], -(-keys // 8) * 8), hidden, dtype=dtype, device=visible.device)
+    return room[..., :keys].masked_fill_(visible, 0)
