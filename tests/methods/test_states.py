@@ -81,7 +81,7 @@ def test_outputs_are_the_models_own_and_nothing_stays_behind(name):
     assert torch.allclose(found.loss, expected.loss, rtol=1e-5) and torch.allclose(found.logits, expected.logits, atol=1e-4)
     del found, expected
     gc.collect()  # a call that has yet to go backward keeps what it needs for that
-    assert traces(model) == before and registered() == there
+    assert traces(model) == before and registered() <= there
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

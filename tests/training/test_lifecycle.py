@@ -1,5 +1,7 @@
 """Around the steps: evaluation and checkpoints are those of the plain Trainer, runs resume, and nothing is left behind."""
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -155,6 +157,7 @@ def traces(model):
     """Everything token seeking changes for a while, on the model and outside it."""
     marks = {"_is_accelerate_prepared"}  # of every Trainer
     modules = {name: (set(vars(module)) - marks, len(module._forward_pre_hooks)) for name, module in model.named_modules()}
+    gc.collect()  # what an earlier test left in a cycle, or an error holds, may go at any time
     interfaces = [sorted(i._global_mapping) for i in (AttentionInterface, AttentionMaskInterface)]
     kernels = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
     return modules, interfaces, kernels, _get_current_dispatch_mode(), model.training
