@@ -17,16 +17,6 @@ def with_values():
     return unset_fake_temporarily()
 
 
-def saved_tensors_hooks_in_force():
-    """The (pack, unpack) that torch.autograd.graph.saved_tensors_hooks has put in force last, or None.
-
-    torch < 2.8 does not tell: None, and what is saved inside of further hooks is then saved as if there were none outside (under
-    activation checkpointing, more memory). Goes when 2.8 is the oldest supported version.
-    """
-    tell = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if tell is None else tell(False)
-
-
 def packed_mask_function(mask_function, positions, segments):
     """The rule of a packed row, made as the installed transformers makes it, from that of a row that is one sequence."""
     from transformers import masking_utils

@@ -20,19 +20,21 @@ class Live:
 
 
 class OwedSums:
-    """Sums of gradients, (B, K, tokens, C) each, for the first tokens of a row. The tokens become fewer from chunk to chunk."""
+    """Sums of gradients, (B, K, tokens, C) each, of the first tokens of a row: allocated once, changed in place."""
 
     def __init__(self):
         self._sums: dict[tuple[int, str], Tensor] = {}
 
-    def get(self, key: tuple[int, str], stop: int) -> Tensor | None:
-        """What is owed to the first `stop` tokens, which may be changed if it is `put` afterwards; None: nothing."""
-        owed = self._sums.get(key)
-        return None if owed is None else owed.narrow(2, 0, stop)
+    def add(self, key: tuple[int, str], gradient: Tensor, first: int, length: int, dtype: torch.dtype) -> None:
+        """Add what is owed to the tokens from `first` on, (B, K, some, C). length: tokens that may be owed anything, at the first time."""
+        if key not in self._sums:
+            self._sums[key] = gradient.new_zeros((*gradient.shape[:2], length, gradient.shape[3]), dtype=dtype)
+        self._sums[key].narrow(2, first, gradient.shape[2]).add_(gradient)
 
-    def put(self, key: tuple[int, str], owed: Tensor) -> None:
-        """Keep a sum in place of the one there was."""
-        self._sums[key] = owed
+    def get(self, key: tuple[int, str], start: int, stop: int) -> Tensor | None:
+        """What is owed to the tokens [start, stop), not to be changed; None: nothing."""
+        owed = self._sums.get(key)
+        return None if owed is None or start >= owed.shape[2] else owed.narrow(2, start, stop - start)
 
     def drop(self, key: tuple[int, str]) -> None:
         """Forget a sum, if there is one."""
@@ -62,19 +64,17 @@ class OwedGradients:
         parts = zip(("key", "value"), live, stored)
         return tuple(Streamed.apply(mine, whole, self, (key, name), tokens) for name, mine, whole in parts)
 
-    def settle(self, key: tuple[int, str], gradient: Tensor, tokens: Live) -> Tensor:
-        """Book what a chunk found, (B, K, stop, C), for the tokens before it; returns what all chunks found for its own tokens."""
-        start, length = tokens.start, tokens.stop - tokens.start
-        own, before = gradient.narrow(2, start, length), gradient.narrow(2, 0, start)
-        owed = self._sums.get(key, tokens.stop)
+    def book(self, key: tuple[int, str], gradient: Tensor, first: int, length: int, dtype: torch.dtype) -> None:
+        """Add what a chunk found, (B, K, some, C), for tokens from `first` on of the `length` before it. dtype: of their keys, or values."""
+        self._sums.add(key, gradient, first, length, self.dtype or dtype)
+
+    def settle(self, key: tuple[int, str], own: Tensor, tokens: Live) -> Tensor:
+        """What all chunks found for the live tokens of a chunk, whose turn has come. own: what it found itself, (B, K, stop - start, C)."""
+        owed = self._sums.get(key, tokens.start, tokens.stop)
         if owed is not None:
-            own = (owed.narrow(2, start, length) + own).to(gradient.dtype)
-        if not start:
+            own = (owed + own).to(own.dtype)
+        if not tokens.start:
             self._sums.drop(key)  # the first chunk: nothing is before it
-        elif owed is None:
-            self._sums.put(key, before.to(self.dtype or gradient.dtype, copy=True))
-        else:
-            self._sums.put(key, owed.narrow(2, 0, start).add_(before))
         return own if tokens.index is None else _at(own, tokens)
 
     def tensors(self) -> list[Tensor]:
@@ -83,7 +83,7 @@ class OwedGradients:
 
     def mass(self, stop: int) -> Tensor | None:
         """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""
-        owed = (self._sums.get(key, stop) for key in self._sums.keys())
+        owed = (self._sums.get(key, 0, stop) for key in self._sums.keys())
         squares = [debt.float().square().sum((1, 3)) for debt in owed if debt is not None]
         return torch.stack(squares).sum(0).sqrt() if squares else None
 
@@ -113,4 +113,7 @@ class Streamed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.owed.settle(ctx.key, gradient, ctx.tokens), None, None, None, None
+        start, count = ctx.tokens.start, ctx.tokens.stop - ctx.tokens.start
+        if start:
+            ctx.owed.book(ctx.key, gradient.narrow(2, 0, start), 0, start, gradient.dtype)
+        return ctx.owed.settle(ctx.key, gradient.narrow(2, start, count), ctx.tokens), None, None, None, None

@@ -3,7 +3,7 @@
 Shape legend: B rows, K key heads, T tokens, S selected tokens, C channels of a head.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,32 +22,39 @@ class KeyValueStore:
         """Put a chunk (B, K, chunk, C) at token `start` of the entry `key`, whose full length is `length`."""
         if keys.shape[2] == length:  # the whole row at once: keep it, without a second copy
             self._entries[key] = (alone(keys.detach()), alone(values.detach()))
-            self._written[key] = length
+            self._note(key, 0, length)
             return
         if key not in self._entries:
             self._entries[key] = (_empty(keys, length), _empty(values, length))
         for entry, chunk in zip(self._entries[key], (keys, values)):
             entry.narrow(2, start, chunk.shape[2]).copy_(chunk.detach())
-        if start <= self._written.get(key, 0):  # else there is a gap, which `prefix` must not read
-            self._written[key] = max(self._written.get(key, 0), start + keys.shape[2])
+        self._note(key, start, start + keys.shape[2])
 
     def prefix(self, key: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Views of the first `stop` tokens of an entry."""
+        """The first `stop` tokens of an entry, on the device."""
+        return next(self.read(key, [(0, stop)]))
+
+    def read(self, key: int, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values, (B, K, stop - start, C) each, of the tokens [start, stop) of an entry, for each of `bounds`."""
+        self._require(key, max(stop for _, stop in bounds))
+        keys, values = self._entries[key]
+        for start, stop in bounds:
+            yield keys.narrow(2, start, stop - start), values.narrow(2, start, stop - start)
+
+    def _note(self, key: int, start: int, stop: int) -> None:
+        if start <= self._written.get(key, 0):  # else there is a gap, which nobody must read
+            self._written[key] = max(self._written.get(key, 0), stop)
+
+    def _require(self, key: int, stop: int) -> None:
         if stop > self._written.get(key, 0):
             raise MemTuneError(
                 f"an attention layer has keys and values of {self._written.get(key, 0)} tokens where {stop} are attended to: it did not run for "
                 "all chunks of the row. Turn off whatever leaves out layers at random (layerdrop)."
             )
-        keys, values = self._entries[key]
-        return keys.narrow(2, 0, stop), values.narrow(2, 0, stop)
 
     def tensors(self) -> list[Tensor]:
         """What is kept on the device."""
         return [part for entry in self._entries.values() for part in entry]
-
-    def unsaved(self, key: int, stored: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
-        """While open, autograd keeps no memory alive by saving `stored`, a prefix of the entry `key`: here, none but the store's own."""
-        return nullcontext()
 
 
 def alone(part: Tensor) -> Tensor:

@@ -64,12 +64,23 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
     `check=False` skips comparisons of values, which traced tensors do not have. scores_last_block: whether the last block must be able to
     run alone; None: nobody will ask. streams: whether chunks of rows will go backward; else chosen tokens will.
     """
+    try:
+        return _verified(router, check, scores_last_block, streams)
+    except MemTuneError:
+        if not router.kernel_facts.in_pieces:
+            raise
+    router.makes_masks = True  # its layers may read the masks that they are given, or change them
+    router.follow_by(None)
+    return _verified(router, check, scores_last_block, streams)
+
+
+def _verified(router: Router, check: bool, scores_last_block: bool | None, streams: bool) -> Facts:
     architecture = router.architecture
     base = architecture.base
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
-        probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_knows_causal)
+        probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_facts)
         with _explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans, probing)))
         with _explained(architecture):

@@ -45,7 +45,7 @@ class StreamingConfig:
     kv_offload: bool = _setting(
         False,
         "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
-        "gradients summed for them, in pinned host memory, with those of two layers at most on the GPU. Memory of the GPU then hardly "
+        "gradients summed for them, in pinned host memory, with two blocks of 2048 tokens of a layer on the GPU. Memory of the GPU then hardly "
         "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
     )
 

@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.core import pieces
 from hf_memtune.core.offload import Fetched, HostTensor, OffloadedStore, OffloadedSums
+from hf_memtune.methods.attention import passes
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from tests.support.stepping import lm_head, model_and_batch, seeking_on, step_on
 from tests.support.tiny_models import batch_for
@@ -147,8 +149,8 @@ def late(monkeypatch):
     """Copies that are fetched ahead are not there before they are waited for, as on CUDA."""
     made = []
 
-    def fetch_ahead(self, stop):
-        home = self._home_TBKC.narrow(0, 0, stop)
+    def fetch_ahead(self, start, stop):
+        home = self._home_TBKC.narrow(0, start, stop - start)
         made.append(Late(torch.full_like(home, torch.nan), home))
         return Fetched(made[-1].copy, made[-1])
 
@@ -159,7 +161,8 @@ def late(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [None, False])
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_copies_are_waited_for_before_they_are_used_and_before_they_are_dropped(late, kind, checkpointing):
+def test_copies_are_waited_for_before_they_are_used_and_before_they_are_dropped(late, monkeypatch, kind, checkpointing):
+    monkeypatch.setattr(pieces, "BLOCK", 3)
     model, batch = made(checkpointing=checkpointing, num_hidden_layers=6)
     found, expected = step(model, batch, kind), step(model, batch, kind, offload=False)
     assert same(found, expected)
@@ -181,8 +184,8 @@ def fetched(monkeypatch):
     """Weak references to the storages of all copies that were made on the device."""
     noted, fetch = [], HostTensor.fetch
 
-    def noting(self, stop):
-        found = fetch(self, stop)
+    def noting(self, start, stop):
+        found = fetch(self, start, stop)
         noted.append(weakref.ref(found.ready().untyped_storage()))
         return found
 
@@ -208,17 +211,35 @@ def most_alive_after_forward(model, batch, fetched) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])  # gemma2: attention of the model's own, which computes again in backward
+def test_a_chunk_that_went_forward_leaves_nothing_on_the_device(name, checkpointing, fetched):
+    model, batch = made(name, checkpointing=checkpointing)
+    assert most_alive_after_forward(model, batch, fetched) == 0 and fetched
+
+
+def test_what_autograd_saved_would_stay(monkeypatch, fetched):
+    """The sibling: the count does see it."""
+    monkeypatch.setattr(passes.ChunkPass, "prefix_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(passes, "checkpoint", lambda run, *args, **kwargs: run(*args))
+    model, batch = made("llama")
+    assert most_alive_after_forward(model, batch, fetched) >= 2 * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_chunk_that_went_forward_leaves_two_layers_on_the_device(name, checkpointing, fetched):
-    model, batch = made(name, checkpointing=checkpointing, num_hidden_layers=6)
-    assert most_alive_after_forward(model, batch, fetched) <= 2 * 2  # keys and values
+def test_blocks_on_the_device_do_not_grow_with_the_row(name, monkeypatch, fetched):
+    """At any time of a step two blocks of keys and values are there, whatever the number of layers and tokens."""
+    monkeypatch.setattr(pieces, "BLOCK", 3)
+    counts, fetch = [], HostTensor.fetch
 
+    def counting(self, start, stop):
+        found = fetch(self, start, stop)
+        counts.append(sum(reference() is not None for reference in fetched))
+        return found
 
-def test_without_addresses_all_layers_stay(monkeypatch, fetched):
-    """The sibling: autograd does save them, and the count does see them."""
-    monkeypatch.setattr(OffloadedStore, "unsaved", lambda self, key, stored: torch.enable_grad())
-    model, batch = made("llama", num_hidden_layers=6)
-    assert most_alive_after_forward(model, batch, fetched) >= 2 * 6
+    monkeypatch.setattr(HostTensor, "fetch", counting)
+    model, batch = made(name, num_hidden_layers=6)
+    step(model, batch)
+    assert max(counts) <= 2 * 2 + 1  # and the sum that something is added to
 
 
 @on_gpu

@@ -11,6 +11,8 @@ from hf_memtune.core import owed
 from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.memory import LiveBytes, SavedBytes
+from hf_memtune.methods.attention import passes
+from hf_memtune.methods.attention.passes import ChunkPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from tests.support.composition import REENTRANT, checkpointed, whole_error, with_lora
 from tests.support.stepping import model_and_batch, plain_twin, step_on, stream
@@ -308,20 +310,19 @@ def growth(name):
     return (sizes[1] - sizes[0]) / 2, (sizes[2] - sizes[1]) / 4
 
 
-MASK = 2 * 8 * 8 * 4  # 2 rows, 8 queries, 8 keys, float32
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gpt2", "opt"])
-def test_a_chunk_saves_nothing_of_the_prefix_but_its_mask(name):
-    assert growth(name) == (MASK, MASK)
+def test_a_chunk_saves_nothing_of_the_prefix(name):
+    assert growth(name) == (0, 0)
 
 
 def test_a_copy_of_the_prefix_is_noticed(monkeypatch):
-    """As concatenating stored and live keys and values would make one."""
+    """As autograd would save one, of keys and values that stored and live ones are put together to."""
     identity = owed.Streamed.forward
     monkeypatch.setattr(owed.Streamed, "forward", staticmethod(lambda ctx, *args: identity(ctx, *args).clone()))
+    monkeypatch.setattr(ChunkPass, "prefix_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(passes, "checkpoint", lambda run, *args, **kwargs: run(*args))
     keys_and_values = 2 * 3 * 2 * 2 * 8 * 8 * 4  # in 3 layers of 2 heads of 8, of 2 rows and 8 tokens, float32
-    assert growth("llama") == (MASK + keys_and_values, MASK + keys_and_values)
+    assert min(growth("llama")) >= keys_and_values
 
 
 def peak(step):

@@ -218,7 +218,7 @@ def test_where_it_would_be_right_it_is_not_refused():
 def test_what_eager_attention_makes_of_it_would_be_wrong(monkeypatch):
     """The sibling: without the refusal."""
     model, batch, _ = left_padded("eager")
-    monkeypatch.setattr(StreamPass, "build", ChunkPass.build)
+    monkeypatch.setattr(StreamPass, "give", ChunkPass.give)
     assert worst_difference(stream(model, batch, 5).gradients, plain_twin(model, batch)[1]) > NOTICED
 
 

@@ -46,7 +46,7 @@ def context_pass(
             spans = {name: rows.whole() for name, rows in call.rows.items()}
             start, stop = chunks.bounds(number, count)
             spans["decoder"] = call.decoder.chunk(start, stop)
-            running = ContextPass(spans, store, router.places, records, router.kernel_knows_causal)
+            running = ContextPass(spans, store, router.places, records, router.kernel_facts)
             cache = states.begin(number, start, running)
             with router.running(running, cache), at_positions(router.architecture, call, spans):
                 output = call.forward(**call.at(spans, running, cache=cache))

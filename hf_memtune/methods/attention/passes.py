@@ -5,6 +5,7 @@ Shape legend: B rows, H query heads, K key heads, T tokens in a row, S tokens of
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,10 +16,20 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.owed import Live, OwedGradients
+from hf_memtune.core.pieces import Prefix, attend, attend_with_gradient
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention import ready
+from hf_memtune.methods.attention.masks import Asked
 from hf_memtune.methods.attention.spans import Span, additive, attention_mask
+
+_ELSEWHERE = (
+    "position_bias",
+    "softcap",
+    "s_aux",
+    "cache",
+    "indices",
+)  # of the attention interface: what only the model's own attention knows
 
 
 class Places:
@@ -40,46 +51,61 @@ class Places:
         return "encoder" if id(module) in self._encoder or id(module) in self._cross else "decoder"
 
 
+@dataclass(frozen=True)
+class KernelFacts:
+    """knows_causal: whether the attention kernel applies a causal mask by itself where it is given none. in_pieces: whether attention to
+    stored keys may go piece by piece (`core.pieces`) in its place."""
+
+    knows_causal: bool
+    in_pieces: bool
+
+
 class ModelPass:
     """What all passes share: which span queries and keys come from, and the mask between them."""
 
     def __init__(self, spans: dict[str, Span], store: KeyValueStore, places: "Places"):
         self.spans, self.store, self.places = spans, store, places
         self.stack = "decoder"  # whose mask is asked for; set by the router when a stack is entered
-        self._rules: list[tuple[Tensor | None, str, Callable]] = []
+        self._asked: list[Asked] = []
 
     def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor], may_skip: bool = True) -> Tensor | None:
         """The finished mask of a rule; None where the kernel needs none, if whoever asks `may_skip` it."""
         queries, keys = self.spans[self.stack], self.spans[self.stack]
         if self.stack == "decoder" and "encoder" in self.spans and mask_function is bidirectional_mask_function:
             keys = self.spans["encoder"].rows.whole()
-        mask = self.build(mask_function, queries, keys) if may_skip else attention_mask(mask_function, queries, keys)
-        mask = mask if mask is None else finish(mask)
-        self._rules.append((mask, self.stack, mask_function))
-        return mask
+        asked = Asked(self.stack, mask_function, queries, keys, finish)
+        self._asked.append(asked)
+        return self.give(asked, queries, keys, may_skip)
 
     def ready_mask(self, whole: Tensor | None) -> Tensor | None:
         """The part of a mask that was made of all tokens outside of the body, for the tokens of this pass; None stands for a causal one."""
         own = self.spans["decoder"]
         rule = causal_mask_function if whole is None else ready.rule_of(whole)
-        mask = self.build(rule, own, own)
-        if mask is not None and whole is not None and whole.dtype != torch.bool:
-            mask = additive(mask, whole.dtype, torch.finfo(whole.dtype).min)
-        self._rules.append((mask, "decoder", rule))
-        return mask
+        finish: Callable[[Tensor], Tensor] = _as_it_is
+        if whole is not None and whole.dtype != torch.bool:
+            finish = partial(additive, dtype=whole.dtype, hidden=torch.finfo(whole.dtype).min)
+        asked = Asked("decoder", rule, own, own, finish)
+        self._asked.append(asked)
+        return self.give(asked, own, own, may_skip=True)
 
-    def build(self, mask_function: Callable, queries: Span, keys: Span) -> Tensor | None:
-        return attention_mask(mask_function, queries, keys)
+    def give(self, asked: Asked, queries: Span, keys: Span, may_skip: bool) -> Tensor | None:
+        """What the model gets: here, the mask."""
+        asked.given = asked.whole
+        return asked.given
 
     @property
     def has_rules(self) -> bool:
         """Whether any mask was asked for; else the model makes its own."""
-        return bool(self._rules)
+        return bool(self._asked)
+
+    def asked(self, mask: Tensor | None, stack: str) -> Asked | None:
+        """What a stack asked for when it was given this mask."""
+        return next((asked for asked in self._asked if asked.stack == stack and asked.is_given(mask)), None)
 
     def rule_of(self, mask: Tensor | None, stack: str) -> Callable:
         """The index-based rule that the mask of a stack's attention to itself was made from."""
-        rules = [rule for made, of, rule in self._rules if made is mask and of == stack]
-        rules = rules or [rule for _, of, rule in self._rules if of == stack]
+        rules = [asked.rule for asked in self._asked if asked.stack == stack and asked.is_given(mask)]
+        rules = rules or [asked.rule for asked in self._asked if asked.stack == stack]
         # None is made for attention to all of an encoder too, which decoders ask for even where they have none
         rules = [rule for rule in rules if rule is not bidirectional_mask_function] or rules
         if not rules:
@@ -87,23 +113,64 @@ class ModelPass:
         return rules[-1]
 
 
+def _as_computed(query: Tensor) -> Tensor:
+    """In the dtype that attention computes in under autocast, as `scaled_dot_product_attention` is."""
+    kind = query.device.type
+    return query.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and query.dtype != torch.float64 else query
+
+
+def _returned(output: Tensor) -> tuple[Tensor, None]:
+    """(B, H, S, C) as the attention interface returns it: (B, S, H, C), in that order in memory too."""
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _as_it_is(mask: Tensor) -> Tensor:
+    return mask
+
+
 class ChunkPass(ModelPass):
-    """All tokens of a chunk of every row; no mask is made where the kernel needs none."""
+    """All tokens of a chunk of every row. No mask is made where the kernel needs none, or the keys are taken in pieces."""
 
-    def __init__(self, spans, store, places, kernel_knows_causal: bool):
+    def __init__(self, spans, store, places, kernel: KernelFacts):
         super().__init__(spans, store, places)
-        self.kernel_knows_causal = kernel_knows_causal
+        self.kernel = kernel
 
-    def build(self, mask_function, queries, keys):
-        if queries is keys and mask_function not in (causal_mask_function, bidirectional_mask_function):
-            self._require_nothing_beyond(mask_function, queries)
-        if queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
-            if mask_function is bidirectional_mask_function:
-                return None
+    def give(self, asked, queries, keys, may_skip):
+        rule = asked.rule
+        if queries is keys and rule not in (causal_mask_function, bidirectional_mask_function):
+            self._require_nothing_beyond(rule, queries)
+        if self.takes_pieces and queries is keys and self.stack == "decoder":
+            return asked.stand_in()
+        if may_skip and queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
             from_the_first = queries.start == 0 and queries.index.shape[1] == keys.visible
-            if mask_function is causal_mask_function and from_the_first and self.kernel_knows_causal:
+            if rule is bidirectional_mask_function or (rule is causal_mask_function and from_the_first and self.kernel.knows_causal):
                 return None
-        return attention_mask(mask_function, queries, keys)
+        asked.given = asked.whole
+        return asked.given
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether attention of the decoder to itself goes piece by piece in this pass."""
+        return self.kernel.in_pieces
+
+    def prefix_of(self, module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict, owed=None, tokens=None) -> Prefix | None:
+        """What a call of the attention is to go through piece by piece; None where it is to go the model's own way."""
+        asked = self.asked(mask, "decoder")
+        if asked is None or not asked.stands_in:
+            return None
+        if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _ELSEWHERE):
+            return None
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return Prefix(self.store, id(module), asked.pieces, scale, owed, tokens)
+
+    def made(self, module: nn.Module, mask: Tensor | None) -> Tensor | None:
+        """The mask that a layer was given, made in full where it was given a stand-in."""
+        asked = self.asked(mask, "decoder")
+        if asked is not None and asked.stands_in:
+            return asked.whole
+        if asked is None and mask is not None and any(other.stands_in for other in self._asked):
+            raise MemTuneError(f"{type(module).__name__} was given a mask, and hands on another one that it made of it.")
+        return mask
 
     def _require_nothing_beyond(self, mask_function: Callable, span: Span) -> None:
         """Where tokens of a block see one another both ways, a chunk that ends inside of it would miss some."""
@@ -122,14 +189,18 @@ class ChunkPass(ModelPass):
 class ContextPass(ChunkPass):
     """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
 
-    def __init__(self, spans, store, places, records: "Records", kernel_knows_causal: bool):
-        super().__init__(spans, store, places, kernel_knows_causal)
+    def __init__(self, spans, store, places, records: "Records", kernel: KernelFacts):
+        super().__init__(spans, store, places, kernel)
         self.records = records
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         keys = self.spans[self.places.key_stack(module)]
         self.store.write(id(module), key, value, keys.first, keys.rows.length)
         self.records.attention_call(self, module, query, mask, kwargs)
+        if self.places.key_stack(module) == "decoder":
+            if (prefix := self.prefix_of(module, query, mask, kwargs)) is not None:
+                return _returned(attend(_as_computed(query), prefix).output)
+            mask = self.made(module, mask)
         key, value = self.store.prefix(id(module), keys.visible)
         return attention(module, query, key, value, mask, **kwargs)
 
@@ -212,30 +283,29 @@ class FocusPass(ModelPass):
         if span.selection is None:  # the states of an encoder that ran before the body, all of them
             return attention(module, query, key, value, mask, **kwargs)
         stored = self.store.prefix(id(module), span.rows.length)
-        run = partial(_attend_among, module, attention, kwargs, mask, stored, span)
-        if not torch.is_grad_enabled():
-            return run(query, key, value), None
-        # recomputed in backward, or autograd would save a copy of all keys and values for every layer
-        output = checkpoint(
-            run,
-            query,
-            key,
-            value,
-            use_reentrant=False,
-            preserve_rng_state=bool(kwargs.get("dropout")),
-            determinism_check="none",
-        )
-        return output, None
+
+        def among(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return place(stored[0], key, span.index, span.valid), place(stored[1], value, span.index, span.valid)
+
+        return _computed_again(module, attention, kwargs, mask, among, query, key, value), None
 
 
-def _attend_among(module, attention, kwargs, mask, stored, span: Span, query, key, value) -> Tensor:
-    key = place(stored[0], key, span.index, span.valid)
-    value = place(stored[1], value, span.index, span.valid)
-    return attention(module, query, key, value, mask, **kwargs)[0]
+def _computed_again(module: nn.Module, attention: Callable, kwargs: dict, mask, among: Callable, query, key, value) -> Tensor:
+    """Attention to live keys and values among stored ones, computed again in backward: or autograd would save what each layer attends to."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(module, query, *among(key, value), mask, **kwargs)[0]
+
+    if not torch.is_grad_enabled():
+        return run(query, key, value)
+    random = bool(kwargs.get("dropout"))
+    return checkpoint(run, query, key, value, use_reentrant=False, preserve_rng_state=random, determinism_check="none")
 
 
 class WholePass(ChunkPass):
     """All tokens at once, through a kernel that a pass can use, storing nothing."""
+
+    takes_pieces = False
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         return attention(module, query, key, value, mask, **kwargs)
@@ -244,37 +314,45 @@ class WholePass(ChunkPass):
 class StreamPass(ChunkPass):
     """One chunk of every row, or some tokens of it, with gradient, among the stored keys and values of the tokens before.
 
-    Nothing of the stored is copied or saved: see `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
+    Nothing of the stored is copied or saved: see `core.pieces`, and `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
     yet, because no context pass came by. alone: whether it is all of the row, so that no other chunk will ask for them. Attention to and
     inside a bidirectional encoder is the model's own. blind: (B, S) bool, the tokens of padding that see no token, if eager attention
     without sinks has run, which lets them see all of the row, so another one in every pass; else None.
     """
 
-    def __init__(self, spans, store, places, kernel_knows_causal: bool, owed: OwedGradients, stores: bool = False, alone: bool = False):
-        super().__init__(spans, store, places, kernel_knows_causal)
+    def __init__(self, spans, store, places, kernel: KernelFacts, owed: OwedGradients, stores: bool = False, alone: bool = False):
+        super().__init__(spans, store, places, kernel)
         span = spans["decoder"]
-        start = span.start if span.selection is None else span.chunk_start
         index = None if span.selection is None else span.index
-        self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(start, span.visible, index, span.valid)
+        self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(span.begins, span.visible, index, span.valid)
         self.blind: Tensor | None = None
         self._unseeing: Tensor | None = None
 
-    def build(self, mask_function, queries, keys):
-        mask = super().build(mask_function, queries, keys)
-        if keys is queries and keys.rows.real is not None and not self.alone and not self.kernel_knows_causal:
-            unseeing = ~mask.any(-1)[:, 0]
+    @property
+    def takes_pieces(self):
+        return self.kernel.in_pieces and not self.alone
+
+    def give(self, asked, queries, keys, may_skip):
+        given = super().give(asked, queries, keys, may_skip)
+        if keys is queries and keys.rows.real is not None and not self.alone and not self.kernel.knows_causal:
+            unseeing = ~attention_mask(asked.rule, queries, keys).any(-1)[:, 0]
             self._unseeing = unseeing if self._unseeing is None else self._unseeing | unseeing
-        return mask
+        return given
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         if self.alone or self.places.key_stack(module) == "encoder":
             return attention(module, query, key, value, mask, **kwargs)
+        if self.stores:
+            self.store.write(id(module), key, value, self.live.start, self.live.stop)
+        if (prefix := self.prefix_of(module, query, mask, kwargs, self.owed, self.live)) is not None:
+            return _returned(attend_with_gradient(_as_computed(query), key, value, prefix))
         if kwargs.get("s_aux") is None:
             self.blind = self._unseeing
-        stored = self._stored(id(module), key, value)
-        with self.store.unsaved(id(module), stored):
-            key, value = self.owed.attach(id(module), (key, value), stored, self.live)
-            return attention(module, query, key, value, mask, **kwargs)
+        among = partial(self._among, id(module))
+        return _computed_again(module, attention, kwargs, self.made(module, mask), among, query, key, value), None
+
+    def _among(self, of: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.owed.attach(of, (key, value), self.store.prefix(of, self.live.stop), self.live)
 
     def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of a layer with hand-written attention: the keys and values of all tokens up to the chunk's end, connected to the chunk's own."""

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.methods.attention.passes import Places
+from hf_memtune.methods.attention.passes import KernelFacts, Places
 from hf_memtune.methods.attention.positions import at_temperature
 from hf_memtune.methods.attention.spans import Span, additive
 from hf_memtune.methods.attention.states import CacheTemplate, again
@@ -52,7 +52,8 @@ class Router:
     """Registers one attention function and one mask function for one model, and activates them pass by pass.
 
     places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions. cache: how the
-    body's cache looks, where layers are followed through it; set by the probe.
+    body's cache looks, where layers are followed through it; set by the probe. makes_masks: whether masks are made in full even where attention
+    could go piece by piece, for layers that change what they are given; set by the probe.
     """
 
     def __init__(self, architecture: Architecture):
@@ -60,6 +61,7 @@ class Router:
         self.calls: weakref.WeakSet = weakref.WeakSet()
         self.name = f"hf_memtune-{next(_numbers)}"
         self.active: Pass | None = None
+        self.makes_masks = False
         self._kernels: dict[int, str] = {}
         self.follow_by(None)
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
@@ -74,9 +76,11 @@ class Router:
             self._unregister()
 
     @property
-    def kernel_knows_causal(self) -> bool:
-        """Whether the attention kernel applies a causal mask by itself where it is given none; of hand-written attention nobody knows."""
-        return self.kernel(self.architecture.base.config) == "sdpa" and not (self.cache is not None and self.cache.by_hand)
+    def kernel_facts(self) -> KernelFacts:
+        """Of the decoder; of hand-written attention nobody knows."""
+        by_hand = self.cache is not None and bool(self.cache.by_hand)
+        knows_causal = self.kernel(self.architecture.base.config) == "sdpa" and not by_hand
+        return KernelFacts(knows_causal, knows_causal and not self.makes_masks and not (self.cache is not None and self.cache.has_indices))
 
     @contextmanager
     def running(self, active: Pass, cache: Cache | None = None) -> Iterator[None]:
@@ -153,7 +157,7 @@ class Router:
     def _attention(self, module, query, key, value, attention_mask=None, **kwargs):  # afmoe gives the mask by its name
         kernel = self.kernel(module.config)
         attention = _eager_attention(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
-        if kernel == "sdpa" and attention_mask is not None and kwargs.get("position_bias") is None and _is_grouped(module, query, key):
+        if kernel == "sdpa" and kwargs.get("position_bias") is None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
         attention_mask = _without_unchosen(module, attention_mask, kwargs)
         assert self.active is not None, "the name of these functions is set only while a pass runs"
@@ -245,12 +249,14 @@ def _is_grouped(module: nn.Module, query: Tensor, key: Tensor) -> bool:
     return query.shape[1] != key.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
 
 
-def _by_group(attention: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs):
+def _by_group(attention: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
     """Grouped-query attention one query of each group at a time.
 
     The kernels take no mask together with grouped heads, and the way around it, repeating keys and values, costs as many
     copies of them as a group has queries. Query head h reads key head h // groups: one strided slice of the queries a turn.
     """
+    if mask is None:
+        return attention(module, query, key, value, mask, **kwargs)
     rows, heads, length, channels = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, length, channels)
     single = SimpleNamespace(num_key_value_groups=1, is_causal=getattr(module, "is_causal", True), training=module.training)

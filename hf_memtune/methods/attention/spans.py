@@ -119,6 +119,13 @@ class Span:
         assert self.start is not None, "chosen tokens have no first one"
         return self.start
 
+    @property
+    def begins(self) -> int:
+        """Where the chunk begins that the tokens are of, or were chosen from."""
+        start = self.start if self.selection is None else self.chunk_start
+        assert start is not None, "tokens chosen from the whole row are of no chunk"
+        return start
+
     def take(self, values: Tensor) -> Tensor:
         """The entries of `values` (B or 1, T, ...) for these tokens."""
         if self.selection is None:
@@ -126,8 +133,8 @@ class Span:
         return self.selection.gather(values)
 
 
-def attention_mask(mask_function: Callable, queries: Span, keys: Span) -> Tensor:
-    """(B or 1, 1, S, visible keys) bool, True where a query may look.
+def attention_mask(mask_function: Callable, queries: Span, keys: Span, first: int = 0, stop: int | None = None) -> Tensor:
+    """(B or 1, 1, S, keys) bool, True where a query may look, of the keys [first, stop): by default all that are visible.
 
     `mask_function(batch, head, query, key)` is transformers' own index-based rule (causal, sliding, chunked,
     bidirectional); evaluated at the positions of the queries, it serves every kind of layer.
@@ -139,13 +146,14 @@ def attention_mask(mask_function: Callable, queries: Span, keys: Span) -> Tensor
     device = queries.index.device
     batch = torch.arange(rows.batch, device=device)[:, None, None, None]
     head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
-    key = torch.arange(keys.visible, device=device)[None, None, None]
+    stop = keys.visible if stop is None else stop
+    key = torch.arange(first, stop, device=device)[None, None, None]
     mask = mask_function(batch, head, queries.index[:, None, :, None], key)
     if keys.rows.real is not None:
-        mask = mask & keys.rows.real[:, None, None, : keys.visible]
+        mask = mask & keys.rows.real[:, None, None, first:stop]
     if queries.valid is not None:
         mask = mask | ~queries.valid[:, None, :, None]  # a filler at padding would otherwise see nothing and become NaN
-    return mask.expand(-1, 1, queries.index.shape[1], keys.visible)
+    return mask.expand(-1, 1, queries.index.shape[1], stop - first)
 
 
 def additive(visible: Tensor, dtype: torch.dtype, hidden: float) -> Tensor:

@@ -71,7 +71,7 @@ class LastBlock:
     def _chunk(self, span: Span, hidden: Tensor, owed: OwedGradients) -> Tensor:
         """(B, S, D): the last block's output for a chunk, differentiable where its input is."""
         spans = {name: rows.whole() for name, rows in self.call.rows.items()} | {"decoder": span}
-        tail = StreamPass(spans, self.store, self.router.places, self.router.kernel_knows_causal, owed)
+        tail = StreamPass(spans, self.store, self.router.places, self.router.kernel_facts, owed)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
             stack.enter_context(at_positions(self.architecture, self.call, spans))
@@ -96,7 +96,7 @@ class LastBlock:
 
     def _whole_pass(self) -> WholePass:
         spans = {name: rows.whole() for name, rows in self.call.rows.items()}
-        return WholePass(spans, self.store, self.router.places, self.router.kernel_knows_causal)
+        return WholePass(spans, self.store, self.router.places, self.router.kernel_facts)
 
 
 def _hand_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:

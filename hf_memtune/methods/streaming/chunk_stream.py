@@ -199,7 +199,7 @@ class ChunkStream:
     def _run(self, number: int, span: Span, stores: bool) -> "Ran":
         """One chunk with gradient."""
         spans = {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span}
-        running = StreamPass(spans, self.store, self.router.places, self.router.kernel_knows_causal, self.owed, stores, self._is_alone)
+        running = StreamPass(spans, self.store, self.router.places, self.router.kernel_facts, self.owed, stores, self._is_alone)
         cache = self.states.begin_live(number, self.chunks.bounds(number)[0], running)
         with self.router.running(running, cache), at_positions(self.router.architecture, self.call, spans):
             output = self.call.forward(**self.call.at(spans, running, cache=cache))

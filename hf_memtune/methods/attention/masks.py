@@ -1,0 +1,135 @@
+"""Which keys the tokens of a chunk look at: the mask that a model asks for, as pieces of the keys, or made in full.
+
+A rule of transformers (causal, sliding, chunked, packed, one with images) is asked about squares of queries and keys. Most of them turn out to
+be seen in full, or not at all, or as padding and packed rows are, by some queries and some keys: only a square that is none of these keeps a
+mask of its own. So no rule need be known by name, and no mask over all keys is made.
+Shape legend: B rows of a batch, S tokens of the pass.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from hf_memtune._compat import is_fake, with_values
+from hf_memtune.core.pieces import Piece
+from hf_memtune.methods.attention.spans import Rows, Span, attention_mask
+
+SQUARE = 512  # keys of a square before the chunk
+
+
+class Asked:
+    """A mask that a model asked for. given: what it got: a mask, None where the kernel needs none, or a stand-in for the pieces."""
+
+    def __init__(self, stack: str, rule: Callable, queries: Span, keys: Span, finish: Callable[[Tensor], Tensor]):
+        self.stack, self.rule, self._queries, self._keys, self._finish = stack, rule, queries, keys, finish
+        self.given: Tensor | None = None
+        self.stands_in = False
+
+    def stand_in(self) -> Tensor:
+        """Of the shape of the mask, and of one number: models hand masks on to their layers, which look at shapes. A layer that reads the
+        values gets what nobody overlooks."""
+        dtype = self._finish(torch.ones(1, 1, 1, 1, dtype=torch.bool)).dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        shape = (self._queries.rows.batch, 1, self._queries.index.shape[1], self._keys.visible)
+        self.given = torch.full((), torch.nan, dtype=dtype, device=self._queries.index.device).expand(shape)
+        self.stands_in = True
+        return self.given
+
+    def is_given(self, mask: Tensor | None) -> bool:
+        """Whether a layer was given this mask, or a view of it."""
+        if mask is None or self.given is None:
+            return mask is self.given
+        return mask.untyped_storage()._cdata == self.given.untyped_storage()._cdata
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The keys, in order, without those that no query looks at."""
+        return _joined(pieces_of(self.rule, self._queries, self._keys), self._queries.begins)
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """The mask itself, finished."""
+        return self._finish(attention_mask(self.rule, self._queries, self._keys))
+
+
+def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece]:
+    """The squares that are looked at; the one of the chunk's own tokens always."""
+    start = queries.begins
+    bounds = [(first, min(first + SQUARE, start)) for first in range(0, start, SQUARE)] + [(start, keys.visible)]
+    if rule is causal_mask_function and queries.selection is None and keys.rows.real is None and queries.rows.segments is None:
+        yield from (Piece(first, stop, causal=first == start) for first, stop in bounds)
+    elif rule is bidirectional_mask_function and queries.valid is None and keys.rows.real is None:
+        yield from (Piece(*b) for b in bounds)
+    elif is_fake(queries.index):
+        yield from _traced(rule, queries, keys, bounds)
+    else:
+        kinds = _kinds(rule, queries, keys, bounds)
+        yield from (p for p in (_piece(rule, queries, keys, *b, k) for b, k in zip(bounds, kinds)) if p is not None)
+
+
+# what is told of a square, in this order: whether anything is seen; all; as causality has it; by all queries; all keys are seen; and whether
+# it is the same for all queries that look at all
+_Kind = tuple[bool, bool, bool, bool, bool, bool]
+
+
+def _kinds(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> list[_Kind]:
+    """All are found before any is asked for, so that a GPU is waited for once. No square is kept meanwhile."""
+    kinds = []
+    for first, stop in bounds:
+        mask = attention_mask(rule, queries, keys, first, stop)
+        looking, seen = mask.any(-1, keepdim=True), mask.any(-2, keepdim=True)
+        is_causal = mask.new_zeros(())
+        if first == bounds[-1][0] and queries.selection is None:
+            is_causal = (mask == torch.ones_like(mask[0, 0]).tril()).all()
+        kinds.append(torch.stack([mask.any(), mask.all(), is_causal, looking.all(), seen.all(), (mask == (looking & seen)).all()]))
+    return [tuple(kind) for kind in torch.stack(kinds).tolist()]
+
+
+def _piece(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kind: _Kind) -> Piece | None:
+    any_seen, all_seen, is_causal, all_look, all_keys, same_for_all = kind
+    if all_seen or is_causal:
+        return Piece(first, stop, causal=is_causal and not all_seen)
+    if not any_seen and stop < keys.visible:
+        return None
+    mask = attention_mask(rule, queries, keys, first, stop)
+    looking = None if all_look else mask.any(-1)
+    if same_for_all:
+        return Piece(first, stop, seen=None if all_keys else mask.any(-2, keepdim=True), looking=looking)
+    return Piece(first, stop, seen=mask.contiguous(), looking=looking)
+
+
+def _traced(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> Iterator[Piece]:
+    """Traced tensors have no values: the pieces of rows without padding that are one sequence, with room for the masks of those that are not."""
+    rows, start = queries.rows, bounds[-1][0]
+    with with_values():
+        plain = Rows(1, rows.length, None, torch.arange(rows.length)[None], None).chunk(start, keys.visible)
+        kinds = _kinds(rule, plain, plain, bounds)
+    is_plain = keys.rows.real is None and rows.segments is None
+    for (first, stop), (any_seen, all_seen, is_causal, _, _, same_for_all) in zip(bounds, kinds):
+        of_its_own = not (all_seen or is_causal or same_for_all) or (first == start and not (is_plain and queries.selection is None))
+        if not any_seen:
+            continue
+        if not of_its_own and is_plain and (all_seen or is_causal):
+            yield Piece(first, stop, causal=is_causal and not all_seen)
+            continue
+        new, count = queries.index.new_ones, queries.index.shape[1]
+        seen = new((rows.batch, 1, count if of_its_own else 1, stop - first), dtype=torch.bool)
+        yield Piece(first, stop, seen=seen, looking=new((rows.batch, 1, count), dtype=torch.bool))
+
+
+def _joined(pieces: Iterator[Piece], border: int) -> list[Piece]:
+    """Neighbours that are seen in full are one, but for those of the chunk's own tokens, which begin at `border`."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and _is_full(found[-1]) and _is_full(piece) and found[-1].stop == piece.start != border:
+            piece = replace(found.pop(), stop=piece.stop)
+        found.append(piece)
+    return found
+
+
+def _is_full(piece: Piece) -> bool:
+    return not piece.causal and piece.seen is None and piece.looking is None

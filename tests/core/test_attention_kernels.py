@@ -1,0 +1,108 @@
+"""Kernels that give attention to a part of the keys: each against the formulas, in float64, with autograd."""
+
+import pytest
+import torch
+
+from hf_memtune.core import attention_kernels
+from hf_memtune.core.attention_kernels import Attended, kernel_for
+from tests.support.tolerances import NOTICED, close, tolerance
+
+ROWS, QUERIES, KEYS, CHANNELS = 2, 5, 7, 8
+KERNELS = {"fused": attention_kernels._CPU, "plain": attention_kernels.PLAIN}
+
+
+def inputs(heads=6, key_heads=2, keys=KEYS, dtype=torch.float64, value_channels=CHANNELS):
+    torch.manual_seed(0)
+    shapes = (heads, QUERIES, CHANNELS), (key_heads, keys, CHANNELS), (key_heads, keys, value_channels)
+    return [torch.randn(ROWS, *shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def mask_of(kind, dtype=torch.float64):
+    if kind == "none":
+        return None
+    seen = torch.rand(ROWS, 1, 1 if kind == "by key" else QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) > 0.4
+    seen[..., 0] = True
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+def twin(query, key, value, mask, causal, scale):
+    """Output and lse by the definition; whatever is shared is repeated."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    scores = query @ key.mT * scale
+    scores = scores if mask is None else scores + mask
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def check(kernel, query, key, value, mask, causal=False, scale=0.3):
+    leaves = [part.double().requires_grad_() for part in (query, key, value)]
+    expected, lse = twin(*leaves, None if mask is None else mask.double(), causal, scale)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad(expected, leaves, gradient)
+    found = kernel.forward(query, key, value, mask, causal, scale)
+    of = kernel.backward(gradient.to(query.dtype), query, key, value, found, mask, causal, scale)
+    assert found.output.dtype == query.dtype and [g.shape for g in of] == [part.shape for part in (query, key, value)]
+    return [(found.output, expected), (found.lse, lse), *zip(of, grads)]
+
+
+def worst(pairs) -> float:
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "by key", "square"])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_are_their_formulas(kernel, heads, kind, dtype):
+    parts = inputs(*heads, dtype=dtype)
+    assert worst(check(KERNELS[kernel], *parts, mask_of(kind, dtype))) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_causality_numbers_queries_and_keys_alike(kernel):
+    parts = inputs(keys=QUERIES)
+    assert worst(check(KERNELS[kernel], *parts, None, causal=True)) <= tolerance(torch.float64)
+    found = KERNELS[kernel].forward(*parts, None, True, 0.3).output
+    assert (found - KERNELS[kernel].forward(*parts, None, False, 0.3).output).norm() > NOTICED
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["as made", "dense"])
+def test_weights_are_those_among_all_keys(kernel, layout):
+    """The gradient for some keys, with output and lse of all: a part of what autograd gives at once."""
+    kernel, (query, key, value) = KERNELS[kernel], inputs()
+    whole = kernel.forward(query, key, value, None, False, 0.3)
+    whole = Attended(*(part.contiguous() for part in whole)) if layout == "dense" else whole
+    gradient = torch.randn_like(whole.output)
+    expected = kernel.backward(gradient, query, key, value, whole, None, False, 0.3)
+    parts = [kernel.backward(gradient, query, key[:, :, p], value[:, :, p], whole, None, False, 0.3) for p in (slice(0, 3), slice(3, KEYS))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0], **close(torch.float64))
+    for number in (1, 2):
+        torch.testing.assert_close(torch.cat([part[number] for part in parts], 2), expected[number], **close(torch.float64))
+    own = kernel.forward(query, key[:, :, :3], value[:, :, :3], None, False, 0.3)
+    alone = kernel.backward(gradient, query, key[:, :, :3], value[:, :, :3], own, None, False, 0.3)
+    assert (alone[1] - parts[0][1]).norm() > NOTICED * parts[0][1].norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_infinite_lse_takes_a_query_out(kernel):
+    kernel, (query, key, value) = KERNELS[kernel], inputs()
+    found = kernel.forward(query, key, value, None, False, 0.3)
+    without = found._replace(lse=found.lse.clone())
+    without.lse[:, :, 1] = torch.inf
+    gradient = torch.randn_like(found.output)
+    of = kernel.backward(gradient, query, key, value, without, None, False, 0.3)
+    gradient[:, :, 1] = 0
+    expected = kernel.backward(gradient, query, key, value, found, None, False, 0.3)
+    assert not of[0][:, :, 1].any() and not any(part.isnan().any() for part in of)
+    for part, other in zip(of[1:], expected[1:]):
+        torch.testing.assert_close(part, other, **close(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_of_another_size(dtype):
+    parts = inputs(dtype=dtype, value_channels=3)
+    assert kernel_for(parts[0], parts[2], masked=False) is attention_kernels.PLAIN
+    assert worst(check(attention_kernels.PLAIN, *parts, mask_of("square", dtype))) <= tolerance(dtype)
