@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_memtune.files import write_text
 from hf_memtune.units import format_bytes
 
 MARK = "hf_memtune"  # the tag by which a card of ours is known
@@ -26,7 +27,7 @@ def write_card(settings, rows, summary) -> Path | None:
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts(settings, rows, summary))
     title = Path(settings.training.output_dir).resolve().name
     text = f"# {title}\n\nTrained with hf_memtune from {name_of(base)}.\n\n## How it was trained\n\n| | |\n|---|---|\n{lines}\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}")
     return path
 
 
