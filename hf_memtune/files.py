@@ -8,10 +8,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial as with_arguments
 from pathlib import Path
 
 LEFT_SECONDS = 3600  # a partial file that nobody has locked, and nobody has written to for so long, is of a process that was killed
-_PART_BYTES = 2**20  # read at a time; hashlib.file_digest would do it, from Python 3.11 on
 
 
 @contextmanager
@@ -89,11 +89,8 @@ def write_text(path: str | Path, text: str, errors: str = "strict") -> Path:
 
 def digest_of(path: str | Path) -> str:
     """A digest of the content of a file, hexadecimal."""
-    found = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while part := file.read(_PART_BYTES):
-            found.update(part)
-    return found.hexdigest()
+        return hashlib.file_digest(file, with_arguments(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 @contextmanager
