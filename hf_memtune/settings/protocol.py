@@ -6,9 +6,17 @@ hands on to the next (`super()`): the messages of several, mixed into one class 
 
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from hf_memtune.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def filled_in(value: Value | None) -> Value:
+    """A setting that may be left out, of settings in which it has been filled in."""
+    assert value is not None
+    return value
 
 
 def setting(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
