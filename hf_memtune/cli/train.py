@@ -131,6 +131,8 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     with training.main_process_first(desc="preparing the data"):
         rows = prepare(data, tokenizer)
     data = getattr(rows, "data", data)  # with the task that the rows are for
+    if getattr(data, "packing", False):
+        training.remove_unused_columns = False  # the model takes no lengths of parts, the collator does: it keeps rows apart by them
     loaded = load_trainable(model, data, tokenizer, rows.classes)
     if slow := slow_dtype(loaded, training.device):
         warnings.warn(slow, stacklevel=2)
