@@ -255,12 +255,13 @@ class Demo:
 
     def write(self, results: list[Result]) -> Path:
         """results.json and report.html. Returns the report."""
+        from hf_memtune.files import write_text
         from hf_memtune.visualization import write_comparison_html
 
         conditions = self.conditions()
         rows = [result.row() for result in results]
         content = {"conditions": conditions, "caveat": CAVEAT, "results": rows}
-        (self.out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(self.out / "results.json", json.dumps(content, indent=2) + "\n")
         return write_comparison_html(rows, self.out / "report.html", "Five ways to fine-tune one model", conditions, NOTES)
 
     def conditions(self) -> dict:

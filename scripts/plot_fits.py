@@ -1,30 +1,20 @@
-"""Pictures of what fits, from results/ladder.jsonl and results/estimate.jsonl: `python scripts/plot_fits.py`. Writes to docs/images."""
+"""Pictures of docs/what-fits.md: the ladder of a plan by category, and predicted over measured bytes."""
 
 from pathlib import Path
 
-import matplotlib
+from pictures import GIB, pyplot, save
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import store
-from pages import ROOT
-
-GIB = 2**30
 COLOURS = {
     "weights": "#4d4d4d", "gradients": "#b2182b", "optimizer_state": "#ef8a62", "saved_activations": "#2166ac", "stored_kv": "#67a9cf",
     "temporaries": "#c7c7c7", "logits": "#7fbf7b", "batch": "#000000",
 }  # fmt: skip
 
 
-def rows_of(name: str) -> list[dict]:
-    return store.read(ROOT / "results" / name)
-
-
-def draw_ladder(path: Path) -> None:
+def draw_ladder(rows: list[dict], path: Path) -> None:
     """The peak of every rung by category, one panel a model."""
-    rows = [row for row in rows_of("ladder.jsonl") if "peak_bytes" in row]
+    rows = [row for row in rows if "peak_bytes" in row]
     models = sorted({row["model"] for row in rows}, reverse=True)
-    figure, axes = plt.subplots(1, len(models), figsize=(6.2 * len(models), 4.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6.2 * len(models), 4.6), sharey=True, layout="constrained")
     for axis, model in zip(axes, models):
         of_model = [row for row in rows if row["model"] == model]
         for number, row in enumerate(of_model):
@@ -40,17 +30,15 @@ def draw_ladder(path: Path) -> None:
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, [name.replace("_", " ") for name in COLOURS], loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, dpi=130)
 
 
-def draw_contract(path: Path) -> None:
+def draw_contract(rows: list[dict], path: Path) -> None:
     """Predicted over measured bytes of every run of the grid, by method; the band is the contract."""
-    rows = rows_of("estimate.jsonl")
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     axis.axhspan(0, 5, color="#e5f5e0", zorder=0)
     axis.axhline(0, color="#333333", linewidth=0.8)
     for number, method in enumerate(methods):
@@ -62,11 +50,4 @@ def draw_contract(path: Path) -> None:
     axis.set_ylim(-0.5, 5.5)
     axis.set_title(f"{len(rows)} runs on a CPU; green: never under, at most 5 % over", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-if __name__ == "__main__":
-    images = ROOT / "docs" / "images"
-    draw_ladder(images / "fits-ladder.png")
-    draw_contract(images / "fits-contract.png")
+    save(figure, path, dpi=130)

@@ -1,14 +1,21 @@
-"""Write the tables of docs/ from the committed result files: `python scripts/tables.py` (--check only compares)."""
+"""Write the tables and pictures of docs/ from the committed result files: `python scripts/tables.py` (--check only compares the tables).
+
+What stands between markers follows from the files; the text around it is written by hand.
+"""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pages
 import store
+from glue import page as glue_page
 from pages import ROOT, conditions_of, mib
+from quality import page as quality_page
+from reversible import page as reversible_page
 
-PAGES = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "architectures.md")
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("measurements", "architectures", "results", "reversible", "reversible-glue")]
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
@@ -239,6 +246,9 @@ SECTIONS = {
     "reversible": reversible_table,
     "speed": speed_table,
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
+    **quality_page.sections(*map(rows_of, ("quality.jsonl", "gradient.jsonl", "precision.jsonl"))),
+    **reversible_page.sections(*map(rows_of, ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl"))),
+    **glue_page.sections(rows_of("glue.jsonl")),
 }
 
 
@@ -247,7 +257,28 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
     stale = [page.name for page in PAGES if not pages.write(page, SECTIONS, check)]
+    if not check:
+        draw(ROOT / "docs" / "images")
     sys.exit(f"docs: {', '.join(stale)} out of date: run python scripts/tables.py" if check and stale else 0)
+
+
+def draw(folder: Path) -> None:
+    """Every picture of what was measured."""
+    import plot_fits
+    from glue import analysis as glue_analysis
+    from glue import plots as glue_plots
+    from quality import analysis, plots, records
+    from reversible import plots as reversible_plots
+
+    plot_fits.draw_ladder(rows_of("ladder.jsonl"), folder / "fits-ladder.png")
+    plot_fits.draw_contract(rows_of("estimate.jsonl"), folder / "fits-contract.png")
+    found = records.latest(rows_of("quality.jsonl"))
+    for task in quality_page.TASKS:
+        plots.finals_figure(analysis.finals(found, task), folder / f"quality-{task}.png")
+    plots.screening_figure(analysis.screened(found), folder / "quality-screening.png")
+    glue_plots.accuracy_figure(glue_analysis.groups_of(records.latest(rows_of("glue.jsonl"))), folder / "reversible-glue.png")
+    reversible_plots.bytes_figure(rows_of("reversible_memory.jsonl"), folder / "reversible-memory.png")
+    reversible_plots.start_figure(rows_of("start_point.jsonl"), folder / "reversible-start.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from hf_memtune import MemEfficientTrainingArguments
 from hf_memtune.levers.facts import Run, Seen
-from hf_memtune.levers.table import LEVERS, REVERSIBLE, idle_levers, offers_of, refusals, refusals_of_arguments
+from hf_memtune.levers.table import LEVERS, REVERSIBLE, idle_levers, offers_of, refusals, refusals_of_arguments, written_levers
 
 ON = {
     "sequence_chunk_size": {"sequence_chunk_size": 8},
@@ -45,6 +45,29 @@ def test_what_is_on_is_seen_written_and_taken_out(arguments, name):
     assert not [lever for lever in LEVERS if lever.is_on(arguments())]
     if lever is not REVERSIBLE:
         assert not lever.is_on(changed(args, lever.off(args)))
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, []),
+        ({"sequence_chunk_size": 8, "activation_checkpointing": True}, ["gradient_checkpointing", "sequence_chunk_size=8"]),
+        ({"token_seeking": True}, ["token_seeking, token_ratio=0.3, token_gradient=cut"]),
+        (
+            {"token_seeking": True, "token_scorer": "context", "token_gradient": "skip"},
+            ["token_seeking, token_ratio=0.3, token_scorer=context, token_gradient=skip, sequence_chunk_size=64"],
+        ),
+    ],
+)
+def test_a_run_is_described_by_what_is_on(arguments, settings, expected):
+    assert written_levers(arguments(**settings)) == expected
+
+
+def test_what_lies_in_host_memory_is_said(arguments):
+    for settings in ({"sequence_chunk_size": 8}, {"token_seeking": True, "token_gradient": "stream"}):
+        streamed = arguments(**settings)  # on the CPU the setting is refused
+        assert [f"{written}, kv_offload" for written in written_levers(streamed)] == written_levers(changed(streamed, {"kv_offload": True}))
+    assert not written_levers(changed(arguments(), {"kv_offload": True}))
 
 
 @pytest.mark.parametrize("name", ON)

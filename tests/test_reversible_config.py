@@ -82,12 +82,13 @@ def test_arguments_can_have_these_fields_beside_others():
 
     both = Both(token_seeking=True, reversible="meft1", adapter_rank=4)
     assert ReversibleConfig.of(both) == ReversibleConfig(reversible="meft1", adapter_rank=4)
-    assert ReversibleConfig.reversible_problems(Both(reversible_scale=0.3)) == []
-    assert ReversibleConfig.reversible_problems(Both(reversible="meft1", reversible_scale=0.3)) != []
+    assert Both(reversible_scale=0.3).problems() == []
+    with pytest.raises(ConfigError, match="reversible_scale"):
+        Both(reversible="meft1", reversible_scale=0.3)
 
 
 def test_checkpointing_has_two_levels_or_none():
     assert CheckpointConfig().checkpoint_levels is None and CheckpointConfig(checkpoint_levels=2).checkpoint_levels == 2
     with pytest.raises(ConfigError, match="expected 2"):
         CheckpointConfig(checkpoint_levels=3)
-    assert CheckpointConfig(checkpoint_levels=2).checkpoint_problems() == []
+    assert CheckpointConfig(checkpoint_levels=2).problems() == []

@@ -45,7 +45,7 @@ class LayerStack:
         return layout
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model under a PEFT wrapper."""
     found = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(found, PreTrainedModel):

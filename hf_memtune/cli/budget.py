@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from hf_memtune.cli import forecast
 from hf_memtune.errors import ConfigError, MemTuneError
@@ -84,19 +85,20 @@ def climb(arguments: list[str], parser: Callable, more: type, stop_at_first: boo
     from hf_memtune.forecast.ladder import ladder
     from hf_memtune.forecast.plan import make_plan
 
-    def read(changes: dict):
-        return forecast.parse([*arguments, *flags(changes)], parser(), more)
+    @lru_cache(maxsize=1)  # of each rung it is asked what it needs in any case, and then what in all
+    def read(*changes: str):
+        return forecast.parse([*arguments, *changes], parser(), more)
 
-    given = read({})
+    given, blanks = read(), forecast.Blanks()
     rungs = ladder(forecast.run_of(given))
     if not given.more.allow_approximate:
         rungs = [rung for rung in rungs if rung.is_exact or not rung.changes]
     plan = make_plan(
         rungs,
-        lambda changes: forecast.predict(read(changes)),
+        lambda changes: forecast.predict(read(*flags(changes)), blanks=blanks),
         given.more.room.tensor_bytes,
         stop_at_first,
-        floor=lambda changes: forecast.least(read(changes)),
+        floor=lambda changes: forecast.least(read(*flags(changes)), blanks),
         tell=_teller(len(rungs)),
     )
     if plan.chosen is None:

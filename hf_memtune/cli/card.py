@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from hf_memtune.files import write_text
+from hf_memtune.levers.table import written_levers
 from hf_memtune.units import format_bytes
 
 MARK = "hf_memtune"  # the tag by which a card of ours is known
@@ -26,7 +28,7 @@ def write_card(settings, rows, summary) -> Path | None:
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts(settings, rows, summary))
     title = Path(settings.training.output_dir).resolve().name
     text = f"# {title}\n\nTrained with hf_memtune from {name_of(base)}.\n\n## How it was trained\n\n| | |\n|---|---|\n{lines}\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}")
     return path
 
 
@@ -35,7 +37,8 @@ def facts(settings, rows, summary) -> list[tuple[str, str]]:
     held_out = len(rows.held_out) if rows.held_out is not None else 0
     found = [
         ("base model", name_of(settings.model.model_name_or_path)),
-        ("method", ", ".join(methods(settings))),
+        ("trained", what_is_trained(settings)),
+        ("memory settings", ", ".join(written_levers(settings.training)) or "none"),
         ("trainable parameters", f"{summary.trainable_parameters:,} of {summary.parameters:,}"),
         ("data", f"{name_of(data_of(settings.data))}: {len(rows.train)} rows to train on, {held_out} held out"),
         ("longest row", f"{settings.data.max_length} tokens at most"),
@@ -53,24 +56,11 @@ def facts(settings, rows, summary) -> list[tuple[str, str]]:
     return found
 
 
-def methods(settings) -> list[str]:
-    """What was trained, and with which memory strategies, in words."""
-    from hf_memtune.levers.facts import checkpoints
-
-    model, training = settings.model, settings.training
-    lora = f"{'QLoRA' if model.load_in_4bit else 'LoRA'} of rank {model.lora_r}"
-    found = [lora if model.lora_r else "adapters of reversible layers" if training.is_reversible else "all parameters"]
-    if training.is_reversible:
-        found.append(f"reversible layers ({training.reversible})")
-    if training.token_seeking:
-        found.append(f"token seeking at a ratio of {training.token_ratio} ({training.token_scorer} scores)")
-    if training.streams:
-        found.append(f"exact streaming in chunks of {training.stream_chunk_size} tokens")
-    if training.checkpoint_levels:
-        found.append(f"checkpointing in {training.checkpoint_levels} levels")
-    if checkpoints(training):
-        found.append("activation checkpointing")
-    return found
+def what_is_trained(settings) -> str:
+    model = settings.model
+    if model.lora_r:
+        return f"{'QLoRA' if model.load_in_4bit else 'LoRA'} of rank {model.lora_r}"
+    return "adapters of reversible layers" if settings.training.is_reversible else "all parameters"
 
 
 def data_of(data) -> str:

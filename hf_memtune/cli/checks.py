@@ -43,6 +43,19 @@ def problems_of_reports(training) -> list[str]:
     return found
 
 
+def problems_of_optimizer(training) -> list[str]:
+    """An optimizer whose package is not installed, which transformers would say after data and model are loaded."""
+    from importlib.util import find_spec
+
+    from hf_memtune.levers.facts import optimizer_name
+
+    name = optimizer_name(training)
+    is_of_bitsandbytes = name == "adamw_8bit" or "bnb" in name or name.startswith(("paged", "lion", "ademamix"))
+    if not is_of_bitsandbytes or find_spec("bitsandbytes"):
+        return []
+    return [f"optim: got {name!r}, which needs bitsandbytes; pip install 'hf_memtune[quantization]', or leave it out."]
+
+
 def problems_of_folder(name: str) -> list[str]:
     """A path that is no folder, or is a folder without a model. Other names are the hub's, which is asked later."""
     path = Path(name)

@@ -94,11 +94,27 @@ def run_of(forecast: Forecast):
     return Run(args, rows, forecast.tokens, model.lora_r, model.load_in_4bit, changes_model=model.reversible_adapters is None)
 
 
-def least(forecast: Forecast) -> int:
+class Blanks:
+    """Models without weights, for predictions one after the other: of two with the same settings of model and data it is made once."""
+
+    def __init__(self):
+        self._settings, self._made = None, None
+
+    def of(self, forecast: Forecast):
+        from hf_memtune.cli.blank import blank_trainable
+
+        settings = repr((forecast.model, forecast.data, forecast.what.config_overrides))
+        if settings != self._settings:
+            made = blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
+            self._settings, self._made = settings, made
+        return self._made
+
+
+def least(forecast: Forecast, blanks: Blanks | None = None) -> int:
     """Bytes that are there in any case: of weights, and of the gradients of what is trained. Takes no trace."""
     from hf_memtune.levers.facts import steps_in_backward
 
-    parameters = list(_blank(forecast).parameters())
+    parameters = list((blanks or Blanks()).of(forecast).parameters())
     trained = 0 if steps_in_backward(forecast.training) else sum(p.nbytes for p in parameters if p.requires_grad)
     return sum(_stored_bytes(p) for p in parameters) + trained
 
@@ -107,13 +123,7 @@ def _stored_bytes(parameter) -> int:
     return parameter.untyped_storage().nbytes()
 
 
-def _blank(forecast: Forecast):
-    from hf_memtune.cli.blank import blank_trainable
-
-    return blank_trainable(forecast.model, forecast.data, forecast.what.config_overrides)
-
-
-def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = None):
+def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = None, blanks: Blanks | None = None):
     """The estimate of what the settings describe, or of other rows of other lengths. Raises ConfigError and UnsupportedModelError."""
     from dataclasses import replace
 
@@ -127,6 +137,6 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
         raise ConfigError(
             [f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."]
         )
-    made = _blank(forecast)
+    made = (blanks or Blanks()).of(forecast)
     check_length(made, replace(forecast.data, max_length=max(2, tokens)))
     return estimate(made, forecast.training, rows, tokens, padded=forecast.what.padded)

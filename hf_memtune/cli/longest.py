@@ -26,8 +26,9 @@ class _Needed(RoomArguments):
 def run(arguments: list[str]) -> None:
     """Print both answers. Raises ConfigError with all problems of the settings, and where not even the shortest row fits."""
     settings = forecast.parse(arguments, make_parser(), _Needed)
-    room, longest, rows = settings.more.room, *_longest_row(settings)
-    batch = _largest_batch(settings)
+    room, blanks = settings.more.room, forecast.Blanks()
+    longest, rows = _longest_row(settings, blanks)
+    batch = _largest_batch(settings, blanks)
     if not longest.size:
         raise ConfigError([_nothing(settings, longest)])
     if settings.what.json:
@@ -41,22 +42,22 @@ def make_parser():
     return forecast.make_parser("longest", RoomArguments)
 
 
-def _longest_row(settings):
+def _longest_row(settings, blanks):
     """What was found, and the rows of a micro-batch it holds for."""
     from hf_memtune.forecast.longest import largest
 
     rows = settings.training.per_device_train_batch_size if "per_device_train_batch_size" in settings.given else 1
     unit = settings.training.stream_chunk_size or UNIT
-    return largest(_traced(settings, "tokens", rows=rows), settings.more.room.tensor_bytes, unit, _positions(settings)), rows
+    return largest(_traced(settings, blanks, "tokens", rows=rows), settings.more.room.tensor_bytes, unit, _positions(settings)), rows
 
 
-def _largest_batch(settings):
+def _largest_batch(settings, blanks):
     from hf_memtune.forecast.longest import largest
 
-    return largest(_traced(settings, "rows", tokens=settings.tokens), settings.more.room.tensor_bytes, 1, MOST_ROWS)
+    return largest(_traced(settings, blanks, "rows", tokens=settings.tokens), settings.more.room.tensor_bytes, 1, MOST_ROWS)
 
 
-def _traced(settings, name: str, **fixed):
+def _traced(settings, blanks, name: str, **fixed):
     """Peak bytes by one size, each said on standard error as it is found."""
     from rich.console import Console
 
@@ -64,7 +65,7 @@ def _traced(settings, name: str, **fixed):
 
     def peak(size: int) -> int:
         with console.status(f"tracing {_counted(size, name)}"):
-            found = forecast.predict(settings, **{name: size} | fixed).peak_bytes
+            found = forecast.predict(settings, **{name: size} | fixed, blanks=blanks).peak_bytes
         console.print(f"  {_counted(size, name)}: {_gib(found)}", style="dim", highlight=False)
         return found
 

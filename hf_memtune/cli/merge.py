@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
+from hf_memtune.files import is_partial, whole_folder
 
 ADAPTERS, REVERSIBLE = "adapter_config.json", "reversible_config.json"
 HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
@@ -52,7 +53,7 @@ class Merging:
         if self.output_dir is None:
             return ["output_dir: got nothing, expected a new folder (--output_dir FOLDER)."]
         folder = Path(self.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not all(map(is_partial, folder.iterdir()))):
             return [f"output_dir: {str(folder)!r} exists and is not an empty folder. Name a new one."]
         return []
 
@@ -134,14 +135,24 @@ def _classes(folder: Path) -> int:
 
 
 def write(model, merging: Merging) -> None:
-    """Weights, config and generation config, and the tokenizer of the run; that of the base model where the run has none."""
+    """Weights, config and generation config, and the tokenizer of the run; that of the base model where the run has none.
+
+    The folder is there when all of it is written; where it was there before, its config.json comes last.
+    """
+    with whole_folder(merging.output_dir, last="config.json") as folder:
+        model.save_pretrained(folder)
+        if not _save_tokenizer((merging.model_name_or_path, model.name_or_path), folder):
+            print(f"no tokenizer beside the adapters or the model: {merging.output_dir} has none")
+
+
+def _save_tokenizer(sources: tuple[str, str], folder: Path) -> bool:
+    """Whether one of the sources has one."""
     from transformers import AutoTokenizer
 
-    model.save_pretrained(merging.output_dir)
-    for source in (merging.model_name_or_path, model.name_or_path):
+    for source in sources:
         try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(merging.output_dir)
-            return
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            return True
         except (OSError, ValueError, ImportError):
             continue
-    print(f"no tokenizer beside the adapters or the model: {merging.output_dir} has none")
+    return False

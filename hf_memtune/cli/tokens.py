@@ -158,8 +158,10 @@ def _chosen_rows(settings: Settings, tokenizer):
     return list(chosen), [f"row {number % len(rows)}" for number in index], classes, data
 
 
-def write(maps: list, settings: Settings) -> tuple[Path, Path]:
-    """The page and the picture, and where they are."""
+def write(maps: list, settings: Settings) -> tuple[Path, Path | None]:
+    """The page and the picture, and where they are; without matplotlib there is no picture."""
+    from importlib.util import find_spec
+
     from hf_memtune.visualization import write_token_map_html, write_token_map_png
 
     page = Path(settings.examples.out)
@@ -167,10 +169,10 @@ def write(maps: list, settings: Settings) -> tuple[Path, Path]:
     listed = {"model": Path(settings.model.model_name_or_path).name}
     listed |= {name: getattr(settings.seeking, name) for name in SHOWN}
     write_token_map_html(maps, page, listed)
-    return page, Path(write_token_map_png(maps, page.with_suffix(".png"), listed))
+    return page, write_token_map_png(maps, page.with_suffix(".png"), listed) if find_spec("matplotlib") else None
 
 
-def print_counts(maps: list, page: Path, picture: Path) -> None:
+def print_counts(maps: list, page: Path, picture: Path | None) -> None:
     """How many tokens are kept, and how many of those carry a label."""
     from rich.console import Console
     from rich.table import Table
@@ -181,4 +183,5 @@ def print_counts(maps: list, page: Path, picture: Path) -> None:
     for title, some in [*((one.title, [one]) for one in maps), *([("all", maps)] if len(maps) > 1 else [])]:
         n = count(some)
         table.add_row(title, str(n.tokens), str(n.labelled), str(n.kept), str(n.kept_labelled), percent(n.kept_labelled, n.kept))
-    Console().print(table, f"page: {page}", f"picture: {picture}", sep="\n")
+    drawn = picture or "none: it needs matplotlib; pip install 'hf_memtune[viz]'"
+    Console().print(table, f"page: {page}", f"picture: {drawn}", sep="\n", markup=False)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
-from hf_memtune.cli.checks import problems_of_folder, problems_of_reports, problems_of_resuming
+from hf_memtune.cli.checks import problems_of_folder, problems_of_optimizer, problems_of_reports, problems_of_resuming
 from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser
 from hf_memtune.errors import ConfigError
 
@@ -79,7 +79,11 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
     if built.model is not None:
         problems += problems_of_folder(built.model.model_name_or_path)
     if built.training is not None:
-        problems += [*problems_of_reports(built.training), *problems_of_resuming(built.training)]
+        problems += [
+            *problems_of_reports(built.training),
+            *problems_of_resuming(built.training),
+            *problems_of_optimizer(built.training),
+        ]
     ineffective = [message for part in (*built, *further) if part is not None for message in part.ineffective()]
     problems += [f"{message}. Leave it out." for message in ineffective if of_user and message.split()[0] in parser.flags]
     if problems:
@@ -127,6 +131,8 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     with training.main_process_first(desc="preparing the data"):
         rows = prepare(data, tokenizer)
     data = getattr(rows, "data", data)  # with the task that the rows are for
+    if getattr(data, "packing", False):
+        training.remove_unused_columns = False  # the model takes no lengths of parts, the collator does: it keeps rows apart by them
     loaded = load_trainable(model, data, tokenizer, rows.classes)
     if slow := slow_dtype(loaded, training.device):
         warnings.warn(slow, stacklevel=2)

@@ -36,10 +36,11 @@ def ladder(run: Run) -> list[Rung]:
     """All rungs above the settings as given, which are the first."""
     rungs = [Rung("as given", APPROXIMATE if run.args.token_seeking else EXACT, {})]
     for offer in offers_of(run):
-        below = rungs[-1].changes
+        there = [rung for rung in rungs if rung.missing is None]  # what cannot be had is no step to others
+        last, below = there[-1], there[-1].changes
         if not offer.is_exact and rungs[0].is_exact:
-            below = _without_streaming(rungs)
-        kind = rungs[-1].gradient if offer.gradient == EXACT or not rungs[-1].is_exact else offer.gradient
+            below = _without_streaming(there)
+        kind = last.gradient if offer.gradient == EXACT or not last.is_exact else offer.gradient
         rungs.append(Rung(offer.name, kind, {**below, **offer.changes}, offer.missing))
     return rungs
 

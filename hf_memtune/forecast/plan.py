@@ -86,7 +86,7 @@ def make_plan(
     smaller: dict[str, Any] = {}  # batches of evaluation
     for rung in rungs:
         rung = replace(rung, changes={**rung.changes, **smaller})
-        found = _too_large(rung, floor, budget_bytes) or _climb(rung, predict, budget_bytes, given, is_given=not steps)
+        found = _climb(rung, predict, budget_bytes, given, not steps, floor)
         if not found.fits and found.estimate is not None and found.estimate.peak_phase == "evaluation":
             found = _with_less_evaluation(found, predict, budget_bytes, given)
             smaller = {name: value for name, value in found.rung.changes.items() if name == _EVALUATION}
@@ -98,25 +98,20 @@ def make_plan(
     return Plan(tuple(steps), budget_bytes)
 
 
-def _climb(rung: Rung, predict: Callable, budget_bytes: int, given: MemoryEstimate | None, is_given: bool) -> Step:
+def _climb(
+    rung: Rung, predict: Callable, budget_bytes: int, given: MemoryEstimate | None, is_given: bool, floor: Callable | None = None
+) -> Step:
     if rung.missing is not None:
         return Step(rung, None, None, False, rung.missing)
     try:
+        if floor is not None and (least := floor(rung.changes)) > budget_bytes:
+            return Step(rung, None, None, False, f"weights and their gradients alone need {format_bytes(least)}", least)
         found = predict(rung.changes)
     except MemTuneError as error:
         if is_given:
             raise
         return Step(rung, None, None, False, _first_line(error))
     return Step(rung, found, found.flops / max(1, (given or found).flops), found.peak_bytes <= budget_bytes)
-
-
-def _too_large(rung: Rung, floor: Callable | None, budget_bytes: int) -> Step | None:
-    """Without a trace: what is there in any case is more than there is room for."""
-    if floor is None or rung.missing is not None:
-        return None
-    if (least := floor(rung.changes)) <= budget_bytes:
-        return None
-    return Step(rung, None, None, False, f"weights and their gradients alone need {format_bytes(least)}", least)
 
 
 def _with_less_evaluation(step: Step, predict: Callable, budget_bytes: int, given: MemoryEstimate | None) -> Step:

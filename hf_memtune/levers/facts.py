@@ -15,6 +15,9 @@ class Settings(Protocol):
     token_seeking: bool
     token_ratio: float
     token_gradient: str
+    token_scorer: str
+    preset: str | None
+    given: frozenset[str]
     sequence_chunk_size: int | None
     kv_offload: bool
     checkpoint_levels: int | None

@@ -42,10 +42,22 @@ _STREAMED_LAYERS = (
 )
 _NO_STREAM = {"sequence_chunk_size": None, "kv_offload": False}
 
+
+def _offloaded(args: Settings) -> str:
+    return ", kv_offload" if args.kv_offload and args.streams else ""
+
+
+def _seeking(args: Settings) -> str:
+    """A scorer that was left open is another one for some models."""
+    is_open = args.preset is None and "token_scorer" not in args.given
+    scorer = "" if is_open else f", token_scorer={args.token_scorer}"
+    return f"token_seeking, token_ratio={args.token_ratio:g}{scorer}, token_gradient={args.token_gradient}"
+
+
 STREAMING = Lever(
     "sequence_chunk_size",
     is_on=lambda args: args.streams and not args.token_seeking,
-    written=lambda args: f"sequence_chunk_size={args.sequence_chunk_size}",
+    written=lambda args: f"sequence_chunk_size={args.sequence_chunk_size}" + _offloaded(args),
     off=lambda args: _NO_STREAM,
     offers=offers.streaming,
     judge=judgements.ran_in_chunks,
@@ -56,7 +68,7 @@ STREAMING = Lever(
 SEEKING = Lever(
     "token_seeking",
     is_on=lambda args: args.token_seeking,
-    written=lambda args: f"token_seeking, token_ratio={args.token_ratio:g}, token_gradient={args.token_gradient}",
+    written=lambda args: _seeking(args) + (f", sequence_chunk_size={args.stream_chunk_size}" if args.streams else "") + _offloaded(args),
     off=lambda args: {"token_seeking": False} | _NO_STREAM,
     offers=offers.token_seeking,
     judge=judgements.left_tokens_out,
@@ -119,6 +131,11 @@ def offers_of(run: Run, one_each: bool = False) -> Iterator[Offer]:
     for lever in LEVERS:
         found = list(lever.offers(run))
         yield from found[:1] if one_each else found
+
+
+def written_levers(args: Settings) -> list[str]:
+    """Every lever that is on, as it stands in the settings."""
+    return [written for lever in LEVERS if lever.is_on(args) and (written := lever.written(args))]
 
 
 def idle_levers(args: Settings, seen: Seen) -> Iterator[Idle]:

@@ -4,10 +4,10 @@ Each help text says the unit and what a larger value does. `problems()` lists ev
 may fill is None until it is given, and is filled when the settings are made: see presets.py.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
-from hf_memtune.errors import ConfigError
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
+from hf_memtune.settings.protocol import MethodSettings, changed_fields, setting
 
 GRADIENT_NORMS = ("l2", "l1", "sum")
 CONTEXT_NORMALIZERS = ("sum", "mean")
@@ -20,39 +20,27 @@ TOKEN_GRADIENTS = ("cut", "stream", "skip")
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
 
 
-def _setting(default, help_text: str, choices=None):
-    metadata = {"help": help_text}
-    if choices is not None:
-        metadata["choices"] = list(choices)
-    return field(default=default, metadata=metadata)
-
-
 def _filled(name: str, help_text: str, choices=None):
     """A setting that a preset may fill."""
-    return _setting(None, f"{help_text} {described_default(name)}", choices)
+    return setting(None, f"{help_text} {described_default(name)}", choices)
 
 
 @dataclass
-class StreamingConfig:
+class StreamingConfig(MethodSettings):
     """Settings of exact streaming: backward of a causal model in chunks of its rows."""
 
-    sequence_chunk_size: int | None = _setting(
+    sequence_chunk_size: int | None = setting(
         None,
         "Exact streaming backward of causal models: forward in chunks of this many tokens of each row, backward from the last "
         "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
         "Smaller: less memory, more kernel launches. A size larger than the row is plain training. Default: off.",
     )
-    kv_offload: bool = _setting(
+    kv_offload: bool = setting(
         False,
         "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
         "gradients summed for them, in pinned host memory, with two blocks of 2048 tokens of a layer on the GPU. Memory of the GPU then hardly "
         "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
     )
-
-    @classmethod
-    def of(cls, settings: "StreamingConfig") -> "StreamingConfig":
-        """These settings alone, out of arguments that have more fields."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @property
     def streams(self) -> bool:
@@ -79,21 +67,15 @@ class StreamingConfig:
         """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
         return False
 
-    def __post_init__(self):
-        found = self.problems()
-        if found:
-            raise ConfigError(found)
-
     def problems(self) -> list[str]:
-        """Every value that cannot work, as one message each: setting, got, expected."""
-        size = self.sequence_chunk_size
+        size, found = self.sequence_chunk_size, super().problems()
         if size is None or (type(size) is int and size >= 1):
-            return []
-        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more. Leave it out to turn streaming off."]
+            return found
+        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more. Leave it out to turn streaming off.", *found]
 
     def ineffective(self) -> list[str]:
-        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
-        return ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
+        own = ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
+        return own + super().ineffective()
 
 
 @dataclass
@@ -104,10 +86,10 @@ class TokenSeekingConfig(StreamingConfig):
     `preset` or `token_scorer` fills the others anew; dataclasses.replace hands every value on as it is.
     """
 
-    token_seeking: bool = _setting(
+    token_seeking: bool = setting(
         False, "Backpropagate through a part of the tokens of each instance only (token_ratio); every token is still seen forward."
     )
-    preset: str | None = _setting(
+    preset: str | None = setting(
         None,
         "Published method whose settings fill those that are not given: tokenseek (TokenSeek, scored once before training) or "
         "tokentune (TokenTune, random tokens). Default: none, the library's own choices.",
@@ -167,7 +149,7 @@ class TokenSeekingConfig(StreamingConfig):
         "loss whose incoming key and value gradient is below skip_threshold of the row's total are not recomputed.",
         TOKEN_GRADIENTS,
     )
-    skip_threshold: float = _setting(
+    skip_threshold: float = setting(
         0.01,
         "token_gradient=skip: share, in [0, 1], of the key and value gradient of a row below which tokens without loss are left "
         "out of backward. Larger: faster, further from the exact gradient. 0 leaves out nothing.",
@@ -183,10 +165,10 @@ class TokenSeekingConfig(StreamingConfig):
         "each epoch), once (one pass before training, the paper's offline seeking, kept on disk and reused).",
         SCHEDULES,
     )
-    seek_cache_dir: str | None = _setting(
+    seek_cache_dir: str | None = setting(
         None, "Folder for the scores of seek_schedule=once. Default: beside the data set, else in output_dir."
     )
-    context_chunk_size: int = _setting(
+    context_chunk_size: int = setting(
         512,
         "Tokens of each row that go through the pass over all tokens at a time (causal models; others run whole). "
         "Smaller: less memory, more kernel launches.",
@@ -198,9 +180,7 @@ class TokenSeekingConfig(StreamingConfig):
 
         What was not given there is filled again, so that it follows a changed preset.
         """
-        values = {f.name: getattr(settings, f.name) for f in fields(cls)}
-        unset = dict.fromkeys(PRESETS[None].keys() - settings.given)
-        return cls(**values | unset | changed)
+        return super().of(settings, **dict.fromkeys(PRESETS[None].keys() - settings.given) | changed)
 
     def __post_init__(self):
         self._fill()
@@ -267,7 +247,7 @@ class TokenSeekingConfig(StreamingConfig):
             for holds, name, wanted in [*self._ranges(), *self._choices()]
             if not holds
         ]
-        return super().problems() + found + self._impossible_combinations()
+        return found + self._impossible_combinations() + super().problems()
 
     def _ranges(self) -> list[tuple[bool, str, str]]:
         return [
@@ -315,7 +295,7 @@ class TokenSeekingConfig(StreamingConfig):
         ]
 
     def ineffective(self) -> list[str]:
-        given = self.given | {f.name for f in fields(TokenSeekingConfig) if self._differs(f)}
+        given = self.given | {f.name for f in changed_fields(self, TokenSeekingConfig) if f.name not in PRESETS[None]}
         if not self.token_seeking:
             idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
             return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
@@ -325,10 +305,7 @@ class TokenSeekingConfig(StreamingConfig):
             f"{name} has no effect with {reason}={getattr(self, reason)}{unless.get(reason, '')}"
             for name, reason in sorted(self._idle().items())
             if name in given
-        ]
-
-    def _differs(self, setting) -> bool:
-        return setting.name not in PRESETS[None] and getattr(self, setting.name) != setting.default
+        ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
 
     def _idle(self) -> dict[str, str]:
         """Names of the settings that are not read, each with the setting because of which it is not."""

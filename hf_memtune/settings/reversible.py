@@ -3,11 +3,11 @@
 What is not given is None until `filled()`.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hf_memtune.errors import ConfigError
 from hf_memtune.settings.presets import ADAPTER_DEFAULTS, COUPLING_FACTORS
+from hf_memtune.settings.protocol import MethodSettings, changed_fields, setting
 
 COUPLINGS = ("none", *COUPLING_FACTORS)
 NUMERICS = ("exact", "float")
@@ -15,57 +15,52 @@ OUTPUTS = ("newest", "mean", "sum")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 
-def _setting(default, help_text: str, choices=None):
-    metadata = {"help": help_text}
-    return field(default=default, metadata=metadata | ({} if choices is None else {"choices": list(choices)}))
-
-
 def _filled(name: str, help_text: str, choices=None):
-    return _setting(None, f"{help_text} Default: {ADAPTER_DEFAULTS[name]}.", choices)
+    return setting(None, f"{help_text} Default: {ADAPTER_DEFAULTS[name]}.", choices)
 
 
 @dataclass
-class ReversibleConfig:
-    """Settings of reversible layers (MEFT, arXiv 2306.00477, and the centred coupling). Raises ConfigError with every problem at once.
+class ReversibleConfig(MethodSettings):
+    """Settings of reversible layers (MEFT, arXiv 2306.00477, and the centred coupling).
 
-    A mixin, too: its methods read its own fields alone, and names that begin otherwise than `reversible` are of adapters and the head.
+    Names that begin otherwise than `reversible` are of adapters and the head.
     """
 
-    reversible: str = _setting(
+    reversible: str = setting(
         "none",
         "Couple the layers into reversible ones, whose activations are rebuilt in backward and not kept. centred: keeps the function "
         "of the pre-trained model up to terms of the scale. meft1, meft2, meft3: the couplings of MEFT. none: off.",
         COUPLINGS,
     )
-    reversible_scale: float | None = _setting(
+    reversible_scale: float | None = setting(
         None,
         "Factor of the older stream, no unit: c of centred, lambda of meft1, meft2, meft3. Smaller: nearer to the pre-trained model, "
         "more stored bits (exact) or a worse inverse (float). exact: a power of two, such as 0.125. Default: 1/16 for centred; for "
         "meft1, meft2, meft3 the paper's 0.1, 1, 0.1, in which exact has 1/8 for 0.1.",
     )
-    reversible_beta: float | None = _setting(
+    reversible_beta: float | None = setting(
         None,
         "Factor of the second stream, no unit: beta of meft1, meft2, meft3, as reversible_scale. Default: the paper's 1, 0.1, 0.1, in "
         "which exact has 1/8 for 0.1.",
     )
-    reversible_numerics: str = _setting(
+    reversible_numerics: str = setting(
         "exact",
         "exact: streams in 32-bit fixed point, with the log2(1/factor) bits that each layer would lose kept beside them: gradients "
         "are right at every depth. float: nothing is kept; the error of the inverse grows by 1/factor a layer.",
         NUMERICS,
     )
-    reversible_layers: int | None = _setting(
+    reversible_layers: int | None = setting(
         None,
         "How many layers of each stack are reversible, counted from the bottom; the others keep their activations, as usual. Default: all.",
     )
-    reversible_output: str | None = _setting(
+    reversible_output: str | None = setting(
         None,
         "What the reversible layers hand on: newest stream, mean of both, or sum of the newest and reversible_scale times the older. "
         "Default: newest for centred; for meft1, meft2, meft3 as in the paper, mean for post-norm layers (BERT), sum for pre-norm "
         "ones (OPT).",
         OUTPUTS,
     )
-    reversible_fraction_bits: int | None = _setting(
+    reversible_fraction_bits: int | None = setting(
         None,
         "exact: bits after the binary point, of 32. More: finer steps, less range. Default: 20 for post-norm layers (states below "
         "2,048), 12 for pre-norm ones (below 524,288).",
@@ -80,20 +75,11 @@ class ReversibleConfig:
     adapter_init_std: float | None = _filled(
         "adapter_init_std", "Standard deviation of the adapters' weights at the start (biases are 0). Larger: farther from the model."
     )
-    train_head: bool | None = _setting(
+    train_head: bool | None = setting(
         None,
         "Train what follows the layers (pooler and head) beside the adapters. Default: yes, except for language models, whose head is "
         "pre-trained and often tied to the embeddings.",
     )
-
-    def __post_init__(self):
-        if found := ReversibleConfig.reversible_problems(self):
-            raise ConfigError(found)
-
-    @classmethod
-    def of(cls, settings: "ReversibleConfig", **changed) -> "ReversibleConfig":
-        """These settings alone, out of arguments that have more fields, with some of them changed."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)} | changed)
 
     def filled(self) -> "ReversibleConfig":
         """With what was not given; but reversible_output, reversible_fraction_bits, reversible_layers and train_head need the model."""
@@ -101,24 +87,16 @@ class ReversibleConfig:
         return replace(ReversibleConfig.of(self), **missing)
 
     def problems(self) -> list[str]:
-        return ReversibleConfig.reversible_problems(self)
-
-    def ineffective(self) -> list[str]:
-        return ReversibleConfig.reversible_ineffective(self)
-
-    def reversible_problems(self) -> list[str]:
-        """Every value that cannot work, as one message each: setting, got, expected."""
         found = [
             f"{name}: got {getattr(self, name)!r}, expected {wanted}."
             for holds, name, wanted in [*_choices(self), *_ranges(self)]
             if not holds
         ]
-        return found or _combinations(self)
+        return (found or _combinations(self)) + super().problems()
 
-    def reversible_ineffective(self) -> list[str]:
-        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
-        given = [f.name for f in fields(ReversibleConfig) if getattr(self, f.name) != f.default]
-        return [f"{name} has no effect {reason}" for name, reason in _idle(self).items() if name in given]
+    def ineffective(self) -> list[str]:
+        given = [each.name for each in changed_fields(self, ReversibleConfig)]
+        return [f"{name} has no effect {reason}" for name, reason in _idle(self).items() if name in given] + super().ineffective()
 
 
 def _defaults(config: Any) -> dict[str, Any]:
@@ -197,22 +175,17 @@ def _idle(config: Any) -> dict[str, str]:
 
 
 @dataclass
-class CheckpointConfig:
-    """Settings of two-level checkpointing, the rival of reversible layers: exact, the model as it is, one forward more. A mixin, too."""
+class CheckpointConfig(MethodSettings):
+    """Settings of two-level checkpointing, the rival of reversible layers: exact, the model as it is, one forward more."""
 
-    checkpoint_levels: int | None = _setting(
+    checkpoint_levels: int | None = setting(
         None,
         "2: checkpoint the layers on two levels: about 2 sqrt(layers) of their inputs are alive, not all; costs one forward more than "
         "activation_checkpointing, which is one level. Gradients are those of plain training. Default: off.",
     )
 
-    def __post_init__(self):
-        if found := CheckpointConfig.checkpoint_problems(self):
-            raise ConfigError(found)
-
-    def checkpoint_problems(self) -> list[str]:
-        """Every value that cannot work, as one message each: setting, got, expected."""
-        found = []
-        if self.checkpoint_levels not in (None, 2):
-            found.append(f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing.")
-        return found
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.checkpoint_levels in (None, 2):
+            return found
+        return [f"checkpoint_levels: got {self.checkpoint_levels!r}, expected 2, or none. One level is activation_checkpointing.", *found]

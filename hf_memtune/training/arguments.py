@@ -9,6 +9,7 @@ from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.table import refusals_of_arguments
 from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.protocol import MethodSettings
 from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
 from hf_memtune.training.care.preflight.arguments import PreflightArguments
 
@@ -47,20 +48,19 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
 
     def __post_init__(self):
         self._fill()
-        found = [*self.problems(), *self.reversible_problems(), *self.checkpoint_problems()]
-        found += [*self._unknown_scorer(), *refusals_of_arguments(self), *self.unsupported_by_preflight()]
+        found = [*self.problems(), *self._unknown_scorer(), *refusals_of_arguments(self), *self.unsupported_by_preflight()]
         for name, unit in (("memory_trace_steps", "optimizer steps"), ("full_loss_rows", "rows")):
             if getattr(self, name) < 0:
                 found.append(f"{name}: got {getattr(self, name)}, expected 0 or more {unit}.")
         if found:
             raise ConfigError(found)
-        super(CheckpointConfig, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
+        super(MethodSettings, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
         self._require_device_memory()
         for message in self.ineffective():
             warnings.warn(message, stacklevel=3)
 
     def ineffective(self) -> list[str]:
-        found = super().ineffective()
+        found = []
         default = MemEfficientArgumentsMixin.full_loss_rows
         if not self.is_mean_of_kept and self.full_loss_rows != default:
             found.append(
@@ -68,7 +68,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
             )
         if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
             found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
-        return found + self.reversible_ineffective()
+        return found + super().ineffective()
 
     @property
     def is_reversible(self) -> bool:

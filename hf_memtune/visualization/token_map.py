@@ -183,7 +183,7 @@ WIDTH, MARGIN, GAP, DPI = 15.0, 0.35, 0.3, 120
 FONT_POINTS, CELL, LINE = 9, 9.03 / DPI, 0.2  # at 120 dpi this monospaced cell is 9 pixels wide
 HEADER, TITLE, CHART = 1.25, 0.75, 1.9
 INK, MUTED = "#1b1f24", "#5b6470"
-MISSING = "drawing needs matplotlib, which is not installed; run: pip install hf_memtune[viz]"
+MISSING = "drawing needs matplotlib, which is not installed; run: pip install 'hf_memtune[viz]'"
 
 
 def new_figure(width: float, height: float, facecolor: str = "white"):

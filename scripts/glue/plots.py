@@ -2,29 +2,21 @@
 
 from pathlib import Path
 
-import matplotlib
+from pictures import MIB, STYLE, pyplot, save
 
 from glue.analysis import Group
 from glue.arms import ADAPTERS, FULL, LORA
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no display
-
-MIB = 2**20
 # Okabe and Ito's colours. Reversible arms end near one another: markers tell them apart where they overlap
 COLOURS = {
     FULL: "#000000", LORA: "#0072B2", ADAPTERS: "#009E73", "MEFT1 float": "#E69F00", "MEFT1 exact": "#D55E00", "centred exact": "#CC79A7",
 }  # fmt: skip
 MARKERS = {"MEFT1 float": "s", "MEFT1 exact": "^", "centred exact": "v"}
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "legend.frameon": False,
-}  # fmt: skip
 
 
 def accuracy_figure(groups: list[Group], file: Path) -> None:
     """A small hollow point a seed, a large one the mean. Intervals are in the table."""
-    with pyplot.rc_context(STYLE):
+    with pyplot.rc_context(STYLE | {"font.size": 10}):
         figure, axes = pyplot.subplots(figsize=(8, 4.8))
         for group in groups:
             _points(axes, group)
@@ -32,9 +24,7 @@ def accuracy_figure(groups: list[Group], file: Path) -> None:
         axes.set(ylabel="accuracy on held-out rows (chance: 0.5)")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="small: one seed\nlarge: mean")
         figure.tight_layout()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=110, metadata={"Software": None})  # the same bytes from the same numbers
-        pyplot.close(figure)
+        save(figure, file)
 
 
 def _points(axes, group: Group) -> None:

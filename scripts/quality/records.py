@@ -13,9 +13,14 @@ def key(record: dict) -> tuple:
     return tuple(record[name] for name in KEY)
 
 
+def latest(found: Iterable[dict]) -> list[dict]:
+    """The last record of each run."""
+    return list({key(record): record for record in found}.values())
+
+
 def read(file: Path) -> list[dict]:
-    """All finished runs, the last line of each."""
-    return list({key(record): record for record in store.read(file)}.values())
+    """All finished runs."""
+    return latest(store.read(file))
 
 
 def final_loss(record: dict) -> float:

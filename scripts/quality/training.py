@@ -30,6 +30,9 @@ class Run:
     held_out: str = "tuning"
     measured: int = 4
 
+    def __str__(self) -> str:
+        return f"{self.stage} {self.task} {self.rows} rows {self.steps} steps {self.arm} rate {self.learning_rate:g} seed {self.seed}"
+
     @property
     def measured_steps(self) -> list[int]:
         """Evenly spaced, the last one always among them."""

@@ -2,18 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
+from pictures import GIB, STYLE, pyplot, save
 
 from reversible import bytes_tables, start_tables
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no display
-
-GIB = 2**30
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
-}  # fmt: skip
 METHODS = {
     "full fine-tuning": ("plain", "#000000", "s", "-"),
     "full fine-tuning, checkpointing": ("checkpointing, every layer", "#7f7f7f", "D", "-"),
@@ -48,7 +40,8 @@ def bytes_figure(rows: list[dict], file: Path) -> None:
         kept.set(ylabel="GiB above weights and gradients")
         figure.legend(*kept.get_legend_handles_labels(), loc="outside right center")
         figure.suptitle("Layers of RoBERTa-large, bfloat16, 32 rows of 512 tokens", fontsize=10)
-        _save(figure, file)
+        figure.set_layout_engine("constrained")
+        save(figure, file)
 
 
 def start_figure(rows: list[dict], file: Path) -> None:
@@ -73,16 +66,11 @@ def start_figure(rows: list[dict], file: Path) -> None:
             axes.set_xticks(MARKED, labels=[start_tables.FACTORS[factor] for factor in MARKED])
             axes.minorticks_off()
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center")
-        _save(figure, file)
+        figure.set_layout_engine("constrained")
+        save(figure, file)
 
 
 def _curve(axes, rows: list[dict], which: tuple[str, str, str], measure: str, look: dict) -> None:
     found = [(factor, start_tables.alone(rows, *which, factor)) for factor in MARKED]
     points = [(factor, abs(row[measure]["mean"]), row[measure]["deviation"]) for factor, row in found if row and not row["overflow"]]
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=which[2], markersize=5, **look)
-
-
-def _save(figure, file: Path) -> None:
-    figure.set_layout_engine("constrained")
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)

@@ -88,6 +88,21 @@ def planned(capsys, out, *arguments, code=0):
     return json.loads(said.out.strip().splitlines()[-1]) if code == 0 else said.err
 
 
+def test_a_plan_makes_each_model_once_and_it_serves_every_rung(tmp_path, capsys, monkeypatch):
+    from hf_memtune.cli import blank
+
+    made, make = [], blank.blank_trainable
+    monkeypatch.setattr(blank, "blank_trainable", lambda *settings: made.append(settings[0].lora_r) or make(*settings))
+    common = [*OF_A_TYPE[:-1], "1", "--sequence_length", "16", "--max_length", "16", "--lora_r", "2", "--load_in_4bit"]
+    common += ["--activation_checkpointing", "--token_seeking", "--optim", "sgd"]
+    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", "1GiB", *common)
+    assert made == [2] and len(plan["rungs"]) == 2
+    first, last = plan["rungs"]
+    flags = [f"--{name}={value}" for name, value in last["changes"].items()]
+    assert estimated(capsys, *common, *flags)["peak_bytes"] == last["peak_bytes"] != first["peak_bytes"]
+    assert made == [2, 2]
+
+
 def test_a_plan_is_a_recipe_that_trains(wordy, tmp_path, capsys):
     """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
     data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no"]

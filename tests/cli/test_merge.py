@@ -101,3 +101,17 @@ def test_every_problem_at_once(tmp_path, capsys):
     assert main(["merge", "--model", "absent", "--output_dir", "full"]) == 2
     shown = capsys.readouterr().err
     assert "'absent' is not a folder" in shown and "'full' exists and is not an empty folder" in shown
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
+def test_what_fails_half_way_leaves_no_model(exists, model, tmp_path, monkeypatch):
+    adapters(model, "run")
+    if exists:
+        (tmp_path / "plain").mkdir()
+        (tmp_path / "plain" / ".plain.x1y2z3_a.partial").mkdir()  # of one that was killed: no reason to refuse the folder
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_memtune.cli.merge._save_tokenizer", lambda sources, folder: 1 / 0)
+        pytest.raises(ZeroDivisionError, main, ["merge", "--model", "run", "--output_dir", "plain"])
+    assert not list(tmp_path.glob("**/model.safetensors"))
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    AutoModelForCausalLM.from_pretrained("plain")

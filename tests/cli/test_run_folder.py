@@ -30,7 +30,14 @@ def test_the_run_folder_says_how_it_was_trained(model, instructions, tmp_path):
     flags = ["--token_seeking", "--token_ratio", "0.5", "--lora_r", "2"]
     assert main(["train", *arguments(model, instructions, *flags)]) == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    for words in ("LoRA of rank 2", "ratio of 0.5", "instructions.jsonl: ", "optimizer steps | 2", "peak memory | ", "held-out loss | "):
+    for words in (
+        "LoRA of rank 2",
+        "| memory settings | token_seeking, token_ratio=0.5, token_gradient=cut |",
+        "instructions.jsonl: ",
+        "optimizer steps | 2",
+        "peak memory | ",
+        "held-out loss | ",
+    ):
         assert words in card.text
     assert "More Information Needed" not in card.text and str(tmp_path) not in card.content
     assert card.data.library_name == "peft" and "hf_memtune" in card.data.tags

@@ -38,6 +38,18 @@ def test_every_recipe_says_what_it_is_for(recipe):
     assert (ROOT / "configs" / recipe).read_text().startswith("# ")
 
 
+OF_A_METHOD = {"activation_checkpointing", "sequence_chunk_size", "token_seeking", "token_ratio", "preset", "load_in_4bit", "dtype"}
+
+
+def test_recipes_for_the_same_data_differ_in_the_method_alone():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "lm").glob("*.yaml")}
+    rest = [{name: value for name, value in each.items() if name not in OF_A_METHOD} for each in recipes.values()]
+    assert len(rest) == 6 and all(each == rest[0] for each in rest)
+    assert recipes["stream"] == recipes["plain"] | {"sequence_chunk_size": 512}
+    assert recipes["qlora"].keys() - recipes["stream"].keys() == {"load_in_4bit", "dtype"}
+    assert len({json.dumps(each, sort_keys=True) for each in recipes.values()}) == 6
+
+
 def test_without_a_recipe_all_parameters_train(model, instructions, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 

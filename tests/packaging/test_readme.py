@@ -15,9 +15,12 @@ from tests.support.scripts import load
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-MEASURED = "".join((ROOT / "docs" / name).read_text() for name in ("architectures.md", "measurements.md"))
+MEASURED = "".join(
+    (ROOT / "docs" / name).read_text()
+    for name in ("architectures.md", "measurements.md", "results.md", "reversible.md", "reversible-glue.md")
+)
 PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
-SECTION = re.compile(r"<!-- ([a-z-]+) -->\n(.*?)<!-- end -->", re.S)
+SECTION = re.compile(r"<!-- ([a-z0-9-]+) -->\n(.*?)<!-- end -->", re.S)
 
 
 tables = load("tables")
@@ -42,11 +45,16 @@ def test_every_section_is_there_once():
 @pytest.mark.parametrize("name", tables.SECTIONS)
 def test_a_changed_number_is_noticed(name):
     """The last number of the section, or one more where it has none."""
-    body = next(match[2] for match in SECTION.finditer(MEASURED) if match[1] == name)
-    changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), body)
-    altered = MEASURED.replace(f"{name} -->\n{body}", f"{name} -->\n{changed if changed != body else body + '9'}")
-    assert altered != MEASURED
-    assert tables.pages.filled(altered, tables.SECTIONS) == MEASURED
+    section = next(match[0] for match in SECTION.finditer(MEASURED) if match[1] == name)
+    changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), section.removesuffix("<!-- end -->"))
+    altered = changed.replace(" -->\n", " -->\n9", 1) + "<!-- end -->"
+    assert tables.pages.filled(altered, tables.SECTIONS) == section != altered
+
+
+def test_every_picture_is_drawn(tmp_path):
+    tables.draw(tmp_path)
+    drawn, shown = {path.name for path in tmp_path.iterdir()}, {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    assert drawn == shown - {"memory-report.png"} and all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 
 def test_an_unknown_section_is_noticed():

@@ -42,6 +42,18 @@ def test_rungs_that_do_not_apply_say_why():
     assert reasons == {"missing": "it is not installed", "refused": "this model cannot"}
 
 
+def test_a_rung_whose_settings_are_refused_is_left_out_before_it_is_traced():
+    def floor(changes):
+        if changes:
+            raise ConfigError(["load_in_4bit: needs bitsandbytes."])
+        return 0
+
+    plan = make_plan(RUNGS[:2], predict, 100, floor=floor)
+    assert plan.chosen.rung.name == "as given" and plan.steps[1].reason == "load_in_4bit: needs bitsandbytes."
+    with pytest.raises(ConfigError):
+        make_plan(RUNGS[1:2], predict, 100, floor=floor)
+
+
 def test_times_are_relative_to_the_settings_as_given():
     steps = {step.rung.name: step.relative_time for step in make_plan(RUNGS, predict, 50).steps}
     assert steps["as given"] == 1 and steps["part"] == 1.8 and steps["refused"] is None
@@ -83,6 +95,17 @@ def test_the_ladder_from_plain_training(arguments):
     assert changes["token_seeking"] and changes["load_in_4bit"] and changes["gradient_accumulation_steps"] == 4
     assert "sequence_chunk_size" not in changes
     assert {rung.gradient for rung in rungs} == {"exact", "exact (8-bit optimizer)", "exact (LoRA)", "exact (QLoRA)", "approximate"}
+
+
+def test_no_rung_builds_on_one_that_is_missing(arguments, monkeypatch):
+    run = Run(arguments(per_device_train_batch_size=2), 2, 2048)
+    assert any("8bit" in str(rung.changes) for rung in ladder(run)) and ladder(run)[-1].changes["load_in_4bit"]
+    monkeypatch.setattr("hf_memtune.levers.offers.find_spec", lambda name: None)
+    rungs = ladder(run)
+    assert [rung.name for rung in rungs if rung.missing] == ["8-bit optimizer state", "QLoRA, weights in 4 bits"]
+    assert not [rung for rung in rungs if not rung.missing and ("8bit" in str(rung.changes) or "load_in_4bit" in rung.changes)]
+    assert rungs[-1].changes["lora_r"] and rungs[-1].changes["token_seeking"]
+    assert {rung.gradient for rung in rungs if not rung.missing} == {"exact", "exact (LoRA)", "approximate"}
 
 
 def test_every_rung_is_settings_that_hold_together(arguments):

@@ -6,13 +6,16 @@ there before stay as they are.
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_memtune.architectures.layouts import Layout
 from hf_memtune.architectures.stacks import LayerStack, unwrapped
 from hf_memtune.core.adapter import Adapter
+from hf_memtune.settings.protocol import filled_in
 from hf_memtune.settings.reversible import ReversibleConfig
 
 ADAPTERS = "reversible_adapters"
@@ -81,7 +84,7 @@ def put_adapters(
     """Give one layer adapters at these places; `switch` says which of them act. What takes them out goes to `undo`."""
     layer.add_module(ADAPTERS, _adapters(layer, layout, config, places))
     undo.callback(delattr, layer, ADAPTERS)
-    for place, adapter in getattr(layer, ADAPTERS).items():
+    for place, adapter in adapters_of(layer).items():
         beside = BesideBlock(adapter, place, switch)
         if place == "mlp":
             source, target = layer.get_submodule(layout.mlp_input), layer.get_submodule(layout.mlp_output)
@@ -95,13 +98,22 @@ def _adapters(layer: nn.Module, layout: Layout, config: ReversibleConfig, places
     weight = next(p for p in layer.get_submodule(layout.mlp_output).parameters())
     width = _width(layer, layout)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    settings = (config.adapter_rank, config.adapter_activation, config.adapter_dropout, config.adapter_init_std, weight.device, dtype)
-    return nn.ModuleDict({place: Adapter(width, *settings) for place in places}).train(layer.training)
+    rank, activation = filled_in(config.adapter_rank), filled_in(config.adapter_activation)
+    dropout, std = filled_in(config.adapter_dropout), filled_in(config.adapter_init_std)
+    made = {place: Adapter(width, rank, activation, dropout, std, weight.device, dtype) for place in places}
+    return nn.ModuleDict(made).train(layer.training)
+
+
+def adapters_of(layer: nn.Module) -> nn.ModuleDict:
+    """Those that were put into a layer, by place."""
+    found = layer.get_submodule(ADAPTERS)
+    assert isinstance(found, nn.ModuleDict)
+    return found
 
 
 def _width(layer: nn.Module, layout: Layout) -> int:
     """Channels of the hidden states: what the attention's last linear layer returns."""
-    linear = layer.get_submodule(layout.attention_output)
+    linear: Any = layer.get_submodule(layout.attention_output)
     width = getattr(linear, "out_features", None) or getattr(linear, "nf", None)  # nf: of GPT-2's Conv1D
     return width if width is not None else linear.get_base_layer().nf
 
@@ -120,13 +132,13 @@ def trained_parameters(model: nn.Module, stacks: Iterable[LayerStack], config: R
     """Of the adapters, and of the head where it is to be trained. Without adapters: none, for then nothing is chosen here."""
     if not config.adapter_rank:
         return []
-    found = [p for stack in stacks for layer in stack.layers for p in getattr(layer, ADAPTERS).parameters()]
+    found = [p for stack in stacks for layer in stack.layers for p in adapters_of(layer).parameters()]
     head_model = unwrapped(model)
     trains_head = config.train_head if config.train_head is not None else head_model.get_output_embeddings() is None
     return found + (head_parameters(head_model) if trains_head else [])
 
 
-def head_parameters(head_model: nn.Module) -> list[nn.Parameter]:
+def head_parameters(head_model: PreTrainedModel) -> list[nn.Parameter]:
     """What follows the body: the pooler of the body, and all that is not in it. Where the body is the model: the output embeddings."""
     base = head_model.base_model
     if base is head_model:

@@ -26,6 +26,7 @@ from hf_memtune.methods.overrides import set_on_instance
 from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
 from hf_memtune.methods.reversible.layer import ReversibleInStack, ReversibleStack
 from hf_memtune.methods.reversible.start import StartReport, look_at_start
+from hf_memtune.settings.protocol import filled_in
 from hf_memtune.settings.reversible import ReversibleConfig
 
 # SmolLM2-135M, whose states reach 22,700, loses as much by 12 bits as by 14, and keeps 4 of head-room
@@ -133,17 +134,18 @@ class ReversibleHandle:
         return ReversibleStack(names, self._coupling(stack), self._weights(stack), bits, self.switch, self._layout(stack))
 
     def _coupling(self, stack: LayerStack) -> coupling.Coupling:
-        scale, beta = self.config.reversible_scale, self.config.reversible_beta
+        scale = filled_in(self.config.reversible_scale)
         if self.config.reversible == "centred":
             return coupling.centred(scale, stack.is_post_norm)
-        return {"meft1": coupling.meft1, "meft2": coupling.meft2, "meft3": coupling.meft3}[self.config.reversible](scale, beta)
+        made = {"meft1": coupling.meft1, "meft2": coupling.meft2, "meft3": coupling.meft3}[self.config.reversible]
+        return made(scale, filled_in(self.config.reversible_beta))
 
     def _weights(self, stack: LayerStack) -> tuple[float, float]:
         paper = "newest" if self.config.reversible == "centred" else "mean" if stack.is_post_norm else "sum"
         factor = self.config.reversible_scale
         if self.config.reversible == "meft2":  # whose small factor is the other one
             factor = self.config.reversible_beta
-        return {"newest": (1.0, 0.0), "mean": (0.5, 0.5), "sum": (1.0, factor)}[self.config.reversible_output or paper]
+        return {"newest": (1.0, 0.0), "mean": (0.5, 0.5), "sum": (1.0, filled_in(factor))}[self.config.reversible_output or paper]
 
     def _layout(self, stack: LayerStack) -> Layout | None:
         if self.config.reversible == "meft3":
@@ -154,7 +156,7 @@ class ReversibleHandle:
         """In float numerics: what the inverse will be off by, from depth, factors and mantissa."""
         if self.config.reversible_numerics != "float":
             return
-        divisor, depth = self.config.reversible_scale * (self.config.reversible_beta or 1.0), max(self._counts)
+        divisor, depth = filled_in(self.config.reversible_scale) * (self.config.reversible_beta or 1.0), max(self._counts)
         seen = unwrapped(self.model).dtype
         held = torch.float64 if seen == torch.float64 else torch.float32
         error, flipped = (coupling.expected_error(depth, divisor, dtype=dtype) for dtype in (held, seen))
@@ -176,7 +178,7 @@ class ReversibleHandle:
         for stack, shared in zip(self.stacks, self.shared):
             for number, layer in enumerate(stack.layers if self.config.adapter_rank else ()):
                 places = places_of(self.config.reversible, number < len(shared.names))
-                put_adapters(layer, shared.layout, self.config, places, self.switch, changes)
+                put_adapters(layer, filled_in(shared.layout), self.config, places, self.switch, changes)
             for position in range(len(shared.names)):
                 layer = stack.layers[position]
                 changes.callback(set_on_instance(layer, "forward", ReversibleInStack(layer, position, shared).forward))

@@ -18,7 +18,7 @@ from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
 from hf_memtune.methods.layer_override import LayerOverride
 from hf_memtune.methods.overrides import forwards_as
-from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch
+from hf_memtune.methods.reversible.adapters import Switch, adapters_of
 
 
 @dataclass
@@ -40,9 +40,8 @@ class ReversibleStack:
 
     def start(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tape]:
         """The pair of streams, both of them the input of the first layer."""
-        is_float = self.fraction_bits is None
-        arithmetic = FloatArithmetic(hidden.dtype) if is_float else FixedPointArithmetic(hidden.dtype, self.fraction_bits)
-        tape = Tape(arithmetic, compares=self.compared is not None)
+        bits, dtype = self.fraction_bits, hidden.dtype
+        tape = Tape(FloatArithmetic(dtype) if bits is None else FixedPointArithmetic(dtype, bits), compares=self.compared is not None)
         if self.compared is not None:
             hidden = hidden.detach().requires_grad_()
             self.compared.append((tape, hidden))
@@ -97,17 +96,23 @@ class ReversibleInStack(LayerOverride):
         """Every function that a coupling may name."""
         return {"layer": self._whole, "adapter": self._adapter, "attention": self._attention, "mlp": self._mlp}
 
+    @property
+    def _layout(self) -> Layout:
+        """Of the layers, where the coupling takes them apart."""
+        assert self.stack.layout is not None
+        return self.stack.layout
+
     def _adapter(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
-        return getattr(self.layer, ADAPTERS)["coupling"](x), None
+        return adapters_of(self.layer)["coupling"](x), None
 
     def _attention(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
         """The layer up to its MLP, which does nothing."""
-        quiet = self.stack.layout.quieted(self.layer, self.stack.layout.without_mlp)
+        quiet = self._layout.quieted(self.layer, self._layout.without_mlp)
         with self.stack.switch.only("attention"), forwards_as(quiet):
             return self._whole(x, *args, **kwargs)
 
     def _mlp(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         """The layer from its MLP on: attention does nothing. What it returns beside is that of the other half."""
-        quiet = self.stack.layout.quieted(self.layer, self.stack.layout.without_attention)
+        quiet = self._layout.quieted(self.layer, self._layout.without_attention)
         with self.stack.switch.only("mlp"), forwards_as(quiet):
             return self._whole(x, *args, **kwargs)[0], None

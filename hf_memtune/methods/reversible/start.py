@@ -33,7 +33,7 @@ class StartReport:
 
     @property
     def loss_change(self) -> float | None:
-        return None if self.loss is None else self.loss - self.plain_loss
+        return None if self.loss is None or self.plain_loss is None else self.loss - self.plain_loss
 
 
 def look_at_start(handle: Any, batch: dict[str, Tensor]) -> StartReport:

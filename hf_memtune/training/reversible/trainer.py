@@ -14,6 +14,7 @@ from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures.stacks import layer_stacks, unwrapped
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.files import whole
 from hf_memtune.levers.table import CHECKPOINT_LEVELS, REVERSIBLE, lever_of
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.methods.seeking.method import resolve_scorer
@@ -184,7 +185,8 @@ class ReversibleMixin:
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        with whole(folder / TRAINING_ARGS_NAME) as partial:
+            torch.save(self.args, partial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._require_kind(resume_from_checkpoint)

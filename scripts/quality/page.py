@@ -1,93 +1,39 @@
-"""Write docs/results.md and its pictures from results/quality.jsonl and the results on gradients beside it (--check only compares).
+"""Tables and sentences of docs/results.md, from results/quality.jsonl and the results on gradients beside it. All follow from the files."""
 
-Every number and every sentence follows from the file. What a person makes of them is in docs/discussion.md, which is included.
-"""
+from collections.abc import Callable
 
-import argparse
-import sys
-from pathlib import Path
+from pages import MIB, conditions_of
 
-from quality import gradients, records
-from quality.analysis import (
-    MARGIN,
-    Group,
-    Interval,
-    Screened,
-    baseline,
-    effects,
-    finals,
-    largest_streaming_difference,
-    screened,
-)
+from quality import records
+from quality.analysis import MARGIN, Group, Interval, Screened, baseline, effects, finals, largest_streaming_difference, screened
 from quality.arms import PLAIN, STREAMING, TOKENTUNE, is_seeking
 from quality.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
-MIB = 2**20
-INTRODUCTION = """# How well token seeking learns
-
-Plain training, exact streaming and ways of token seeking, on the same rows in the same order; the held-out loss is that of *all* labelled
-tokens, from plain forward passes. An arm is named SCORER/SELECTION/GRADIENT/RATIO: what ranks tokens, whether the best are taken (`top`) or
-tokens are drawn by score and weighted (`sample`), and what becomes of the gradient that other tokens' keys and values would carry: constants
-(`cut`), exact (`stream`), or exact but for chunks that matter little (`skip`). `labels`: only labelled tokens are chosen among. Each arm has
-the learning rate that was best for it on other held-out rows and another seed. ± is a 95 % confidence interval over seeds (Student's t).
-"""
+Rows = list[dict]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "quality.jsonl")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write to (default: docs)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if results.md is out of date")
-    options = parser.parse_args(arguments)
-    found, file = records.read(options.results), options.docs / "results.md"
-    text = page(found, options.docs, options.results.parent)
-    if options.check:
-        return int(not file.exists() or file.read_text() != text)
-    options.docs.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    draw(found, options.docs / "images")
-    return 0
-
-
-def draw(found: list[dict], folder: Path) -> None:
-    from quality import plots
-
-    for task in TASKS:
-        if groups := finals(found, task):
-            plots.finals_figure(groups, folder / f"quality-{task}.png")
-    if arms := screened(found):
-        plots.screening_figure(arms, folder / "quality-screening.png")
-
-
-def page(found: list[dict], docs: Path, results: Path) -> str:
-    """The whole page, with what the folder `results` has on gradients. A part of which nothing was measured yet is left out."""
-    discussion = docs / "discussion.md"
-    parts = [
-        INTRODUCTION,
-        *(task_section(task, groups) for task in TASKS if (groups := finals(found, task))),
-        *([screening_section(arms)] if (arms := screened(found)) else []),
-        *([f"## Discussion\n\n{discussion.read_text().strip()}\n"] if discussion.exists() else []),
-        conditions_section(found),
-        *gradients.sections(results),
-    ]
-    return "\n".join(parts)
+def sections(runs: Rows, gradient: Rows, precision: Rows) -> dict[str, Callable[[], str]]:
+    """What stands between the markers of each name. The last record of a run counts."""
+    found = records.latest(runs)
+    return {
+        **{f"quality-{task}": lambda task=task: task_section(finals(found, task)) for task in TASKS},
+        "quality-screening": lambda: screening_section(screened(found)),
+        "quality-conditions": lambda: conditions_of(found, leave_out=("model", "data")),
+        "gradient": lambda: selection_table(gradient),
+        "precision": lambda: precision_table(precision),
+    }
 
 
 # --- a task
 
 
-def task_section(task: str, groups: list[Group]) -> str:
+def task_section(groups: list[Group]) -> str:
+    """What is trained on what, the table of the arms, and what it says."""
+    if not groups:
+        return "Not measured yet."
     described = groups[0].any_run["conditions"]
-    return "\n".join([
-        f"## {task}\n",
-        f"{described['model']}; {described['data']}.\n",
-        f"![Held-out loss against steps, seconds and bytes](images/quality-{task}.png)\n",
-        finals_table(groups),
-        "",
-        " ".join(sentence for sentence in (*_overall(groups), *_near_plain(groups), *_against_tokentune(groups), *_check(groups))),
-        "",
-    ])  # fmt: skip
+    sentences = (*_overall(groups), *_near_plain(groups), *_against_tokentune(groups), *_check(groups))
+    return "\n\n".join([f"{described['model']}; {described['data']}.", finals_table(groups), " ".join(sentences)])
 
 
 def finals_table(groups: list[Group]) -> str:
@@ -183,17 +129,8 @@ def _check(groups: list[Group]) -> list[str]:
 def screening_section(arms: list[Screened]) -> str:
     """All arms, what speaks against each, and what each choice does by itself."""
     left_out = sum(bool(arm.reasons) for arm in arms)
-    return "\n".join([
-        "## What was screened out\n",
-        f"Every combination at a small size, one seed, the best of a few learning rates: {len(arms)} arms, {left_out} screened out. The reason",
-        f"is a loss more than {MARGIN:g} above that of random tokens as published at the same ratio, or above that of an arm which needs no",
-        "more bytes. One seed: differences of that size between two arms are not to be believed by themselves.\n",
-        "![Loss of every screened arm against its bytes](images/quality-screening.png)\n",
-        effects_table(arms),
-        "",
-        screening_table(arms),
-        "",
-    ])  # fmt: skip
+    counted = f"{len(arms)} arms, {left_out} screened out; a difference counts from {MARGIN:g} of loss."
+    return "\n\n".join([counted, effects_table(arms), screening_table(arms)])
 
 
 def effects_table(arms: list[Screened]) -> str:
@@ -210,18 +147,21 @@ def screening_table(arms: list[Screened]) -> str:
     ])  # fmt: skip
 
 
-def conditions_section(found: list[dict]) -> str:
-    """What the runs were made on; where they differ, every value."""
-    values: dict[str, list[str]] = {}
-    for run in found:
-        for name, value in run["conditions"].items():
-            if name not in ("model", "data") and str(value) not in values.setdefault(name, []):
-                values[name].append(str(value))
-    told = ", ".join(f"{name.replace('_', ' ')} {' / '.join(given)}" for name, given in values.items())
-    return (
-        f"## Conditions\n\n{told or 'Nothing measured yet.'}\n\nPeak bytes are the live bytes of all tensors that the second step makes.\n"
-    )
+# --- gradients themselves
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def selection_table(rows: Rows) -> str:
+    """Ways to choose tokens: how far from the gradient of all of them."""
+    lines = ["| tokens | error | cosine | cosine of sums | tokens run |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['arm']} | {row['error']:.3f} | {row['cosine']:.3f} | {row['cosine_of_sums']:.3f} | {row['tokens_with_gradient']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *(f"{row['task']}. {conditions_of([row])}" for row in rows[:1])])
+
+
+def precision_table(rows: Rows) -> str:
+    """Sums in bfloat16 and float32, by the tokens of a chunk."""
+    lines = ["| method | tokens of a chunk | sums | error |", "|---|---:|---|---:|"]
+    lines += [f"| {row['method']} | {row['chunk'] or '-'} | {row['sums'] or '-'} | {row['error']:.4f} |" for row in rows]
+    return "\n".join([*lines, "", conditions_of(rows)])

@@ -1,0 +1,52 @@
+"""What the settings of every method have in common, so that a trainer's arguments can be all of them at once.
+
+Flat dataclass fields, each with a default and a help text; `of`, `problems` and `ineffective`. Each class speaks of its own fields alone and
+hands on to the next (`super()`): the messages of several, mixed into one class of arguments, are those of all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Self, TypeVar
+
+from hf_memtune.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def filled_in(value: Value | None) -> Value:
+    """A setting that may be left out, of settings in which it has been filled in."""
+    assert value is not None
+    return value
+
+
+def setting(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field. help_text: what it does, its unit, and what a larger value does."""
+    metadata: dict[str, Any] = {"help": help_text}
+    return field(default=default, metadata=metadata if choices is None else metadata | {"choices": list(choices)})
+
+
+@dataclass
+class MethodSettings:
+    """Settings of one method, or of several. Raises ConfigError with every problem when it is made."""
+
+    def __post_init__(self) -> None:
+        if found := self.problems():
+            raise ConfigError(found)
+
+    @classmethod
+    def of(cls, settings: "MethodSettings", **changed: Any) -> Self:
+        """These settings alone, out of arguments that have more fields, with some of them changed."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)} | changed)
+
+    def problems(self) -> list[str]:
+        """Every value that cannot work, as one message each: setting, got, expected."""
+        return []
+
+    def ineffective(self) -> list[str]:
+        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
+        return []
+
+
+def changed_fields(settings: Any, kind: type[MethodSettings]) -> list[Field[Any]]:
+    """The fields of one kind that are not as by default."""
+    return [each for each in fields(kind) if getattr(settings, each.name) != each.default]
