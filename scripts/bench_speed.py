@@ -35,6 +35,7 @@ SEEKING: dict[str, dict] = {
 }
 STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 192, 256, 512)}
 STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"
+PROFILED = 12  # operators of a profile
 LOGIT_FREE = "checkpointing + logit-free loss"  # a stream of one chunk
 
 
@@ -43,12 +44,15 @@ def main() -> None:
     for train in arguments.train:
         model, batch = _model(arguments, train), _batch(arguments)
         methods = {name: made for name, made in _methods(model, arguments).items() if name in arguments.methods}
+        if arguments.profile:
+            _profile(arguments, train, methods, model, batch)
+            continue
         seconds = _interleaved(methods, _step(model, batch), arguments.repeats)
-        plain = statistics.median(seconds["plain"])
+        plain = statistics.median(seconds["plain"]) if "plain" in seconds else None
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
             append(arguments.out, row)
-            print(f"{train:5} {method:32} {row['seconds']:8.3f} s  {row['relative']:5.2f} x plain")
+            print(f"{train:5} {method:32} {row['seconds']:8.3f} s  {row['relative'] or float('nan'):5.2f} x plain")
 
 
 def _arguments() -> argparse.Namespace:
@@ -66,6 +70,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--random_weights", help="name of hf_memtune.memory.shapes: time that shape with random weights instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="in place of timing: share of each operator in one step, in results/profile.jsonl"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/speed.jsonl"))
     return parser.parse_args()
 
@@ -151,18 +158,29 @@ def _interleaved(methods: dict[str, Made], step: Callable[[], None], repeats: in
     return seconds
 
 
+def _profile(arguments: argparse.Namespace, train: str, methods: dict[str, Made], model: torch.nn.Module, batch: dict) -> None:
+    """One line a method: the operators in which its step spends the most time of its own, and their share of the whole."""
+    step = _step(model, batch)
+    for method, made in methods.items():
+        with made():
+            step()
+            with torch.profiler.profile() as profiled:
+                step()
+        found = sorted(profiled.key_averages(), key=lambda entry: entry.self_cpu_time_total, reverse=True)
+        whole = sum(entry.self_cpu_time_total for entry in found)
+        shares = {entry.key: [round(entry.self_cpu_time_total / whole, 4), entry.count] for entry in found[:PROFILED]}
+        told = {"model": arguments.random_weights or arguments.model.name, "train": train, "method": method, "tokens": arguments.tokens}
+        append(arguments.out.with_name("profile.jsonl"), {**told, "operators": shares, "conditions": _conditions(arguments)})
+        print(method, *(f"{share:6.1%} {count:6} x {name}" for name, (share, count) in shares.items()), sep="\n  ", flush=True)
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _row(arguments, train: str, method: str, measured: list[float], plain: float, batch: dict) -> dict:
+def _row(arguments, train: str, method: str, measured: list[float], plain: float | None, batch: dict) -> dict:
     median = statistics.median(measured)
-    described = conditions(
-        device=arguments.device, dtype=arguments.dtype, rows=arguments.rows, threads=torch.get_num_threads(), repeats=arguments.repeats
-    )
-    if arguments.device.startswith("cuda"):
-        described["gpu"] = torch.cuda.get_device_name()
     return {
         "model": arguments.random_weights or arguments.model.name,
         "train": train,
@@ -170,9 +188,18 @@ def _row(arguments, train: str, method: str, measured: list[float], plain: float
         "tokens": arguments.tokens,
         "seconds": round(median, 4),
         "spread": [round(min(measured), 4), round(max(measured), 4)],
-        "relative": round(median / plain, 3),
-        "conditions": described,
+        "relative": None if plain is None else round(median / plain, 3),
+        "conditions": _conditions(arguments),
     }
+
+
+def _conditions(arguments: argparse.Namespace) -> dict:
+    described = conditions(
+        device=arguments.device, dtype=arguments.dtype, rows=arguments.rows, threads=torch.get_num_threads(), repeats=arguments.repeats
+    )
+    if arguments.device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
 
 
 if __name__ == "__main__":

@@ -101,10 +101,22 @@ def speed_table() -> str:
     rows = rows_of("speed.jsonl")
     for row in rows:
         same = [r for r in rows if all(r[key] == row[key] for key in ("model", "train", "tokens", "conditions"))]
-        checkpointing = next(r["seconds"] for r in same if r["method"] == "checkpointing")
+        checkpointing = next(r["seconds"] for r in same if r["method"].startswith("checkpointing"))
         lines.append(
-            f"| {row['model']}, {row['conditions']['dtype']} | {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {row['relative']:.2f} | {row['seconds'] / checkpointing:.2f} |"
+            f"| {row['model']}, {row['conditions']['dtype']} | {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {'-' if row['relative'] is None else f'{row['relative']:.2f}'} | {row['seconds'] / checkpointing:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def profile_table() -> str:
+    """The operators of a step by their share of its time, of each profile."""
+    lines = ["| model | tokens | method | operators, by their share of the time, and calls |", "|---|---|---|---|"]
+    for row in rows_of("profile.jsonl"):
+        parts = [
+            f"{name.removeprefix('aten::')} {share:.0%} ({count})" for name, (share, count) in row["operators"].items() if share >= 0.02
+        ]
+        size = f"{row['conditions']['rows']} x {row['tokens']}"
+        lines.append(f"| {row['model']}, {row['conditions']['dtype']}, {row['train']} | {size} | {row['method']} | {', '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -245,6 +257,8 @@ SECTIONS = {
     "contract-conditions": lambda: conditions_of(rows_of("estimate.jsonl")),
     "reversible": reversible_table,
     "speed": speed_table,
+    "profile": profile_table,
+    "profile-conditions": lambda: conditions_of(rows_of("profile.jsonl")),
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
     **quality_page.sections(*map(rows_of, ("quality.jsonl", "gradient.jsonl", "precision.jsonl"))),
     **reversible_page.sections(*map(rows_of, ("start_point.jsonl", "reversible_memory.jsonl", "inverse.jsonl"))),
