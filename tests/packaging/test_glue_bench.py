@@ -4,35 +4,37 @@ import json
 
 import pytest
 
-from tests.support.folders import ROOT, bert, in_new_process, write_rows
+from tests.support.folders import bert, in_new_process, write_rows
+from tests.support.scripts import FOLDER, run
 
-SCRIPTS = ROOT / "scripts"
 ARMS = ["full", "adapters", "MEFT1 float", "centred exact"]
-# One process for all: importing takes longer than these runs.
-PROGRAM = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {scripts!r})
-import bench_glue, glue_page
-results, docs = Path("glue.jsonl"), Path("docs")
-common = ["--assets", {assets!r}, "--out", str(results), "--steps", "3", "--tuning_rows", "8", "--test_rows", "12"]
-arms, page = ["--arms", *{arms!r}], ["--results", str(results), "--docs", str(docs)]
-final = ["--stage", "final", *common, *arms, "--seeds", "1", "2"]
-statuses = {{
-    "unknown": bench_glue.main(["--stage", "tune", "--arms", "meft9", "--list"]),
-    "empty": glue_page.main(page),
-    "tune": bench_glue.main(["--stage", "tune", *common, *arms, "--learning_rates", "0.01"]),
-    "final": bench_glue.main(final),
-}}
-before = results.read_text()
-statuses["again"] = bench_glue.main(final) or int(results.read_text() != before)
-statuses["page"], statuses["check"] = glue_page.main(page), glue_page.main([*page, "--check"])
-text = docs.joinpath("reversible-glue.md").read_text()
-docs.joinpath("reversible-glue.md").write_text(text + "a number by hand: 1")
-statuses["changed"] = glue_page.main([*page, "--check"])
-docs.joinpath("reversible-glue.md").write_text(text)
-Path("statuses.json").write_text(json.dumps(statuses))
-"""
+SMALL = ["--steps", "3", "--tuning_rows", "8", "--test_rows", "12"]
+
+
+def statuses_of(folder) -> dict[str, int]:
+    """Everything that the two scripts are asked to do, in order."""
+    results, docs = folder / "glue.jsonl", folder / "docs"
+    common = ["--assets", folder, "--out", results, *SMALL, "--arms", *ARMS]
+    page = ["--results", results, "--docs", docs]
+
+    def status(script, *options):
+        return run(FOLDER / f"{script}.py", *options, cwd=folder).returncode
+
+    final = ("bench_glue", "--stage", "final", *common, "--seeds", "1", "2")
+    statuses = {
+        "unknown": status("bench_glue", "--stage", "tune", "--arms", "meft9", "--list"),
+        "empty": status("glue_page", *page),
+        "tune": status("bench_glue", "--stage", "tune", *common, "--learning_rates", "0.01"),
+        "final": status(*final),
+    }
+    before = results.read_text()
+    statuses["again"] = status(*final) or int(results.read_text() != before)
+    statuses["page"], statuses["check"] = status("glue_page", *page), status("glue_page", *page, "--check")
+    text = docs.joinpath("reversible-glue.md").read_text()
+    docs.joinpath("reversible-glue.md").write_text(text + "a number by hand: 1")
+    statuses["changed"] = status("glue_page", *page, "--check")
+    docs.joinpath("reversible-glue.md").write_text(text)
+    return statuses
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,7 @@ def folder(tmp_path_factory):
     bert(made / "models" / "all-MiniLM-L6-v2")
     rows = [{"text": f"a {'good' if n % 2 else 'bad'} film about the sea", "label": n % 2} for n in range(60)]
     write_rows(made / "data" / "movie_reviews" / "rotten_tomatoes.jsonl", rows)
-    done = in_new_process("-c", PROGRAM.format(scripts=str(SCRIPTS), assets=str(made), arms=ARMS), cwd=made)
-    assert done.returncode == 0, done.stderr
+    (made / "statuses.json").write_text(json.dumps(statuses_of(made)))
     return made
 
 
@@ -62,8 +63,8 @@ def test_every_arm_trains_what_it_says(folder):
     full, ordinary, meft, centred = (found[arm, 1] for arm in ARMS)
     assert full["trainable_parameters"] == full["parameters"]
     assert ordinary["trainable_parameters"] == centred["trainable_parameters"] < meft["trainable_parameters"] < full["parameters"]
-    for run in found.values():
-        assert run["losses"][0][1] != run["losses"][1][1] and run["peak_bytes"] > 0 and run["conditions"]["held_out_rows"] == 12
+    for row in found.values():
+        assert row["losses"][0][1] != row["losses"][1][1] and row["peak_bytes"] > 0 and row["conditions"]["held_out_rows"] == 12
     assert centred["inverse_error"] == 0 < meft["inverse_error"] and ordinary["inverse_error"] is None
 
 
@@ -74,5 +75,5 @@ def test_the_page_has_every_arm_and_a_picture(folder):
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
-    done = in_new_process(SCRIPTS / "glue_page.py", "--check", cwd=tmp_path)
+    done = in_new_process(FOLDER / "glue_page.py", "--check", cwd=tmp_path)
     assert done.returncode == 0, "docs/reversible-glue.md is out of date: run python scripts/glue_page.py"

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tests.support.folders import ROOT, in_new_process, llama, write_rows
+from tests.support.folders import in_new_process, llama, write_rows
+from tests.support.scripts import FOLDER, run
 
-BENCH, PAGE = ROOT / "scripts" / "bench_quality.py", ROOT / "scripts" / "quality_page.py"
+BENCH, PAGE = FOLDER / "bench_quality.py", FOLDER / "quality_page.py"
 ARMS = ("plain", "streaming", "random/sample/stream/10%", "combined/top/cut/10%")
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
 
@@ -35,7 +36,7 @@ def results(assets, tmp_path_factory):
 def bench(assets, file, stage: str, *more: str):
     rates = ["--learning_rates", "0.001", "0.01"] if stage == "tune" else ["--seeds", "1", "2"]
     options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--arms", *ARMS, *rates, *more]
-    return in_new_process(BENCH, "--stage", stage, "--assets", assets, "--out", file, *options, cwd=file.parent)
+    return run(BENCH, "--stage", stage, "--assets", assets, "--out", file, *options, cwd=file.parent)
 
 
 def records_of(file, stage: str) -> dict:
@@ -63,14 +64,14 @@ def test_an_arm_that_is_none_is_refused(assets, results):
 
 
 def test_the_page_is_made_of_the_results(results, tmp_path):
-    made = in_new_process(PAGE, "--results", results, "--docs", tmp_path, cwd=tmp_path)
+    made = run(PAGE, "--results", results, "--docs", tmp_path, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     text = (tmp_path / "results.md").read_text()
     assert all(f"| {arm} |" in text for arm in ARMS) and (tmp_path / "images" / "quality-stories-imdb.png").stat().st_size > 10_000
     check = ("--results", results, "--docs", tmp_path, "--check")
-    assert in_new_process(PAGE, *check, cwd=tmp_path).returncode == 0
+    assert run(PAGE, *check, cwd=tmp_path).returncode == 0
     (tmp_path / "results.md").write_text(text + "a number by hand: 1")
-    assert in_new_process(PAGE, *check, cwd=tmp_path).returncode == 1
+    assert run(PAGE, *check, cwd=tmp_path).returncode == 1
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
