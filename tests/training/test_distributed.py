@@ -1,17 +1,15 @@
 """Two processes on one global batch learn what one process learns from it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import distributed_script, patience
+from tests.support import distributed_script
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import worst_difference
+from tests.support.two_processes import found_by_two
 
 EXACT = RELATIVE[torch.float64]
 
@@ -19,17 +17,7 @@ EXACT = RELATIVE[torch.float64]
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What two processes found, and where."""
-    folder = tmp_path_factory.mktemp("two")
-    # --multi_gpu is accelerate's word for several processes, and its --cpu starts a single one; the script itself asks for CPUs
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, distributed_script.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(folder / "found.pt", weights_only=True)
-    assert found.pop("processes") == 2
-    return found, folder
+    return found_by_two(tmp_path_factory, "distributed")
 
 
 @pytest.fixture(scope="module")
