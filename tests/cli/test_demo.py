@@ -1,22 +1,21 @@
 """scripts/demo.py from end to end, on a tiny model."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 
-from tests.support.folders import ROOT, in_new_process
+from tests.support import scripts
+from tests.support.folders import in_new_process
 from tests.support.tolerances import tolerance
 
-DEMO = ROOT / "scripts" / "demo.py"
+DEMO = scripts.FOLDER / "demo.py"
 METHODS = ["plain training", "activation checkpointing", "exact streaming, chunks of 64", "TokenSeek, 10%", "token seeking, 30%"]
 
 
 def test_the_demo_compares_its_methods_and_writes_its_report(chat_model, long_instructions, tmp_path):
     short = ("--minutes", "0.0001", "--rows", "8")  # what a slow machine does
-    done = in_new_process(DEMO, *short, "--model", chat_model, "--data", long_instructions, "--out", "made", cwd=tmp_path)
+    done = scripts.run(DEMO, *short, "--model", chat_model, "--data", long_instructions, "--out", "made", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in METHODS)
     found = json.loads((tmp_path / "made" / "results.json").read_text())
@@ -43,10 +42,7 @@ def test_the_demo_says_how_to_get_a_missing_model(tmp_path):
 
 
 def test_a_slow_machine_takes_fewer_steps():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    sys.path.append(str(DEMO.parent))
-    spec.loader.exec_module(demo)
+    demo = scripts.load("demo")
     found = [demo.affordable(seconds, 7, 48) for seconds in (0.1, 1.5, 2.0, 3.0, 100.0)]
     assert found[0] == (demo.STEPS, 48) and found[-1] == (demo.FEWEST_STEPS, 16) and found == sorted(found, reverse=True)
     steps, rows = demo.affordable(3.0, 7, 48)

@@ -14,7 +14,7 @@ from hf_memtune.cli.glue_arguments import GlueArguments
 from hf_memtune.cli.glue_data import prepare
 from hf_memtune.cli.glue_tasks import HUB_NAME, TASKS
 from hf_memtune.errors import ConfigError
-from tests.support.folders import ROOT, in_new_process, tokenizer, write_rows
+from tests.support.folders import ROOT, tokenizer, write_rows
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 4 --use_cpu --disable_tqdm true --max_length 32".split()
 RECIPES = sorted((ROOT / "configs" / "glue").glob("*.yaml"))
@@ -189,14 +189,6 @@ def test_a_regression_on_columns_of_ones_own(flags, trains_all, encoder, tmp_pat
     numbers = summary(tmp_path)
     assert numbers["held_out_scores"].keys() == {"spearmanr"} and math.isfinite(numbers["held_out_loss"][1])
     assert (numbers["trainable_parameters"] == numbers["parameters"]) == trains_all
-
-
-def test_the_script_runs_under_accelerate_launch(encoder, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", ROOT / "scripts" / "train_glue.py"]
-    recipe = [ROOT / "configs" / "glue" / "cola.yaml", "--reversible", "centred", "--model", encoder]
-    done = in_new_process(*launch, *recipe, *files_of(tmp_path, "cola"), *SHORT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Training finished" in done.stdout and "matthews correlation" in done.stdout
 
 
 # --- refusals

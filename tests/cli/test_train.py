@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hf_memtune.cli import main, train
-from tests.support.folders import ROOT, in_new_process
+from tests.support.folders import ROOT
 from tests.support.train import REVERSIBLE, arguments, summary
 
 OTHERS = ("glue", "accelerate")  # of another command; of `accelerate launch`
@@ -92,14 +92,6 @@ def test_a_run_is_resumed(model, instructions, tmp_path):
 def test_what_only_shows_with_the_model_and_the_data(flags, expected, model, instructions, capsys):
     assert main(["train", *arguments(None, model, instructions, *flags)]) == 2
     assert expected in capsys.readouterr().err
-
-
-def test_the_script_runs_under_accelerate_launch(model, instructions, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", ROOT / "scripts" / "train.py"]
-    flags = ["--token_seeking", "--token_ratio", "0.2", "--lora_r", "2"]
-    done = in_new_process(*launch, *arguments(None, model, instructions, *flags), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Training finished" in done.stdout and (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_two_seeds_are_measured_on_the_same_rows(model, instructions, tmp_path):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.support.folders import ROOT, in_new_process, llama, write_rows
+from tests.support import scripts
+from tests.support.folders import in_new_process, llama, write_rows
 
-SCRIPTS = ROOT / "scripts"
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
 
 
@@ -23,9 +23,9 @@ def assets(tmp_path_factory):
     return folder
 
 
-def rows_of(script, assets, *options):
+def rows_of(script, assets, *options, run=scripts.run):
     out = assets / f"{script}.jsonl"
-    done = in_new_process(SCRIPTS / f"{script}.py", *options, "--out", out, cwd=assets)
+    done = run(scripts.FOLDER / f"{script}.py", *options, "--out", out, cwd=assets)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -57,5 +57,5 @@ def test_gradients_of_chosen_tokens(assets):
 
 
 def test_killed_runs_resume_to_the_same_bits(assets):
-    rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2")
+    rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2", run=in_new_process)  # it forks
     assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)

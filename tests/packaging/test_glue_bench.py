@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.support.folders import ROOT, bert, in_new_process, write_rows
+from tests.support.folders import bert, in_new_process, write_rows
+from tests.support.scripts import FOLDER
 
-SCRIPTS = ROOT / "scripts"
 ARMS = ["full", "adapters", "MEFT1 float", "centred exact"]
 # One process for all: importing takes longer than these runs.
 PROGRAM = """
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     bert(made / "models" / "all-MiniLM-L6-v2")
     rows = [{"text": f"a {'good' if n % 2 else 'bad'} film about the sea", "label": n % 2} for n in range(60)]
     write_rows(made / "data" / "movie_reviews" / "rotten_tomatoes.jsonl", rows)
-    done = in_new_process("-c", PROGRAM.format(scripts=str(SCRIPTS), assets=str(made), arms=ARMS), cwd=made)
+    done = in_new_process("-c", PROGRAM.format(scripts=str(FOLDER), assets=str(made), arms=ARMS), cwd=made)
     assert done.returncode == 0, done.stderr
     return made
 
@@ -60,8 +60,8 @@ def test_every_arm_trains_what_it_says(folder):
     full, ordinary, meft, centred = (found[arm, 1] for arm in ARMS)
     assert full["trainable_parameters"] == full["parameters"]
     assert ordinary["trainable_parameters"] == centred["trainable_parameters"] < meft["trainable_parameters"] < full["parameters"]
-    for run in found.values():
-        assert run["losses"][0][1] != run["losses"][1][1] and run["peak_bytes"] > 0 and run["conditions"]["held_out_rows"] == 12
+    for row in found.values():
+        assert row["losses"][0][1] != row["losses"][1][1] and row["peak_bytes"] > 0 and row["conditions"]["held_out_rows"] == 12
     assert centred["inverse_error"] == 0 < meft["inverse_error"] and ordinary["inverse_error"] is None
 
 

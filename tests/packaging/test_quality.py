@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tests.support.folders import ROOT, in_new_process, llama, write_rows
+from tests.support.folders import in_new_process, llama, write_rows
+from tests.support.scripts import FOLDER, run
 
-BENCH = ROOT / "scripts" / "bench_learning.py"
+BENCH = FOLDER / "bench_learning.py"
 ARMS = ("plain", "streaming", "random/sample/stream/10%", "combined/top/cut/10%")
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
 
@@ -36,7 +37,7 @@ def bench(assets, file, stage: str, *more: str):
     rates = ["--learning_rates", "0.001", "0.01"] if stage == "tune" else ["--seeds", "1", "2"]
     arms = [arm for arm in ARMS if (stage, arm) != ("tune", "streaming")]  # it takes the rate of plain
     options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--arms", *arms, *rates, *more]
-    return in_new_process(BENCH, "quality", "--stage", stage, "--assets", assets, "--out", file, *options, cwd=file.parent)
+    return run(BENCH, "quality", "--stage", stage, "--assets", assets, "--out", file, *options, cwd=file.parent)
 
 
 def records_of(file, stage: str) -> dict:
@@ -59,9 +60,7 @@ def test_what_is_done_is_not_run_again(assets, results):
 
 
 def test_an_arm_that_is_none_is_refused(assets, results):
-    done = in_new_process(
-        BENCH, "quality", "--stage", "tune", "--arms", "random/best/cut/10%", "--assets", assets, "--list", cwd=results.parent
-    )
+    done = run(BENCH, "quality", "--stage", "tune", "--arms", "random/best/cut/10%", "--assets", assets, "--list", cwd=results.parent)
     assert done.returncode == 2 and "random/best/cut/10%" in done.stderr
 
 

@@ -1,16 +1,16 @@
 """The README says what the committed result files say; it and the reference name files that exist, and their programs run."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 from tests.support.readme import write_model
-from tests.support.scripts import load
+from tests.support.scripts import load, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -101,22 +101,6 @@ def test_named_targets_exist():
 
 # --- programs
 
-# trl trains in bfloat16, which needs a GPU unless a CPU is asked for; and long.
-HERE = """
-from transformers import Trainer, TrainingArguments
-
-begin, train = TrainingArguments.__post_init__, Trainer.train
-
-def on_a_cpu(self):
-    self.use_cpu, self.report_to = True, "none"
-    begin(self)
-
-def two_steps(self, *args, **kwargs):
-    self.args.max_steps, self.args.logging_steps = 2, 1
-    return train(self, *args, **kwargs)
-
-TrainingArguments.__post_init__, Trainer.train = on_a_cpu, two_steps
-"""
 # What the blocks leave behind: that methods acted, and arguments for trl, of which they make no use.
 AFTERWARDS = """
 kept = [int(count) for count in trainer.last_selection.counts]
@@ -128,7 +112,24 @@ assert Mine and Arguments("sft", token_seeking=True, token_ratio=0.3).token_rati
 """
 
 
-def test_the_programs_run(tmp_path):
+@pytest.fixture
+def short_on_a_cpu(monkeypatch):
+    """trl trains in bfloat16, which needs a GPU unless a CPU is asked for; and long."""
+    begin, train = TrainingArguments.__post_init__, Trainer.train
+
+    def on_a_cpu(self):
+        self.use_cpu, self.report_to = True, "none"
+        begin(self)
+
+    def two_steps(self, *args, **kwargs):
+        self.args.max_steps, self.args.logging_steps = 2, 1
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_a_cpu)
+    monkeypatch.setattr(Trainer, "train", two_steps)
+
+
+def test_the_programs_run(tmp_path, short_on_a_cpu):
     """All Python as one program, then the new lines of the comparison at its top. Rows are of more than one chunk."""
     pytest.importorskip("trl")
     write_model(tmp_path / "my-model")
@@ -139,13 +140,9 @@ def test_the_programs_run(tmp_path):
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": "w5 w6 ", "chosen": text, "rejected": text[::-1]} for text in texts])
     (comparison,) = blocks("diff")
     new_lines = [line[2:] for line in comparison.splitlines() if line.startswith("+ ")]
-    program = "\n".join([HERE, *blocks("python"), AFTERWARDS, *new_lines])
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    program = tmp_path / "program.py"
+    program.write_text("\n".join([*blocks("python"), AFTERWARDS, *new_lines]))
+    done = run(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "token_maps" / "step-000000.html").exists()
 

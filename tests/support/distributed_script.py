@@ -4,6 +4,7 @@ Every step sees the same 8 rows in the same order however many processes share t
 label: cut into micro-batches of two, process 0 has nothing to learn from in the whole first step.
 """
 
+import gc
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +81,7 @@ def main(folder: Path) -> None:
     from accelerate import PartialState
 
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage at the start of every run
     state = PartialState(cpu=True, timeout=timedelta(seconds=patience.COLLECTIVE))
     found = {name: run_case(name, folder, state.num_processes) for name in CASES}
     if state.is_main_process:

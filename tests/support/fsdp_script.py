@@ -4,6 +4,7 @@ First single steps on models that `fully_shard` was called on, laid out in sever
 process 1. Then short runs of trainers under accelerate's FSDP2. Process 0 leaves what was found in FOLDER.
 """
 
+import gc
 import os
 import sys
 from contextlib import contextmanager, nullcontext
@@ -454,6 +455,7 @@ def main(folder: Path) -> None:
     from accelerate import PartialState
 
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage at the start of every run
     state = PartialState(cpu=True, timeout=timedelta(seconds=COLLECTIVE))  # processes that wait for each other in vain fail
     process, found = state.process_index, {"processes": state.num_processes}
     names = sys.argv[2:]

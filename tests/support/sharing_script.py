@@ -1,9 +1,8 @@
-"""One step on rows that two processes share: `python sharing_script.py FOLDER RANK`. Process 0 leaves its gradients there.
+"""One step on rows that two processes share: `accelerate launch ... sharing_script.py FOLDER`. Process 0 leaves its gradients there.
 
 A loss is the mean over rows of the same length without padding, so that the mean over processes is the mean over rows.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -77,19 +76,17 @@ def put_on(model: nn.Module, method: str, changed: dict):
     return reversible_of(model, method, "exact", **changed)
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path) -> None:
+    from accelerate import PartialState
+
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    wait = timedelta(seconds=patience.COLLECTIVE)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
-    half = ROWS // 2
-    found = {name: gradients(name, slice(rank * half, (rank + 1) * half), 2) for name in CASES}
+    state = PartialState(cpu=True, timeout=timedelta(seconds=patience.COLLECTIVE))
+    half, rank = ROWS // 2, state.process_index
+    found = {name: gradients(name, slice(rank * half, (rank + 1) * half), state.num_processes) for name in CASES}
     if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(found | {"processes": state.num_processes}, folder / "found.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.update(OMP_NUM_THREADS="1")
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -70,11 +70,14 @@ def expected_step(calls, share) -> tuple[float, dict]:
 # -- the best tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"select_from": "labels"}, {"token_scorer": "loss", "context_normalize": None}])
+OTHERWISE_CHOSEN = [{"select_from": "labels"}, {"token_scorer": "loss", "context_normalize": None}]
+
+
+@pytest.mark.parametrize("cut, settings", [*((cut, {}) for cut in CUTS), *(((2, 4), settings) for settings in OTHERWISE_CHOSEN)])
 @pytest.mark.parametrize("loss", [cross_entropy, None], ids=["own function", "of the model"])
-@pytest.mark.parametrize("batch, accumulation", CUTS)
-def test_calls_weigh_by_their_labels_and_learn_the_mean_of_their_kept_tokens(tmp_path, batch, accumulation, loss, settings):
-    found = run(tmp_path, text_rows(), batch, accumulation, cls=Remembering, loss=loss, **settings)
+def test_calls_weigh_by_their_labels_and_learn_the_mean_of_their_kept_tokens(tmp_path, cut, loss, settings):
+    batch, accumulation = cut
+    found = run(tmp_path, text_rows(), batch, accumulation, cls=Remembering, loss=loss, max_steps=1, **settings)
     calls = found.trainer.calls
     assert len(calls) == accumulation
     count = sum(int((batch["labels"] != -100).sum()) for batch, _ in calls)  # transformers counts GPT-2's first labels, too

@@ -1,41 +1,35 @@
 """Two processes on one global batch learn what one process learns from it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import distributed_script, patience
+from tests.support import distributed_script
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import worst_difference
+from tests.support.two_processes import found_by_two
 
 EXACT = RELATIVE[torch.float64]
+FLOWN = [
+    ("accumulated after a preflight", "accumulated"),
+    ("lora after a preflight", "checkpointed"),
+    ("streamed after a preflight", "streamed"),
+]
+ALONE = [name for name in distributed_script.CASES if name not in dict(FLOWN)]  # which learn, bit for bit, what another case learns
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What two processes found, and where."""
-    folder = tmp_path_factory.mktemp("two")
-    # --multi_gpu is accelerate's word for several processes, and its --cpu starts a single one; the script itself asks for CPUs
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, distributed_script.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(folder / "found.pt", weights_only=True)
-    assert found.pop("processes") == 2
-    return found, folder
+    return found_by_two(tmp_path_factory, "distributed")
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return {name: distributed_script.run_case(name, folder, 1) for name in distributed_script.CASES}, folder
+    return {name: distributed_script.run_case(name, folder, 1) for name in ALONE}, folder
 
 
 def worst_step(found, expected) -> float:
@@ -43,7 +37,7 @@ def worst_step(found, expected) -> float:
     return max(worst_difference(*pair) for pair in zip(found["gradients"], expected["gradients"]))
 
 
-@pytest.mark.parametrize("case", [name for name in distributed_script.CASES if name != "own mean"])
+@pytest.mark.parametrize("case", [name for name in ALONE if name != "own mean"])
 def test_two_processes_learn_what_one_learns(two_processes, one_process, case):
     found, expected = two_processes[0][case], one_process[0][case]
     llama = case.startswith(("lora", "checkpointed"))  # whose norms are float32 whatever the model is
@@ -59,17 +53,10 @@ def test_a_mean_of_each_process_is_another_gradient(two_processes, one_process):
     assert worst_step(two_processes[0]["own mean"], one_process[0]["own mean"]) > NOTICED
 
 
-FLOWN = [
-    ("accumulated after a preflight", "accumulated"),
-    ("lora after a preflight", "checkpointed"),
-    ("streamed after a preflight", "streamed"),
-]
-
-
 @pytest.mark.parametrize("flown, plain", FLOWN)
 def test_a_preflight_of_two_processes_is_taken_back(two_processes, flown, plain):
     ours, theirs = two_processes[0][flown], two_processes[0][plain]
-    assert ours["losses"] == theirs["losses"]
+    assert ours["losses"] == theirs["losses"] and ours["seeking"] is None
     for one, other in zip(ours["gradients"], theirs["gradients"], strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

@@ -81,10 +81,11 @@ def test_states_that_layers_hand_on(name, settings, tmp_path):
 
 
 def test_a_few_layers_of_each_kind_tell_what_all_would(tmp_path):
-    _, args, _ = setting(tmp_path, "llama", sequence_chunk_size=16)
-    kinds = (["linear_attention"] * 3 + ["full_attention"]) * 4
-    model = tiny("qwen3_5_text", dtype=torch.float32, num_hidden_layers=16, layer_types=kinds)
+    _, args, _ = setting(tmp_path, "llama", sequence_chunk_size=TOKENS // 2)
+    kinds = ["linear_attention", "full_attention"] * 4
+    model = tiny("qwen3_5_text", dtype=torch.float32, num_hidden_layers=8, layer_types=kinds)
     short, whole = (estimate(model, args, sequence_length=TOKENS, every_layer=every) for every in (False, True))
+    assert short.extrapolated == "8 layers, from traces of 4 and 6"
     assert short.account.phases == whole.account.phases
 
 

@@ -1,6 +1,6 @@
 """The longest row and the largest batch that fit: the search on made-up bytes, and on estimates."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from transformers import LlamaConfig
@@ -44,7 +44,7 @@ def test_a_line_takes_four_traces():
 
 
 CONFIG = LlamaConfig(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
+    hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
     max_position_embeddings=4096,
 )  # fmt: skip
 
@@ -60,16 +60,21 @@ def arguments(tmp_path):
 def test_the_longest_row_of_a_model(arguments, settings, unit):
     """Estimated, and one step beyond it, which does not fit."""
     args = arguments(**settings)
-    budget = estimate(CONFIG, args, sequence_length=3 * unit).peak_bytes + 1
-    found = largest(lambda tokens: estimate(CONFIG, args, sequence_length=tokens).peak_bytes, budget, unit, 5 * unit)
-    assert found.size == 3 * unit and found.bytes <= budget < found.bytes_beyond
+
+    @cache
+    def peak(tokens):
+        return estimate(CONFIG, args, sequence_length=tokens).peak_bytes
+
+    budget = peak(2 * unit) + 1
+    found = largest(peak, budget, unit, 4 * unit)
+    assert found.size == 2 * unit and found.bytes <= budget < found.bytes_beyond
 
 
 def test_offloaded_keys_and_values_are_no_memory_of_the_device(arguments):
     args = arguments(sequence_chunk_size=16, activation_checkpointing=True)
-    kept = estimate(CONFIG, args, sequence_length=128)
+    kept = estimate(CONFIG, args, sequence_length=48)
     vars(args)["kv_offload"] = True  # on a CPU it is refused: host and device are one there
-    moved, whole = (estimate(CONFIG, args, sequence_length=128, every_layer=every) for every in (False, True))
+    moved, whole = (estimate(CONFIG, args, sequence_length=48, every_layer=every) for every in (False, True))
     assert moved.peak_bytes == whole.peak_bytes < kept.peak_bytes
     assert kept.by_category["stored_kv"] > 0 == moved.by_category["stored_kv"]
     assert min(moved.by_category.values()) >= 0
@@ -101,14 +106,16 @@ def test_what_cannot_fit_is_not_traced(arguments):
 
 
 def test_where_evaluation_sets_the_peak_its_batch_is_made_smaller(arguments):
+    @cache
+    def evaluating(rows):
+        return estimate(CONFIG, arguments(per_device_eval_batch_size=rows, eval_strategy="steps", eval_steps=1), sequence_length=64)
+
     def predict(changes):
-        rows = changes.get("per_device_eval_batch_size", 64)
-        args = arguments(per_device_eval_batch_size=rows, eval_strategy="steps", eval_steps=1)
-        return estimate(CONFIG, args, sequence_length=64)
+        return evaluating(changes.get("per_device_eval_batch_size", 16))
 
     budget = predict({"per_device_eval_batch_size": 1}).peak_bytes
     assert predict({}).peak_phase == "evaluation" and predict({}).peak_bytes > budget
     heard = []
     plan = make_plan([Rung("as given", "exact", {}), Rung("next", "exact", {})], predict, budget, tell=heard.append)
-    assert all(0 < step.rung.changes["per_device_eval_batch_size"] < 64 and step.fits for step in plan.steps)
+    assert all(0 < step.rung.changes["per_device_eval_batch_size"] < 16 and step.fits for step in plan.steps)
     assert plan.steps[0].estimate.peak_phase != "evaluation" and heard == list(plan.steps)

@@ -1,15 +1,12 @@
 """Streamed on two processes: what one process learns, with one synchronisation a step however many chunks each of them has."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.support import patience, streaming_script
+from tests.support import streaming_script
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import worst_difference
+from tests.support.two_processes import found_by_two
 
 EXACT = RELATIVE[torch.float64]
 EXACT_CASES = ["whole", "accumulated", "small buckets", "checkpointed", "lora", "hybrid", "seeking", "skip", "skip accumulated"]
@@ -22,16 +19,7 @@ FLOAT64 = ["own loss", *ROW_CASES]  # losses that are not taken in float32
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes found."""
-    folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, streaming_script.__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience.PROGRAM, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(folder / "found.pt", weights_only=True)
-    assert found.pop("processes") == 2
-    return found
+    return found_by_two(tmp_path_factory, "streaming")[0]
 
 
 @pytest.fixture(scope="module")
