@@ -77,9 +77,8 @@ def skip_where_it_cannot_stream(name, method):
         pytest.skip("bidirectional")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, checkpointing", [*((name, False) for name in NAMES), ("llama", True), ("bart", True)])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
 def test_three_forwards_are_overridden_and_then_nothing_is_left(name, method, checkpointing):
     skip_where_it_cannot_stream(name, method)
     model, untouched, batch = watched(name, checkpointing)
@@ -168,9 +167,8 @@ def saved(model):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("name, copied", [("llama", copy.deepcopy), ("bart", copy.deepcopy), ("llama", pickled), ("bart", saved)])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "bart"])
 def test_a_copy_of_a_model_that_a_method_is_on_is_plain(name, method, copied):
     model, batch, dtype = model_and_batch(name)
     expected = gradients(model, model(**batch).loss)
@@ -452,10 +450,9 @@ IN_LAYERS = [raise_in_a_layer(number) for number in (1, 2, 3)] + [raise_in_a_lay
 ACTS = [raise_in_scorer, raise_in_gradient_score, raise_after_the_call, *IN_LAYERS, raise_in_backward]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name, checkpointing", [("llama", False), ("llama", True), ("bart", False)])
 @pytest.mark.parametrize("kind", [{}, dict(token_gradient="stream", **IN_CHUNKS)], ids=["cut", "stream"])
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
-@pytest.mark.parametrize("name", ["llama", "bart"])
 def test_an_error_inside_a_step_leaves_nothing(name, act, kind, checkpointing):
     model, untouched, batch = watched(name, checkpointing)
     before, names = traces(model), registered()

@@ -40,8 +40,8 @@ def test_gradients_equal_plain_backpropagation(name, padding):
     model = tiny(name)
     batch = batch_of(model, "causal", padding)
     expected = plain(model, batch)
-    for chunk in CHUNKS if padding is None else CHUNKS[:1]:
-        assert whole_error(streamed(model, batch, chunk), expected) <= ALLOWED
+    for number, chunk in enumerate(CHUNKS if padding is None else CHUNKS[:1]):
+        assert whole_error(streamed(model, batch, chunk, check=number == 0), expected) <= ALLOWED
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -84,8 +84,7 @@ def test_outputs_are_the_models_own_and_nothing_stays_behind(name):
     assert traces(model) == before and registered() <= there
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name, reentrant", [*((name, False) for name in HYBRIDS), *((name, True) for name in HYBRIDS[:4])])
 def test_checkpointing_inside_chunks(name, reentrant, caplog):
     """A layer that runs again begins with the states that it began with, and leaves none a second time."""
     model = tiny(name)
@@ -171,8 +170,7 @@ def test_sampled_losses_have_the_gradient_of_what_they_return(name):
         assert whole_error(gradients(model, model(**batch).loss), expected) > NOTICED
 
 
-@pytest.mark.parametrize("gradient", ["cut", "skip"])
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name, gradient", [*((name, "cut") for name in HYBRIDS), *((name, "skip") for name in HYBRIDS[:2])])
 def test_leaving_tokens_out_is_refused_with_a_remedy_that_works(name, gradient):
     model = tiny(name)
     before = traces(model)
