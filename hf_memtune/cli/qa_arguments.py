@@ -21,7 +21,7 @@ class QaArguments:
     task, packing = "causal_lm", False  # no settings: what the functions that load models and make batches ask for
 
     task_name: str | None = _setting(
-        None, f"Required. One of {', '.join(TASKS)}. Its prompts are lm-eval's; rows come from the hub or from files.", choices=list(TASKS)
+        None, f"Required. One of {', '.join(TASKS)}. Its prompts are lm-eval's; rows come from the hub or from files."
     )
     train_file: str | None = _setting(
         None, f"Rows to train on: a file ({', '.join(KINDS)}) with the columns that the task has on the hub. Default: those on the hub."

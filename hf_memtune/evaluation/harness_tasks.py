@@ -141,12 +141,12 @@ def _passed_over(manager, folder: Path) -> str:
 def _why_not_loaded(spec: str | dict, manager, error: Exception, remedy: str) -> str:
     name, config = (spec["task"], spec) if isinstance(spec, dict) else (spec, getattr(manager.task_index[spec], "cfg", None) or {})
     source, reason = config.get("dataset_path"), f"{type(error).__name__}: {_line(error)}"
+    if not isinstance(error, OSError) or not source:
+        return f"tasks: {name}: cannot be loaded ({reason}). Its task file, or rows that are not as it has them, are at fault."
     if source in LOCAL:
         where = "Paths in data_files begin in the folder in which the program runs, not in that of the task file."
         return f"tasks: {name}: its files cannot be used ({reason}). {where}"
-    if isinstance(error, OSError) and source:
-        return f"tasks: {name}: its rows come from the hub ({source}), which gives none ({reason}). Without the hub, {remedy}."
-    return f"tasks: {name}: cannot be loaded ({reason})."
+    return f"tasks: {name}: its rows come from the hub ({source}), which gives none ({reason}). Without the hub, {remedy}."
 
 
 def _line(error: Exception) -> str:
