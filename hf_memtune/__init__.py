@@ -43,6 +43,7 @@ _EXPORTS = {
     "MemEfficientMixin": "training.trainer",
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
+    "LMEvalCallback": "training.harness",
     "MemoryCallback": "training.callbacks",
     "MemoryReport": "training.care.report.memory_report",
     "PreflightReport": "training.care.preflight.report",

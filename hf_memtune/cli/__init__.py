@@ -9,10 +9,11 @@ COMMANDS = {
     "estimate": "predict the memory of a training step, without a GPU, weights or data",
     "plan": "find settings with which training fits a memory budget, and write them as a recipe",
     "longest": "find the longest row, and the largest batch, that fit a memory budget",
-    "evaluate": "measure the loss of a model, or of reversible adapters that were trained on it",
+    "evaluate": "measure the loss of a model or of reversible adapters, or their scores on tasks of lm-eval",
     "generate": "continue prompts with a model, and with reversible adapters that were trained on it",
     "merge": "add LoRA adapters to the weights of their model, and write a plain model",
     "glue": "fine-tune an encoder on a task of GLUE, or on sentences and labels of your own",
+    "qa": "fine-tune a language model on one of five question-answering tasks, and score it by lm-eval",
     "tokens": "show which tokens of an example are scored how and kept, as a page and a picture",
 }
 

@@ -6,6 +6,7 @@ from hf_memtune.errors import ConfigError
 
 RESUME_WORDS = {"true": True, "latest": True, "false": None, "none": None}
 CONFIGS = ("config.json", "adapter_config.json")
+REVERSIBLE_CONFIG = "reversible_config.json"
 
 
 def checkpoint(word: str) -> str | bool | None:
@@ -62,6 +63,9 @@ def problems_of_folder(name: str) -> list[str]:
     if path.is_dir():
         if any((path / config).is_file() for config in CONFIGS):
             return []
+        if (path / REVERSIBLE_CONFIG).is_file():
+            remedy = f"Name the model they were trained on, and --reversible_adapters {name}"
+            return [f"model_name_or_path: the folder {name!r} holds adapters of reversible layers, and no model. {remedy}."]
         return [f"model_name_or_path: the folder {name!r} holds no model (it has no {' or '.join(CONFIGS)})."]
     if path.is_file():
         return [f"model_name_or_path: {name!r} is a file, expected the folder of a model, or a hub name."]

@@ -110,7 +110,6 @@ _PREDICTED = (
     ),
 )
 _CHOSEN_MODEL = ("model", (MODEL, DTYPE, REVERSIBLE_ADAPTERS))
-_MEASURED_DATA = ("data", (DATASET, SPLIT, TASK, TEXT_COLUMN, MAX_LENGTH))
 _STEP = (
     "training",
     tuple(line for line in _TRAINING[1] if line.flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim")),
@@ -154,11 +153,21 @@ PAGES = {
         ),
     ),
     "evaluate": Page(
-        "--model M --dataset D [--name value ...]",
-        "Measure the loss of a model, of a LoRA folder (as --model), or with reversible adapters.",
+        "--model M (--dataset D | --tasks NAME,...) [--name value ...]",
+        "Measure the loss, or scores on tasks of lm-eval, of a model, of a LoRA folder (as --model), or with reversible adapters.",
         (
             _CHOSEN_MODEL,
-            _MEASURED_DATA,
+            ("data", (DATASET._replace(default=None), SPLIT, TASK, TEXT_COLUMN, MAX_LENGTH)),
+            (
+                "tasks, in place of data",
+                (
+                    Line("tasks", "NAME,...", "tasks of lm-eval: sciq,piqa"),
+                    Line("num_fewshot", "N", "examples before each question; as each task says unless given"),
+                    Line("limit", "N", "score the first rows of each task only"),
+                    Line("tasks_folder", "FOLDER", "task files of your own, as lm-eval reads them"),
+                    Line("out", "FILE.json", "scores to write; a picture goes beside it", "scores.json"),
+                ),
+            ),
             (
                 "measuring",
                 (
@@ -213,6 +222,27 @@ PAGES = {
                     Line("sentence_column", "NAME", "column of the text", "sentence"),
                     Line("label_column", "NAME", "column of the label", "label"),
                     MAX_LENGTH._replace(default=128),
+                ),
+            ),
+            _LEARNED,
+            _STRATEGIES,
+            _TRAINING,
+            _OUTPUT,
+        ),
+    ),
+    "qa": Page(
+        "[RECIPE.yaml] --model M --task_name TASK [--name value ...]",
+        f"Fine-tune a language model on one of five question-answering tasks, and score it by lm-eval before and after. {_RECIPE}",
+        (
+            _MODEL,
+            (
+                "data",
+                (
+                    Line("task_name", "openbookqa|piqa|arc_easy|arc_challenge|sciq", "the task", MUST),
+                    Line("train_file", "FILE", "rows of your own, in the columns of the task"),
+                    Line("test_file", "FILE", "rows of your own that are scored"),
+                    Line("scored_split", "SPLIT", "split of the hub that is scored; lm-eval's unless given"),
+                    MAX_LENGTH._replace(default=128, says="longest row; its beginning is cut off"),
                 ),
             ),
             _LEARNED,

@@ -1,6 +1,9 @@
 """`hf-memtune evaluate --model M --dataset D`: the loss on a data set, of a model or of reversible adapters that were trained on it.
 
 hf-memtune evaluate --model M --dataset rows.jsonl --dataset_split "train[-200:]" --reversible_adapters out
+hf-memtune evaluate --model M --tasks sciq,piqa
+
+With tasks in place of a data set, lm-eval scores them: see task_scores.py.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +12,8 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
+from hf_memtune.cli.task_scores import TaskArguments
+from hf_memtune.cli.task_scores import run as run_tasks
 from hf_memtune.errors import ConfigError
 
 
@@ -29,17 +34,22 @@ class Measuring:
 
 
 class Settings(NamedTuple):
+    """data: None where there are tasks."""
+
     model: ModelSource
-    data: DataSource
+    data: DataSource | None
     measuring: Measuring
+    tasks: TaskArguments
 
 
 def run(arguments: list[str]) -> None:
-    """Print loss, and accuracy of classifiers. Raises ConfigError with all problems of the settings, before anything is loaded."""
+    """Print loss, and accuracy of classifiers; or scores of tasks. Raises ConfigError with all problems of the settings, before anything is loaded."""
     from rich.console import Console
     from rich.table import Table
 
     settings = parse(arguments)
+    if settings.data is None:
+        return run_tasks(settings.model, settings.tasks, settings.measuring.per_device_eval_batch_size)
     table = Table(show_header=False)
     for name, value in measured(settings).items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
@@ -52,17 +62,22 @@ def parse(arguments: list[str]) -> Settings:
 
     from hf_memtune.cli.settings import Parser, build, values_of
 
-    kinds = (ModelSource, DataSource, Measuring)
+    kinds = (ModelSource, DataSource, Measuring, TaskArguments)
     page = PAGES["evaluate"]
     parser = Parser(list(kinds), usage=f"hf-memtune evaluate {page.usage}", description=page.about)
     namespace = parser.read(arguments, with_recipe=False)
     problems = parser.problems
-    built = [build(kind, values_of(kind, namespace), problems) for kind in kinds]
+    if namespace.tasks:
+        idle = parser.given & {*DataSource.__dataclass_fields__, "max_eval_rows"}
+        problems += [f"{name}: has no effect with tasks, which have rows of their own. Leave it out." for name in sorted(idle)]
+    wanted = [kind for kind in kinds if kind is not DataSource or not namespace.tasks]
+    built = {kind: build(kind, values_of(kind, namespace), problems) for kind in wanted}
     if problems:
         raise ConfigError(problems)
-    for message in built[1].ineffective():
+    data = built.get(DataSource)
+    for message in [] if data is None else data.ineffective():
         warnings.warn(message, stacklevel=2)
-    return Settings(*built)
+    return Settings(built[ModelSource], data, built[Measuring], built[TaskArguments])
 
 
 def measured(settings: Settings) -> dict[str, float | int]:
@@ -73,7 +88,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     from hf_memtune.cli.data.rows import use_template
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
 
-    model, data, measuring = settings
+    model, data, measuring, _ = settings
     tokenizer = load_tokenizer(model)
     rows = load_rows(data, data.dataset_split)
     data = resolved(data, rows.column_names)

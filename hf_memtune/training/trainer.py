@@ -21,6 +21,7 @@ from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete
 from hf_memtune.training.guard import FullLossCallback
+from hf_memtune.training.harness import LMEvalCallback
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
 
@@ -109,6 +110,9 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             self._log_headroom(logs)
             self.full_loss.add_to(logs)
             logs.update(self.memory_callback.since_last_log())
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LMEvalCallback):  # here, so that trackers, which are callbacks before it, see the scores
+                    logs.update(callback.since_last_log())
         super().log(logs, *args, **kwargs)
 
 

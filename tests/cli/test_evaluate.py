@@ -1,9 +1,12 @@
-"""`hf-memtune evaluate`: the loss that training measures, of the model and of adapters that were trained on it."""
+"""`hf-memtune evaluate`: the loss that training measures, of the model and of adapters that were trained on it; scores on tasks."""
+
+import json
 
 import pytest
 
 from hf_memtune.cli import evaluate, main
 from hf_memtune.errors import ConfigError
+from tests.support.questions import question_files, questions, task_folder
 from tests.support.train import REVERSIBLE, arguments, summary
 
 
@@ -71,3 +74,57 @@ def test_settings_that_cannot_work(flags, named):
     with pytest.raises(ConfigError) as raised:
         evaluate.parse(flags)
     assert {problem.partition(":")[0] for problem in raised.value.problems} == named
+
+
+# --- tasks of lm-eval
+
+
+def scored(tmp_path, folder, *flags) -> dict:
+    """What is written of the task `mine`."""
+    assert main(["evaluate", *map(str, flags), "--tasks", "mine", "--tasks_folder", str(folder), "--out", str(tmp_path / "s.json")]) == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((tmp_path / "s.json").read_text())["results"]["mine"]
+
+
+@pytest.mark.parametrize("way", ["all", "lora", "reversible"])
+def test_tasks_are_scored_on_every_kind_of_folder(way, model, tmp_path, capsys, monkeypatch):
+    """What was trained scores otherwise than what it was trained from, and as it did when its training ended."""
+    pytest.importorskip("lm_eval")
+    if way != "all":  # once it is as users have it
+        monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it runs pip, which takes a second
+    folder = task_folder(tmp_path / "tasks", "mine", rows=questions("piqa", 40, 1))
+    files = question_files(tmp_path, "piqa")
+    flags = {"all": [], "lora": ["--lora_r", "8"], "reversible": REVERSIBLE}[way]
+    learning = ["--learning_rate", "1e-2", "--num_train_epochs", "6", "--use_cpu", "--disable_tqdm", "true"]
+    assert main(["qa", "--task_name", "piqa", "--model", str(model), *files, *learning, *flags]) == 0
+    trained = ["--model", model, "--reversible_adapters", "out"] if way == "reversible" else ["--model", "out"]
+    before, after = scored(tmp_path, folder, "--model", model), scored(tmp_path, folder, *trained)
+    assert after["acc,none"] == summary(tmp_path)["held_out_scores"]["acc"][1] > before["acc,none"] + 2 * before["acc_stderr,none"]
+    assert "|mine" in capsys.readouterr().out
+
+
+def test_a_folder_of_reversible_adapters_is_no_model(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "reversible_config.json").write_text("{}")
+    assert main(["evaluate", "--model", "out", "--tasks", "mine"]) == 2
+    assert "--reversible_adapters out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (
+            ["--tasks", "a,b", "--dataset", "d", "--max_eval_rows", "3", "--text_column", "t"],
+            ["dataset_name", "max_eval_rows", "text_column"],
+        ),
+        (["--tasks", "a", "--limit", "0", "--num_fewshot", "-1", "--out", "s.png"], ["limit", "num_fewshot", "out"]),
+        (["--tasks", "a", "--tasks_folder", "absent"], ["tasks_folder"]),
+        (["--dataset", "d", "--limit", "3", "--tasks_folder", "t"], ["limit", "tasks_folder"]),
+    ],
+)
+def test_tasks_and_data_exclude_each_other(flags, named):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ConfigError) as raised:
+        evaluate.parse(["--model", "m", *flags])
+    assert sorted(problem.partition(":")[0] for problem in raised.value.problems) == named
+    assert evaluate.parse(["--model", "m", "--tasks", "a,b", "c"]).tasks.names == ["a", "b", "c"]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from hf_memtune.cli import COMMANDS, estimate, evaluate, forecast, generate, glue, longest, main, merge, plan, tokens, train
+from hf_memtune.cli import COMMANDS, estimate, evaluate, forecast, generate, glue, longest, main, merge, plan, qa, tokens, train
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.cli.essentials import MUST, PAGES
 from hf_memtune.cli.help import page
@@ -15,7 +15,7 @@ from tests.support.folders import ROOT, in_new_process
 
 READERS = {
     "train": train.parse, "estimate": estimate.run, "plan": plan.run, "longest": longest.run, "evaluate": evaluate.parse, "generate": generate.parse,
-    "glue": glue.parse, "tokens": tokens.parse, "merge": merge.parse,
+    "glue": glue.parse, "qa": qa.parse, "tokens": tokens.parse, "merge": merge.parse,
 }  # fmt: skip
 LIGHT = """
 import sys

@@ -1,0 +1,116 @@
+"""Scores of a model in memory on tasks of lm-eval (EleutherAI's evaluation harness), by lm-eval's own HFLM and simple_evaluate."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_memtune.evaluation.harness_tasks import Tasks
+from hf_memtune.files import write_text
+
+BOOTSTRAP_ITERS = 1000  # resamplings for the standard errors of metrics that are no means; 0 would leave out all of them
+BATCH_SIZE = 8
+# They warn that a model in memory is one process's, and that num_fewshot was set: as is wanted here.
+_TALKING = ("lm_eval.models.huggingface", "lm_eval.evaluator")
+_NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
+
+
+class Score(NamedTuple):
+    """One metric of one task or group. filter: of the answers, "none" for none. stderr: standard error, None where there is none."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+
+    @property
+    def name(self) -> str:
+        return self.metric if self.filter == "none" else f"{self.metric}_{self.filter}"
+
+
+def score(model, tokenizer, tasks: Tasks, batch_size: int = BATCH_SIZE, limit: int | None = None) -> dict[str, Any] | None:
+    """What lm-eval's simple_evaluate returns, without samples; see `scores_of`.
+
+    model: a causal language model of transformers, a PEFT model, or one with reversible layers, where it is. Every module of it is left
+    in the mode, training or evaluation, in which it was. limit: rows of each task, the first ones; None: all.
+    The generators of random numbers are seeded by lm-eval. Among several processes every one scores all rows, and all but the first
+    one of a machine get None.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with modes_kept(model), _silenced():
+        return simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=tasks.items,
+            task_manager=tasks.manager,
+            num_fewshot=tasks.num_fewshot,
+            batch_size=batch_size,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            log_samples=False,
+        )
+
+
+def scores_of(results: dict[str, Any]) -> list[Score]:
+    """Every metric of every task and group."""
+    found = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if metric.endswith("_stderr") or metric in _NOT_METRICS or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            found.append(Score(task, metric, kind, float(value), float(error) if isinstance(error, (int, float)) else None))
+    return found
+
+
+def logged(scores: list[Score]) -> dict[str, float]:
+    """Scores as a Trainer logs them: `eval_sciq_acc`, and its standard error as `eval_sciq_acc_stderr`."""
+    found = {}
+    for each in scores:
+        found[f"eval_{each.task}_{each.name}"] = each.value
+        if each.stderr is not None:
+            found[f"eval_{each.task}_{each.name}_stderr"] = each.stderr
+    return found
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """lm-eval's own table, in Markdown; groups in a second one."""
+    from lm_eval.utils import make_table
+
+    return make_table(results) + (f"\n{make_table(results, 'groups')}" if results.get("groups") else "")
+
+
+def write_results(results: dict[str, Any], path: str | Path) -> Path:
+    """All that lm-eval returned, as the JSON that its own command writes. Returns the path."""
+    from lm_eval.utils import handle_non_serializable
+
+    return write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def modes_kept(model) -> Iterator[None]:
+    """Put every module back into the mode, training or evaluation, that it had."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _TALKING]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
