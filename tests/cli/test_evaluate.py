@@ -104,6 +104,7 @@ def test_tasks_are_scored_on_every_kind_of_folder(way, model, tmp_path, capsys, 
 
 
 def test_a_folder_of_reversible_adapters_is_no_model(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "reversible_config.json").write_text("{}")
     assert main(["evaluate", "--model", "out", "--tasks", "mine"]) == 2

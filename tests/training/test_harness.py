@@ -1,5 +1,6 @@
 """LMEvalCallback: scores every few steps, in the logs and to whoever follows them, and training is what it is without."""
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ pytest.importorskip("lm_eval")
 import hf_memtune.training.harness as harness  # noqa: E402
 from hf_memtune import LMEvalCallback, MemEfficientTrainer, MemEfficientTrainingArguments, StreamingCallback  # noqa: E402
 from hf_memtune.errors import ConfigError  # noqa: E402
-from tests.support.folders import llama, tokenizer  # noqa: E402
-from tests.support.questions import task_folder  # noqa: E402
+from tests.support.folders import ROOT, llama, tokenizer, write_rows  # noqa: E402
+from tests.support.questions import questions, task_folder  # noqa: E402
 
 SETTINGS = {"max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 3}
 
@@ -81,6 +82,22 @@ def test_trackers_that_come_before_hear_the_scores(folder, scoring, tmp_path):
         results["results"]["mine"]["acc,none"] for _, results in scoring.results
     ]
     assert len(scoring.results) == 2
+
+
+def test_the_page_runs(folder, tmp_path, monkeypatch):
+    """The task file and the program of docs/evaluation.md, in a folder as it describes."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (task,), (program,) = (re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M) for language in ("yaml", "python"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "my_questions.yaml").write_text(task)
+    write_rows(tmp_path / "test.jsonl", questions("piqa", 5))
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments("out", **SETTINGS | {"max_steps": 200, "logging_steps": 100, "save_strategy": "no"})
+    ds = [{"input_ids": [4, 5], "labels": [4, 5]}]
+    names = {"Trainer": Trainer, "model": AutoModelForCausalLM.from_pretrained(folder), "args": args, "ds": ds, "tok": tokenizer()}
+    exec(program, names)
+    ((step, results),) = names["scores"].results
+    assert step == 200 and results["n-samples"]["my_questions"] == {"original": 5, "effective": 5}
 
 
 # --- refusals

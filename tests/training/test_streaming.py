@@ -92,7 +92,7 @@ def test_causal_lm(tmp_path, name, cut):
 def test_what_later_chunks_owe_is_noticed(tmp_path, monkeypatch):
     """Sibling: without what flows from a chunk into the keys and values of those before it, the comparison fails."""
     expected = plain(tmp_path, exact_model())
-    monkeypatch.setattr(OwedSums, "put", lambda *_: None)
+    monkeypatch.setattr(OwedSums, "add", lambda *_: None)
     with pytest.raises(UnsupportedModelError, match="another gradient in chunks"):
         stream(tmp_path, exact_model())
     monkeypatch.setattr(verify, "verify_stream", lambda *_: None)
