@@ -102,8 +102,10 @@ def speed_table() -> str:
     for row in rows:
         same = [r for r in rows if all(r[key] == row[key] for key in ("model", "train", "tokens", "conditions"))]
         checkpointing = next(r["seconds"] for r in same if r["method"].startswith("checkpointing"))
+        relative = "-" if row["relative"] is None else f"{row['relative']:.2f}"
+        size = f"{row['conditions']['rows']} x {row['tokens']}"
         lines.append(
-            f"| {row['model']}, {row['conditions']['dtype']} | {row['conditions']['rows']} x {row['tokens']} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {'-' if row['relative'] is None else f'{row['relative']:.2f}'} | {row['seconds'] / checkpointing:.2f} |"
+            f"| {row['model']}, {row['conditions']['dtype']} | {size} | {row['train']} | {row['method']} | {row['seconds']:.2f} | {relative} | {row['seconds'] / checkpointing:.2f} |"
         )
     return "\n".join(lines)
 
