@@ -6,6 +6,7 @@ import sys
 
 import pages
 import store
+from gpu.tables import tables as gpu_tables
 from pages import ROOT, conditions_of, mib
 
 PAGES = (ROOT / "docs" / "measurements.md", ROOT / "docs" / "architectures.md")
@@ -236,6 +237,8 @@ SECTIONS = {
     "fits-conditions": lambda: conditions_of(rows_of("ladder.jsonl")),
     "contract": contract_table,
     "contract-conditions": lambda: conditions_of(rows_of("estimate.jsonl")),
+    "gpu": lambda: gpu_tables(rows_of("gpu.jsonl")),
+    "gpu-conditions": lambda: conditions_of(rows_of("gpu.jsonl")),
     "reversible": reversible_table,
     "speed": speed_table,
     "speed-conditions": lambda: conditions_of(rows_of("speed.jsonl")),
