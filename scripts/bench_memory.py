@@ -60,10 +60,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def options_of(method: str) -> dict:
+    """What `trace_causal_lm_step` is given for a method."""
+    if method in SEEKING:
+        return {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, **SEEKING[method])}
+    return dict(METHODS[method])
+
+
 def _measured(row: dict) -> dict:
-    options = dict(METHODS.get(row["method"], {}))
-    if row["method"] in SEEKING:
-        options = {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, **SEEKING[row["method"]])}
+    options = options_of(row["method"])
     config, rank = SHAPES[row["model"]](), 8 if row["train"] == "lora" else None
     began = time.perf_counter()
     described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, attention="sdpa")

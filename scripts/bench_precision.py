@@ -26,8 +26,8 @@ def main() -> None:
     options = _options()
     batch = _batch(options)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).train()
-    exact = _gradients(copy.deepcopy(model).float(), batch)
-    _write(options, "plain", None, None, _gradients(model, batch), exact)
+    exact = gradients(copy.deepcopy(model).float(), batch)
+    _write(options, "plain", None, None, gradients(model, batch), exact)
     for chunk in CHUNKS:
         for sums in (torch.bfloat16, torch.float32):
             _write(options, "exact streaming", chunk, sums, _streamed(model, batch, chunk, sums), exact)
@@ -49,14 +49,14 @@ def _batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _gradients(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     model(**batch, use_cache=False).loss.backward()
     return _taken(model)
 
 
 def _streamed(model: torch.nn.Module, batch: dict, chunk: int, sums: torch.dtype) -> dict[str, torch.Tensor]:
     with Streaming(model, StreamingConfig(sequence_chunk_size=chunk), sums_dtype=sums):
-        return _gradients(model, batch)
+        return gradients(model, batch)
 
 
 def _taken(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def _taken(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _error(found: dict, exact: dict, part: tuple[str, ...] = ("",)) -> float:
+def relative_error(found: dict, exact: dict, part: tuple[str, ...] = ("",)) -> float:
     """Norm of the difference relative to that of the exact gradient, over parameters whose name has one of the parts."""
     names = [name for name in exact if any(word in name for word in part)]
     squares = [((found[name] - exact[name]).square().sum(), exact[name].square().sum()) for name in names]
@@ -76,7 +76,7 @@ def _write(options, method: str, chunk: int | None, sums: torch.dtype | None, fo
     row = {
         "model": options.model.name, "tokens": options.tokens, "method": method, "chunk": chunk,
         "sums": None if sums is None else str(sums).removeprefix("torch."),
-        "error": round(_error(found, exact), 5), "error_of_keys_and_values": round(_error(found, exact, ("k_proj", "v_proj")), 5),
+        "error": round(relative_error(found, exact), 5), "error_of_keys_and_values": round(relative_error(found, exact, ("k_proj", "v_proj")), 5),
         "conditions": conditions(device="cpu", dtype="bfloat16"),
     }  # fmt: skip
     append(options.out, row)

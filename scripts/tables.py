@@ -11,6 +11,7 @@ from pathlib import Path
 import pages
 import store
 from glue import page as glue_page
+from gpu.tables import tables as gpu_tables
 from pages import ROOT, conditions_of, mib
 from quality import page as quality_page
 from reversible import page as reversible_page
@@ -257,6 +258,8 @@ SECTIONS = {
     "fits-conditions": lambda: conditions_of(rows_of("ladder.jsonl")),
     "contract": contract_table,
     "contract-conditions": lambda: conditions_of(rows_of("estimate.jsonl")),
+    "gpu": lambda: gpu_tables(rows_of("gpu.jsonl")),
+    "gpu-conditions": lambda: conditions_of(rows_of("gpu.jsonl")),
     "reversible": reversible_table,
     "speed": speed_table,
     "profile": profile_table,

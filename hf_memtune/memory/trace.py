@@ -4,6 +4,7 @@ Counted: every storage that the step makes and that is alive at its peak, apart 
 gradients and optimizer state are known without tracing). Not seen: temporaries inside one kernel.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -93,27 +94,98 @@ def measure_causal_lm_step(
     fused_loss: bool = False,
     strategy: StreamingConfig | None = None,
 ) -> TracedStep:
-    """The step of `trace_causal_lm_step` with random weights on a CUDA device, its bytes told by the allocator.
+    """The step of `trace_causal_lm_step` with random weights on a device, its bytes told by the allocator, or on a CPU counted.
 
     Gradients are there from a step before, so that the peak is above weights and gradients.
     """
-    model = _meta_model(config, dtype, lora_rank, checkpointing)
-    _materialise(model, dtype, device)
+    model = random_causal_lm(config, device, dtype, lora_rank)
     ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
-    installed = _install(model, strategy)
-    step = _plain_step(model, ids, fused_loss) if installed is None else _own_step(model, ids)
-    weight_bytes, trained = _weights(model)
-    for parameter in trained:
+    with CausalLMStep(model, ids, checkpointing, fused_loss, strategy) as step:
+        return step.measure()
+
+
+def random_causal_lm(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, lora_rank: int | None = 8
+) -> nn.Module:
+    """The model of `trace_causal_lm_step` with small random weights on a device, and gradients of zeros, as after a step."""
+    model = _meta_model(config, dtype, lora_rank, checkpointing=False)
+    _materialise(model, dtype, device)
+    for parameter in _weights(model)[1]:
         parameter.grad = torch.zeros_like(parameter)
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    host = _count_host(installed)
-    with _removing(installed):
-        step()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return TracedStep(peak, weight_bytes, sum(p.nbytes for p in trained), [], host.live.peak_bytes)
+    return model
+
+
+class CausalLMStep:
+    """Forward and backward under one method, as often as wanted: a context manager, after which the model is as before but for its gradients.
+
+    model: of `random_causal_lm`. ids: (B, T), on its device; every token is labelled. The rest: as of `trace_causal_lm_step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        checkpointing: bool = False,
+        fused_loss: bool = False,
+        strategy: StreamingConfig | None = None,
+    ):
+        self._model, self._ids, self._checkpointing, self._fused_loss, self._strategy = model, ids, checkpointing, fused_loss, strategy
+        self._installed: Method | None = None
+
+    def __enter__(self) -> "CausalLMStep":
+        if self._checkpointing:
+            _checkpoint(self._model)
+        try:
+            self._installed = _install(self._model, self._strategy, check=False)
+        except BaseException:
+            self.__exit__()
+            raise
+        plain = self._installed is None
+        self._run = _plain_step(self._model, self._ids, self._fused_loss) if plain else _own_step(self._model, self._ids)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._installed is not None:
+            self._installed.remove()
+        if self._checkpointing:
+            disable = getattr(self._model, "activation_checkpointing_disable", None) or self._model.gradient_checkpointing_disable
+            disable()
+            self._model.disable_input_require_grads()
+
+    def measure(self) -> TracedStep:
+        """The bytes of one step, which is run."""
+        weight_bytes, trained = _weights(self._model)
+        measured = self._on_cuda if self._ids.is_cuda else self._counted
+        peak_bytes, host_bytes = measured()
+        return TracedStep(peak_bytes, weight_bytes, sum(p.nbytes for p in trained), [], host_bytes)
+
+    def seconds(self) -> float:
+        """The seconds of one step, which is run, until the device has done it."""
+        self._wait()
+        began = time.perf_counter()
+        self._run()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self._ids.is_cuda:
+            torch.cuda.synchronize(self._ids.device)
+
+    def _on_cuda(self) -> tuple[int, int]:
+        device = self._ids.device
+        self._wait()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        host = _count_host(self._installed)
+        self._run()
+        self._wait()
+        return torch.cuda.max_memory_allocated(device) - before, host.live.peak_bytes
+
+    def _counted(self) -> tuple[int, int]:
+        with LiveBytes() as live:
+            host = _count_host(self._installed, live)
+            self._run()
+        return live.peak_bytes, host.live.peak_bytes
 
 
 def _count_host(installed: Method | None, device: LiveBytes | None = None) -> _CountedHost:
@@ -156,10 +228,15 @@ def _trainable(model: nn.Module, lora_rank: int | None, checkpointing: bool) -> 
         lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        _checkpoint(model)
     return model.train()
+
+
+def _checkpoint(model: nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # hooks that `enable` may have put on: transformers forgets them when it adds others
+    model.enable_input_require_grads()
 
 
 def _own_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
