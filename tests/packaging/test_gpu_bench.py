@@ -55,7 +55,9 @@ def test_gradients_are_exact_by_kernel_and_dtype(rows):
 
 def test_bytes_are_those_of_the_trace(rows):
     found = of(rows, "peak bytes")
-    assert [row["ratio"] for row in found] == [1] * len(found)
+    assert {row["ratio"] for row in found if row["method"] in ("plain", "checkpointing", "streaming 16 + checkpointing")} == {1}
+    # Where the loss is the peak, the trace has the last token in it, which has no label: a row of logits more.
+    assert all(1 <= row["ratio"] < 1 + 1 / row["tokens"] for row in found)
     assert [row["host_bytes"] for row in found] == [row["traced_host_bytes"] for row in found]
     peaks = {row["method"]: row["peak_bytes"] for row in found}
     assert peaks["streaming 16 + checkpointing"] < peaks["checkpointing"] < peaks["plain"]
