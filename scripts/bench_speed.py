@@ -123,10 +123,14 @@ def _methods(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str,
 @contextmanager
 def _checkpointed(model: torch.nn.Module, method: Made) -> Iterator[None]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    with method():
-        yield
-    model.gradient_checkpointing_disable()
+    # as enable_input_require_grads does, whose hook is lost, and stays, where it is called twice
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        with method():
+            yield
+    finally:
+        hook.remove()
+        model.gradient_checkpointing_disable()
 
 
 def _step(model: torch.nn.Module, batch: dict) -> Callable[[], None]:

@@ -24,6 +24,12 @@ def changed(settings, names) -> list[str]:
     return [name for name in names if getattr(settings, name) != getattr(defaults, name)]
 
 
+def problems_of_row_limits(settings) -> list[str]:
+    """What is wrong with max_train_rows and max_eval_rows, which may be None."""
+    limits = {name: getattr(settings, name) for name in ("max_train_rows", "max_eval_rows")}
+    return [f"{name}: got {rows}, expected 1 row or more." for name, rows in limits.items() if rows is not None and rows < 1]
+
+
 @dataclass
 class ModelSource:
     """Which model, and how it is loaded."""
@@ -177,11 +183,7 @@ class DataArguments(DataSource):
             found.append(f"eval_fraction: got {self.eval_fraction}, expected a fraction in [0, 1).")
         if self.show_rows < 0:
             found.append(f"show_rows: got {self.show_rows}, expected 0 or more.")
-        for name in ("max_train_rows", "max_eval_rows"):
-            rows = getattr(self, name)
-            if rows is not None and rows < 1:
-                found.append(f"{name}: got {rows}, expected 1 row or more.")
-        return found
+        return found + problems_of_row_limits(self)
 
     def ineffective(self) -> list[str]:
         found = super().ineffective()

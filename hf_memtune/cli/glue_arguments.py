@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_memtune.cli.arguments import changed
+from hf_memtune.cli.arguments import changed, problems_of_row_limits
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.glue_tasks import CLASS_METRICS, SCORE_METRICS, TASKS, GlueTask
 
@@ -88,11 +88,7 @@ class GlueArguments:
 
     def _number_problems(self) -> list[str]:
         found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
-        for name in ("max_train_rows", "max_eval_rows"):
-            rows = getattr(self, name)
-            if rows is not None and rows < 1:
-                found.append(f"{name}: got {rows}, expected 1 row or more.")
-        return found
+        return found + problems_of_row_limits(self)
 
     def _metric_problems(self) -> list[str]:
         known = SCORE_METRICS if self.regression else CLASS_METRICS

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_memtune.cli.arguments import problems_of_row_limits
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.qa_tasks import TASKS
 
@@ -66,11 +67,7 @@ class QaArguments:
 
     def _number_problems(self) -> list[str]:
         found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
-        for name in ("max_train_rows", "max_eval_rows"):
-            rows = getattr(self, name)
-            if rows is not None and rows < 1:
-                found.append(f"{name}: got {rows}, expected 1 row or more.")
-        return found
+        return found + problems_of_row_limits(self)
 
     def ineffective(self) -> list[str]:
         given = self.test_file is not None and self.scored_split is not None
