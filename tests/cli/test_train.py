@@ -10,7 +10,7 @@ from hf_memtune.cli import main, train
 from tests.support.folders import ROOT
 from tests.support.train import REVERSIBLE, arguments, summary
 
-OTHERS = ("glue", "accelerate")  # of another command; of `accelerate launch`
+OTHERS = ("glue", "qa", "accelerate")  # of other commands; of `accelerate launch`
 RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OTHERS)
 
 
