@@ -133,3 +133,4 @@ def test_a_stand_in_has_the_shape_of_the_mask_and_one_number():
     assert given.untyped_storage().nbytes() == 4 and given.isnan().all()
     assert asked.is_given(given) and asked.is_given(given[:, :, :, :24]) and asked.is_given(given.detach())
     assert not asked.is_given(given.clone()) and not asked.is_given(None)
+    assert not asked.is_given(given[..., -5:]) and not asked.is_given(given[:, :, :3])  # a layer that cuts its mask has another one

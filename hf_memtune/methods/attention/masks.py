@@ -9,6 +9,7 @@ Shape legend: B rows of a batch, S tokens of the pass.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ class Asked:
         return self.given
 
     def is_given(self, mask: Tensor | None) -> bool:
-        """Whether a layer was given this mask, or a view of it."""
+        """Whether a layer was given this mask, or a view of all of it; a part is another mask."""
         if mask is None or self.given is None:
             return mask is self.given
-        return mask.untyped_storage()._cdata == self.given.untyped_storage()._cdata
+        return mask.shape[-2:] == self.given.shape[-2:] and mask.untyped_storage()._cdata == self.given.untyped_storage()._cdata
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -71,9 +72,15 @@ def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece]:
         yield from (p for p in (_piece(rule, queries, keys, *b, k) for b, k in zip(bounds, kinds)) if p is not None)
 
 
-# what is told of a square, in this order: whether anything is seen; all; as causality has it; by all queries; all keys are seen; and whether
-# it is the same for all queries that look at all
-_Kind = tuple[bool, bool, bool, bool, bool, bool]
+class _Kind(NamedTuple):
+    """What is told of a square. same_for_all: whether all queries that look at any of its keys look at the same."""
+
+    any_seen: bool
+    all_seen: bool
+    is_causal: bool
+    all_look: bool
+    all_keys: bool
+    same_for_all: bool
 
 
 def _kinds(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> list[_Kind]:
@@ -86,19 +93,18 @@ def _kinds(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, in
         if first == bounds[-1][0] and queries.selection is None:
             is_causal = (mask == torch.ones_like(mask[0, 0]).tril()).all()
         kinds.append(torch.stack([mask.any(), mask.all(), is_causal, looking.all(), seen.all(), (mask == (looking & seen)).all()]))
-    return [tuple(kind) for kind in torch.stack(kinds).tolist()]
+    return [_Kind(*kind) for kind in torch.stack(kinds).tolist()]
 
 
 def _piece(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kind: _Kind) -> Piece | None:
-    any_seen, all_seen, is_causal, all_look, all_keys, same_for_all = kind
-    if all_seen or is_causal:
-        return Piece(first, stop, causal=is_causal and not all_seen)
-    if not any_seen and stop < keys.visible:
+    if kind.all_seen or kind.is_causal:
+        return Piece(first, stop, causal=not kind.all_seen)
+    if not kind.any_seen and stop < keys.visible:
         return None
     mask = attention_mask(rule, queries, keys, first, stop)
-    looking = None if all_look else mask.any(-1)
-    if same_for_all:
-        return Piece(first, stop, seen=None if all_keys else mask.any(-2, keepdim=True), looking=looking)
+    looking = None if kind.all_look else mask.any(-1)
+    if kind.same_for_all:
+        return Piece(first, stop, seen=None if kind.all_keys else mask.any(-2, keepdim=True), looking=looking)
     return Piece(first, stop, seen=mask.contiguous(), looking=looking)
 
 
@@ -109,12 +115,13 @@ def _traced(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, i
         plain = Rows(1, rows.length, None, torch.arange(rows.length)[None], None).chunk(start, keys.visible)
         kinds = _kinds(rule, plain, plain, bounds)
     is_plain = keys.rows.real is None and rows.segments is None
-    for (first, stop), (any_seen, all_seen, is_causal, _, _, same_for_all) in zip(bounds, kinds):
-        of_its_own = not (all_seen or is_causal or same_for_all) or (first == start and not (is_plain and queries.selection is None))
-        if not any_seen:
+    for (first, stop), kind in zip(bounds, kinds):
+        if not kind.any_seen:
             continue
-        if not of_its_own and is_plain and (all_seen or is_causal):
-            yield Piece(first, stop, causal=is_causal and not all_seen)
+        is_whole = kind.all_seen or kind.is_causal
+        of_its_own = not (is_whole or kind.same_for_all) or (first == start and not (is_plain and queries.selection is None))
+        if is_whole and is_plain and not of_its_own:
+            yield Piece(first, stop, causal=not kind.all_seen)
             continue
         new, count = queries.index.new_ones, queries.index.shape[1]
         seen = new((rows.batch, 1, count if of_its_own else 1, stop - first), dtype=torch.bool)
