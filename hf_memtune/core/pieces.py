@@ -119,61 +119,45 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         query, output, lse = ctx.saved_tensors
         prefix, lse = ctx.prefix, lse.masked_fill(lse == -torch.inf, torch.inf)  # who sees nothing has no weights
-        sums = _Sums(prefix, ctx.dtypes, ctx.needs_input_grad[1:3])
+        wanted = zip(("key", "value"), ctx.dtypes, ctx.needs_input_grad[1:3])
+        parts = [_Part(prefix, name, dtype) if is_wanted else None for name, dtype, is_wanted in wanted]
+        of_query: Tensor | None = None
         for block, keys, values in prefix.blocks(query.dtype):
             of = Attended(output, lse if block.looking is None else lse.masked_fill(~block.looking, torch.inf))
             kernel, mask = _kernel(query, values, block), block.mask(query.dtype)
-            sums.add(block, *kernel.backward(gradient, query, keys, values, of, mask, block.causal, prefix.scale))
-            del keys, values
-        return sums.of_query(query.dtype), *sums.settled(), None
-
-
-class _Sums:
-    """Gradients of one call of `_Attend`, over its blocks. dtypes, wanted: of its keys and of its values."""
-
-    def __init__(self, prefix: Prefix, dtypes: Sequence[torch.dtype], wanted: Sequence[bool]):
-        assert prefix.owed is not None and prefix.tokens is not None, "attention with gradient books what is owed"
-        self._owed, self._tokens = prefix.owed, prefix.tokens
-        self._of_query: Tensor | None = None
-        self._parts = [_Part((prefix.key, name), dtype) for name, dtype, is_wanted in zip(("key", "value"), dtypes, wanted) if is_wanted]
-        self._wanted = wanted
-
-    def add(self, block: Piece, of_query: Tensor, of_key: Tensor, of_value: Tensor) -> None:
-        wide = torch.promote_types(of_query.dtype, torch.float32)
-        self._of_query = of_query if self._of_query is None else self._of_query.to(wide).add_(of_query)
-        for part, gradient in zip(self._parts, (g for g, is_wanted in zip((of_key, of_value), self._wanted) if is_wanted)):
-            if block.start < self._tokens.start:
-                self._owed.book(part.key, gradient, block.start, self._tokens.start, part.dtype)
-            else:
-                part.add_own(gradient, block.start - self._tokens.start, self._tokens.stop - self._tokens.start)
-
-    def of_query(self, dtype: torch.dtype) -> Tensor:
-        assert self._of_query is not None, "a prefix has pieces"
-        return self._of_query.to(dtype)
-
-    def settled(self) -> list[Tensor | None]:
-        """Of the chunk's own keys and values; None where no gradient is wanted."""
-        found = iter(
-            [None if part.own is None else self._owed.settle(part.key, part.own, self._tokens).to(part.dtype) for part in self._parts]
-        )
-        return [next(found) if is_wanted else None for is_wanted in self._wanted]
+            found, *others = kernel.backward(gradient, query, keys, values, of, mask, block.causal, prefix.scale)
+            of_query = found if of_query is None else of_query.to(torch.promote_types(found.dtype, torch.float32)).add_(found)
+            for part, other in zip(parts, others):
+                if part is not None:
+                    part.add(block, other)
+            del keys, values, others
+        assert of_query is not None, "a prefix has pieces"
+        return of_query.to(query.dtype), *(None if part is None else part.settled() for part in parts), None
 
 
 class _Part:
-    """Gradient of the chunk's own keys, or values. dtype: theirs."""
+    """Gradient of the keys, or of the values, of a prefix: that of earlier tokens is booked, that of the chunk's own is kept. dtype: theirs."""
 
-    def __init__(self, key: tuple[int, str], dtype: torch.dtype):
-        self.key, self.dtype = key, dtype
-        self.own: Tensor | None = None
+    def __init__(self, prefix: Prefix, name: str, dtype: torch.dtype):
+        assert prefix.owed is not None and prefix.tokens is not None, "attention with gradient books what is owed"
+        self._owed, self._tokens, self._key, self._dtype = prefix.owed, prefix.tokens, (prefix.key, name), dtype
+        self._own: Tensor | None = None
 
-    def add_own(self, gradient: Tensor, first: int, count: int) -> None:
-        """Of the keys from `first` on of the chunk's `count`."""
-        if self.own is None and gradient.shape[2] == count:
-            self.own = gradient
-            return
-        if self.own is None:
-            self.own = gradient.new_zeros(*gradient.shape[:2], count, gradient.shape[3])
-        self.own.narrow(2, first, gradient.shape[2]).add_(gradient)
+    def add(self, block: Piece, gradient: Tensor) -> None:
+        """(B, K, keys of the block, C)."""
+        start, count = self._tokens.start, self._tokens.stop - self._tokens.start
+        if block.start < start:
+            self._owed.book(self._key, gradient, block.start, start, self._dtype)
+        elif gradient.shape[2] == count:
+            self._own = gradient
+        else:
+            if self._own is None:
+                self._own = gradient.new_zeros(*gradient.shape[:2], count, gradient.shape[3])
+            self._own.narrow(2, block.start - start, gradient.shape[2]).add_(gradient)
+
+    def settled(self) -> Tensor | None:
+        """What all chunks found for the chunk's own."""
+        return None if self._own is None else self._owed.settle(self._key, self._own, self._tokens).to(self._dtype)
 
 
 def _kernel(query: Tensor, values: Tensor, block: Piece) -> Kernel:
