@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL_LINEAR = "all-linear"
 
 
-def _setting(default, help_text: str, **metadata):
+def setting(default, help_text: str, **metadata):
     return field(default=default, metadata={"help": help_text, **metadata})
 
 
@@ -22,6 +22,11 @@ def changed(settings, names) -> list[str]:
     """Those of `names` whose value is not the default."""
     defaults = type(settings)()
     return [name for name in names if getattr(settings, name) != getattr(defaults, name)]
+
+
+def problems_of_max_length(settings) -> list[str]:
+    """What is wrong with max_length: of a row of one token nothing is learned."""
+    return [] if settings.max_length >= 2 else [f"max_length: got {settings.max_length}, expected 2 tokens or more."]
 
 
 def problems_of_row_limits(settings) -> list[str]:
@@ -36,18 +41,18 @@ class ModelSource:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = _setting(
+    model_name_or_path: str | None = setting(
         None, "Required. Folder of a model (weights, config, tokenizer), or its name on the hub.", aliases=["--model"]
     )
-    dtype: str = _setting(
+    dtype: str = setting(
         "auto",
         "Number format of the weights: auto (as they are stored), float32 (4 bytes a parameter), bfloat16 or float16 (2 bytes).",
         choices=list(DTYPES),
     )
-    attn_implementation: str | None = _setting(
+    attn_implementation: str | None = setting(
         None, "Attention kernel: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."
     )
-    reversible_adapters: str | None = _setting(
+    reversible_adapters: str | None = setting(
         None,
         "Folder of adapters that were trained with reversible on this model, to put into it. Default: none.",
     )
@@ -67,14 +72,14 @@ class ModelSource:
 class ModelArguments(ModelSource):
     """The model, and the adapter that is trained instead of it."""
 
-    lora_r: int = _setting(0, "Rank of the LoRA adapters. Larger: more trainable parameters. 0 trains all parameters of the model instead.")
-    lora_alpha: int = _setting(16, "LoRA scaling: updates are multiplied by lora_alpha / lora_r. Larger: larger updates.")
-    lora_dropout: float = _setting(0.0, "Probability, in [0, 1), with which an input of an adapter is dropped in training.")
+    lora_r: int = setting(0, "Rank of the LoRA adapters. Larger: more trainable parameters. 0 trains all parameters of the model instead.")
+    lora_alpha: int = setting(16, "LoRA scaling: updates are multiplied by lora_alpha / lora_r. Larger: larger updates.")
+    lora_dropout: float = setting(0.0, "Probability, in [0, 1), with which an input of an adapter is dropped in training.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={"help": f"Modules that get an adapter, by the end of their names; {ALL_LINEAR}: every linear layer but the head."},
     )
-    load_in_4bit: bool = _setting(
+    load_in_4bit: bool = setting(
         False,
         "Load the frozen weights in 4 bits (NF4 of bitsandbytes, about 0.6 bytes a parameter): QLoRA. Needs lora_r.",
     )
@@ -106,46 +111,46 @@ class DataSource:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = _setting(
+    dataset_name: str | None = setting(
         None,
         "Data: a json, jsonl, csv, parquet or txt file (a line a row), a folder of such files, a folder written by save_to_disk, or a hub name. Rows "
         "are known by their columns: messages, conversations, prompt and completion, instruction and output, text, or text and label.",
         aliases=["--dataset"],
     )
-    dataset_config: str | None = _setting(None, "Configuration of a data set that has several, as on the hub.")
-    dataset_split: str = _setting("train", "Split to use; a slice such as train[:1000] works except for folders of save_to_disk.")
-    task: str = _setting(
+    dataset_config: str | None = setting(None, "Configuration of a data set that has several, as on the hub.")
+    dataset_split: str = setting("train", "Split to use; a slice such as train[:1000] works except for folders of save_to_disk.")
+    task: str = setting(
         "auto",
         "causal_lm: next-token prediction on chats, instructions or plain text; sequence_classification: one class a row; auto: the latter for "
         "rows with text and a label, else the former.",
         choices=list(TASKS),
     )
-    max_length: int = _setting(
+    max_length: int = setting(
         1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
     )
-    instruction_column: str = _setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
-    input_column: str = _setting("input", "causal_lm: column of further text of the request, may be missing or empty.")
-    output_column: str = _setting("output", "causal_lm: column of the wanted answer, the tokens that carry a label.")
-    text_column: str | None = _setting(
+    instruction_column: str = setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
+    input_column: str = setting("input", "causal_lm: column of further text of the request, may be missing or empty.")
+    output_column: str = setting("output", "causal_lm: column of the wanted answer, the tokens that carry a label.")
+    text_column: str | None = setting(
         None,
         "causal_lm: column of plain text, all of whose tokens carry a label, in place of the three above (default: none). "
         "sequence_classification: column of the text to classify (default: text).",
     )
-    label_column: str = _setting("label", "sequence_classification: column of the class, a whole number or a name.")
-    assistant_only_loss: bool = _setting(
+    label_column: str = setting("label", "sequence_classification: column of the class, a whole number or a name.")
+    assistant_only_loss: bool = setting(
         True, "causal_lm: learn from the answers alone, of chats from every turn of the assistant; False: from every token."
     )
-    chat_template_path: str | None = _setting(
+    chat_template_path: str | None = setting(
         None, "A Jinja file, or a model (folder or hub name), whose chat template is used and saved. Default: that of the tokenizer."
     )
-    packing: bool = _setting(
+    packing: bool = setting(
         False,
         "causal_lm: train on rows of up to max_length tokens made of whole rows, none of which sees another (trl's best fit decreasing). Less "
         "padding; needs trl (pip install 'hf_memtune[sft]').",
     )
 
     def problems(self) -> list[str]:
-        found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
+        found = problems_of_max_length(self)
         if self.dataset_name is None:
             found.append("dataset_name: got nothing, expected a file, a folder or a hub name (--dataset_name, or --dataset).")
         if self.packing and find_spec("trl") is None:
@@ -167,15 +172,15 @@ class DataSource:
 class DataArguments(DataSource):
     """The data to train on, and what of it is held out."""
 
-    eval_split: str | None = _setting(None, "Split held out to measure the loss. Default: eval_fraction of the rows to train on.")
-    eval_fraction: float = _setting(
+    eval_split: str | None = setting(None, "Split held out to measure the loss. Default: eval_fraction of the rows to train on.")
+    eval_fraction: float = setting(
         0.05,
         "Fraction of the rows, in [0, 1), held out to measure the loss, the same rows for every seed; 0 holds out none. "
         "Without effect where eval_split is given.",
     )
-    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones after holding out. Default: all.")
-    max_eval_rows: int | None = _setting(200, "Measure the held-out loss on this many rows at most.")
-    show_rows: int = _setting(2, "Rows to print before training as they will be learned, with what carries a loss; 0 prints none.")
+    max_train_rows: int | None = setting(None, "Train on this many rows at most, the first ones after holding out. Default: all.")
+    max_eval_rows: int | None = setting(200, "Measure the held-out loss on this many rows at most.")
+    show_rows: int = setting(2, "Rows to print before training as they will be learned, with what carries a loss; 0 prints none.")
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -3,15 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_memtune.cli.arguments import changed, problems_of_row_limits
+from hf_memtune.cli.arguments import changed, problems_of_max_length, problems_of_row_limits, setting
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.glue_tasks import CLASS_METRICS, SCORE_METRICS, TASKS, GlueTask
 
 DESCRIBING = ("sentence_column", "second_sentence_column", "regression", "metrics")
-
-
-def _setting(default, help_text: str, **metadata):
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 def part_name(file: str) -> str:
@@ -27,21 +23,21 @@ class GlueArguments:
     _argument_group_name = "data"
     task = "sequence_classification"  # no setting: what the functions that load models ask for
 
-    task_name: str | None = _setting(
+    task_name: str | None = setting(
         None,
         f"Task of GLUE: {', '.join(TASKS)}. It names columns, classes and metrics; rows come from the hub (nyu-mll/glue), or from "
         "train_file and validation_file. Default: none, and files of your own.",
         choices=list(TASKS),
     )
-    train_file: str | None = _setting(None, "Rows to train on: a csv, json, jsonl or parquet file. Default: those of the task on the hub.")
+    train_file: str | None = setting(None, "Rows to train on: a csv, json, jsonl or parquet file. Default: those of the task on the hub.")
     validation_file: list[str] = field(
         default_factory=list,
         metadata={"help": "Held-out rows, in files as train_file; of several, each is measured by itself, and the first is eval_loss."},
     )
-    sentence_column: str = _setting("sentence", "Column of the text. A task of GLUE has its own.")
-    second_sentence_column: str | None = _setting(None, "Column of a second text. Default: none, or that of the task.")
-    label_column: str = _setting("label", "Column of the label: a whole number or a name of a class; a number with regression.")
-    regression: bool = _setting(False, "The label is a number to predict. A task of GLUE says by itself.")
+    sentence_column: str = setting("sentence", "Column of the text. A task of GLUE has its own.")
+    second_sentence_column: str | None = setting(None, "Column of a second text. Default: none, or that of the task.")
+    label_column: str = setting("label", "Column of the label: a whole number or a name of a class; a number with regression.")
+    regression: bool = setting(False, "The label is a number to predict. A task of GLUE says by itself.")
     metrics: list[str] = field(
         default_factory=list,
         metadata={
@@ -49,9 +45,9 @@ class GlueArguments:
             f"{', '.join(SCORE_METRICS)}. Default: accuracy, or both of regression, or those of the task."
         },
     )
-    max_length: int = _setting(128, "Most tokens of a row; what is beyond is cut off, of two texts from the longer one.")
-    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones. Default: all.")
-    max_eval_rows: int | None = _setting(None, "Measure on this many rows of each held-out set at most, the first ones. Default: all.")
+    max_length: int = setting(128, "Most tokens of a row; what is beyond is cut off, of two texts from the longer one.")
+    max_train_rows: int | None = setting(None, "Train on this many rows at most, the first ones. Default: all.")
+    max_eval_rows: int | None = setting(None, "Measure on this many rows of each held-out set at most, the first ones. Default: all.")
 
     @property
     def resolved(self) -> GlueTask:
@@ -76,19 +72,18 @@ class GlueArguments:
             lacking, given = ("train_file", "validation_file") if self.train_file is None else ("validation_file", "train_file")
             found.append(f"{lacking}: got nothing beside {given}, expected a file: both are needed, or none with task_name.")
         named = [("train_file", self.train_file), *(("validation_file", file) for file in self.validation_file)]
-        for setting, file in named:
+        for name, file in named:
             if file is not None and Path(file).suffix not in BUILDERS:
-                found.append(f"{setting}: got {file!r}, expected a name that ends in one of {', '.join(BUILDERS)}.")
+                found.append(f"{name}: got {file!r}, expected a name that ends in one of {', '.join(BUILDERS)}.")
             elif file is not None and not Path(file).is_file():
-                found.append(f"{setting}: {file!r} is not a file.")
+                found.append(f"{name}: {file!r} is not a file.")
         names = [part_name(file) for file in self.validation_file]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             found.append(f"validation_file: got several files called {twice[0]!r}, by which their scores are told apart. Rename one.")
         return found
 
     def _number_problems(self) -> list[str]:
-        found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
-        return found + problems_of_row_limits(self)
+        return problems_of_max_length(self) + problems_of_row_limits(self)
 
     def _metric_problems(self) -> list[str]:
         known = SCORE_METRICS if self.regression else CLASS_METRICS

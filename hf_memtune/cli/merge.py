@@ -7,11 +7,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_memtune.cli.checks import REVERSIBLE_CONFIG
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
 from hf_memtune.files import is_partial, whole_folder
 
-ADAPTERS, REVERSIBLE = "adapter_config.json", "reversible_config.json"
+ADAPTERS = "adapter_config.json"
 HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
 
@@ -40,7 +41,7 @@ class Merging:
         folder = Path(self.model_name_or_path)
         if not folder.is_dir():
             return [f"model_name_or_path: {str(folder)!r} is not a folder."]
-        if (folder / REVERSIBLE).is_file():
+        if (folder / REVERSIBLE_CONFIG).is_file():
             return [
                 f"model_name_or_path: {str(folder)!r} holds adapters of reversible layers. They cannot be merged: they act between the two "
                 "halves of a layer, which the plain model does not have. Use them with --reversible_adapters, or load_reversible."

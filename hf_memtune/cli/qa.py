@@ -44,7 +44,7 @@ def make_trainer(settings: train.Settings):
 
 def held_out(trainer, rows: QaRows, results: list[dict[str, Any]]) -> dict[str, float]:
     """eval_loss of the right answers, and what lm-eval measures of the task: eval_acc, eval_acc_stderr, ..."""
-    from hf_memtune.evaluation.harness import score, scores_of
+    from hf_memtune.evaluation.harness import logged, score, scores_of
     from hf_memtune.training.rng import preserved_rng
 
     found = trainer.evaluate()
@@ -53,9 +53,7 @@ def held_out(trainer, rows: QaRows, results: list[dict[str, Any]]) -> dict[str, 
     if scored is None:
         return found
     results.append(scored)
-    for each in scores_of(scored):
-        found |= {f"eval_{each.name}": each.value} | ({} if each.stderr is None else {f"eval_{each.name}_stderr": each.stderr})
-    return found
+    return found | logged(scores_of(scored), by_task=False)
 
 
 def write(results: list[dict[str, Any]], settings: train.Settings) -> None:

@@ -1,17 +1,13 @@
 """What `hf-memtune qa` takes about its data: a task by name, with rows from the hub or from files."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from hf_memtune.cli.arguments import problems_of_row_limits
+from hf_memtune.cli.arguments import problems_of_max_length, problems_of_row_limits, setting
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.qa_tasks import TASKS
 
 KINDS = [suffix for suffix in BUILDERS if suffix != ".txt"]
-
-
-def _setting(default, help_text: str, **metadata):
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 @dataclass
@@ -21,23 +17,23 @@ class QaArguments:
     _argument_group_name = "data"
     task, packing = "causal_lm", False  # no settings: what the functions that load models and make batches ask for
 
-    task_name: str | None = _setting(
+    task_name: str | None = setting(
         None, f"Required. One of {', '.join(TASKS)}. Its prompts are lm-eval's; rows come from the hub or from files."
     )
-    train_file: str | None = _setting(
+    train_file: str | None = setting(
         None, f"Rows to train on: a file ({', '.join(KINDS)}) with the columns that the task has on the hub. Default: those on the hub."
     )
-    test_file: str | None = _setting(None, "Rows that are scored, in a file of the same kind as train_file. Default: those on the hub.")
-    scored_split: str | None = _setting(
+    test_file: str | None = setting(None, "Rows that are scored, in a file of the same kind as train_file. Default: those on the hub.")
+    scored_split: str | None = setting(
         None,
         "Split of the hub that is scored. Default: that of lm-eval, which is test, of piqa validation. Learning rates and epochs are to be "
         "chosen on another one: validation.",
     )
-    max_length: int = _setting(
+    max_length: int = setting(
         128, "Most tokens of a row. What is beyond is cut off at its beginning, so that question and answer stay, as lm-eval cuts."
     )
-    max_train_rows: int | None = _setting(None, "Train on this many rows at most, the first ones. Default: all.")
-    max_eval_rows: int | None = _setting(None, "Score this many rows at most, the first ones. Default: all.")
+    max_train_rows: int | None = setting(None, "Train on this many rows at most, the first ones. Default: all.")
+    max_eval_rows: int | None = setting(None, "Score this many rows at most, the first ones. Default: all.")
 
     def problems(self) -> list[str]:
         """Every setting that cannot work, as one message each: setting, got, expected."""
@@ -66,8 +62,7 @@ class QaArguments:
         return found
 
     def _number_problems(self) -> list[str]:
-        found = [] if self.max_length >= 2 else [f"max_length: got {self.max_length}, expected 2 tokens or more."]
-        return found + problems_of_row_limits(self)
+        return problems_of_max_length(self) + problems_of_row_limits(self)
 
     def ineffective(self) -> list[str]:
         given = self.test_file is not None and self.scored_split is not None

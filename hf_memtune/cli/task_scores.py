@@ -8,11 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_memtune.cli.arguments import DataSource, ModelSource, changed
-
-
-def _setting(default, help_text: str):
-    return field(default=default, metadata={"help": help_text})
+from hf_memtune.cli.arguments import DataSource, ModelSource, changed, setting
 
 
 @dataclass
@@ -25,12 +21,12 @@ class TaskArguments:
         default_factory=list,
         metadata={"help": "Tasks, groups or tags of lm-eval by name, after one another or with commas: sciq,piqa. Needs hf_memtune[eval]."},
     )
-    num_fewshot: int | None = _setting(None, "Examples with their answers before each question. Default: as each task says, most often 0.")
-    limit: int | None = _setting(None, "Score this many rows of each task at most, the first ones. Default: all.")
-    tasks_folder: str | None = _setting(
+    num_fewshot: int | None = setting(None, "Examples with their answers before each question. Default: as each task says, most often 0.")
+    limit: int | None = setting(None, "Score this many rows of each task at most, the first ones. Default: all.")
+    tasks_folder: str | None = setting(
         None, "Folder of task files (YAML) of your own, in lm-eval's format; no network is needed for those whose rows are local files."
     )
-    out: str = _setting("scores.json", "File to write, all that lm-eval returns; the picture goes beside it, ending in .png.")
+    out: str = setting("scores.json", "File to write, all that lm-eval returns; the picture goes beside it, ending in .png.")
 
     @property
     def names(self) -> list[str]:

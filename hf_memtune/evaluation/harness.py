@@ -68,13 +68,14 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
     return found
 
 
-def logged(scores: list[Score]) -> dict[str, float]:
-    """Scores as a Trainer logs them: `eval_sciq_acc`, and its standard error as `eval_sciq_acc_stderr`."""
+def logged(scores: list[Score], by_task: bool = True) -> dict[str, float]:
+    """Scores as a Trainer logs them: `eval_sciq_acc`, and its standard error as `eval_sciq_acc_stderr`. by_task: with the task's name."""
     found = {}
     for each in scores:
-        found[f"eval_{each.task}_{each.name}"] = each.value
+        name = f"eval_{each.task}_{each.name}" if by_task else f"eval_{each.name}"
+        found[name] = each.value
         if each.stderr is not None:
-            found[f"eval_{each.task}_{each.name}_stderr"] = each.stderr
+            found[f"{name}_stderr"] = each.stderr
     return found
 
 
