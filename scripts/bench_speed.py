@@ -47,7 +47,7 @@ def main() -> None:
         if arguments.profile:
             _profile(arguments, train, methods, model, batch)
             continue
-        seconds = _interleaved(methods, _step(model, batch), arguments.repeats)
+        seconds = _interleaved(methods, _step(model, batch), arguments.repeats, arguments.untimed)
         plain = statistics.median(seconds["plain"]) if "plain" in seconds else None
         for method, measured in seconds.items():
             row = _row(arguments, train, method, measured, plain, batch)
@@ -66,7 +66,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%")
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method, each after an untimed one")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method")
+    parser.add_argument("--untimed", type=int, default=1, help="steps before each timed one; 0 where a step takes minutes")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--random_weights", help="name of hf_memtune.memory.shapes: time that shape with random weights instead")
@@ -144,15 +145,16 @@ def _step(model: torch.nn.Module, batch: dict) -> Callable[[], None]:
     return step
 
 
-def _interleaved(methods: dict[str, Made], step: Callable[[], None], repeats: int) -> dict[str, list[float]]:
-    """Every turn does two steps under each method, of which the second is timed: the first gets its memory from the system."""
+def _interleaved(methods: dict[str, Made], step: Callable[[], None], repeats: int, untimed: int) -> dict[str, list[float]]:
+    """Every turn times one step under each method, after untimed ones, which get their memory from the system."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("Timing", total=repeats * len(methods))
         for _ in range(repeats):
             for name, method in methods.items():
                 with method():
-                    step()
+                    for _ in range(untimed):
+                        step()
                     _synchronise()
                     began = time.perf_counter()
                     step()
@@ -199,7 +201,12 @@ def _row(arguments, train: str, method: str, measured: list[float], plain: float
 
 def _conditions(arguments: argparse.Namespace) -> dict:
     described = conditions(
-        device=arguments.device, dtype=arguments.dtype, rows=arguments.rows, threads=torch.get_num_threads(), repeats=arguments.repeats
+        device=arguments.device,
+        dtype=arguments.dtype,
+        rows=arguments.rows,
+        threads=torch.get_num_threads(),
+        repeats=arguments.repeats,
+        untimed=arguments.untimed,
     )
     if arguments.device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name()
