@@ -164,6 +164,13 @@ def _residual(
     return torch.autograd.grad(values, logits, residual.to(values.dtype))[0], loss
 
 
+@torch.no_grad()
+def softmax_residual_norm(logits: Tensor, target: Tensor) -> Tensor:
+    """Norm of softmax - onehot(target) of each row of logits (N, V), (N,), in float32 at least: that of the loss's gradient at the logits."""
+    work = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+    return torch.linalg.vector_norm(work.scatter_add_(1, target[:, None], -torch.ones_like(work[:, :1])), dim=1)
+
+
 def _as_autocast(weight_VD: Tensor) -> Tensor:
     """What matrix products of `weight_VD` use: its cast under autocast, made once. Autocast itself keeps those of parameters alone."""
     kind = weight_VD.device.type

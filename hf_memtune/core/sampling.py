@@ -9,7 +9,7 @@ with pi_j the probability that token j is kept and f_j anything of token j,
 Shape legend: B rows of a batch, T tokens in a row (padding included).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from hf_memtune.core.selection import Selection, first_of, kept_counts
 CERTAIN = 2**32
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How scores become probabilities, and probabilities weights.
+
+    floor: the share, in (0, 1], of the even distribution in that of a single draw. by_size: scores are magnitudes, 0 or more, to which
+    probabilities are proportional, not places between the lowest and the highest of the row: with those of gradients, the variance of the
+    estimated sum is the least there is (but for the floor).
+    cap: most that a weight may be, which biases the estimate towards tokens with smaller weights, and bounds its noise; None: any.
+    """
+
+    floor: float = 0.5
+    by_size: bool = False
+    cap: float | None = None
+
+
+HALF = Draw()
+
+
 def sample(
     scores: Tensor,
     ratio: float,
@@ -28,6 +46,7 @@ def sample(
     candidates: Tensor | None = None,
     forced: Tensor | None = None,
     generator: torch.Generator | None = None,
+    how: Draw = HALF,
 ) -> Selection:
     """Draw tokens of each row without replacement, a fixed number, the likelier the larger their score, and weigh them.
 
@@ -36,23 +55,23 @@ def sample(
 
     forced tokens are kept with certainty, at weight 1. Where they alone fill the budget and other tokens are eligible, one of
     those is drawn beyond it: left out for good, they would bias the estimate.
-    Of the scores only their place between lowest and highest of the row counts. -inf and NaN make a token as unlikely, +inf as
-    likely as a score can; what must never be drawn is left out of `candidates`.
+    Unless `how` is by size, only the place of a score between lowest and highest of the row counts. -inf and NaN make a token as unlikely,
+    +inf as likely as a score can; what must never be drawn is left out of `candidates`.
     generator: draws one number a row; None: torch's own, of the device of the scores.
 
-    With k draws from n tokens no weight exceeds 2 n / k (but by the 2**-32 that probabilities are rounded to): 2 / ratio
-    at most without forced tokens, and 2 n in a row that falls back on its real ones. At ratio 1 all weights are 1.
+    With k draws from n tokens no weight exceeds n / (k floor) (but by the 2**-32 that probabilities are rounded to): with a floor of 1/2
+    2 / ratio at most without forced tokens, and 2 n in a row that falls back on its real ones. At ratio 1 all weights are 1.
     """
     rows, length = scores.shape
     counts = kept_counts(rows, length, ratio, real, candidates, forced, beside_forced=1)
     forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced
     pool = _drawn_from(scores, real, candidates) & ~forced
     draws = torch.tensor(counts, device=scores.device)[:, None] - forced.sum(1, keepdim=True)
-    units = in_units(inclusion_probability(base_probability(scores, pool), draws), pool, draws).masked_fill(forced, CERTAIN)
+    units = in_units(inclusion_probability(base_probability(scores, pool, how), draws), pool, draws).masked_fill(forced, CERTAIN)
     taken = systematic(units, generator)
     priority = 2 * taken.to(torch.int8) + (0 if real is None else real.to(torch.int8))
     chosen = first_of(priority.argsort(dim=1, descending=True, stable=True), counts)
-    weight = CERTAIN / units.gather(1, chosen.index).double()
+    weight = (CERTAIN / units.gather(1, chosen.index).double()).clamp(max=torch.inf if how.cap is None else how.cap)
     return replace(chosen, weight=weight.float().masked_fill(~chosen.valid, 1))
 
 
@@ -66,20 +85,27 @@ def _drawn_from(scores: Tensor, real: Tensor | None, candidates: Tensor | None) 
     return torch.where(allowed.any(1, keepdim=True), allowed, real)
 
 
-def base_probability(scores: Tensor, pool: Tensor) -> Tensor:
-    """Probability of each token in a single draw, (B, T) float64, 0 outside `pool`, (B, T) bool: half by score, half evenly,
+def base_probability(scores: Tensor, pool: Tensor, how: Draw = HALF) -> Tensor:
+    """Probability of each token in a single draw, (B, T) float64, 0 outside `pool`, (B, T) bool: a part by score, a part evenly,
 
-        p_j = 1/2 * 1/n + 1/2 * s_j / sum_i s_i,    s_j in [0, 1] the place of the score between lowest and highest.
+        p_j = a * 1/n + (1 - a) * s_j / sum_i s_i,    a the floor, s_j the score's size, or its place in [0, 1] between lowest and highest.
 
-    The even half is the defensive part of the mixture (Hesterberg 1995, Technometrics 37:185, "Weighted average importance
+    The even part is the defensive part of the mixture (Hesterberg 1995, Technometrics 37:185, "Weighted average importance
     sampling and defensive mixture distributions"). By score alone, 1 / p_j has no bound, and one unlikely token with a large
-    gradient would outweigh the rest of the batch: the variance is bounded by nothing. With it p_j >= 1 / (2 n), and scores
-    however wrong cost at most twice the weight of even draws (and, were the draws independent, twice the second moment).
+    gradient would outweigh the rest of the batch: the variance is bounded by nothing. With it p_j >= a / n, and scores
+    however wrong cost at most 1 / a times the weight of even draws (and, were the draws independent, 1 / a times the second moment).
     """
-    place = _place(scores, pool)
-    total = place.sum(1, keepdim=True)
+    share = _size(scores, pool) if how.by_size else _place(scores, pool)
+    total = share.sum(1, keepdim=True)
     even = pool / pool.sum(1, keepdim=True).clamp_min(1).double()
-    return torch.where(total > 0, (even + place / total) / 2, even)
+    return torch.where(total > 0, how.floor * even + (1 - how.floor) * share / total, even)
+
+
+def _size(scores: Tensor, pool: Tensor) -> Tensor:
+    """Scores of the tokens of `pool`, float64, relative to the largest of their row; 0 outside, and for what is no magnitude."""
+    work = scores.double().nan_to_num(nan=0, posinf=torch.inf, neginf=0).clamp_min(0).masked_fill(~pool, 0)
+    largest = work.amax(1, keepdim=True)
+    return torch.where(largest.isinf(), work.isinf().double(), work / largest.clamp_min(torch.finfo(work.dtype).tiny))
 
 
 def _place(scores: Tensor, pool: Tensor) -> Tensor:

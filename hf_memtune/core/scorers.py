@@ -25,6 +25,9 @@ class SeekingContext:
     context_score: (B, T) float32, attention received in the context layer (TokenSeek, eq. 3), normalised as configured.
     gradient_score: (B, T) float32, magnitude of the loss gradient at the input of the last block (eq. 4).
     token_loss: (B, T) float32, loss of each position's own prediction; 0 where it has no label.
+    softmax_residual: (B, T) float32, norm of softmax - onehot of each position's own prediction, the gradient of its loss at its logits; 0
+        where it has no label.
+    reference_loss: (B, T) float32, the same loss by the model that `reference_model` names.
     true_gradient: (B, T) float32, magnitude of the gradient of the loss at the last hidden states: in backward, of whatever loss was taken.
     """
 
@@ -55,6 +58,14 @@ class SeekingContext:
         return self._compute["token_loss"]()
 
     @cached_property
+    def softmax_residual(self) -> Tensor:
+        return self._compute["softmax_residual"]()
+
+    @cached_property
+    def reference_loss(self) -> Tensor:
+        return self._compute["reference_loss"]()
+
+    @cached_property
     def true_gradient(self) -> Tensor:
         return self._compute["true_gradient"]()
 
@@ -68,7 +79,7 @@ class Scorer:
 
     reads_model: False where it needs nothing of the pass over all tokens (random choice, the gradient that backward brings). runs_last_block: True where it is
     known to ask for gradients or losses, which come from running the last block alone. reads_context: True where it is known to ask for the
-    attention that tokens receive.
+    attention that tokens receive. is_size: its scores are magnitudes of gradients, to which probabilities are to be proportional.
     """
 
     name: str
@@ -76,6 +87,7 @@ class Scorer:
     reads_model: bool = True
     runs_last_block: bool = False
     reads_context: bool = False
+    is_size: bool = False
 
     def __call__(self, context: SeekingContext) -> Tensor:
         scores = self.score(context)
@@ -96,7 +108,8 @@ class Scorer:
 
 
 _REGISTERED: dict[str, TokenScorer] = {}
-BUILT_IN = ("combined", "context", "gradient", "true_gradient", "random", "loss")
+BUILT_IN = ("combined", "context", "gradient", "true_gradient", "softmax_residual", "random", "loss", "profit", "excess_loss")
+SIZES = ("true_gradient", "softmax_residual")
 
 
 def register_scorer(name: str, scorer: TokenScorer) -> None:
@@ -116,6 +129,9 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
     `random` is TokenTune (arXiv 2501.18824): uniform choice, drawn anew at every call from torch's generator.
     A weight of 0 leaves its score uncomputed. sampling: scores are probabilities to be drawn with, so that `random` is the same for all:
     to draw with random probabilities would add noise, and nothing else.
+    Two change what is learned. `profit` is the probability of the label, so that top leaves the least probable tokens out (ProFit, arXiv
+    2601.09195); `excess_loss` is what a token costs beyond the reference model (Rho-1, arXiv 2404.07965, eq. 3), so that top keeps those that
+    can still be learned, and leaves out the easy ones and noise.
     """
 
     def combined(seen: SeekingContext) -> Tensor:
@@ -133,9 +149,15 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         "context": lambda seen: seen.context_score,
         "gradient": lambda seen: seen.gradient_score,
         "true_gradient": lambda seen: seen.true_gradient,
+        "softmax_residual": lambda seen: seen.softmax_residual,
         "random": random,
         "loss": lambda seen: seen.token_loss,
+        "profit": lambda seen: (-seen.token_loss).exp(),
+        "excess_loss": lambda seen: seen.token_loss - seen.reference_loss,
     }
-    runs_last_block = name in ("gradient", "loss") or (name == "combined" and gradient_weight > 0)
+    runs_last_block = name in ("gradient", "loss", "profit", "excess_loss", "softmax_residual") or (
+        name == "combined" and gradient_weight > 0
+    )
     reads_context = name == "context" or (name == "combined" and context_weight > 0)
-    return Scorer(name, {**_REGISTERED, **built_in}[name], name not in ("random", "true_gradient"), runs_last_block, reads_context)
+    reads_model = name not in ("random", "true_gradient")
+    return Scorer(name, {**_REGISTERED, **built_in}[name], reads_model, runs_last_block, reads_context, is_size=name in SIZES)

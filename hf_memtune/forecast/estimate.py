@@ -34,6 +34,8 @@ def estimate(
 ) -> MemoryEstimate:
     """The bytes of one optimizer step of MemEfficientTrainer, by phase and category, on the longest batch.
 
+    Of one process; each of several needs as much, and DistributedDataParallel the gradients once more, in its buckets.
+
     Args:
         model_or_config: a model, or a PEFT model around one, on any device ("meta" has no weights); or a config, whose model is trained
             whole in the config's dtype. It is not changed.
@@ -74,14 +76,21 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
             "token_gradient: got 'skip', whose memory depends on which tokens are skipped, which depends on the data. Expected 'cut' or "
             "'stream'; an estimate of 'stream' with the same sequence_chunk_size holds where hardly anything is skipped."
         )
+    if args.token_seeking and args.token_scorer == "excess_loss":
+        found.append(
+            "token_scorer: got 'excess_loss', whose reference model is not traced. Estimate with 'loss', and add the bytes of its weights."
+        )
     for name in ("deepspeed", "fsdp", "parallelism_config", "torch_compile", "use_liger_kernel"):
         if getattr(args, name, None):
             found.append(f"{name}: got {getattr(args, name)!r}, under which other code runs than the trace sees. Estimate without it.")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
-    if args.world_size > 1:
-        found.append(f"{args.world_size} processes: expected one. Estimate in a process of its own; each of several needs what one needs.")
+    if args.chunk_is_open:
+        found.append(
+            "sequence_chunk_size: got 'auto', which a trainer chooses on its machine before step 0. Expected the tokens of a chunk, such as 512; "
+            "`hf-memtune plan` tries sizes."
+        )
     return found
 
 

@@ -18,7 +18,7 @@ class Settings(Protocol):
     token_scorer: str
     preset: str | None
     given: frozenset[str]
-    sequence_chunk_size: int | None
+    sequence_chunk_size: int | str | None
     kv_offload: bool
     checkpoint_levels: int | None
     reversible: str
@@ -29,6 +29,9 @@ class Settings(Protocol):
     stream_chunk_size: int | None
     is_mean_of_kept: bool
     kept_always: str
+    keeps_all: bool
+    token_selection: str
+    token_weight: str
     is_reversible: bool
 
 

@@ -41,7 +41,13 @@ def ran_in_chunks(args: Settings, seen: Seen) -> Iterator[Idle]:
 def left_tokens_out(args: Settings, seen: Seen) -> Iterator[Idle]:
     if args.streams:
         yield from ran_in_chunks(args, seen)
-    if not seen.row_length or args.token_ratio == 1 or seen.kept < seen.seen:
+    if not seen.row_length or args.keeps_all or seen.kept < seen.seen:
+        return
+    if args.token_selection == "labelled":
+        message = (
+            f"token_seeking: all {seen.seen} tokens have a label, so token_selection=labelled is plain training. Leave token_seeking out."
+        )
+        yield Idle(message, is_short=True)
         return
     message = (
         f"token_seeking: all {seen.seen} tokens were kept with token_ratio={args.token_ratio:g}, so backward was that of plain "

@@ -51,7 +51,11 @@ def _seeking(args: Settings) -> str:
     """A scorer that was left open is another one for some models."""
     is_open = args.preset is None and "token_scorer" not in args.given
     scorer = "" if is_open else f", token_scorer={args.token_scorer}"
-    return f"token_seeking, token_ratio={args.token_ratio:g}{scorer}, token_gradient={args.token_gradient}"
+    kept = f"token_ratio={args.token_ratio:g}{scorer}"
+    if args.token_selection == "labelled":
+        kept = "token_selection=labelled"
+    weight = "" if args.token_weight == "none" else f", token_weight={args.token_weight}"
+    return f"token_seeking, {kept}, token_gradient={args.token_gradient}{weight}"
 
 
 STREAMING = Lever(

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from .account import CATEGORIES, PHASES, LiveTensor, MemoryAccount, PhaseBytes, TimelinePoint
+from .cards import ALLOCATOR_SHARE
 from .ledger import Entry, SavedBytes, ShapeTotal
 from .live import LiveBytes
 from .step_ledger import StepLedger
@@ -27,6 +28,7 @@ __all__ = [
     "ShapeTotal",
     "StepLedger",
     "TimelinePoint",
+    "available_bytes",
     "peak_device_bytes",
     "reset_peak_device_bytes",
     "resident_bytes",
@@ -54,6 +56,21 @@ def resident_bytes() -> int:
     import psutil  # accelerate requires it; imported here to keep the package's import light
 
     return psutil.Process().memory_info().rss
+
+
+def available_bytes(device: torch.device | str | int, held_bytes: int) -> int:
+    """Bytes that tensors may take on ``device``, those that are there included: held_bytes of them on a CPU, whose memory is not counted.
+
+    On CUDA what is free and what the allocator holds, less what blocks without a tensor take of it; on a CPU what the system can still give.
+    """
+    device = torch.device(device)
+    allocator = _allocator(device)
+    if allocator is None:
+        import psutil
+
+        return psutil.virtual_memory().available + held_bytes
+    free, _ = allocator.mem_get_info(device)
+    return int((free + allocator.memory_reserved(device)) / (1 + ALLOCATOR_SHARE))
 
 
 def _allocator(device: torch.device) -> ModuleType | None:

@@ -8,16 +8,20 @@ from dataclasses import dataclass, fields
 
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
 from hf_memtune.settings.protocol import MethodSettings, changed_fields, setting
+from hf_memtune.units import parse_bytes
 
 GRADIENT_NORMS = ("l2", "l1", "sum")
 CONTEXT_NORMALIZERS = ("sum", "mean")
 SELECTION_POOLS = ("all", "labels")
 ALWAYS_KEPT = ("none", "first_last")
 SCHEDULES = ("step", "epoch", "once")
-SELECTIONS = ("top", "sample")
+SELECTIONS = ("top", "sample", "labelled")
+TOKEN_WEIGHTS = ("none", "dft")
+_OF_PREDICTIONS = ("softmax_residual", "random", "loss", "profit", "excess_loss")  # scorers that read neither attention nor a gradient
 TOKEN_GRADIENTS = ("cut", "stream", "skip")
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
+AUTO = "auto"
 
 
 def _filled(name: str, help_text: str, choices=None):
@@ -29,11 +33,17 @@ def _filled(name: str, help_text: str, choices=None):
 class StreamingConfig(MethodSettings):
     """Settings of exact streaming: backward of a causal model in chunks of its rows."""
 
-    sequence_chunk_size: int | None = setting(
+    sequence_chunk_size: int | str | None = setting(
         None,
         "Exact streaming backward of causal models: forward in chunks of this many tokens of each row, backward from the last "
         "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
-        "Smaller: less memory, more kernel launches. A size larger than the row is plain training. Default: off.",
+        "Smaller: less memory, more kernel launches. A size larger than the row is plain training. auto: the fastest size whose step on the "
+        "longest batch is predicted to fit (chunk_budget), timed before step 0; a resumed run keeps it. Default: off.",
+    )
+    chunk_budget: str | None = setting(
+        None,
+        "With sequence_chunk_size=auto: most bytes that the tensors of a step may take, weights and optimizer included, such as 8GiB. "
+        "Default: what is free, less an allowance.",
     )
     kv_offload: bool = setting(
         False,
@@ -42,15 +52,29 @@ class StreamingConfig(MethodSettings):
         "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
     )
 
+    def __post_init__(self) -> None:
+        self._fill()
+        super().__post_init__()
+
+    def _fill(self) -> None:
+        """Values as they are used: a parser of a field that may be a word hands numbers on as words."""
+        if isinstance(self.sequence_chunk_size, str) and self.sequence_chunk_size.isdecimal():
+            self.sequence_chunk_size = int(self.sequence_chunk_size)
+
     @property
     def streams(self) -> bool:
         """Whether backward goes through the rows in chunks."""
         return self.sequence_chunk_size is not None
 
     @property
+    def chunk_is_open(self) -> bool:
+        """Whether the size of chunks is still to be chosen, which a trainer does before step 0."""
+        return self.sequence_chunk_size == AUTO
+
+    @property
     def stream_chunk_size(self) -> int | None:
-        """Tokens of each row in a chunk of streaming, or None where nothing streams."""
-        return self.sequence_chunk_size if self.streams else None
+        """Tokens of each row in a chunk of streaming, or None where nothing streams, or the size is still open."""
+        return self.sequence_chunk_size if isinstance(self.sequence_chunk_size, int) else None
 
     @property
     def switch(self) -> str | None:
@@ -68,13 +92,20 @@ class StreamingConfig(MethodSettings):
         return False
 
     def problems(self) -> list[str]:
-        size, found = self.sequence_chunk_size, super().problems()
-        if size is None or (type(size) is int and size >= 1):
-            return found
-        return [f"sequence_chunk_size: got {size!r}, expected 1 token or more. Leave it out to turn streaming off.", *found]
+        size, found = self.sequence_chunk_size, []
+        if not (size is None or size == AUTO or (type(size) is int and size >= 1)):
+            found.append(f"sequence_chunk_size: got {size!r}, expected 1 token or more, or auto. Leave it out to turn streaming off.")
+        try:
+            if self.chunk_budget is not None and parse_bytes(self.chunk_budget) <= 0:
+                found.append(f"chunk_budget: got {self.chunk_budget!r}, expected more than 0 bytes.")
+        except ValueError as error:
+            found.append(f"chunk_budget: {error}.")
+        return found + super().problems()
 
     def ineffective(self) -> list[str]:
         own = ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
+        if self.chunk_budget is not None and not self.chunk_is_open:
+            own.append("chunk_budget has no effect without sequence_chunk_size=auto")
         return own + super().ineffective()
 
 
@@ -103,8 +134,10 @@ class TokenSeekingConfig(StreamingConfig):
     token_scorer: str | None = _filled(
         "token_scorer",
         "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient (at the last block), true_gradient (of "
-        "the loss that was taken, whatever it is, at the last hidden states; chosen in backward), random "
-        "(TokenTune; the same for all in token_selection=sample), loss (of the token's own prediction), or a registered name.",
+        "the loss that was taken, whatever it is, at the last hidden states; chosen in backward), softmax_residual (of the model's own loss, at "
+        "the logits; chosen before the head), random (TokenTune; the same for all in token_selection=sample), loss (of the token's own "
+        "prediction), or a registered name. These change what is learned: profit (the token's probability: improbable ones are left out), "
+        "excess_loss (loss above that of reference_model, Rho-1).",
     )
     context_weight: float | None = _filled(
         "context_weight",
@@ -139,8 +172,28 @@ class TokenSeekingConfig(StreamingConfig):
         "token_selection",
         "How scores choose. top: the highest, as in the papers. sample: drawn without replacement with probability growing with "
         "the score, each kept token's loss weighted by the inverse of its inclusion probability, so that the expected loss "
-        "gradient is that of all labelled tokens.",
+        "gradient is that of all labelled tokens. labelled: every token with a label, none drawn; token_ratio is not read.",
         SELECTIONS,
+    )
+    sample_floor: float | None = setting(
+        None,
+        "token_selection=sample: share, in (0, 1], of the even distribution in that of each draw. Larger: weights nearer to each other, scores "
+        "count less. Default: 0.25 for true_gradient and softmax_residual, to whose scores the rest is proportional, else 0.5.",
+    )
+    weight_cap: float | None = setting(
+        None,
+        "token_selection=sample: most that the weight of a kept token may be, 1 or more. Smaller: less noise, and a gradient that is "
+        "biased towards tokens that are often drawn. Default: none.",
+    )
+    token_weight: str = setting(
+        "none",
+        "What the loss of a kept token is multiplied by, which changes what is learned: none, or dft (the probability that the model gives its "
+        "label: Dynamic Fine-Tuning, arXiv 2508.05629).",
+        TOKEN_WEIGHTS,
+    )
+    reference_model: str | None = setting(
+        None,
+        "token_scorer=excess_loss: folder or hub name of the model whose loss is subtracted, of the same tokenizer; an earlier checkpoint, say.",
     )
     token_gradient: str | None = _filled(
         "token_gradient",
@@ -182,12 +235,9 @@ class TokenSeekingConfig(StreamingConfig):
         """
         return super().of(settings, **dict.fromkeys(PRESETS[None].keys() - settings.given) | changed)
 
-    def __post_init__(self):
-        self._fill()
-        super().__post_init__()
-
     def _fill(self) -> None:
         """Fill in what was not given, and remember with what."""
+        super()._fill()
         values = preset_values(self.preset)
         left_out = {name for name in values if getattr(self, name) is None}
         if all(values[name] is None for name in left_out):
@@ -231,6 +281,11 @@ class TokenSeekingConfig(StreamingConfig):
         return self.token_seeking and self.token_selection == "top"
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether every token is kept: plain training, but for what token_gradient=skip leaves out."""
+        return self.token_ratio == 1 and self.token_selection != "labelled"
+
+    @property
     def kept_always(self) -> str:
         """`always_keep` with its default resolved."""
         is_tokentune = self.token_scorer == "random" and self.token_selection == "top"
@@ -256,6 +311,8 @@ class TokenSeekingConfig(StreamingConfig):
             (self.gradient_weight >= 0, "gradient_weight", "0 or more"),
             (0 <= self.skip_threshold <= 1, "skip_threshold", "a share in [0, 1], such as 0.01 for a hundredth"),
             (self.context_chunk_size >= 1, "context_chunk_size", "1 token or more"),
+            (self.sample_floor is None or 0 < self.sample_floor <= 1, "sample_floor", "a share in (0, 1], such as 0.25"),
+            (self.weight_cap is None or self.weight_cap >= 1, "weight_cap", "1 or more: what a token that is always kept counts for"),
         ]
 
     def _choices(self) -> list[tuple[bool, str, str]]:
@@ -265,6 +322,7 @@ class TokenSeekingConfig(StreamingConfig):
             "gradient_norm": GRADIENT_NORMS,
             "select_from": SELECTION_POOLS,
             "token_selection": SELECTIONS,
+            "token_weight": TOKEN_WEIGHTS,
             "token_gradient": TOKEN_GRADIENTS,
             "always_keep": (None, *ALWAYS_KEPT),
             "seek_schedule": SCHEDULES,
@@ -276,10 +334,33 @@ class TokenSeekingConfig(StreamingConfig):
 
     def _impossible_combinations(self) -> list[str]:
         found = []
+        if self.token_seeking and self.chunk_is_open:
+            found.append(
+                "sequence_chunk_size: got 'auto' with token_seeking, whose chunks are not chosen by themselves. Give a number of tokens; "
+                "or leave token_seeking out."
+            )
         if self.token_scorer == "combined" and self.context_weight == self.gradient_weight == 0:
             found.append(
                 "context_weight and gradient_weight: both are 0, so token_scorer=combined would rank nothing. "
                 "Raise one of them, or choose token_scorer=random."
+            )
+        if self.token_seeking and self.token_scorer == "excess_loss" and self.reference_model is None:
+            found.append(
+                "reference_model: got None with token_scorer=excess_loss. Give the folder or the hub name of a model of the same tokenizer."
+            )
+        if self.token_seeking and self.token_selection == "labelled" and self.token_gradient == "stream":
+            found.append(
+                "token_selection: got 'labelled' with token_gradient=stream, which is plain training. Leave token_seeking out, and set "
+                "sequence_chunk_size; or choose token_gradient=cut."
+            )
+        if self.token_selection == "labelled" and self.seek_schedule != "step":
+            found.append(
+                f"seek_schedule: got {self.seek_schedule!r} with token_selection=labelled, which reads no scores. Expected 'step'."
+            )
+        if self.token_seeking and self.token_weight == "dft" and self.keeps_all:
+            found.append(
+                "token_weight: got 'dft' with token_ratio=1, whose loss is the model's own. Lower token_ratio, or set token_selection=labelled; or "
+                "train on all tokens with trl's loss_type=dft."
             )
         is_chosen = "token_scorer" in self.given or "token_scorer" in PRESETS.get(self.preset or "", {})
         return found + (self.schedule_problems() if is_chosen else [])
@@ -312,13 +393,19 @@ class TokenSeekingConfig(StreamingConfig):
         scorer, found = self.token_scorer, {}
         if scorer != "combined":
             found |= dict.fromkeys(("context_weight", "gradient_weight"), "token_scorer")
-        if scorer in ("gradient", "true_gradient", "random", "loss"):
+        if scorer in ("gradient", "true_gradient", *_OF_PREDICTIONS):
             found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
-        if scorer in ("context", "random", "loss"):
+        if scorer in ("context", *_OF_PREDICTIONS):
             found["gradient_norm"] = "token_scorer"
+        if scorer != "excess_loss":
+            found["reference_model"] = "token_scorer"
+        if self.token_selection != "sample":
+            found |= dict.fromkeys(("sample_floor", "weight_cap"), "token_selection")
+        if self.token_selection == "labelled":
+            found |= dict.fromkeys(("token_ratio", "token_scorer", "select_from"), "token_selection")
         if self.seek_schedule != "once":
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":
             found["skip_threshold"] = "token_gradient"
-        unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
+        unread = ("context_chunk_size", "chunk_budget") if self.streams else ("sequence_chunk_size", "chunk_budget", "kv_offload")
         return found | dict.fromkeys(unread, "token_gradient")

@@ -23,6 +23,7 @@ from hf_memtune.methods.method import Method
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.training.care.chunk_choice import choose_chunk
 from hf_memtune.training.launch import problems_of
 from hf_memtune.training.offline import OfflineScores
 from hf_memtune.training.restorable import Restorable
@@ -72,15 +73,40 @@ class MethodCallback(TrainerCallback, Listener, Restorable):
         self.strategy = None
 
 
-class StreamingCallback(MethodCallback):
-    """Exact streaming in the time of training: `StreamingCallback(sequence_chunk_size=512)`, or with a StreamingConfig."""
+class StreamingCallback(MethodCallback, ExportableState):
+    """Exact streaming in the time of training: `StreamingCallback(sequence_chunk_size=512)`, or with a StreamingConfig.
 
-    def __init__(self, config: StreamingConfig | None = None, **settings):
+    trainer: a MemEfficientTrainer, needed for sequence_chunk_size "auto" alone: for its longest batch, and by its steps, a size is chosen before
+    step 0, which stands in `config` from then on, in the trainer's arguments, and in checkpoints.
+    """
+
+    def __init__(self, config: StreamingConfig | None = None, trainer: RunningTrainer | None = None, **settings):
         super().__init__()
-        self.config = StreamingConfig(**settings) if config is None else config
+        self.config, self.trainer = StreamingConfig(**settings) if config is None else config, trainer
+        if self.config.chunk_is_open and trainer is None:
+            raise ConfigError(
+                [
+                    "sequence_chunk_size: got 'auto', which MemEfficientTrainer chooses for its own steps. Expected a number here, such as 512."
+                ]
+            )
 
     def make(self, model) -> Streaming:
         return Streaming(model, self.config)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.config.chunk_is_open:
+            size = _size_of_checkpoint(state) if state.global_step else None
+            self._settle(choose_chunk(self.trainer, self.config) if size is None else size)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _settle(self, size: int) -> None:
+        """The size is chosen: for good, and for all who read the arguments."""
+        self.config = StreamingConfig.of(self.config, sequence_chunk_size=size, chunk_budget=None)
+        self.trainer.args.sequence_chunk_size, self.trainer.args.chunk_budget = size, None
+
+    def state(self) -> dict:
+        """Saved with a checkpoint: a resumed run has the same chunks, whatever its machine could do."""
+        return {"args": {f.name: getattr(self.config, f.name) for f in fields(self.config)}, "attributes": {}}
 
 
 class TokenSeekingCallback(MethodCallback, ExportableState):
@@ -178,11 +204,22 @@ def _same_rows(batch: dict[str, Any] | None, inputs: dict[str, Any]) -> bool:
     return all(torch.is_tensor(ids) for ids in pair) and torch.equal(*(ids.cpu() for ids in pair))
 
 
+def _saved(state, kind: type) -> dict[str, Any]:
+    """What a checkpoint holds of a callback."""
+    saved = state.stateful_callbacks.get(kind.__name__, {})
+    return saved[0] if isinstance(saved, list) else saved
+
+
 def _scores_file(state) -> Path | None:
     """The file of scores that a checkpoint names."""
-    saved = state.stateful_callbacks.get(TokenSeekingCallback.__name__, {})
-    file = (saved[0] if isinstance(saved, list) else saved).get("attributes", {}).get("scores_file")
+    file = _saved(state, TokenSeekingCallback).get("attributes", {}).get("scores_file")
     return None if file is None else Path(file)
+
+
+def _size_of_checkpoint(state) -> int | None:
+    """The tokens of a chunk with which a checkpoint was made."""
+    size = _saved(state, StreamingCallback).get("args", {}).get("sequence_chunk_size")
+    return size if isinstance(size, int) else None
 
 
 class MemoryCallback(TrainerCallback, Listener, Restorable):

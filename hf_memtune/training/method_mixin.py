@@ -47,7 +47,7 @@ class MethodMixin:
             self.label_smoother = LabelSmootherOnDemand(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         config = self._method_settings()
         seeks = self.args.token_seeking
-        self.strategy_callback = TokenSeekingCallback(config, token_scorer, trainer=self) if seeks else StreamingCallback(config)
+        self.strategy_callback = TokenSeekingCallback(config, token_scorer, trainer=self) if seeks else StreamingCallback(config, self)
         self.strategy_callback.listeners.append(self.memory_callback)
         self.add_callback(self.strategy_callback)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_memtune.core.sampling import CERTAIN, base_probability, in_units, inclusion_probability, sample, systematic
+from hf_memtune.core.sampling import CERTAIN, Draw, base_probability, in_units, inclusion_probability, sample, systematic
 from hf_memtune.core.selection import budget, select
 from tests.support.tolerances import NOTICED, close, tolerance
 
@@ -129,6 +129,60 @@ def test_the_even_half_bounds_every_weight():
     assert 1 / by_score_alone.min() > 2 * 100 / 10  # the sibling
     weights = [sample(scores, 0.1).weight.max() for _ in range(50)]
     assert max(weights) <= 2 / 0.1 * (1 + tolerance(torch.float32))
+
+
+def slow_sizes(scores, pool, floor):
+    """Of one row: a part evenly, a part in proportion to the score."""
+    inside = [float(s) if p else 0.0 for s, p in zip(scores, pool)]
+    return torch.tensor([p * (floor / sum(pool.tolist()) + (1 - floor) * s / sum(inside)) for s, p in zip(inside, pool.tolist())])
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.25, 1.0])
+def test_probabilities_by_size_are_proportional_to_the_scores(floor):
+    scores, _, pool, _ = batch(2)
+    found = base_probability(scores, pool, Draw(floor, by_size=True))
+    expected = torch.stack([slow_sizes(*row, floor) for row in zip(scores, pool)]).double()
+    torch.testing.assert_close(found, expected, **close(torch.float32))
+    by_place = base_probability(scores, pool, Draw(floor))
+    assert floor == 1 or (by_place - expected).abs().max() > NOTICED  # the sibling
+    smallest = scores.masked_fill(~pool, torch.inf).amin(1, keepdim=True)
+    assert floor == 1 or not torch.allclose(base_probability(scores - 0.9 * smallest, pool, Draw(floor, True)), found)  # sizes, not places
+
+
+def test_sizes_that_are_none_count_as_0_and_endless_ones_take_all():
+    odd = torch.tensor([[1.0, torch.nan, -3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [torch.inf, 1.0, torch.inf, -torch.inf]])
+    found = base_probability(odd, torch.ones(3, 4, dtype=torch.bool), Draw(0.2, by_size=True))
+    expected = torch.tensor([[0.25, 0.05, 0.05, 0.65], [0.25] * 4, [0.45, 0.05, 0.45, 0.05]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, **close(torch.float64))
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_sums_by_size_are_unbiased_and_steadier_where_the_scores_are_the_values(row):
+    """Proportional to what is summed, the draw has the least variance: far below that of even draws."""
+    scores, *masks = (part[row] for part in batch())
+    values = scores.double() + 0.05
+    true = values[eligible(*masks)].sum()
+    found, even = (estimates(sample(*repeated(values), 0.4, *repeated(*masks), how=how), values) for how in (Draw(0.05, True), Draw(1.0)))
+    assert off_by(found, true) < STANDARD_ERRORS and off_by(even, true) < STANDARD_ERRORS
+    assert found.var() < even.var() / 2
+
+
+def test_the_floor_bounds_every_weight():
+    scores, pool = torch.cat([torch.full((1, 99), 1e-9), torch.ones(1, 1)], dim=1), torch.ones(1, 100, dtype=torch.bool)
+    for floor in (0.1, 0.25, 0.5):
+        worst = 1 / inclusion_probability(base_probability(scores, pool, Draw(floor, True)), torch.tensor([[10]])).min()
+        assert 100 / 10 < worst <= 100 / (10 * floor)
+
+
+def test_a_cap_bounds_weights_and_nothing_else():
+    torch.manual_seed(0)
+    scores = torch.rand(64, 40)
+    torch.manual_seed(1)
+    free = sample(scores, 0.2, how=Draw(0.25, True))
+    torch.manual_seed(1)
+    capped = sample(scores, 0.2, how=Draw(0.25, True, cap=4.0))
+    assert capped.index.equal(free.index) and capped.weight.equal(free.weight.clamp(max=4))
+    assert free.weight.max() > 4
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

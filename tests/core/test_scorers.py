@@ -20,6 +20,8 @@ def context(asked=None):
         "token_loss": torch.rand(2, 5),
         "last_hidden_state": torch.rand(2, 5, 4),
         "true_gradient": torch.rand(2, 5),
+        "softmax_residual": torch.rand(2, 5),
+        "reference_loss": torch.rand(2, 5),
     }
     asked = [] if asked is None else asked
 
@@ -34,6 +36,7 @@ def context(asked=None):
 
 
 SINGLE = [("context", "context_score"), ("gradient", "gradient_score"), ("loss", "token_loss"), ("true_gradient", "true_gradient")]
+SINGLE += [("softmax_residual", "softmax_residual")]
 
 
 @pytest.mark.parametrize("name, entry", SINGLE)
@@ -42,6 +45,19 @@ def test_single_scores_are_handed_on_and_nothing_else_is_computed(name, entry):
     seen, values = context(asked)
     assert make_scorer(name)(seen).equal(values[entry])
     assert asked == [entry]
+
+
+def test_what_changes_the_objective_is_one_line_each():
+    asked = []
+    seen, values = context(asked)
+    assert make_scorer("profit")(seen).equal((-values["token_loss"]).exp())
+    assert make_scorer("excess_loss")(seen).equal(values["token_loss"] - values["reference_loss"])
+    assert asked == ["token_loss", "reference_loss"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_sizes_are_those_of_gradients(name):
+    assert make_scorer(name).is_size is (name in ("true_gradient", "softmax_residual"))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,7 @@ def test_who_reads_the_model_is_known_beforehand(name):
 
 
 RUNS = [("combined", 1.0, True), ("combined", 0.0, False), ("gradient", 0.0, True), ("loss", 0.0, True)]
+RUNS += [(name, 0.0, True) for name in ("softmax_residual", "profit", "excess_loss")]
 RUNS += [("context", 1.0, False), ("random", 1.0, False), ("true_gradient", 1.0, False)]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hf_memtune.core.scoring import attention_received, minmax
 from hf_memtune.core.selection import select
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, TokenScoreError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.methods.seeking import loss_gradient, token_scores
 from tests.support.scores import column_sums, scores_seen
@@ -316,6 +316,66 @@ def test_true_gradient_is_refused_for_encoders_by_name():
     model, batch, _ = model_and_batch("bart")
     with pytest.raises(ConfigError, match="true_gradient.*encoder of BartFor"):
         take_step(model, batch, token_scorer="true_gradient")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert"])
+def test_the_residual_is_the_norm_of_the_gradient_at_the_logits(name, settings):
+    if name == "bert" and settings:
+        pytest.skip("not causal")
+    model, batch, dtype = model_and_batch(name)
+    batch["labels"][0, :3] = -100
+    found = scores_seen(model, batch, "softmax_residual", **settings)["decoder"]["softmax_residual"]
+    logits = model(**inputs_of(model, batch)).logits.detach().requires_grad_()
+    target = batch["labels"] if name == "bert" else shifted(batch["labels"])
+    F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(found, logits.grad.norm(dim=-1).to(found.dtype), **close(torch.float32, name == "gemma2"))
+    other = F.cross_entropy(logits.detach().transpose(1, 2), target, reduction="none")
+    assert not torch.allclose(found, other.to(found.dtype))  # the sibling: the loss is another score
+    assert (found[target == -100] == 0).all() and (found[target != -100] > 0).all()
+
+
+def reference_folder(tmp_path, name="llama", **changes):
+    torch.manual_seed(5)
+    reference = lm_head_model(name, **changes)
+    reference.save_pretrained(tmp_path / "reference")
+    return reference.double(), str(tmp_path / "reference")
+
+
+def lm_head_model(name, **changes):
+    from tests.support.tiny_models import tiny_model
+
+    return tiny_model(name, dtype=torch.float32, seed=9, **changes)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_excess_loss_is_the_loss_less_that_of_the_reference(tmp_path, settings):
+    model, batch, _ = model_and_batch("llama")
+    batch["labels"][0, :3] = -100
+    reference, folder = reference_folder(tmp_path)
+    ear, excess = Ear(), {"token_scorer": "excess_loss", "reference_model": folder, "select_from": "labels"}
+    with seeking_on(model, **excess, **settings) as seeking:
+        seeking.listeners.add(ear)
+        loss_of(model, batch)[0].backward()
+    losses = [
+        F.cross_entropy(each(**inputs_of(each, batch)).logits.transpose(1, 2).double(), shifted(batch["labels"]), reduction="none")
+        for each in (model, reference)
+    ]
+    real, labelled = batch["attention_mask"].bool(), shifted(batch["labels"]) != -100
+    kept = ear.selections[0]["decoder"].kept_mask()
+    assert torch.equal(kept, select(losses[0] - losses[1], RATIO, real, labelled).kept_mask())
+    assert not torch.equal(kept, select(losses[0], RATIO, real, labelled).kept_mask())  # the sibling
+
+
+def test_a_reference_that_cannot_serve_is_refused(tmp_path):
+    model, batch, _ = model_and_batch("llama")
+    with pytest.raises(ConfigError, match="reference_model: got None"):
+        seeking_on(model, token_scorer="excess_loss")
+    with pytest.raises(ConfigError, match="reference_model: got .*nowhere.*cannot be loaded"):
+        seeking_on(model, token_scorer="excess_loss", reference_model=str(tmp_path / "nowhere"))
+    _, folder = reference_folder(tmp_path, vocab_size=7)
+    with pytest.raises(TokenScoreError, match="expected less than the 7 of the reference model"):
+        take_step(model, batch, token_scorer="excess_loss", reference_model=folder)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -9,9 +9,11 @@ import sys
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import Trainer, TrainerCallback, set_seed
@@ -19,6 +21,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, StreamingCallback  # noqa: E402
 from hf_memtune.methods.events import Listener  # noqa: E402
+from hf_memtune.training.care import chunk_choice  # noqa: E402
 from tests.support import patience  # noqa: E402
 from tests.support.any_type import tiny  # noqa: E402
 from tests.support.runs import SEEKING, GradientRecorder, arguments, exact_model, text_rows, trainer_for  # noqa: E402
@@ -151,8 +154,38 @@ def run_case(name: str, folder: Path, processes: int, how: str = "trainer", call
     return {"gradients": recorder.steps, "losses": losses} | counts
 
 
+def chunks_chosen(folder: Path) -> dict[str, list]:
+    """What each process chooses where its clock would have it choose another size; and where the budgets differ."""
+    from accelerate.utils import gather_object
+
+    rank, fastest = PartialState().process_index, (128, 64)
+
+    def chosen() -> int:
+        args = arguments(
+            folder, False, MemEfficientTrainingArguments, sequence_chunk_size="auto", per_device_train_batch_size=1, max_steps=1
+        )
+        trainer = trainer_for(exact_model(n_positions=512), args, text_rows(4, shortest=299, longest=300))
+        with (
+            patch.object(chunk_choice, "SIZES", fastest),
+            patch.object(chunk_choice, "_seconds", lambda trainer, config, inputs: float(config.sequence_chunk_size != fastest[rank])),
+        ):
+            trainer.train()
+        return trainer.args.sequence_chunk_size
+
+    found = {"clocks": gather_object([fastest[rank]]), "sizes": gather_object([chosen()])}
+    predicted = {}
+
+    def remembered(trainer, shape, size, peak=chunk_choice._peak):
+        predicted[size] = peak(trainer, shape, size) + chunk_choice._bucket_bytes(trainer)
+        return peak(trainer, shape, size)
+
+    with patch.object(chunk_choice, "_peak", remembered):
+        chosen()
+    with patch.object(chunk_choice, "_budget", lambda trainer, config: 2**40 if rank == 0 else predicted[128] - 1):
+        return found | {"tight": gather_object([chosen()])}
+
+
 def main(folder: Path) -> None:
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
     torch.set_num_threads(1)
@@ -164,6 +197,7 @@ def main(folder: Path) -> None:
         found[name] = ours | {key: gather_object([ours[key]]) for key in ("chunks", "recomputed")} | {"plain": plain}
     for name in () if sys.argv[2:] else BY_CALLBACK:
         found[name]["callback"] = run_case(name, folder, state.num_processes, "callback")
+    found["chunk choice"] = {} if sys.argv[2:] else chunks_chosen(folder)
     if state.is_main_process:
         torch.save(found | {"processes": state.num_processes}, folder / "found.pt")
     state.destroy_process_group()  # or a thread of it may outlive the interpreter

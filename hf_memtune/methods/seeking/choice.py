@@ -6,7 +6,6 @@ loss, and for scores of the true gradient, it is when backward has brought dL/dh
 Shape legend: B rows of a batch, T tokens in a row, D hidden size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.sampling import sample
+from hf_memtune.core.sampling import Draw, sample
 from hf_memtune.core.scorers import Scorer
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.methods.attention.batch import BodyCall
@@ -24,19 +23,29 @@ from hf_memtune.methods.overrides import evaluating
 from hf_memtune.methods.seeking.forced import forced_tokens
 from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.seeking.loss_gradient import Known, LossGradient, OfRows, OfTargets
+from hf_memtune.methods.seeking.reference import ReferenceLoss
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.methods.seeking.token_scores import TokenScores
 from hf_memtune.settings.methods import TokenSeekingConfig
 
+FLOORS = {True: 0.25, False: 0.5}  # share of even draws, by whether scores are sizes of gradients
+
 
 @dataclass(frozen=True)
 class Chooser:
-    """How the calls of one model choose. listeners: who is told."""
+    """How the calls of one model choose. listeners: who is told. reference: of scores that compare with another model."""
 
     config: TokenSeekingConfig
     scorer: Scorer
     facts: Facts
     listeners: Listeners
+    reference: ReferenceLoss | None = None
+
+    @property
+    def draw(self) -> Draw:
+        """How token_selection=sample draws."""
+        by_size, floor = self.scorer.is_size, self.config.sample_floor
+        return Draw(FLOORS[by_size] if floor is None else floor, by_size, self.config.weight_cap)
 
 
 class Choice:
@@ -131,7 +140,7 @@ class Choice:
         labels = self.inputs.get("labels")
         if labels is None and self.target is not None:
             labels = F.pad(self.target, (1, -1), value=IGNORED) if self.call.architecture.shifts_labels else self.target
-        self.scores = TokenScores(self.chooser.config, self.chooser.facts, self.block, loss, labels, gradient)
+        self.scores = TokenScores(self.chooser.config, self.chooser.facts, self.block, loss, labels, gradient, self.chooser.reference)
         self.selection = {name: self._select(name, labelled if name == "decoder" else None) for name in self.stacks}
         self._count(kept=sum(self._kept(name) for name in self.stacks))
         self.chooser.listeners.tell("chosen", self.selection)
@@ -147,12 +156,9 @@ class Choice:
         config, rows = self.chooser.config, self.call.rows[stack]
         if self.takes_all:
             return select(rows.positions.new_zeros(rows.batch, rows.length), 1.0)
-        if self.precomputed is not None:
-            self.values[stack] = self.precomputed[stack]
-        else:
-            with torch.no_grad(), evaluating(self.call.architecture.base):
-                self.values[stack] = self.chooser.scorer(self.scores.context(stack))
-        candidates = labelled if config.select_from == "labels" else None
+        self.values[stack] = self._scores_of(stack)
+        is_all = config.token_selection == "labelled"
+        candidates = labelled if is_all or config.select_from == "labels" else None
         forced = forced_tokens(
             self.call.architecture,
             rows,
@@ -161,8 +167,24 @@ class Choice:
             self.call.input_ids(stack),
             self.inputs,
         )
-        choose: Callable[..., Selection] = sample if config.token_selection == "sample" else select
-        return choose(self.values[stack], config.token_ratio, rows.scored, candidates, forced)
+        given = self.values[stack], 1.0 if is_all else config.token_ratio, rows.scored, candidates, forced
+        found = sample(*given, how=self.chooser.draw) if config.token_selection == "sample" else select(*given)
+        return self._weighed(found, stack) if config.token_weight == "dft" else found
+
+    def _scores_of(self, stack: str) -> Tensor:
+        rows = self.call.rows[stack]
+        if self.chooser.config.token_selection == "labelled":
+            return torch.zeros(rows.batch, rows.length, device=rows.positions.device)
+        if self.precomputed is not None:
+            return self.precomputed[stack]
+        with torch.no_grad(), evaluating(self.call.architecture.base):
+            return self.chooser.scorer(self.scores.context(stack))
+
+    def _weighed(self, found: Selection, stack: str) -> Selection:
+        """Each kept token's loss times the probability of its label (DFT, arXiv 2508.05629, eq. 9)."""
+        with torch.no_grad(), evaluating(self.call.architecture.base):
+            probability = found.gather((-self.scores.context(stack).token_loss).exp(), fill=1)
+        return replace(found, weight=probability if found.weight is None else found.weight * probability)
 
     def without_labels(self) -> dict:
         """The inputs of the call of the model, for its head."""

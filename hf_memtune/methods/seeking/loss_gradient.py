@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.architectures import Architecture
 from hf_memtune.core.labelled import put_labelled, take_labelled
-from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows
+from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows, softmax_residual_norm
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.attention.outputs import pooled
 from hf_memtune.methods.facts import Facts
@@ -60,11 +61,30 @@ class OfTargets:
         target = self._target[:, start : start + hidden.shape[1]]
         gradient, losses = torch.zeros_like(hidden), torch.zeros(target.shape, device=hidden.device)
         labelled = target != IGNORED
-        is_linear = self._facts.has_plain_head and self._facts.head_reads_body
-        of_head = self._linear_head if is_linear else self._own_head
+        of_head = self._linear_head if self._is_linear else self._own_head
         flat, loss = of_head(take_labelled(hidden, labelled), take_labelled(target, labelled))
         self._losses[start] = put_labelled(loss.to(losses.dtype), labelled, losses)
         return put_labelled(flat, labelled, gradient)
+
+    def residuals(self, hidden: Tensor, start: int) -> Tensor:
+        """(B, S): norm of softmax - onehot, of the hidden states (B, S, D) of the tokens from `start` on; 0 without a label."""
+        target = self._target[:, start : start + hidden.shape[1]]
+        labelled, rows = target != IGNORED, logit_rows(self._architecture.base.config.get_text_config().vocab_size)
+        pairs = zip(take_labelled(hidden, labelled).split(rows), take_labelled(target, labelled).split(rows))
+        found = [softmax_residual_norm(self._logits(part), labels.clamp_min(0)) for part, labels in pairs if len(labels)]
+        norms = torch.zeros(target.shape, device=hidden.device)
+        return put_labelled(torch.cat(found).to(norms.dtype), labelled, norms) if found else norms
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether the head is one product of the hidden states."""
+        return self._facts.has_plain_head and self._facts.head_reads_body
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        if self._is_linear:
+            head = self._architecture.head
+            return F.linear(hidden_ND.to(head.weight.dtype), head.weight, head.bias)
+        return head_on(self._architecture, self._facts, hidden_ND[None], self._inputs).logits[0]
 
     def _linear_head(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         head = self._architecture.head
@@ -83,7 +103,7 @@ class OfTargets:
             leaf = hidden.detach().requires_grad_()
             logits = head_on(self._architecture, self._facts, leaf[None], self._inputs).logits[0]
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            losses = F.cross_entropy(logits, target, reduction="none")
             return torch.autograd.grad(losses.sum(), leaf)[0], losses.detach()
 
 

@@ -33,11 +33,13 @@ from hf_memtune.methods.seeking.choice import Choice, Chooser
 from hf_memtune.methods.seeking.ditched import DitchedCall
 from hf_memtune.methods.seeking.head import ChoosingHead
 from hf_memtune.methods.seeking.inspection import Inspected, Inspection
+from hf_memtune.methods.seeking.reference import ReferenceLoss, reference_model
 from hf_memtune.methods.seeking.streamed import ChosenStream, SkippingStream
 from hf_memtune.methods.seeking.targets import targets
 from hf_memtune.methods.streaming.encoder import encode
 from hf_memtune.methods.streaming.method import connected, means_of
 from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.protocol import filled_in
 
 Lookup = Callable[[dict[str, Any]], dict[str, Tensor]]
 """Maps the inputs of a call of the model to scores of its tokens that were computed before, (B, T) by stack."""
@@ -63,7 +65,7 @@ class TokenSeeking(Method):
         self._given_scorer = scorer
         self.lookup: Lookup | None = None
         super().__init__(model, config, check, looks_only)
-        self._chooser = Chooser(self.config, self.scorer, self.facts, self.listeners)
+        self._chooser = Chooser(self.config, self.scorer, self.facts, self.listeners, self._reference_loss)
 
     def prepare(self) -> None:
         """Settle what the settings leave to the model, and find the modules, by id, whose attention is the context score, for each stack."""
@@ -72,7 +74,9 @@ class TokenSeeking(Method):
         if self._given_scorer is not None and self.config.always_keep is None:
             self.config = TokenSeekingConfig.of(self.config, always_keep="none")  # token_scorer is not read, so it is not random
         self.scorer = resolve_scorer(self.config, self._given_scorer)
-        self.scores_last_block = self.scorer.runs_last_block
+        weighs = self.config.token_weight == "dft"
+        self.scores_last_block = weighs or (self.scorer.runs_last_block and self.config.token_selection != "labelled")
+        self._reference_loss = self._reference()
         self.context_modules, wanted = {}, self.config.context_layer
         for name, stack in self.architecture.stacks.items():
             if not -len(stack.layers) <= wanted < len(stack.layers):
@@ -85,6 +89,15 @@ class TokenSeeking(Method):
             self.context_modules |= {id(module): name for module in stack.layers[wanted].modules()}
         if found := self._without_token_losses():
             raise ConfigError(found)
+
+    def _reference(self) -> ReferenceLoss | None:
+        """What token_scorer=excess_loss compares with, on the device of the model."""
+        if self.scorer.name != "excess_loss":
+            return None
+        device = next(self.architecture.base.parameters()).device
+        reference = reference_model(filled_in(self.config.reference_model), device)
+        config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
+        return ReferenceLoss(TokenSeeking(reference, config, looks_only=True), reference.get_input_embeddings().num_embeddings)
 
     def require(self, facts: Facts) -> None:
         super().require(facts)
@@ -116,6 +129,7 @@ class TokenSeeking(Method):
                 ("token_gradient", self.config.token_gradient, "cut", self.config.token_gradient != "cut"),
                 ("token_selection", self.config.token_selection, "top", self.config.token_selection != "top"),
                 ("token_scorer", self.scorer.name, "gradient", self.scorer.name == "true_gradient"),
+                ("token_weight", self.config.token_weight, "none", self.config.token_weight != "none"),
             )
             if is_wrong
         ]
@@ -131,7 +145,7 @@ class TokenSeeking(Method):
         if self.config.streams:
             return self._run_stream(encode(call), head)
         self.listeners.tell("shaped", 1, call.decoder)
-        if self.config.token_ratio == 1:
+        if self.config.keeps_all:
             self.listeners.tell("counted", kept=sum(rows.real_tokens() for rows in call.rows.values()))
             return None  # all tokens, in the model's own way
         return self._run_ditched(call, head)
@@ -153,7 +167,7 @@ class TokenSeeking(Method):
     def _run_stream(self, call: BodyCall, head: ChoosingHead | None) -> Any:
         kind = SkippingStream if self.config.token_gradient == "skip" else ChosenStream
         run = kind(means_of(self, head), call, self._choice(call, head, ("decoder",)), self._records())
-        run.choice.takes_all = self.config.token_ratio == 1
+        run.choice.takes_all = self.config.keeps_all
         self.listeners.tell("shaped", run.count, call.decoder)
         self._run_context(run)
         run.run_last()
@@ -173,7 +187,7 @@ class TokenSeeking(Method):
 
     def _await_labels(self, run: DitchedCall | ChosenStream, head: ChoosingHead | None, hidden: Tensor) -> None:
         """Let the head choose, where the scorer does not need the loss of all tokens."""
-        if head is not None and self.scorer.name != "true_gradient":
+        if head is not None and (self.scorer.name != "true_gradient" or self.config.token_selection == "labelled"):
             head.choose_for(run, hidden)
 
     @property
@@ -186,7 +200,9 @@ class TokenSeeking(Method):
         return min(self.config.context_chunk_size, call.decoder.length) if self.facts.is_causal else call.decoder.length
 
     def _records(self) -> Records:
-        return Records(self.context_modules, wanted=self.lookup is None and self.scorer.reads_model and self.config.token_ratio < 1)
+        config = self.config
+        scores = self.lookup is None and self.scorer.reads_model and not config.keeps_all and config.token_selection != "labelled"
+        return Records(self.context_modules, wanted=scores or config.token_weight == "dft")
 
     # -- looking
 
@@ -211,7 +227,7 @@ class TokenSeeking(Method):
         call = encode(call) if self.config.streams else call
         chunk = min(self.config.stream_chunk_size, call.decoder.length) if self.config.streams else self._context_chunk(call)
         stacks = ("decoder",) if self.config.streams else tuple(self.architecture.stacks)
-        silent = Chooser(self.config, self.scorer, self.facts, Listeners())
+        silent = Chooser(self.config, self.scorer, self.facts, Listeners(), self._reference_loss)
         choice = Choice(silent, call, found.inputs, None, stacks)
         DitchedCall(self.router, call, choice, chunk, Records(self.context_modules)).run_context()
         found.see(choice, targets(self.architecture, found.inputs))

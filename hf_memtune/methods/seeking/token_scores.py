@@ -16,7 +16,8 @@ from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.attention.spans import attention_mask
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.seeking.last_block import LastBlock
-from hf_memtune.methods.seeking.loss_gradient import LossGradient
+from hf_memtune.methods.seeking.loss_gradient import LossGradient, OfTargets
+from hf_memtune.methods.seeking.reference import ReferenceLoss
 from hf_memtune.settings.methods import TokenSeekingConfig
 
 
@@ -24,7 +25,7 @@ from hf_memtune.settings.methods import TokenSeekingConfig
 class TokenScores:
     """Lazy scores of one call of the body. loss: whose gradient and losses score tokens. labels: as the batch has them, or None.
 
-    true_gradient: dL/dhidden (B, T, D), where backward has brought it.
+    true_gradient: dL/dhidden (B, T, D), where backward has brought it. reference: what scores compare with another model by, or None.
     """
 
     config: TokenSeekingConfig
@@ -33,6 +34,7 @@ class TokenScores:
     loss: LossGradient
     labels: Tensor | None
     true_gradient: Tensor | None = None
+    reference: ReferenceLoss | None = None
 
     def context(self, stack: str) -> SeekingContext:
         """What a scorer sees of one stack."""
@@ -45,6 +47,8 @@ class TokenScores:
             "context_score": lambda: self.context_score(stack),
             "gradient_score": lambda: self.gradient_scores[stack],
             "token_loss": lambda: self.token_loss(stack),
+            "softmax_residual": lambda: self.softmax_residual(stack),
+            "reference_loss": lambda: self.reference_loss(stack, real),
             "last_hidden_state": lambda: self.block.output(stack),
             "true_gradient": lambda: self.true_gradient_score(stack),
         }
@@ -95,6 +99,25 @@ class TokenScores:
 
     def token_loss(self, stack: str) -> Tensor:
         """(B, T) float32: loss of each position's own prediction, 0 without a label."""
+        known = self._predictions(stack)
+        if known is not self.loss or "gradient_scores" not in vars(self):  # which has asked for them on its way
+            for start, hidden in self._outputs():
+                known.cotangent(hidden, start)
+        return known.losses()
+
+    def softmax_residual(self, stack: str) -> Tensor:
+        """(B, T) float32: norm of softmax - onehot of each position's own prediction, 0 without a label."""
+        known = self._predictions(stack)
+        return torch.cat([known.residuals(hidden, start) for start, hidden in self._outputs()], dim=1)
+
+    def reference_loss(self, stack: str, real: Tensor) -> Tensor:
+        """(B, T) float32: loss of each position's own prediction by the reference model, 0 without a label."""
+        if self.reference is None:
+            raise ConfigError(["token_scorer: asks for reference_loss, expected token_scorer=excess_loss with a reference_model."])
+        return self.reference.of(self.block.call.input_ids(stack), real, self.labels)
+
+    def _predictions(self, stack: str) -> OfTargets:
+        """What knows the prediction of each token of a stack."""
         name = self.block.architecture.name
         if self.block.architecture.is_encoder_decoder and stack == "encoder":
             raise ConfigError(
@@ -111,23 +134,14 @@ class TokenScores:
                 ]
             )
         self._require_tail()
-        if (losses := self._losses()) is None:
+        if (known := self.loss.of_tokens()) is None:
             raise ConfigError(
                 [
                     "token_scorer: the loss of this step is not the cross entropy of labels that the model was given, so that no token has one of "
                     "its own. Choose true_gradient or gradient, which take whatever loss there is."
                 ]
             )
-        return losses
-
-    def _losses(self) -> Tensor | None:
-        known = self.loss.of_tokens()
-        if known is None:
-            return None
-        if known is not self.loss or "gradient_scores" not in vars(self):  # which has asked for them on its way
-            for start, hidden in self._outputs():
-                known.cotangent(hidden, start)
-        return known.losses()
+        return known
 
     def _require_tail(self) -> None:
         if self.facts.tail_problem:

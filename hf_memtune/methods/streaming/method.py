@@ -37,8 +37,11 @@ class Streaming(Method):
     """
 
     def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True, sums_dtype: torch.dtype | None = None):
-        if config.sequence_chunk_size is None:
-            raise ConfigError(["sequence_chunk_size: got None, expected the tokens of a chunk, such as 512."])
+        if config.stream_chunk_size is None:
+            remedy = " auto is for MemEfficientTrainer, which knows the rows." if config.chunk_is_open else ""
+            raise ConfigError(
+                [f"sequence_chunk_size: got {config.sequence_chunk_size}, expected the tokens of a chunk, such as 512.{remedy}"]
+            )
         self.sums_dtype = sums_dtype
         super().__init__(model, config, check)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from hf_memtune._compat import is_fake
 from hf_memtune.errors import MemTuneError
@@ -97,25 +99,8 @@ class Savings:
     # -- one estimate
 
     def _estimate(self, changes: Mapping[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
-        if self.trainer.estimate is None:
-            raise MemTuneError("no forecast was handed to this trainer: import its class from hf_memtune")
-        args = copy.copy(self.args)
-        vars(args).update({"memory_preflight": False, "memory_report": False} | dict(changes or {}))
-        with preserved_rng(args.device):  # a trainer that is made sets the seed
-            found = self.trainer.estimate(
-                self.trainer.model if model is None else model, args, batch_size=rows or self.shape.rows,
-                sequence_length=self.shape.tokens, padded=self.shape.padded,
-            )  # fmt: skip
-        self._require_untouched()
-        return found
-
-    def _require_untouched(self) -> None:
-        """A forward that was put on the model as a closure is not copied with it, and runs the model itself."""
-        touched = [p for p in self.trainer.model.parameters() if p.grad is not None and is_fake(p.grad)]
-        for parameter in touched:
-            parameter.grad = None
-        if touched:
-            raise MemTuneError("the forward of the model is a function that no copy of it has")
+        shape = self.shape if rows is None else replace(self.shape, rows=rows)
+        return predicted_step(self.trainer, shape, changes, model)
 
     def _try(self, changes: Mapping[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
         """The peak, or why there is none."""
@@ -157,6 +142,29 @@ class Savings:
                 yield offer.setting, changes, offer.is_exact
 
 
+def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[str, Any] | None = None, model: Any = None) -> Any:
+    """The estimate of a step of a trainer on a batch of this shape, with some of its settings changed; between steps. model: in place of its own."""
+    if trainer.estimate is None:
+        raise MemTuneError("no forecast was handed to this trainer: import its class from hf_memtune")
+    args = copy.copy(trainer.args)
+    vars(args).update({"memory_preflight": False, "memory_report": False} | dict(changes or {}))
+    with preserved_rng(args.device):  # a trainer that is made sets the seed
+        found = trainer.estimate(
+            trainer.model if model is None else model, args, batch_size=shape.rows, sequence_length=shape.tokens, padded=shape.padded
+        )
+    _require_untouched(trainer.model)
+    return found
+
+
+def _require_untouched(model: nn.Module) -> None:
+    """A forward that was put on the model as a closure is not copied with it, and runs the model itself."""
+    touched = [p for p in model.parameters() if p.grad is not None and is_fake(p.grad)]
+    for parameter in touched:
+        parameter.grad = None
+    if touched:
+        raise MemTuneError("the forward of the model is a function that no copy of it has")
+
+
 def _is_for_checkpoints(hook: Any) -> bool:
     """transformers calls it make_inputs_require_grads, peft make_inputs_require_grad."""
     return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
@@ -164,7 +172,7 @@ def _is_for_checkpoints(hook: Any) -> bool:
 
 def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
     """What can be predicted; None, and a note that says why, where nothing can."""
-    why, own = None, _own_steps(trainer)
+    why, own = None, own_steps(trainer)
     if shape is None:
         why = "the batch has no input_ids"
     elif own is not None:
@@ -183,7 +191,7 @@ def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[st
     return None
 
 
-def _own_steps(trainer: RunningTrainer) -> str | None:
+def own_steps(trainer: RunningTrainer) -> str | None:
     """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
     for kind in type(trainer).__mro__:
         is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")

@@ -1,0 +1,50 @@
+"""What another model says that each token costs, for the excess loss of Rho-1 (arXiv 2404.07965, eq. 3)."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hf_memtune.errors import ConfigError, TokenScoreError
+
+_LOSS = "token_loss"
+
+
+class Looking(Protocol):
+    """What tells the losses of another model's tokens: TokenSeeking on it, with looks_only."""
+
+    def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...]) -> Any: ...
+
+
+class ReferenceLoss:
+    """looking: at the reference model; vocabulary: how many tokens it knows."""
+
+    def __init__(self, looking: Looking, vocabulary: int):
+        self.looking, self.vocabulary = looking, vocabulary
+
+    def of(self, input_ids: Tensor | None, real: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, T) float32: loss of each position's own prediction by the reference model; 0 without a label. real: (B, T) bool."""
+        if input_ids is None or labels is None:
+            raise TokenScoreError(
+                "token_scorer=excess_loss: the model was given no input_ids, or no labels, which the reference model needs, too. Choose another scorer."
+            )
+        if int(input_ids.max()) >= self.vocabulary:
+            raise TokenScoreError(
+                f"token_scorer=excess_loss: got a token {int(input_ids.max())}, expected less than the {self.vocabulary} of the reference "
+                "model. Give one of the same tokenizer."
+            )
+        inputs = {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels}
+        return self.looking.inspect(inputs, (_LOSS,)).scores["decoder"][_LOSS]
+
+
+def reference_model(name: str, device: torch.device) -> nn.Module:
+    """Of a folder, or of a name of the hub, in evaluation mode. Raises ConfigError where none can be loaded."""
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            [f"reference_model: got {name!r}, which cannot be loaded: {why} Expected the folder or hub name of a causal model."]
+        ) from error
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,189 @@
+"""sequence_chunk_size=auto: the fastest size that is predicted to fit, chosen before step 0, without a trace of the trial."""
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from hf_memtune import ConfigError, MemEfficientTrainingArguments, Streaming, StreamingCallback, StreamingConfig, estimate
+from hf_memtune.memory import available_bytes
+from hf_memtune.training.care import chunk_choice
+from tests.support.runs import arguments, same_parameters, text_rows, train, trainer_for
+from tests.support.tiny_models import tiny_model
+from tests.support.two_processes import found_by_two
+
+TOKENS = 300
+ROWS = [row for seed, length in enumerate((TOKENS, TOKENS - 1) * 2) for row in text_rows(1, seed, length, length)]
+SIZES = [TOKENS, 128, 64]  # what is tried here: on models this small a chunk has to be well below the row to need less
+LARGE = {"n_positions": 512, "resid_pdrop": 0.1}
+
+
+def model():
+    return tiny_model("gpt2", **LARGE)
+
+
+def settings(folder, size="auto", **more):
+    return arguments(folder, False, MemEfficientTrainingArguments, sequence_chunk_size=size, per_device_train_batch_size=2, **more)
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    monkeypatch.setattr(chunk_choice, "SIZES", (2048, 1024, 128, 64))
+
+
+def clocked(monkeypatch, **seconds):
+    """Sizes take these times: `n128=1.0` for chunks of 128; others take 10 s. Returns the sizes that were timed."""
+    timed = []
+
+    def told(trainer, config, inputs):
+        timed.append(config.sequence_chunk_size)
+        return seconds.get(f"n{config.sequence_chunk_size}", 10.0)
+
+    monkeypatch.setattr(chunk_choice, "_seconds", told)
+    return timed
+
+
+def chosen(folder, **more):
+    trainer = trainer_for(model(), settings(folder, **more), ROWS)
+    trainer.train()
+    assert trainer.args.sequence_chunk_size == trainer.strategy_callback.config.sequence_chunk_size
+    return trainer.args.sequence_chunk_size
+
+
+@pytest.mark.parametrize("fastest", SIZES)
+def test_the_fastest_by_the_clock_is_taken(monkeypatch, tmp_path, fastest):
+    timed = clocked(monkeypatch, **{f"n{fastest}": 1.0})
+    assert chosen(tmp_path, max_steps=1) == fastest
+    assert timed == SIZES
+
+
+def peaks(folder):
+    sizes = {size: settings(folder, size) for size in SIZES}
+    return {size: estimate(model(), args, sequence_length=TOKENS, padded=False).peak_bytes for size, args in sizes.items()}
+
+
+def test_what_does_not_fit_is_not_taken_however_fast(monkeypatch, tmp_path):
+    """Fits is what `estimate` says: at a budget of a size's own prediction it is taken, one byte below it the next one is."""
+    timed, expected = clocked(monkeypatch, n300=1.0, n128=2.0), peaks(tmp_path)
+    assert expected[300] > expected[128] > expected[64]
+    assert chosen(tmp_path, max_steps=1, chunk_budget=str(expected[128])) == 128
+    assert timed == [128, 64]
+    assert chosen(tmp_path, max_steps=1, chunk_budget=str(expected[128] - 1)) == 64
+    assert timed == [128, 64]  # of one alone nothing has to be timed
+
+
+def test_where_nothing_fits_nothing_was_touched(monkeypatch, tmp_path):
+    clocked(monkeypatch)
+    trainer = trainer_for(given := model(), settings(tmp_path, chunk_budget="1MB"), ROWS)
+    before = {name: p.clone() for name, p in given.named_parameters()}
+    with pytest.raises(
+        ConfigError, match="no size fits 977 KiB with 2 rows of up to 300 tokens: chunks of 64 .* activation_checkpointing=True"
+    ):
+        trainer.train()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in given.named_parameters())
+
+
+def test_the_remedy_works(monkeypatch, tmp_path):
+    """What the refusal names first brings the step under a budget that it did not fit."""
+    clocked(monkeypatch)
+    budget = peaks(tmp_path)[64] - 1
+    with pytest.raises(ConfigError, match="activation_checkpointing=True"):
+        chosen(tmp_path, max_steps=1, chunk_budget=str(budget))
+    assert chosen(tmp_path, max_steps=1, chunk_budget=str(budget), activation_checkpointing=True) in SIZES
+
+
+def test_by_a_real_clock_the_trial_leaves_no_trace(tmp_path):
+    """With dropout: the bits of a run that was given the number."""
+    found = train(model(), settings(tmp_path / "auto", chunk_budget="1GiB"), ROWS)
+    size = found.trainer.args.sequence_chunk_size
+    assert size in SIZES
+    expected = train(model(), settings(tmp_path / "given", size), ROWS)
+    assert found.losses == expected.losses and same_parameters(found, expected)
+    other = train(model(), settings(tmp_path / "other", size, seed=1), ROWS)
+    assert not same_parameters(found, other)
+
+
+def test_a_resumed_run_keeps_the_size(monkeypatch, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    clocked(monkeypatch, n128=1.0)
+    trainer = trainer_for(model(), settings(tmp_path, **saving), ROWS)
+    trainer.train()
+    timed = clocked(monkeypatch, n64=1.0)
+    for resume, size in ((str(tmp_path / "checkpoint-1"), 128), (None, 64)):  # without a checkpoint the new clock decides
+        resumed = trainer_for(model(), settings(tmp_path, **saving), ROWS)
+        resumed.train(resume_from_checkpoint=resume)
+        assert resumed.args.sequence_chunk_size == size and bool(timed) == (resume is None)
+
+
+def test_processes_come_to_one_size(tmp_path_factory):
+    """Their clocks and their budgets differ: the first one's clock decides, and the tightest budget."""
+    found = found_by_two(tmp_path_factory, "streaming")[0]["chunk choice"]
+    assert found["clocks"] == [128, 64] and found["sizes"] == [128, 128] and found["tight"] == [64, 64]
+
+
+def test_timed_are_the_first_tokens_of_the_longest_batch(monkeypatch, tmp_path):
+    seen, seconds = [], chunk_choice._seconds
+
+    def looked_at(trainer, config, inputs):
+        seen.append({name: tuple(value.shape) for name, value in inputs.items()})
+        return seconds(trainer, config, inputs)
+
+    monkeypatch.setattr(chunk_choice, "_seconds", looked_at)
+    chosen(tmp_path, max_steps=1, chunk_budget="1GiB")
+    assert len(seen) == 3 and all(set(shapes.values()) == {(2, 256)} for shapes in seen)  # of 300
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from ROWS
+
+
+@pytest.mark.parametrize("rows", [Endless(), [{"pixels": [0.0] * 5, "labels": [1] * 5}] * 2], ids=["endless", "no ids"])
+def test_rows_of_unknown_length_are_refused(tmp_path, rows):
+    with pytest.raises(ConfigError, match="the length of the longest row is not known.*Give a number of tokens"):
+        trainer_for(model(), settings(tmp_path, max_steps=1), rows, data_collator=lambda rows: {"labels": torch.tensor([1])}).train()
+
+
+def test_a_step_of_ones_own_is_refused(tmp_path):
+    from hf_memtune import MemEfficientTrainer
+
+    class Own(MemEfficientTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ConfigError, match="Own has a step of its own.*Give a number of tokens"):
+        trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, Own).train()
+
+
+def test_where_no_trainer_chooses_a_number_is_wanted(tmp_path):
+    with pytest.raises(ConfigError, match="got 'auto', which MemEfficientTrainer chooses.*Expected a number"):
+        StreamingCallback(sequence_chunk_size="auto")
+    with pytest.raises(ConfigError, match="got auto, expected the tokens of a chunk.*auto is for MemEfficientTrainer"):
+        Streaming(model(), StreamingConfig(sequence_chunk_size="auto"))
+    with pytest.raises(ConfigError, match="got 'auto', which a trainer chooses.*plan"):
+        estimate(model(), settings(tmp_path))
+    with pytest.raises(ConfigError, match="got 'auto' with token_seeking"):
+        settings(tmp_path, token_seeking=True, token_gradient="stream")
+
+
+def test_budgets_are_read_and_judged(tmp_path):
+    with pytest.raises(ConfigError, match="chunk_budget: not a number of bytes: got 'much'"):
+        settings(tmp_path, chunk_budget="much")
+    with pytest.raises(ConfigError, match="chunk_budget: got '0', expected more than 0 bytes"):
+        settings(tmp_path, chunk_budget="0")
+    with pytest.warns(UserWarning, match="chunk_budget has no effect without sequence_chunk_size=auto"):
+        settings(tmp_path, 128, chunk_budget="1GiB")
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("512", 512)])
+def test_flags_are_words_or_numbers(tmp_path, word, value):
+    parser = HfArgumentParser(MemEfficientTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", "--sequence_chunk_size", word])
+    assert args.sequence_chunk_size == value
+    with pytest.raises(ConfigError, match="sequence_chunk_size: got 'some', expected 1 token or more, or auto"):
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--sequence_chunk_size", "some"])
+
+
+def test_what_is_free_counts_what_is_held():
+    held = available_bytes("cpu", 2**40) - available_bytes("cpu", 0)
+    assert abs(held - 2**40) < 2**33  # other programs take and give meanwhile
+    assert available_bytes("cpu", 0) > 2**20
