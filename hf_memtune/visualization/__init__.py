@@ -12,7 +12,8 @@ All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]`
 from hf_memtune.visualization.comparison import comparison_table, write_comparison_html
 from hf_memtune.visualization.html import write_token_map_html
 from hf_memtune.visualization.memory_report import write_memory_report_html
-from hf_memtune.visualization.token_map import TokenMap, write_token_map_png
+from hf_memtune.visualization.picture import write_token_map_png
+from hf_memtune.visualization.token_map import TokenMap
 
 __all__ = [
     "TokenMap",

@@ -6,7 +6,8 @@ import struct
 import pytest
 
 from hf_memtune.visualization import TokenMap, write_token_map_html, write_token_map_png
-from hf_memtune.visualization.token_map import colour_levels, visible
+from hf_memtune.visualization.panels import colour_levels
+from hf_memtune.visualization.token_map import visible
 
 TOKENS = ["<script>", "alert(1)", "\n", "  ", " a&b", " end"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.sampling import sample
+from hf_memtune.core.sampling import probabilities, sample
 from hf_memtune.core.scorers import Scorer
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.methods.attention.batch import BodyCall
@@ -152,17 +152,41 @@ class Choice:
         else:
             with torch.no_grad(), evaluating(self.call.architecture.base):
                 self.values[stack] = self.chooser.scorer(self.scores.context(stack))
-        candidates = labelled if config.select_from == "labels" else None
+        choose: Callable[..., Selection] = sample if config.token_selection == "sample" else select
+        return choose(self.values[stack], config.token_ratio, rows.scored, *self._eligible(stack, labelled))
+
+    def _eligible(self, stack: str, labelled: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Candidates and forced tokens, (B, T) bool or None, as `select` and `sample` take them."""
+        config = self.chooser.config
         forced = forced_tokens(
             self.call.architecture,
-            rows,
+            self.call.rows[stack],
             config.kept_always == "first_last",
             self.chooser.facts.is_causal,
             self.call.input_ids(stack),
             self.inputs,
         )
-        choose: Callable[..., Selection] = sample if config.token_selection == "sample" else select
-        return choose(self.values[stack], config.token_ratio, rows.scored, candidates, forced)
+        return labelled if config.select_from == "labels" else None, forced
+
+    # -- looking
+
+    def of_other(self, chooser: Chooser) -> "Choice":
+        """What another scorer chooses of this call, once this choice is made by labels or at once; what was computed for it is used again."""
+        other = Choice(chooser, self.call, self.inputs, None, self.stacks)
+        other._is_counted = False
+        other.block, other.target, other.scores = self.block, self.target, self.scores
+        other.selection = {name: other._select(name, other._labelled(name)) for name in self.stacks}
+        return other
+
+    def probability(self, stack: str) -> Tensor | None:
+        """(B, T) float64: with which each token is kept by a choice by labels or at once; None where the highest scores are kept."""
+        config, rows = self.chooser.config, self.call.rows[stack]
+        if config.token_selection != "sample":
+            return None
+        return probabilities(self.values[stack], config.token_ratio, rows.scored, *self._eligible(stack, self._labelled(stack)))
+
+    def _labelled(self, stack: str) -> Tensor | None:
+        return None if self.target is None or stack != "decoder" else self.target != IGNORED
 
     def without_labels(self) -> dict:
         """The inputs of the call of the model, for its head."""

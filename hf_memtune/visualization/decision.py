@@ -1,0 +1,86 @@
+"""How the tokens of a page were chosen, in words for a reader who has read neither the papers nor the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+EXPLANATIONS = {
+    "context": "how much attention the other tokens pay to this token",
+    "gradient": "how strongly the training loss reacts to this token",
+    "combined": "the two together, weighted as set for this run",
+    "loss": "how badly the model predicts the token that follows this one",
+    "true_gradient": "how strongly the training loss reacts to what the model has made of this token in the end",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How tokens were chosen, as settled for the model at hand.
+
+    scorer: name of what ranks them; `random` is no score. selection: "sample" (drawn by chance) or "top" (the highest). ratio: share of
+    the real tokens of each text to keep, (0, 1]. select_from: "labels" or "all", which may be chosen. always_keep: "first_last" or
+    "none". parameters: settings that the scorer reads, name -> value.
+    """
+
+    scorer: str
+    selection: str
+    ratio: float
+    select_from: str
+    always_keep: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn by chance, with weights that make up for it."""
+        return self.selection == "sample"
+
+    def listed(self) -> dict[str, Any]:
+        """The settings by their names, as they are given on the command line."""
+        named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": f"{self.ratio:g}"}
+        return named | {"select_from": self.select_from, "always_keep": self.always_keep}
+
+    def said(self) -> list[str]:
+        """Three paragraphs: what decided, how many were kept and of which, what that means for the loss."""
+        if self.ratio == 1:
+            return ["Every token is kept (token_ratio is 1), as in plain training: no score decides anything."]
+        return [self._ranked(), self._counted(), self._weighed()]
+
+    def _ranked(self) -> str:
+        if self.scorer == "random":
+            even = "Tokens were drawn by chance, and no score had a part in it: of those that may be drawn, each is as likely as any other."
+            return even if self.samples else "Tokens were picked at random, anew at every step of training: no score had a part in it."
+        score = f"{self.scorer} score ({EXPLANATIONS.get(self.scorer, 'as named by the scorer')})"
+        if not self.samples:
+            return f"The tokens with the highest {score} were kept."
+        return (
+            f"Tokens were drawn by chance, the likelier the higher their {score}. Half of the chance is spread evenly over the tokens that may "
+            "be drawn, so that none is left out for good."
+        )
+
+    def _counted(self) -> str:
+        from_labels = ", but only tokens that carry a label may be among them" if self.select_from == "labels" else ""
+        ends = " The first and the last token of each text are kept in any case." if self.always_keep == "first_last" else ""
+        return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
+
+    def _weighed(self) -> str:
+        if not self.samples:
+            return (
+                "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss, "
+                "whatever its score."
+            )
+        return (
+            "Each token has a chance p of being kept. A kept token counts 1/p times in the loss, and so stands in for the tokens that might "
+            "have been drawn in its place: averaged over all draws, the loss is that of all tokens that carry a label. What is marked as kept "
+            "is one draw; another would keep others."
+        )
+
+
+def decisions_of(maps: Iterable[Any]) -> list[Decision]:
+    """The decisions of some maps, each once, in order."""
+    found: list[Decision] = []
+    for each in maps:
+        if each.decision is not None and each.decision not in found:
+            found.append(each.decision)
+    return found
