@@ -69,7 +69,8 @@ def _planned(
     scores: Tensor, ratio: float, real: Tensor | None, candidates: Tensor | None, forced: Tensor | None
 ) -> tuple[list[int], Tensor]:
     """Tokens to keep of each row, and probabilities that sum to them, (B, T) int64 in units of 1 / CERTAIN."""
-    counts = kept_counts(*scores.shape, ratio, real, candidates, forced, beside_forced=1)
+    rows, length = scores.shape
+    counts = kept_counts(rows, length, ratio, real, candidates, forced, beside_forced=1)
     forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced
     pool = _drawn_from(scores, real, candidates) & ~forced
     draws = torch.tensor(counts, device=scores.device)[:, None] - forced.sum(1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import Any
 EXPLANATIONS = {
     "context": "how much attention the other tokens pay to this token",
     "gradient": "how strongly the training loss reacts to this token",
-    "combined": "the two together, weighted as set for this run",
+    "combined": "attention received and reaction of the loss together, weighted as set",
     "loss": "how badly the model predicts the token that follows this one",
     "true_gradient": "how strongly the training loss reacts to what the model has made of this token in the end",
 }
@@ -55,12 +55,12 @@ class Decision:
         if not self.samples:
             return f"The tokens with the highest {score} were kept."
         return (
-            f"Tokens were drawn by chance, the likelier the higher their {score}. Half of the chance is spread evenly over the tokens that may "
-            "be drawn, so that none is left out for good."
+            f"Tokens were drawn by chance, the likelier the higher their {score}. Half of the weight in the draw goes evenly to all tokens that "
+            "may be drawn, so that none is left out for good."
         )
 
     def _counted(self) -> str:
-        from_labels = ", but only tokens that carry a label may be among them" if self.select_from == "labels" else ""
+        from_labels = ", but only of those that carry a label (all of them, where they are fewer)" if self.select_from == "labels" else ""
         ends = " The first and the last token of each text are kept in any case." if self.always_keep == "first_last" else ""
         return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
 

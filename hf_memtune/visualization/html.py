@@ -34,8 +34,9 @@ a few of them only, which takes much less memory. This page shows how the tokens
 _LEGEND = """<div class="legend"><p><span class="t k">boxed and bold</span> kept: the model learns from this token &ensp;
 <span class="t l">dotted line</span> carries a label: predicting the next token from here counts in training &ensp; <span class="t">grey</span>
 neither (usually the prompt).</p><p>Colour is the <strong>rank</strong> of the token's score within its text: the deepest step is the highest
-tenth. Ranks, because a few tokens get most of the attention and would leave all others colourless. A chance of being kept is its own colour:
-the deeper, the likelier. Point at a token for its numbers, or open the table below its text.</p></div>"""
+tenth. Ranks, because a few tokens get most of the attention and would leave all others colourless. Point at a token for its
+numbers, or open the table below its text.</p>"""
+_LEGEND_OF_CHANCES = "<p>The chance of being kept is in yellow: the deeper, the likelier. A token without yellow is never kept.</p>"
 
 
 def write_token_map_html(maps: list[TokenMap], path: str | Path, settings: dict) -> Path:
@@ -46,7 +47,7 @@ def write_token_map_html(maps: list[TokenMap], path: str | Path, settings: dict)
     if not maps:
         raise ValueError("write_token_map_html: maps is empty, expected at least one TokenMap")
     chosen = "".join(map(_decision, decisions_of(maps)))
-    body = f"<h1>Which tokens training keeps, and why</h1>{_INTRODUCTION}{settings_list(settings)}{chosen}{_LEGEND}"
+    body = f"<h1>Which tokens training keeps, and why</h1>{_INTRODUCTION}{settings_list(settings)}{chosen}{_legend(maps)}"
     body += "".join(_example(token_map) for token_map in maps)
     return write_page(path, "Token maps", body)
 
@@ -59,6 +60,10 @@ def write_page(path: str | Path, title: str, body: str, style: str = "") -> Path
     page = f"<!doctype html><html lang='en'><head>{head}<style>{_STYLE}{style}</style></head><body>{body}</body></html>"
     write_text(path, page, errors="replace")
     return path
+
+
+def _legend(maps: list[TokenMap]) -> str:
+    return _LEGEND + _LEGEND_OF_CHANCES * any(each.probability is not None for each in maps) + "</div>"
 
 
 def settings_list(settings: dict) -> str:

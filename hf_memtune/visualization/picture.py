@@ -14,7 +14,7 @@ from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, v
 # All lengths in inches, measured from the top left corner.
 WIDTH, MARGIN, GAP, DPI = 15.0, 0.35, 0.3, 120
 FONT_POINTS, CELL, LINE = 9, 9.03 / DPI, 0.2  # at 120 dpi this monospaced cell is 9 pixels wide
-HEADER, TITLE, CHART = 1.25, 0.75, 1.9
+HEADER, TITLE, CHART = 1.25, 1.1, 1.9  # a title has room for headings of three lines
 MOST_PANELS, COLUMNS = 4, 200  # views side by side; characters of a line of the header
 INK, MUTED = "#1b1f24", "#5b6470"
 MISSING = "drawing needs matplotlib, which is not installed; run: pip install 'hf_memtune[viz]'"
@@ -147,7 +147,7 @@ def _draw_text(axes, token_map: TokenMap, panel: Panel, cells) -> None:
     axes.set(xlim=(0, axes.get_position().width * WIDTH / CELL), ylim=(cells[-1][2] + 1, 0))
     axes.axis("off")
     heading = wrap(f"{panel.name}: {panel.explained}", int(axes.get_position().width * WIDTH / CELL))
-    axes.set_title(_drawable("\n".join(heading)), fontsize=9.5, loc="left", color=INK, parse_math=False)
+    axes.set_title("\n".join(map(_drawable, heading)), fontsize=9.5, loc="left", color=INK, parse_math=False)
     boxes = PatchCollection(
         [Rectangle((x, y + 0.06), len(text), 0.88) for _, text, y, x in cells],
         facecolors=[(*hue, panel.strength[i]) for i, *_ in cells],

@@ -203,7 +203,7 @@ class TokenSeeking(Method):
         another token_scorer or always_keep, whose choices of the same batch, from the same pass, the result is to hold in `others`.
         """
         self.router  # raises when removed
-        choosers = [self._other(config) for config in others]
+        choosers = [self.chooser_of(config) for config in others]
         found = Inspection(scores, {name: value for name, value in inputs.items() if value is not None}, choosers)
         take_off = Override(self.architecture.base, partial(self._look, found)).put_on()
         try:
@@ -213,7 +213,7 @@ class TokenSeeking(Method):
         finally:
             take_off()
 
-    def _other(self, config: TokenSeekingConfig) -> Chooser:
+    def chooser_of(self, config: TokenSeekingConfig) -> Chooser:
         config = self._settled(config)
         scorer = resolve_scorer(config, None)
         if self.facts.needs_all_tokens is not None:
