@@ -123,7 +123,7 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
 
 
 def without_effect(settings: Settings) -> list[str]:
-    """Settings that are read by nothing, to warn of. What is of a score is on every map, and told of as a problem where scorers are compared."""
+    """Settings that are read by nothing, to warn of. What is of a score is on every map, and a problem where none compared reads it."""
     found = [message for message in settings.seeking.ineffective() if message.split()[0] not in OF_SCORES]
     return found + (settings.data.ineffective() if settings.examples.text is None else [])
 
@@ -210,6 +210,7 @@ def _require_token_losses(data: DataSource, examples: Examples) -> None:
     if data.task == CLASSES and "loss" in examples.compare:
         raise ConfigError(
             [
-                f"compare: got loss, but rows of task={CLASSES} have one loss each, not one for each token. Compare context, gradient or combined."
+                f"compare: got loss, but rows of task={CLASSES} have one loss each, not one for each token. "
+                "Compare context, gradient or combined."
             ]
         )

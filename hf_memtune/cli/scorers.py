@@ -31,5 +31,9 @@ def _print(shares, page: Path, numbers: Path) -> None:
     for who in shares.columns:
         places = shares.shares(who, "position")
         labelled = shares.shares(who, "role")[ROLES[0]]
-        table.add_row(who, f"{shares.kept(who):.1f}", *(percent(part, 1) for part in (labelled, places[PLACES[0]], places[PLACES[-1]])))
+        table.add_row(
+            who,
+            f"{shares.kept(who):.1f}".removesuffix(".0"),
+            *(percent(part, 1) for part in (labelled, places[PLACES[0]], places[PLACES[-1]])),
+        )
     Console().print(table, f"rows: {shares.rows}", f"page: {page}", f"numbers: {numbers}", sep="\n", markup=False)

@@ -30,8 +30,8 @@ def problems_of_scorers(scorers: Sequence[str]) -> list[str]:
         found.append(f"compare: got {', '.join(repeated)} more than once. Name each scorer once.")
     if IN_BACKWARD in scorers:
         found.append(
-            "compare: got true_gradient, which is known in backward alone, from the loss that was taken; scores that are compared come from the "
-            "forward pass. Compare gradient in its place; --token_scorer true_gradient, without compare, shows single rows."
+            "compare: got true_gradient, which is known in backward alone, from the loss that was taken; scores that are compared come "
+            "from the forward pass. Compare gradient in its place; --token_scorer true_gradient, without compare, shows single rows."
         )
     if unknown := [name for name in dict.fromkeys(scorers) if name not in (*known, IN_BACKWARD)]:
         found.append(f"compare: got {', '.join(unknown)}, expected scorers of {', '.join(known)}.")

@@ -55,8 +55,8 @@ class Decision:
         if not self.samples:
             return f"The tokens with the highest {score} were kept."
         return (
-            f"Tokens were drawn by chance, the likelier the higher their {score}. Half of the weight in the draw goes evenly to all tokens that "
-            "may be drawn, so that none is left out for good."
+            f"Tokens were drawn by chance, the likelier the higher their {score}. "
+            "Half of the weight in the draw goes evenly to all tokens that may be drawn, so that none is left out for good."
         )
 
     def _counted(self) -> str:
@@ -71,9 +71,9 @@ class Decision:
                 "whatever its score."
             )
         return (
-            "Each token has a chance p of being kept. A kept token counts 1/p times in the loss, and so stands in for the tokens that might "
-            "have been drawn in its place: averaged over all draws, the loss is that of all tokens that carry a label. What is marked as kept "
-            "is one draw; another would keep others."
+            "Each token has a chance p of being kept. A kept token counts 1/p times in the loss, and so stands in for the tokens that "
+            "might have been drawn in its place: averaged over all draws, the loss is that of all tokens that carry a label. "
+            "What is marked as kept is one draw; another would keep others."
         )
 
 

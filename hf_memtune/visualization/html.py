@@ -96,11 +96,11 @@ def _chances(token_map: TokenMap) -> list[tuple[str, str]]:
     if token_map.probability is None:
         return []
     possible = [p for p in token_map.probability if p > 0]
-    weights = f"{1 / max(possible):.4g} to {1 / min(possible):.4g}" if possible else "n/a"
+    ends = dict.fromkeys(f"{1 / p:.4g}" for p in (max(possible), min(possible))) if possible else ["n/a"]
     return [
         ("chances summed, which is how many are kept", f"{sum(token_map.probability):.2f}"),
         ("tokens that may be kept", f"{len(possible)}"),
-        ("what one of them counts for in the loss, if kept", weights),
+        ("what one of them counts for in the loss, if kept", " to ".join(ends)),
     ]
 
 

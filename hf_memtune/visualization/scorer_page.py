@@ -14,20 +14,22 @@ from hf_memtune.visualization.scorer_shares import ALL, LABELLED, PLACES, Scorer
 from hf_memtune.visualization.token_class import CLASSES
 
 _STYLE = """
-table.shares td, table.shares th { text-align: right; border-bottom: 1px solid var(--line); padding: .3rem .8rem; white-space: nowrap; min-width: 4.5rem; }
-table.shares th:first-child { text-align: left; padding-left: 0; } table.shares th small { display: block; color: var(--muted); white-space: normal; }
+table.shares td, table.shares th { text-align: right; border-bottom: 1px solid var(--line); padding: .3rem .8rem; }
+table.shares td, table.shares th { white-space: nowrap; min-width: 4.5rem; } table.scorers td { vertical-align: top; }
+table.shares th:first-child { text-align: left; padding-left: 0; }
+table.shares th small { display: block; color: var(--muted); white-space: normal; }
 .scroll { overflow-x: auto; } .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: .5rem 0; }
 .key i { width: 1.2rem; height: .3rem; display: inline-block; margin-right: .35rem; vertical-align: 3px; }
-table.scorers td { vertical-align: top; }
 """
-_INTRODUCTION = """<p>Token seeking lets a language model <em>learn</em> from a few tokens (word pieces) of each text only. A scorer is what says
-which. This page compares scorers: of the tokens that each of them keeps, how many stand early or late, in the prompt or in the answer, and of
-what kind they are; and how far two scorers keep the same ones.</p>"""
-_SAMPLED = """<p>Tokens are drawn by chance, so these numbers are averages over all draws: every token counts with its chance of being kept. Half
-of the weight in a draw goes evenly to all tokens that may be drawn, whatever the scorer, so what is kept differs less than the scores do.</p>"""
+_INTRODUCTION = """<p>Token seeking lets a language model <em>learn</em> from a few tokens (word pieces) of each text only. A scorer is
+what says which. This page compares scorers: of the tokens that each of them keeps, how many stand early or late, in the prompt or in the
+answer, and of what kind they are; and how far two scorers keep the same ones.</p>"""
+_SAMPLED = """<p>Tokens are drawn by chance, so these numbers are averages over all draws: every token counts with its chance of being
+kept. Half of the weight in a draw goes evenly to all tokens that may be drawn, whatever the scorer, so what is kept differs less than the
+scores do.</p>"""
 _TOP = "<p>Each scorer keeps the tokens with the highest scores, without chance. Random picks are one draw, from a fixed seed.</p>"
-_READING = """<p>A column says where the tokens that a scorer keeps are, and sums to 100 %. Compare it with the column of all tokens, or of those
-with a label if only they may be kept: where its share is higher, the scorer favours such tokens. The fairest to compare with is
+_READING = """<p>A column says where the tokens that a scorer keeps are, and sums to 100 %. Compare it with the column of all tokens, or of
+those with a label if only they may be kept: where its share is higher, the scorer favours such tokens. The fairest to compare with is
 <em>random</em>, which is subject to the same rules: as many tokens of each text, and no score.</p>"""
 
 
@@ -70,7 +72,7 @@ def _scorers(shares: ScorerShares, decisions: list[Decision]) -> str:
         said = "no score: every token that may be kept is as likely as any other" if each.scorer == "random" else None
         words = said or EXPLANATIONS.get(each.scorer, "as named by the scorer")
         numbers = ", ".join(f"{name} {value}" for name, value in own.items())
-        cells = (each.scorer, words, numbers, f"{shares.kept(each.scorer):.1f}")
+        cells = (each.scorer, words, numbers, f"{shares.kept(each.scorer):.1f}".removesuffix(".0"))
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th class='muted'>{name}</th>" for name in ("scorer", "what it measures", "settings that it reads", "tokens kept"))
     return f"<h2>The scorers</h2><table class='scorers'><tr>{head}</tr>{''.join(rows)}</table>"
@@ -135,8 +137,9 @@ def _lines(shares: ScorerShares) -> str:
         for number, name in enumerate(PLACES)
     )
     key = "".join(f"<span><i style='background:{_colour(shares, who)}'></i>{escape(who)}</span>" for who in columns)
-    label = "share of the kept tokens by position in the text"
-    return f"<div class='key'>{key}</div><figure><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{label}'>{grid}{below}{drawn}</svg></figure>"
+    named = "role='img' aria-label='share of the kept tokens by position in the text'"
+    svg = f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' {named}>{grid}{below}{drawn}</svg>"
+    return f"<div class='key'>{key}</div><figure>{svg}</figure>"
 
 
 def _line(points: list[tuple[float, float]], colour: str, who: str) -> str:

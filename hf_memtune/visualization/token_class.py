@@ -1,4 +1,4 @@
-"""What kind of text a token is, by its characters alone: enough to see what a score favours, in any language that puts spaces between words."""
+"""What kind of text a token is, by its characters alone: enough to see what a score favours, where words have spaces between them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PART_OF_CHARACTER = "�"
 
 
 def token_classes(pieces: Sequence[str], ids: Sequence[int], special: Collection[int]) -> list[str]:
-    """The class of each of n tokens, a key of CLASSES. pieces: the text each adds, so that joined they give the text; special: ids of tokens
-    that are no text."""
+    """The class of each of n tokens, a key of CLASSES. pieces: the text each adds, so that joined they give the text; special: ids of
+    tokens that are no text."""
     found, before = [], ""
     for piece, number in zip(pieces, ids, strict=True):
         is_special = number in special

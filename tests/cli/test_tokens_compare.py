@@ -32,10 +32,14 @@ def chances_of(scorer, *arguments) -> list[tuple[list[float], list[bool]]]:
     return [(shown.probability or [float(kept) for kept in shown.kept], shown.labelled) for shown in maps]
 
 
-@pytest.mark.parametrize("selection", [(), ("--token_selection", "top", "--select_from", "all", "--token_ratio", "0.2")])
+@pytest.mark.parametrize(
+    "selection",
+    [(), ("--token_gradient", "stream"), ("--token_selection", "top", "--select_from", "all", "--token_ratio", "0.2")],
+    ids=["sample", "stream", "top"],
+)
 def test_the_numbers_are_those_of_the_token_maps(chat_model, instructions, selection, capsys):
     common = ("--model", chat_model, "--dataset", instructions, *selection)
-    names = ("context", "gradient", "loss", "random")[: 4 - bool(selection)]  # the best of random scores are others in each pass
+    names = ("context", "gradient", "loss", "random")[: 3 if "top" in selection else 4]  # the best of random scores are others in each pass
     found = compared(*common, "--compare", *names, "--rows", ROWS)
     shown = capsys.readouterr().out
     assert found["rows"] == ROWS and "out/page.html" in shown and "out/page.json" in shown

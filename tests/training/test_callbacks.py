@@ -261,7 +261,7 @@ def test_maps_show_the_scores_of_a_function(tmp_path):
     train(llama(), arguments(tmp_path, token_scorer=None), ROWS, callbacks=[maps], processing_class=Words(), token_scorer=by_position)
     (page,) = folder.iterdir()
     assert "by_position" in page.read_text() and "this score decided" in page.read_text()
-    assert "the library" not in page.read_text() and ("No token has a probability" in page.read_text()) == (CONFIG.token_selection == "top")
+    assert ("No token has a probability" in page.read_text()) is (CONFIG.token_selection == "top")
 
 
 def test_maps_without_a_tokenizer_are_refused(tmp_path):

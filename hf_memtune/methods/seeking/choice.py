@@ -171,7 +171,7 @@ class Choice:
     # -- looking
 
     def of_other(self, chooser: Chooser) -> "Choice":
-        """What another scorer chooses of this call, once this choice is made by labels or at once; what was computed for it is used again."""
+        """What another scorer chooses of this call, once this choice is made by labels or at once, from what was computed for it."""
         other = Choice(chooser, self.call, self.inputs, None, self.stacks)
         other._is_counted = False
         other.block, other.target, other.scores = self.block, self.target, self.scores

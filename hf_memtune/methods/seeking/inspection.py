@@ -33,8 +33,8 @@ class Inspection:
 
     inputs: the batch. ids: (B, T) int64 of each stack, or None. values: what the scorer gave, (B, T), by stack. selection: by stack.
     probability: by stack, (B, T) float64, with which each token is kept; None where the highest scores are. others: what further scorers
-    make of the batch, in the order of `choosers`. scores: by stack, the scores asked for, (B, T) each, and "real", False at padding. target: (B, T), labels of each position's own
-    prediction, or None.
+    make of the batch, in the order of `choosers`. scores: by stack, the scores asked for, (B, T) each, and "real", False at padding.
+    target: (B, T), labels of each position's own prediction, or None.
     """
 
     def __init__(self, names: tuple[str, ...], inputs: dict[str, Any], choosers: Sequence[Chooser] = ()):
