@@ -102,12 +102,12 @@ def _bar(share: float, top: float, colour: str) -> str:
 
 
 def _overlap(shares: ScorerShares, sampled: bool) -> str:
-    how = (
-        "for each token the lower of its two chances, over the higher, summed over all tokens"
-        if sampled
-        else "tokens kept by both, over those kept by either"
+    how = "tokens kept by both, over those kept by either"
+    if sampled:
+        how = "the lower of a token's two chances, summed over all tokens, over the sum of the higher ones"
+    words = (
+        f"<p>1: two scorers keep the same tokens{', as likely' * sampled}. 0: none is kept by both. It is {how} (the Jaccard index).</p>"
     )
-    words = f"<p>1: two scorers keep the same tokens. 0: none is kept by both. Counted as {how} (the Jaccard index).</p>"
     head = "".join(f"<th>{escape(name)}</th>" for name in shares.scorers)
     rows = []
     for one in shares.scorers:

@@ -114,7 +114,7 @@ def test_the_page_does_not_grow_with_the_rows(tmp_path):
 def test_the_page_tells_draws_from_highest_scores(tmp_path):
     drawn, best = (write_scorer_comparison(counted(), decisions(how), tmp_path / "x.html", {})[0].read_text() for how in ("sample", "top"))
     assert "averages over all draws" in drawn and "averages over all draws" not in best
-    assert "tokens kept by both, over those kept by either" in best and "lower of its two chances" in drawn
+    assert "tokens kept by both, over those kept by either" in best and "lower of a token's two chances" in drawn
 
 
 @pytest.mark.parametrize("labelled, columns, roles", [(0.6, 5, True), (1.0, 4, True), (0.0, 4, False)])
