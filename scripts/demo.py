@@ -250,7 +250,7 @@ class Demo:
         config = TokenSeekingConfig.of(trainer.args)
         batch = {key: value.to(trainer.args.device) for key, value in trainer.data_collator(rows).items()}
         titles = ["held-out example 1", "held-out example 2"]
-        shown = {"model": Path(self.options.model).name, "token_ratio": config.token_ratio, "token_scorer": config.token_scorer}
+        shown = {"model": Path(self.options.model).name}
         write_token_map_html(token_maps(model, batch, config, self.tokenizer, titles=titles), self.out / "tokens.html", shown)
 
     def write(self, results: list[Result]) -> Path:

@@ -252,15 +252,17 @@ PAGES = {
         ),
     ),
     "tokens": Page(
-        "--model M (--text FILE | --dataset D [--index N ...]) [--name value ...]",
-        "Show which tokens of an example are scored how, and which token seeking would keep.",
+        "--model M (--text FILE | --dataset D [--index N ... | --compare SCORER SCORER ...]) [--name value ...]",
+        "Show which tokens of an example are scored how, and which token seeking would keep; or compare scorers over a data set.",
         (
             (
                 "examples",
                 (
                     Line("text", "FILE", "a text file to show, in place of a data set"),
                     Line("index", "N ...", "rows of the data set to show, from 0", [0]),
-                    Line("out", "FILE.html", "page to write; a picture goes beside it", "tokens.html"),
+                    Line("compare", "SCORER ...", "compare scorers over a data set: combined context gradient loss random"),
+                    Line("rows", "N", "with --compare: rows to compare on; 64 unless given"),
+                    Line("out", "FILE.html", "page to write; tokens.html, or scorers.html with --compare"),
                 ),
             ),
             _CHOSEN_MODEL,

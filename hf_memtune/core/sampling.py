@@ -62,17 +62,40 @@ def sample(
     With k draws from n tokens no weight exceeds n / (k floor) (but by the 2**-32 that probabilities are rounded to): with a floor of 1/2
     2 / ratio at most without forced tokens, and 2 n in a row that falls back on its real ones. At ratio 1 all weights are 1.
     """
-    rows, length = scores.shape
-    counts = kept_counts(rows, length, ratio, real, candidates, forced, beside_forced=1)
-    forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced
-    pool = _drawn_from(scores, real, candidates) & ~forced
-    draws = torch.tensor(counts, device=scores.device)[:, None] - forced.sum(1, keepdim=True)
-    units = in_units(inclusion_probability(base_probability(scores, pool, how), draws), pool, draws).masked_fill(forced, CERTAIN)
+    counts, units = _planned(scores, ratio, real, candidates, forced, how)
     taken = systematic(units, generator)
     priority = 2 * taken.to(torch.int8) + (0 if real is None else real.to(torch.int8))
     chosen = first_of(priority.argsort(dim=1, descending=True, stable=True), counts)
     weight = (CERTAIN / units.gather(1, chosen.index).double()).clamp(max=torch.inf if how.cap is None else how.cap)
     return replace(chosen, weight=weight.float().masked_fill(~chosen.valid, 1))
+
+
+def probabilities(
+    scores: Tensor,
+    ratio: float,
+    real: Tensor | None = None,
+    candidates: Tensor | None = None,
+    forced: Tensor | None = None,
+    how: Draw = HALF,
+) -> Tensor:
+    """The probability with which `sample` keeps each token, (B, T) float64: what it draws with, and one over its weights (but for a cap).
+
+    Arguments are those of `sample`. Each row sums to the number of tokens it keeps. 0 at padding and at what is not eligible.
+    """
+    return _planned(scores, ratio, real, candidates, forced, how)[1].double() / CERTAIN
+
+
+def _planned(
+    scores: Tensor, ratio: float, real: Tensor | None, candidates: Tensor | None, forced: Tensor | None, how: Draw
+) -> tuple[list[int], Tensor]:
+    """Tokens to keep of each row, and probabilities that sum to them, (B, T) int64 in units of 1 / CERTAIN."""
+    rows, length = scores.shape
+    counts = kept_counts(rows, length, ratio, real, candidates, forced, beside_forced=1)
+    forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced
+    pool = _drawn_from(scores, real, candidates) & ~forced
+    draws = torch.tensor(counts, device=scores.device)[:, None] - forced.sum(1, keepdim=True)
+    shares = inclusion_probability(base_probability(scores, pool, how), draws)
+    return counts, in_units(shares, pool, draws).masked_fill(forced, CERTAIN)
 
 
 def _drawn_from(scores: Tensor, real: Tensor | None, candidates: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ may fill is None until it is given, and is filled when the settings are made: se
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
 from hf_memtune.settings.protocol import MethodSettings, changed_fields, setting
@@ -19,6 +20,7 @@ SELECTIONS = ("top", "sample", "labelled")
 TOKEN_WEIGHTS = ("none", "dft")
 _OF_PREDICTIONS = ("softmax_residual", "random", "loss", "profit", "excess_loss")  # scorers that read neither attention nor a gradient
 TOKEN_GRADIENTS = ("cut", "stream", "skip")
+_OF_COMBINED = ("context_weight", "gradient_weight")
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
 AUTO = "auto"
@@ -388,11 +390,17 @@ class TokenSeekingConfig(StreamingConfig):
             if name in given
         ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
 
+    def scorer_settings(self, everything: bool = False) -> dict[str, Any]:
+        """The settings that token_scorer reads, by name. everything: those that a scorer of one's own may read."""
+        of_parts = ("context_layer", "context_normalize", "gradient_norm")
+        idle = {} if everything else self._idle()
+        return {name: getattr(self, name) for name in (*(() if everything else _OF_COMBINED), *of_parts) if name not in idle}
+
     def _idle(self) -> dict[str, str]:
         """Names of the settings that are not read, each with the setting because of which it is not."""
         scorer, found = self.token_scorer, {}
         if scorer != "combined":
-            found |= dict.fromkeys(("context_weight", "gradient_weight"), "token_scorer")
+            found |= dict.fromkeys(_OF_COMBINED, "token_scorer")
         if scorer in ("gradient", "true_gradient", *_OF_PREDICTIONS):
             found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
         if scorer in ("context", *_OF_PREDICTIONS):

@@ -1,15 +1,18 @@
 """Token maps of a batch: what the scores say of each token, and which are kept."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.scorers import TokenScorer
+from hf_memtune.core.scorers import BUILT_IN, Scorer, TokenScorer
 from hf_memtune.core.scoring import combined_score
+from hf_memtune.methods.seeking.choice import floor_of
+from hf_memtune.methods.seeking.inspection import Inspection
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.visualization.decision import Decision
 from hf_memtune.visualization.token_map import TokenMap
 
 
@@ -24,35 +27,73 @@ def token_maps(
     """One map for each row of `batch` (tensors of shape (batch, tokens), with labels).
 
     Shows the context, gradient and combined scores whatever the scorer, which decides what is kept; but the context score alone of
-    a model whose last block cannot run alone, such as a reversible one. Of an encoder-decoder model the decoder is shown. The model
-    is left as it was.
+    a model whose last block cannot run alone, such as a reversible one. Where tokens are drawn, it shows the probability of each to be
+    kept; and it says how they are chosen. Of an encoder-decoder model the decoder is shown. The model is left as it was.
     """
-    seeking = TokenSeeking(model, TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step"), scorer, looks_only=True)
+    seeking = TokenSeeking(model, only_looking(config), scorer, looks_only=True)
     asked = ("context_score",) if seeking.facts.tail_problem else ("context_score", "gradient_score")
     try:
         found = seeking.inspect(batch, scores=asked)
     finally:
         seeking.remove()
-    seen, selection = found.scores["decoder"], found.selection["decoder"]
+    seen = found.scores["decoder"]
     scores = {name.removesuffix("_score"): seen[name] for name in asked}
     if "gradient" in scores:
         pair = (seen["context_score"], seen["gradient_score"])
         scores["combined"] = combined_score(*pair, config.context_weight, config.gradient_weight, seen["real"])
-    if scorer is not None or config.token_scorer not in (*scores, "random"):
-        scores[getattr(scorer, "__name__", config.token_scorer)] = found.values["decoder"]
-    labelled = torch.zeros_like(seen["real"]) if found.target is None else found.target != IGNORED
-    ids = found.ids["decoder"]
-    return [_token_map(row, ids, seen["real"], scores, selection.kept_mask(), labelled, tokenizer, titles) for row in range(len(ids))]
+    if scorer is not None or seeking.scorer.name not in (*scores, "random"):
+        scores[seeking.scorer.name] = found.values["decoder"]
+    columns = Columns(found.ids["decoder"], seen["real"], labelled_tokens(found), found.selection["decoder"].kept_mask(), scores)
+    chances, decision = found.probability["decoder"], decision_of(seeking.config, seeking.scorer)
+    return [_token_map(row, columns, chances, decision, tokenizer, titles) for row in range(len(columns.ids))]
 
 
-def _token_map(row, ids, real, scores, kept, labelled, tokenizer, titles) -> TokenMap:
-    chosen = real[row]
+def only_looking(config: TokenSeekingConfig) -> TokenSeekingConfig:
+    """The settings with which a batch is looked at: as it would be trained on now. At a ratio of 1 all tokens run, whatever their label."""
+    everything = {"select_from": "all"} if config.token_ratio == 1 else {}
+    return TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step", **everything)
+
+
+def labelled_tokens(found: Inspection) -> Tensor:
+    """(B, T) bool: real or not, the tokens whose own prediction carries a label."""
+    return torch.zeros_like(found.scores["decoder"]["real"]) if found.target is None else found.target != IGNORED
+
+
+def decision_of(config: TokenSeekingConfig, scorer: Scorer) -> Decision:
+    """What a page says of how tokens are chosen. config: as settled for the model."""
+    own = scorer.name not in BUILT_IN  # reads whatever it likes
+    return Decision(
+        scorer=scorer.name,
+        selection=config.token_selection,
+        ratio=config.token_ratio,
+        select_from=config.select_from,
+        always_keep=config.kept_always,
+        floor=floor_of(config, scorer),
+        cap=config.weight_cap,
+        parameters=config.scorer_settings(everything=own),
+    )
+
+
+class Columns(NamedTuple):
+    """What is known of the tokens of a batch, (B, T) each."""
+
+    ids: Tensor
+    real: Tensor
+    labelled: Tensor
+    kept: Tensor
+    scores: dict[str, Tensor]
+
+
+def _token_map(row: int, columns: Columns, chances: Tensor | None, decision: Decision, tokenizer, titles) -> TokenMap:
+    real = columns.real[row]
     return TokenMap(
         title=titles[row] if titles else f"example {row + 1}",
-        tokens=pieces(tokenizer, ids[row][chosen].tolist()),
-        scores={name: values[row][chosen].tolist() for name, values in scores.items()},
-        kept=kept[row][chosen].tolist(),
-        labelled=labelled[row][chosen].tolist(),
+        tokens=pieces(tokenizer, columns.ids[row][real].tolist()),
+        scores={name: values[row][real].tolist() for name, values in columns.scores.items()},
+        kept=columns.kept[row][real].tolist(),
+        labelled=columns.labelled[row][real].tolist(),
+        probability=None if chances is None else chances[row][real].tolist(),
+        decision=decision,
     )
 
 

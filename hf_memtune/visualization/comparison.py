@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_memtune.units import format_bytes
 from hf_memtune.visualization.html import write_page
-from hf_memtune.visualization.token_map import INK, MUTED, new_figure
+from hf_memtune.visualization.picture import INK, MUTED, new_figure
 
 COLOURS = ("#5b6470", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito, told apart by all
 _HEADINGS = ("method", "tokens kept", "held-out loss before", "after", "peak memory", "seconds a step")

@@ -7,20 +7,9 @@ from html import escape
 from pathlib import Path
 
 from hf_memtune.files import write_text
-from hf_memtune.visualization.token_map import (
-    EXPLANATIONS,
-    HUES,
-    OTHER_HUE,
-    TokenMap,
-    axis_values,
-    colour_levels,
-    count,
-    opacity,
-    percent,
-    runs,
-    score_names,
-    visible,
-)  # fmt: skip
+from hf_memtune.visualization.decision import Decision, decisions_of
+from hf_memtune.visualization.panels import Panel, panels
+from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6470; --paper: #ffffff; --line: #d5dae0; }
@@ -34,6 +23,8 @@ dt { color: var(--muted); } dd { margin: 0; } .legend { border: 1px solid var(--
 .t { border-radius: 3px; padding: 1px 0; color: var(--muted); } .l { color: var(--ink); border-bottom: 2px dotted var(--muted); }
 .k { color: var(--ink); font-weight: 700; outline: 2px solid var(--ink); outline-offset: -1px; border-bottom: none; padding: 1px; }
 table { border-collapse: collapse; margin: .6rem 0; } td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; font-weight: normal; } td { font-variant-numeric: tabular-nums; }
+.decided { border-left: 3px solid #e69f00; padding: .1rem .9rem; margin: .8rem 0; } .decided h3 { margin-top: .2rem; }
+details { margin: .6rem 0; } summary { cursor: pointer; } table.tokens { font-size: .85rem; } tr.kept td { font-weight: 700; }
 svg { width: 100%; height: auto; margin-top: .4rem; } svg text { font: 12px system-ui, sans-serif; fill: var(--muted); } figure { margin: 0; }
 """
 
@@ -43,7 +34,9 @@ a few of them only, which takes much less memory. This page shows how the tokens
 _LEGEND = """<div class="legend"><p><span class="t k">boxed and bold</span> kept: the model learns from this token &ensp;
 <span class="t l">dotted line</span> carries a label: predicting the next token from here counts in training &ensp; <span class="t">grey</span>
 neither (usually the prompt).</p><p>Colour is the <strong>rank</strong> of the token's score within its text: the deepest step is the highest
-tenth. Ranks, because a few tokens get most of the attention and would leave all others colourless. Point at a token for its numbers.</p></div>"""
+tenth. Ranks, because a few tokens get most of the attention and would leave all others colourless. Point at a token for its
+numbers, or open the table below its text.</p>"""
+_LEGEND_OF_CHANCES = "<p>The chance of being kept is in yellow: the deeper, the likelier. A token without yellow is never kept.</p>"
 
 
 def write_token_map_html(maps: list[TokenMap], path: str | Path, settings: dict) -> Path:
@@ -53,8 +46,8 @@ def write_token_map_html(maps: list[TokenMap], path: str | Path, settings: dict)
     """
     if not maps:
         raise ValueError("write_token_map_html: maps is empty, expected at least one TokenMap")
-    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in settings.items())
-    body = f"<h1>Which tokens training keeps, and why</h1>{_INTRODUCTION}<dl class='settings'>{listed}</dl>{_LEGEND}"
+    chosen = "".join(map(_decision, decisions_of(maps)))
+    body = f"<h1>Which tokens training keeps, and why</h1>{_INTRODUCTION}{settings_list(settings)}{chosen}{_legend(maps)}"
     body += "".join(_example(token_map) for token_map in maps)
     return write_page(path, "Token maps", body)
 
@@ -69,6 +62,21 @@ def write_page(path: str | Path, title: str, body: str, style: str = "") -> Path
     return path
 
 
+def _legend(maps: list[TokenMap]) -> str:
+    return _LEGEND + _LEGEND_OF_CHANCES * any(each.probability is not None for each in maps) + "</div>"
+
+
+def settings_list(settings: dict) -> str:
+    """Names and values, beside each other."""
+    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in settings.items())
+    return f"<dl class='settings'>{listed}</dl>"
+
+
+def _decision(decision: Decision) -> str:
+    said = "".join(f"<p>{escape(text)}</p>" for text in decision.said())
+    return f"<div class='decided'><h3>What decided here</h3>{said}{settings_list(decision.listed())}</div>"
+
+
 def _example(token_map: TokenMap) -> str:
     n, kept, labelled, both = count([token_map])
     numbers = [
@@ -76,41 +84,75 @@ def _example(token_map: TokenMap) -> str:
         ("kept", f"{kept} ({percent(kept, n)})"),
         ("kept tokens that carry a label", f"{both} ({percent(both, kept)} of the kept)"),
         ("all tokens that carry a label", f"{labelled} ({percent(labelled, n)})"),
+        *_chances(token_map),
     ]
     table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in numbers)
-    panels = "".join(_panel(token_map, name) for name in score_names(token_map))
-    return f"<section><h2>{escape(token_map.title)}</h2><table>{table}</table>{panels}</section>"
+    views = "".join(_panel(token_map, panel) for panel in panels(token_map))
+    return f"<section><h2>{escape(token_map.title)}</h2><table>{table}</table>{views}{_token_table(token_map)}</section>"
 
 
-def _panel(token_map: TokenMap, name: str) -> str:
-    explained = escape(EXPLANATIONS.get(name, "as named by the scorer"))
-    levels, hue = colour_levels(token_map.scores[name]), HUES.get(name, OTHER_HUE)
-    spans = "".join(_span(token_map, i, hue, levels[i]) for i in range(len(token_map.tokens)))
-    heading = f"<h3>{escape(name)} score <span class='muted'>- {explained}</span></h3>"
-    return f"{heading}<div class='text'>{spans}</div>{_chart(token_map, name, hue)}"
+def _chances(token_map: TokenMap) -> list[tuple[str, str]]:
+    """What the probabilities of one map sum to, and the weights among them."""
+    if token_map.probability is None:
+        return []
+    possible = [p for p in token_map.probability if p > 0]
+    ends = dict.fromkeys(f"{1 / p:.4g}" for p in (max(possible), min(possible))) if possible else ["n/a"]
+    return [
+        ("chances summed, which is how many are kept", f"{sum(token_map.probability):.2f}"),
+        ("tokens that may be kept", f"{len(possible)}"),
+        ("what one of them counts for in the loss, if kept", " to ".join(ends)),
+    ]
 
 
-def _span(token_map: TokenMap, i: int, hue: tuple[int, int, int], level: int | None) -> str:
+def _panel(token_map: TokenMap, panel: Panel) -> str:
+    spans = "".join(_span(token_map, i, panel.hue, panel.strength[i]) for i in range(len(token_map.tokens)))
+    heading = f"<h3>{escape(panel.name)} <span class='muted'>- {escape(panel.explained)}</span></h3>"
+    return f"{heading}<div class='text'>{spans}</div>{_chart(token_map, panel)}"
+
+
+def _span(token_map: TokenMap, i: int, hue: tuple[int, int, int], strength: float) -> str:
     lead, text, breaks = visible(token_map.tokens[i])
     kept, labelled = token_map.kept[i], token_map.labelled[i]
-    values = ", ".join(f"{name} {values[i]:.4g}" for name, values in token_map.scores.items())
+    values = ", ".join(f"{name} {value}" for name, value in _numbers(token_map, i).items())
     state = f"{'kept' if kept else 'not kept'}, {'labelled' if labelled else 'no label'}"
     classes = "t" + " k" * kept + " l" * labelled
-    colour = f"rgba({hue[0]},{hue[1]},{hue[2]},{opacity(level):.2f})"
-    title = escape(f"position {i}: {values}; {state}", quote=True)
+    colour = f"rgba({hue[0]},{hue[1]},{hue[2]},{strength:.2f})"
+    title = escape(f"position {i}: {state}; {values}", quote=True)
     return f"{lead}<span class='{classes}' style='background:{colour}' title='{title}'>{escape(text)}</span>{breaks}"
+
+
+def _numbers(token_map: TokenMap, i: int) -> dict[str, str]:
+    """Of one token: chance and weight, where tokens are drawn, and its scores."""
+    found = {}
+    if token_map.probability is not None:
+        p = token_map.probability[i]
+        found = {"chance p": f"{p:.4g}", "weight 1/p": f"{1 / p:.4g}" if p else "never kept"}
+    return found | {name: f"{values[i]:.4g}" for name, values in token_map.scores.items()}
+
+
+def _token_table(token_map: TokenMap) -> str:
+    """Every token with its numbers, folded away."""
+    names = ["position", "token", "label", "kept", *_numbers(token_map, 0)]
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for i, token in enumerate(token_map.tokens):
+        cells = [str(i), "".join(visible(token)).strip(), *("yes" if flag[i] else "" for flag in (token_map.labelled, token_map.kept))]
+        cells += _numbers(token_map, i).values()
+        rows.append(f"<tr{' class=kept' * token_map.kept[i]}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return f"<details><summary>Every token with its numbers</summary><table class='tokens'><tr>{head}</tr>{''.join(rows)}</table></details>"
 
 
 # The chart: sizes in SVG units, of which the page shows as many as fit its width.
 _CHART_WIDTH, _CHART_HEIGHT, _LEFT, _BOTTOM = 1100, 170, 76, 32
 
 
-def _chart(token_map: TokenMap, name: str, hue: tuple[int, int, int]) -> str:
-    """Score against position; dots mark kept tokens, a bar below marks labelled ones."""
-    values, logarithmic = axis_values(token_map.scores[name])
+def _chart(token_map: TokenMap, panel: Panel) -> str:
+    """Values against position; dots mark kept tokens, a bar below marks labelled ones."""
+    (values, logarithmic), hue = panel.axis, panel.hue
     heights = [math.log10(v) if logarithmic and v > 0 else v for v in values]
     finite = [h for h in heights if math.isfinite(h)] or [0.0]
-    low, spread = min(finite), (max(finite) - min(finite)) or 1.0
+    low, high = (0.0, 1.0) if panel.from_zero else (min(finite), max(finite))
+    spread = (high - low) or 1.0
     step = (_CHART_WIDTH - _LEFT - 10) / max(len(values) - 1, 1)
 
     def x(position: float) -> float:
@@ -137,6 +179,6 @@ def _chart(token_map: TokenMap, name: str, hue: tuple[int, int, int]) -> str:
     scale = "log scale, " if logarithmic else ""
     caption = f"<text x='{_LEFT}' y='{_CHART_HEIGHT - 4}'>position 0 to {len(values) - 1} ({scale}dots: kept; bar: labelled)</text>"
     return (
-        f"<figure><svg viewBox='0 0 {_CHART_WIDTH} {_CHART_HEIGHT}' role='img' aria-label='{escape(name, quote=True)} score by position'>"
+        f"<figure><svg viewBox='0 0 {_CHART_WIDTH} {_CHART_HEIGHT}' role='img' aria-label='{escape(panel.name, quote=True)} by position'>"
         f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='1.2'/>{bars}{dots}{ticks}{caption}</svg></figure>"
     )

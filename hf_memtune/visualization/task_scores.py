@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_memtune.files import whole
-from hf_memtune.visualization.token_map import INK, MUTED, new_figure
+from hf_memtune.visualization.picture import INK, MUTED, new_figure
 
 COLOUR = "#0072b2"
 WIDTH, LINE, AROUND = 4.6, 0.34, 1.5  # inches: of a column, of a task, of what is above and below

@@ -1,9 +1,11 @@
 """`hf-memtune tokens`: a page and a picture of what is kept, for a text or for rows of a data set."""
 
 import pytest
+import torch
 
 from hf_memtune.cli import main, tokens
 from hf_memtune.errors import ConfigError
+from tests.support.chances import slow_probability
 
 PNG = b"\x89PNG"
 
@@ -64,6 +66,40 @@ def _keeps_labelled_alone(shown) -> bool:
     return all(labelled for labelled, kept in zip(shown.labelled, shown.kept, strict=True) if kept)
 
 
+def test_the_chances_are_those_of_the_score_that_decided(chat_model, instructions):
+    """Computed again from the numbers of the map, slowly; and by the weights: a kept token counts one over its chance."""
+    common = ("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.3")
+    (shown,) = maps_of(*common, "--token_scorer", "combined")
+    pool = torch.tensor(shown.labelled)
+    by_score, by_other = (
+        slow_probability(torch.tensor(shown.scores[name], dtype=torch.float64), pool, sum(shown.kept)).tolist()
+        for name in ("combined", "context")
+    )
+    assert shown.probability == pytest.approx(by_score, abs=1e-6) != pytest.approx(by_other, abs=1e-6)
+    assert sum(shown.probability) == pytest.approx(sum(shown.kept))
+    assert (
+        shown.decision.listed() | {"token_scorer": "combined", "token_selection": "sample", "token_ratio": "0.3"} == shown.decision.listed()
+    )
+
+
+def test_what_is_drawn_is_the_same_each_time_and_of_the_best_there_is_no_chance(chat_model, instructions):
+    common = ("--model", chat_model, "--dataset", instructions, "--index", "1")
+    (first,), (second,), (best,) = (
+        maps_of(*common),
+        maps_of(*common),
+        maps_of(*common, "--token_selection", "top", "--token_scorer", "context"),
+    )
+    assert first == second != best
+    assert first.probability is not None and best.probability is None
+    assert (first.decision.scorer, first.decision.parameters) == ("random", {})
+    assert best.decision.parameters == {"context_layer": -1, "context_normalize": "sum"}
+
+
+def test_a_ratio_of_one_keeps_every_token(chat_model, instructions):
+    (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--token_ratio", "1")
+    assert all(shown.kept) and set(shown.probability) == {1.0} and not all(shown.labelled)
+
+
 def test_a_classifier_has_maps_too(encoder, reviews):
     flags = ["--task", "sequence_classification", "--max_length", "64", "--token_ratio", "0.5"]
     (shown,) = maps_of("--model", encoder, "--dataset", reviews, *flags)
@@ -85,6 +121,8 @@ def test_max_length_cuts_a_text(model, tmp_path):
         (["--model", "m", "--dataset", "d", "--token_seeking", "false"], {"token_seeking"}),
         (["--model", "m", "--dataset", "d", "--learning_rate", "1"], {"learning_rate"}),
         (["recipe.yaml", "--model", "m", "--dataset", "d"], {"recipe.yaml"}),
+        (["--model", "m", "--dataset", "d", "--seek_schedule", "once", "--packing"], {"seek_schedule", "packing"}),
+        (["--model", "m", "--dataset", "d", "--skip_threshold", "0.1", "--rows", "3"], {"skip_threshold", "rows"}),
     ],
 )
 def test_settings_that_cannot_work(flags, named):

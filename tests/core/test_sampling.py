@@ -4,28 +4,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_memtune.core.sampling import CERTAIN, Draw, base_probability, in_units, inclusion_probability, sample, systematic
+from hf_memtune.core.sampling import CERTAIN, Draw, base_probability, in_units, inclusion_probability, probabilities, sample, systematic
 from hf_memtune.core.selection import budget, select
+from tests.support.chances import slow_probability
 from tests.support.tolerances import NOTICED, close, tolerance
 
 DRAWS = 20_000
 STANDARD_ERRORS = 5  # of a mean over DRAWS: by chance one comparison in two million is further off, and the seed is fixed
-
-
-def slow_probability(scores, pool, draws):
-    """One row, token by token: whoever would be more than certain is certain, and the others share what is left."""
-    tokens = [t for t in range(len(scores)) if pool[t]]
-    low, high = min(scores[t].item() for t in tokens), max(scores[t].item() for t in tokens)
-    place = {t: (scores[t].item() - low) / (high - low) if high > low else 1.0 for t in tokens}
-    share = {t: 0.5 / len(tokens) + 0.5 * place[t] / sum(place.values()) for t in tokens}
-    certain = set()
-    while True:
-        rest = sum(share[t] for t in tokens if t not in certain)
-        chance = {t: 1.0 if t in certain else (draws - len(certain)) * share[t] / rest for t in tokens}
-        surplus = {t for t in tokens if t not in certain and chance[t] >= 1}
-        if not surplus:
-            return torch.tensor([chance.get(t, 0.0) for t in range(len(scores))], dtype=torch.float64)
-        certain |= surplus
 
 
 def batch(seed=0):
@@ -93,6 +78,20 @@ def test_frequencies_are_the_probabilities():
         off = (found.double().mean(0) - expected).abs()
         assert (off <= bound).all()
         assert ((found.double().mean(0) - draws / 13).abs() > bound).any()  # the sibling: even draws
+
+
+def test_what_is_told_of_a_draw_is_what_it_draws_with():
+    """Probabilities of all tokens: those of a slow loop, and one over the weights of whatever is kept."""
+    scores, *masks = batch()
+    found, drawn = probabilities(scores, 0.4, *masks), sample(scores, 0.4, *masks)
+    weight = drawn.weight.double()[drawn.valid]
+    torch.testing.assert_close(1 / drawn.gather(found)[drawn.valid], weight, **close(torch.float32))
+    assert not torch.allclose(1 / drawn.gather(found.roll(1, 1)).clamp_min(NOTICED)[drawn.valid], weight)  # the sibling
+    torch.testing.assert_close(found.sum(1), torch.tensor(drawn.counts).double(), **close(torch.float64))
+    for row, (real, candidates, forced) in enumerate(zip(*masks)):
+        draws = drawn.counts[row] - int(forced.sum())
+        expected = slow_probability(scores[row], candidates & real & ~forced, draws).masked_fill(forced, 1)
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=2 / CERTAIN)
 
 
 # -- estimates -------------------------------------------------------------------------------------------------------

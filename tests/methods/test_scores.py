@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_memtune import TokenSeekingConfig
 from hf_memtune.core.scoring import attention_received, minmax
 from hf_memtune.core.selection import select
 from hf_memtune.errors import ConfigError, TokenScoreError
@@ -484,3 +485,32 @@ def test_memory_of_the_context_score_grows_with_the_row_not_with_its_square():
 
 def test_a_quadratic_score_is_noticed():
     assert min(peak_growth(received_at_once)) > 3.5
+
+
+# -- several scorers of one pass ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["top", "sample"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "bart"])
+def test_scorers_that_share_a_pass_choose_as_each_alone(kind, selection):
+    model, batch, dtype = model_and_batch(kind)
+    names = ("gradient", "context", *(["loss"] if kind != "bart" else []), "combined")  # tokens of an encoder predict nothing
+    settings = {"token_selection": selection, "select_from": "labels"}
+
+    def alone(name):
+        with seeking_on(model, token_scorer=name, **settings) as seeking:
+            found = seeking.inspect(batch)
+            return found.values["decoder"], found.selection["decoder"].kept_mask(), found.probability["decoder"]
+
+    with seeking_on(model, token_scorer=names[0], **settings) as seeking:
+        others = [TokenSeekingConfig.of(seeking.config, token_scorer=name) for name in names[1:]]
+        found = seeking.inspect(batch, others=others)
+    for name, wrong, shared in zip(names[1:], names, found.others):
+        values, kept, chances = alone(name)
+        torch.testing.assert_close(shared.values["decoder"], values, **close(dtype))
+        assert not torch.allclose(shared.values["decoder"].double(), alone(wrong)[0].double())  # the sibling
+        if selection == "top":
+            assert torch.equal(shared.selection["decoder"].kept_mask(), kept) and shared.probability["decoder"] is chances is None
+        else:
+            torch.testing.assert_close(shared.probability["decoder"], chances, **close(dtype))
+            assert not torch.allclose(chances, alone(wrong)[2])

@@ -247,6 +247,8 @@ def test_maps_are_written_and_training_draws_the_same(tmp_path, scorer):
     pages = sorted((tmp_path / "drawn/token_maps").iterdir())
     assert [page.name for page in pages] == [f"step-{n:06d}.html" for n in (0, 2, 4)]
     assert "w" + str(ROWS[0]["input_ids"][0]) in pages[1].read_text()
+    assert "What decided here" in pages[1].read_text() and f"<dd>{config.token_scorer}</dd>" in pages[1].read_text()
+    assert "chance p" in pages[1].read_text()
     assert same_parameters(drawn, run("plain"))
 
 
@@ -258,7 +260,8 @@ def test_maps_show_the_scores_of_a_function(tmp_path):
     maps = TokenMapCallback(ROWS[:1], pad_right, CONFIG, every_n_steps=9, folder=str(folder), scorer=by_position)
     train(llama(), arguments(tmp_path, token_scorer=None), ROWS, callbacks=[maps], processing_class=Words(), token_scorer=by_position)
     (page,) = folder.iterdir()
-    assert "by_position" in page.read_text()
+    assert "by_position" in page.read_text() and "this score decided" in page.read_text()
+    assert ("No token has a probability" in page.read_text()) is (CONFIG.token_selection == "top")
 
 
 def test_maps_without_a_tokenizer_are_refused(tmp_path):

@@ -1,12 +1,16 @@
 """Token maps: the data is checked, and page and picture show it all and load nothing from elsewhere."""
 
+import math
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 
 from hf_memtune.visualization import TokenMap, write_token_map_html, write_token_map_png
-from hf_memtune.visualization.token_map import colour_levels, visible
+from hf_memtune.visualization.decision import Decision
+from hf_memtune.visualization.panels import colour_levels
+from hf_memtune.visualization.token_map import visible
 
 TOKENS = ["<script>", "alert(1)", "\n", "  ", " a&b", " end"]
 
@@ -82,3 +86,104 @@ def test_no_maps_is_an_error(tmp_path, write):
 def test_long_texts_are_whole_on_the_page(tmp_path):
     text = page(tmp_path, [a_map(tokens=[f" w{i}" for i in range(2000)])])
     assert "w1999" in text
+
+
+# --- chances, and what decided
+
+CHANCES = [0.0, 0.0, 0.25, 0.75, 1.0, 0.0]
+SAMPLED = Decision("combined", "sample", 0.3, "labels", "none", {"context_layer": -1})
+TOP = Decision("combined", "top", 0.1, "all", "first_last")
+
+
+def drawn(**changed):
+    return replace(a_map(kept=(3, 4)), probability=CHANCES, decision=SAMPLED, **changed)
+
+
+def numbers_of(text):
+    """(position, chance, weight, kept) of each token, read from what its first view says under the pointer."""
+    found = re.findall(r"title='position (\d+): (kept|not kept), [^;]*; chance p ([^,]+), weight 1/p ([^,]+),", text)
+    return [(int(i), float(p), math.nan if weight == "never kept" else float(weight), kept == "kept") for i, kept, p, weight in found]
+
+
+def test_every_token_tells_its_chance_and_its_weight(tmp_path):
+    views = numbers_of(page(tmp_path, [drawn()]))
+    assert len(views) == 3 * len(CHANCES)  # the chances, and two scores
+    for position, chance, weight, kept in views:
+        assert chance == CHANCES[position] and kept == (position in (3, 4))
+        assert math.isnan(weight) if chance == 0 else abs(chance * weight - 1) < 1e-3
+    others = numbers_of(page(tmp_path, [replace(drawn(), probability=[0.5] * 6)]))
+    assert others[0] != views[0]
+
+
+def test_the_table_has_a_line_for_every_token(tmp_path):
+    text = page(tmp_path, [drawn()])
+    lines = re.findall(r"<tr[^>]*><td>(\d+)</td><td>.*?</td><td>(yes)?</td><td>(yes)?</td><td>([\d.]+)</td>", text)
+    assert [(float(p), kept == "yes") for _, _, kept, p in lines] == list(zip(CHANCES, drawn().kept))
+    assert "2.00" in text and "1 to 4" in text  # the chances summed; the weights
+
+
+def test_without_draws_the_page_says_so_in_place_of_chances(tmp_path):
+    text = page(tmp_path, [replace(a_map(), decision=TOP)])
+    assert "No token has a probability here (token_selection=top)" in text
+    assert "chance p" not in text and "weight 1/p" not in text and "yellow" not in text
+    assert "No token has a probability" not in page(tmp_path, [drawn()])
+
+
+@pytest.mark.parametrize(
+    "decision, said, unsaid",
+    [
+        (
+            SAMPLED,
+            ["the likelier the higher their combined score", "30 % of each text", "carry a label (all", "1/p times"],
+            ["first and the last"],
+        ),
+        (TOP, ["highest combined score", "10 % of each text", "first and the last"], ["by chance", "carry a label", "1/p"]),
+        (replace(SAMPLED, scorer="random"), ["no score had a part", "as likely as any other", "1/p times"], ["the likelier the higher"]),
+        (replace(TOP, scorer="random"), ["picked at random, anew at every step", "No token has a probability"], ["highest"]),
+        (replace(TOP, scorer="my_own"), ["my_own score (as named by the scorer)"], ["attention"]),
+        (replace(SAMPLED, ratio=1.0), ["Every token is kept"], ["by chance", "1/p"]),
+    ],
+)
+def test_the_page_says_what_decided(tmp_path, decision, said, unsaid):
+    words = " ".join(decision.said())
+    assert all(part in words for part in said) and not any(part in words for part in unsaid)
+    text = page(tmp_path, [replace(a_map(), decision=decision)])
+    assert all(part in text for part in said)
+    assert f"<dt>token_scorer</dt><dd>{decision.scorer}</dd>" in text and f"<dd>{decision.selection}</dd>" in text
+
+
+def test_a_decision_is_said_once(tmp_path):
+    once = page(tmp_path, [drawn(), drawn(title="another")])
+    assert once.count("What decided here") == 1
+    assert page(tmp_path, [drawn(), replace(a_map(), decision=TOP)]).count("What decided here") == 2
+    assert "What decided here" not in page(tmp_path, [a_map()])
+
+
+def test_the_score_that_decided_comes_first(tmp_path):
+    text = page(tmp_path, [drawn()])
+    assert text.index("combined score") < text.index("context score") and text.count("this score decided") == 1
+    other = page(tmp_path, [replace(drawn(), decision=replace(SAMPLED, scorer="context"))])
+    assert other.index("context score <") < other.index("combined score <")
+
+
+@pytest.mark.parametrize(
+    "chances, place",
+    [
+        ([0.5] * 5, "got 5 values"),
+        ([1.5] * 6, "got 1.5"),
+        ([float("nan")] * 6, "got nan"),
+        (["1"] * 6, "got '1'"),
+        ([0.0] * 6, "probability[3]: got 0"),
+    ],
+)
+def test_chances_that_cannot_be_are_named(chances, place):
+    with pytest.raises(ValueError, match="probability") as error:
+        replace(drawn(), probability=chances)
+    assert place in str(error.value)
+
+
+def test_the_picture_has_a_view_more(tmp_path):
+    pytest.importorskip("matplotlib")
+    plain, with_chances = (write_token_map_png([each], tmp_path / "a.png", {}).read_bytes() for each in (a_map(kept=(3, 4)), drawn()))
+    assert plain != with_chances
+    assert with_chances == write_token_map_png([drawn()], tmp_path / "b.png", {}).read_bytes()

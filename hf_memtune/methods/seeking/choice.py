@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.sampling import Draw, sample
+from hf_memtune.core.sampling import Draw, probabilities, sample
 from hf_memtune.core.scorers import Scorer
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.methods.attention.batch import BodyCall
@@ -44,8 +44,12 @@ class Chooser:
     @property
     def draw(self) -> Draw:
         """How token_selection=sample draws."""
-        by_size, floor = self.scorer.is_size, self.config.sample_floor
-        return Draw(FLOORS[by_size] if floor is None else floor, by_size, self.config.weight_cap)
+        return Draw(floor_of(self.config, self.scorer), self.scorer.is_size, self.config.weight_cap)
+
+
+def floor_of(config: TokenSeekingConfig, scorer: Scorer) -> float:
+    """Share of even draws."""
+    return FLOORS[scorer.is_size] if config.sample_floor is None else config.sample_floor
 
 
 class Choice:
@@ -157,19 +161,13 @@ class Choice:
         if self.takes_all:
             return select(rows.positions.new_zeros(rows.batch, rows.length), 1.0)
         self.values[stack] = self._scores_of(stack)
-        is_all = config.token_selection == "labelled"
-        candidates = labelled if is_all or config.select_from == "labels" else None
-        forced = forced_tokens(
-            self.call.architecture,
-            rows,
-            config.kept_always == "first_last",
-            self.chooser.facts.is_causal,
-            self.call.input_ids(stack),
-            self.inputs,
-        )
-        given = self.values[stack], 1.0 if is_all else config.token_ratio, rows.scored, candidates, forced
+        given = self.values[stack], self._ratio, rows.scored, *self._eligible(stack, labelled)
         found = sample(*given, how=self.chooser.draw) if config.token_selection == "sample" else select(*given)
         return self._weighed(found, stack) if config.token_weight == "dft" else found
+
+    @property
+    def _ratio(self) -> float:
+        return 1.0 if self.chooser.config.token_selection == "labelled" else self.chooser.config.token_ratio
 
     def _scores_of(self, stack: str) -> Tensor:
         rows = self.call.rows[stack]
@@ -185,6 +183,41 @@ class Choice:
         with torch.no_grad(), evaluating(self.call.architecture.base):
             probability = found.gather((-self.scores.context(stack).token_loss).exp(), fill=1)
         return replace(found, weight=probability if found.weight is None else found.weight * probability)
+
+    def _eligible(self, stack: str, labelled: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Candidates and forced tokens, (B, T) bool or None, as `select` and `sample` take them."""
+        config = self.chooser.config
+        forced = forced_tokens(
+            self.call.architecture,
+            self.call.rows[stack],
+            config.kept_always == "first_last",
+            self.chooser.facts.is_causal,
+            self.call.input_ids(stack),
+            self.inputs,
+        )
+        is_of_labels = config.token_selection == "labelled" or config.select_from == "labels"
+        return labelled if is_of_labels else None, forced
+
+    # -- looking
+
+    def of_other(self, chooser: Chooser) -> "Choice":
+        """What another scorer chooses of this call, once this choice is made by labels or at once, from what was computed for it."""
+        other = Choice(chooser, self.call, self.inputs, None, self.stacks)
+        other._is_counted = False
+        other.block, other.target, other.scores = self.block, self.target, self.scores
+        other.selection = {name: other._select(name, other._labelled(name)) for name in self.stacks}
+        return other
+
+    def probability(self, stack: str) -> Tensor | None:
+        """(B, T) float64: with which each token is kept by a choice by labels or at once; None where none is drawn."""
+        config, rows = self.chooser.config, self.call.rows[stack]
+        if config.token_selection != "sample":
+            return None
+        eligible = self._eligible(stack, self._labelled(stack))
+        return probabilities(self.values[stack], config.token_ratio, rows.scored, *eligible, how=self.chooser.draw)
+
+    def _labelled(self, stack: str) -> Tensor | None:
+        return None if self.target is None or stack != "decoder" else self.target != IGNORED
 
     def without_labels(self) -> dict:
         """The inputs of the call of the model, for its head."""

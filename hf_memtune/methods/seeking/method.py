@@ -13,7 +13,7 @@ the kept ones are chosen in backward. token_ratio=1 is plain training, but for w
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,14 +69,13 @@ class TokenSeeking(Method):
 
     def prepare(self) -> None:
         """Settle what the settings leave to the model, and find the modules, by id, whose attention is the context score, for each stack."""
-        if not self.architecture.task.loss_per_token:
-            self.config = self.config.for_row_loss()
+        self.config = self._settled(self.config)
         if self._given_scorer is not None and self.config.always_keep is None:
             self.config = TokenSeekingConfig.of(self.config, always_keep="none")  # token_scorer is not read, so it is not random
         self.scorer = resolve_scorer(self.config, self._given_scorer)
         weighs = self.config.token_weight == "dft"
         self.scores_last_block = weighs or (self.scorer.runs_last_block and self.config.token_selection != "labelled")
-        self._reference_loss = self._reference()
+        self._reference_loss = self._reference(self.scorer)
         self.context_modules, wanted = {}, self.config.context_layer
         for name, stack in self.architecture.stacks.items():
             if not -len(stack.layers) <= wanted < len(stack.layers):
@@ -90,9 +89,12 @@ class TokenSeeking(Method):
         if found := self._without_token_losses():
             raise ConfigError(found)
 
-    def _reference(self) -> ReferenceLoss | None:
+    def _settled(self, config: TokenSeekingConfig) -> TokenSeekingConfig:
+        return config if self.architecture.task.loss_per_token else config.for_row_loss()
+
+    def _reference(self, scorer: Scorer) -> ReferenceLoss | None:
         """What token_scorer=excess_loss compares with, on the device of the model."""
-        if self.scorer.name != "excess_loss":
+        if scorer.name != "excess_loss":
             return None
         device = next(self.architecture.base.parameters()).device
         reference = reference_model(filled_in(self.config.reference_model), device)
@@ -107,9 +109,13 @@ class TokenSeeking(Method):
             raise UnsupportedModelError(
                 f"{self.architecture.name}: token_gradient: got {self.config.token_gradient!r}, expected 'stream': {facts.needs_all_tokens}"
             )
+        self._require_context(self.scorer)
+
+    def _require_context(self, scorer: Scorer) -> None:
+        """That the context layer attends, where a scorer reads it and not every layer does."""
         layers = range(len(self.architecture.decoder.layers))
         attending = [number for number in layers if self.router.cache.attends(number) and number not in self.router.cache.by_hand]
-        if self.scorer.reads_context and layers[self.config.context_layer] not in attending:
+        if scorer.reads_context and layers[self.config.context_layer] not in attending:
             raise ConfigError(
                 [
                     f"context_layer: got {self.config.context_layer}, which does not attend in {self.architecture.name}. Expected one of "
@@ -206,13 +212,15 @@ class TokenSeeking(Method):
 
     # -- looking
 
-    def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = ()) -> Inspection:
+    def inspect(self, inputs: dict[str, Any], scores: tuple[str, ...] = (), others: Sequence[TokenSeekingConfig] = ()) -> Inspection:
         """Score and select the tokens of a batch without training on them.
 
-        scores: names of SeekingContext, such as "context_score", that the result is to hold.
+        scores: names of SeekingContext, such as "context_score", that the result is to hold. others: the settings of this method with
+        another token_scorer or always_keep, whose choices of the same batch, from the same pass, the result is to hold in `others`.
         """
         self.router  # raises when removed
-        found = Inspection(scores, {name: value for name, value in inputs.items() if value is not None})
+        choosers = [self.chooser_of(config) for config in others]
+        found = Inspection(scores, {name: value for name, value in inputs.items() if value is not None}, choosers)
         take_off = Override(self.architecture.base, partial(self._look, found)).put_on()
         try:
             with torch.no_grad(), contextlib.suppress(Inspected):
@@ -220,6 +228,13 @@ class TokenSeeking(Method):
             return found
         finally:
             take_off()
+
+    def chooser_of(self, config: TokenSeekingConfig) -> Chooser:
+        config = self._settled(config)
+        scorer = resolve_scorer(config, None)
+        if self.facts.needs_all_tokens is not None:
+            self._require_context(scorer)
+        return Chooser(config, scorer, self.facts, Listeners(), self._reference_loss or self._reference(scorer))
 
     def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
         """In place of the body."""

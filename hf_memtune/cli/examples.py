@@ -1,0 +1,216 @@
+"""What `hf-memtune tokens` looks at: which rows, scored how; and the model and the rows themselves."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource, changed
+from hf_memtune.errors import ConfigError
+from hf_memtune.settings.methods import TokenSeekingConfig
+
+ROWS = 64  # to compare scorers on, unless asked for otherwise
+OF_SCORES = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")
+UNREAD = {  # by this command, each with the reason
+    "seek_schedule": "tokens are scored with the model as it is now",
+    "seek_cache_dir": "tokens are scored with the model as it is now",
+    "skip_threshold": "nothing goes backward",
+    "packing": "rows are shown one by one",
+}
+
+
+@dataclass
+class Examples:
+    """Which examples, and where the page goes."""
+
+    _argument_group_name = "examples"
+
+    text: str | None = field(
+        default=None,
+        metadata={"help": "Text file, shown as one example all of whose tokens carry a label; in place of a data set."},
+    )
+    index: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Rows of the data set to show, counted from 0; negative counts from the end."},
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Two or more scorers to compare over a data set, in place of single rows: combined, context, gradient, loss, random."
+        },
+    )
+    rows: int | None = field(
+        default=None,
+        metadata={"help": f"With compare: rows to compare on, the first of the data set. More take longer. Default: {ROWS}."},
+    )
+    out: str | None = field(
+        default=None,
+        metadata={
+            "help": "Page to write. Beside it goes a picture, ending in .png, or with compare the numbers, ending in .json. "
+            "Default: tokens.html, or scorers.html with compare."
+        },
+    )
+
+    @property
+    def page(self) -> Path:
+        """Where the page goes."""
+        return Path(self.out or ("scorers.html" if self.compare else "tokens.html"))
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.text is not None and not Path(self.text).is_file():
+            found.append(f"text: {self.text!r} is not a file.")
+        if self.page.suffix not in (".html", ".htm"):
+            found.append(f"out: got {self.out!r}, expected a name that ends in .html.")
+        if self.rows is not None and self.rows < 1:
+            found.append(f"rows: got {self.rows}, expected 1 row or more.")
+        return found
+
+
+class Settings(NamedTuple):
+    model: ModelSource
+    data: DataSource
+    examples: Examples
+    seeking: TokenSeekingConfig
+
+
+# -- what can be known to be wrong before anything is loaded
+
+
+def problems_of_request(data: DataSource, namespace, given: set[str]) -> list[str]:
+    """What does not go together, and what would do nothing. given: names of the settings that were given."""
+    found = [f"{name}: has no effect here, since {reason}. Leave it out." for name, reason in UNREAD.items() if name in given]
+    if not namespace.token_seeking:
+        found.append("token_seeking: got False, but this command shows what token seeking keeps. Leave it out.")
+    if "compare" not in given and "rows" in given:
+        found.append("rows: has no effect without compare. Choose rows to show with --index, or scorers to compare with --compare.")
+    return found + _problems_of_source(data, namespace, given)
+
+
+def _problems_of_source(data: DataSource, namespace, given: set[str]) -> list[str]:
+    """A text or a data set, not both; and nothing of a data set beside a text."""
+    if namespace.text is None:
+        missing = "dataset_name: got nothing, expected a data set (--dataset D), or a text file in its place (--text FILE)."
+        return [missing if message.startswith("dataset_name: got nothing") else message for message in data.problems()]
+    if "compare" in given:
+        return ["text: got a text, but scorers are compared over a data set. Choose --text or --compare."]
+    idle = [
+        *changed(data, (name for name in asdict(data) if name not in ("max_length", "packing"))),
+        *(["index"] if "index" in given else []),
+    ]
+    return [f"{name}: belongs to a data set, and --text was given. Choose one." for name in idle]
+
+
+def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | None, given: set[str]) -> list[str]:
+    """Of `--compare`. seeking: None where its own problems are told already."""
+    from hf_memtune.training.scorer_comparison import configs_of, problems_of_scorers
+
+    found = problems_of_scorers(scorers)
+    if "index" in given:
+        found.append("index: chooses single rows, and compare counts over the first ones. Choose how many with --rows.")
+    if "token_scorer" in given:
+        found.append("token_scorer: has no effect with compare, which names the scorers. Leave it out.")
+    if seeking is None or found:
+        return found
+    if seeking.token_ratio == 1:
+        return ["token_ratio: got 1, with which every scorer keeps every token. Expected less than 1 with compare."]
+    configs = configs_of(seeking, scorers).values()
+    found = [problem for config in configs for problem in config.problems()]
+    idle = [name for name in OF_SCORES if name in given and not any(name in config.scorer_settings() for config in configs)]
+    return list(dict.fromkeys(found)) + [
+        f"{name}: none of the compared scorers ({', '.join(scorers)}) reads it. Leave it out, or compare another." for name in idle
+    ]
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """Settings that are read by nothing, to warn of. What is of a score is on every map, and a problem where none compared reads it."""
+    found = [message for message in settings.seeking.ineffective() if message.split()[0] not in OF_SCORES]
+    return found + (settings.data.ineffective() if settings.examples.text is None else [])
+
+
+# -- the model and the rows
+
+
+class Loaded(NamedTuple):
+    """rows: tokenised; titles: of each; dropped: how many rows teach nothing, by reason; collate: makes a batch of rows."""
+
+    model: Any
+    tokenizer: Any
+    rows: list
+    titles: list[str]
+    dropped: dict[str, int]
+    collate: Any
+
+    def batches(self) -> Iterator[dict]:
+        """Rows one by one, so that padding plays no part, where the model is. Shows how far it is."""
+        from rich.console import Console
+        from rich.progress import track
+
+        for row in track(self.rows, description="Scoring tokens", console=Console(stderr=True), disable=len(self.rows) < 3):
+            yield {name: value.to(self.model.device) for name, value in self.collate([row]).items()}
+
+
+def load(settings: Settings) -> Loaded:
+    """The rows, then the model. Raises ConfigError for what only shows with the data."""
+    import torch
+
+    from hf_memtune.cli.data import collator
+    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+
+    tokenizer = load_tokenizer(settings.model)
+    source = _text_row if settings.examples.text else _rows_of_data
+    rows, titles, classes, data, dropped = source(settings, tokenizer)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = load_model(settings.model, data, tokenizer, classes).to(device)
+    with_reversible_adapters(model, settings.model)
+    return Loaded(model, tokenizer, rows, titles, dropped, collator(replace(data, packing=False), tokenizer))
+
+
+def _text_row(settings: Settings, tokenizer):
+    from hf_memtune.cli.data import text_row
+
+    path = Path(settings.examples.text)
+    data = DataSource(task="causal_lm", text_column="text", max_length=settings.data.max_length)
+    row = text_row({"text": path.read_text(encoding="utf-8")}, data, tokenizer)
+    if len(row["input_ids"]) < 2:
+        raise ConfigError([f"text: {path} has no two tokens, so nothing in it can be predicted."])
+    return [row], [path.name], None, data, {}
+
+
+def _rows_of_data(settings: Settings, tokenizer):
+    from hf_memtune.cli.data import check_columns, class_names, load_rows, resolved, tokenised
+    from hf_memtune.cli.data.rows import use_template
+
+    data, examples = settings.data, settings.examples
+    rows = load_rows(data, data.dataset_split)
+    data = resolved(data, rows.column_names)
+    check_columns(data, rows.column_names)
+    _require_token_losses(data, examples)
+    use_template(data, tokenizer)
+    index = _chosen(examples, len(rows), data)
+    classes = class_names(data, rows)
+    chosen, dropped = tokenised(rows.select(index), data, tokenizer, classes)
+    if dropped and not examples.compare:
+        told = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+        raise ConfigError([f"index: of the chosen rows some teach nothing: {told}. Choose others, or raise max_length."])
+    return list(chosen), [f"row {number}" for number in index], classes, data, dropped
+
+
+def _chosen(examples: Examples, count: int, data: DataSource) -> list[int]:
+    """Numbers of the rows to look at, from 0."""
+    if examples.compare:
+        return list(range(min(count, examples.rows or ROWS)))
+    outside = [number for number in examples.index if not -count <= number < count]
+    if outside:
+        raise ConfigError([f"index: got {outside}, but {data.dataset_name!r} has {count} rows."])
+    return [number % count for number in examples.index]
+
+
+def _require_token_losses(data: DataSource, examples: Examples) -> None:
+    if data.task == CLASSES and "loss" in examples.compare:
+        raise ConfigError(
+            [
+                f"compare: got loss, but rows of task={CLASSES} have one loss each, not one for each token. "
+                "Compare context, gradient or combined."
+            ]
+        )

@@ -1,0 +1,106 @@
+"""How the tokens of a page were chosen, in words for a reader who has read neither the papers nor the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+EXPLANATIONS = {
+    "context": "how much attention the other tokens pay to this token",
+    "gradient": "how strongly the training loss reacts to this token",
+    "combined": "attention received and reaction of the loss together, weighted as set",
+    "loss": "how badly the model predicts the token that follows this one",
+    "softmax_residual": "how far the model's prediction of the token that follows this one is from that token",
+    "profit": "how probable the model finds the token that follows this one; keeping it changes what is learned",
+    "excess_loss": "how much worse than a reference model it predicts the token that follows; keeping it changes what is learned",
+    "true_gradient": "how strongly the training loss reacts to what the model has made of this token in the end",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How tokens were chosen, as settled for the model at hand.
+
+    scorer: name of what ranks them; `random` is no score. selection: "sample" (drawn by chance), "top" (the highest) or "labelled" (all that
+    carry a label). ratio: share of the real tokens of each text to keep, (0, 1]. select_from: "labels" or "all", which may be chosen.
+    always_keep: "first_last" or "none". floor: share of the draw that goes evenly to all. cap: most that a kept token may count for, or None.
+    parameters: settings that the scorer reads, name -> value.
+    """
+
+    scorer: str
+    selection: str
+    ratio: float
+    select_from: str
+    always_keep: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    floor: float = 0.5
+    cap: float | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn by chance, with weights that make up for it."""
+        return self.selection == "sample"
+
+    def listed(self) -> dict[str, Any]:
+        """The settings by their names, as they are given on the command line."""
+        if self.selection == "labelled":
+            return {"token_selection": self.selection, "always_keep": self.always_keep}
+        named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": f"{self.ratio:g}"}
+        named |= {"select_from": self.select_from, "always_keep": self.always_keep}
+        if self.samples:
+            named |= {"sample_floor": f"{self.floor:g}"} | ({} if self.cap is None else {"weight_cap": f"{self.cap:g}"})
+        return named
+
+    def said(self) -> list[str]:
+        """Three paragraphs: what decided, how many were kept and of which, what that means for the loss."""
+        if self.selection == "labelled":
+            return [
+                "Every token that carries a label is kept, and counts once in the loss, as in plain training: no score decides anything."
+            ]
+        if self.ratio == 1:
+            return ["Every token is kept (token_ratio is 1), as in plain training: no score decides anything."]
+        return [self._ranked(), self._counted(), self._weighed()]
+
+    def _ranked(self) -> str:
+        if self.scorer == "random":
+            even = "Tokens were drawn by chance, and no score had a part in it: of those that may be drawn, each is as likely as any other."
+            return even if self.samples else "Tokens were picked at random, anew at every step of training: no score had a part in it."
+        score = f"{self.scorer} score ({EXPLANATIONS.get(self.scorer, 'as named by the scorer')})"
+        if not self.samples:
+            return f"The tokens with the highest {score} were kept."
+        return (
+            f"Tokens were drawn by chance, the likelier the higher their {score}. "
+            f"{_share(self.floor)} of the weight in the draw goes evenly to all tokens that may be drawn, so that none is left out for good."
+        )
+
+    def _counted(self) -> str:
+        from_labels = ", but only of those that carry a label (all of them, where they are fewer)" if self.select_from == "labels" else ""
+        ends = " The first and the last token of each text are kept in any case." if self.always_keep == "first_last" else ""
+        return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
+
+    def _weighed(self) -> str:
+        capped = "" if self.cap is None else f" (but at most {self.cap:g} times, which favours tokens that are often drawn)"
+        if not self.samples:
+            return (
+                "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss, "
+                "whatever its score."
+            )
+        return (
+            f"Each token has a chance p of being kept. A kept token counts 1/p times in the loss{capped}, and so stands in for the tokens that "
+            "might have been drawn in its place: averaged over all draws, the loss is that of all tokens that carry a label. "
+            "What is marked as kept is one draw; another would keep others."
+        )
+
+
+def _share(part: float) -> str:
+    return {0.5: "Half", 0.25: "A quarter"}.get(part, f"{100 * part:.4g} %")
+
+
+def decisions_of(maps: Iterable[Any]) -> list[Decision]:
+    """The decisions of some maps, each once, in order."""
+    found: list[Decision] = []
+    for each in maps:
+        if each.decision is not None and each.decision not in found:
+            found.append(each.decision)
+    return found
