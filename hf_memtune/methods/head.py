@@ -26,14 +26,15 @@ class Head:
 
     def of(self, forward: Callable[[Tensor], Tensor]) -> HeadOnDemand:
         """What makes the logits, and takes their loss. forward: the head's own."""
-        return HeadOnDemand(forward, self.weight, self._there.bias)
+        return HeadOnDemand(forward, self.weight, self.there.bias)
 
     def weight(self) -> Tensor:
         """(V, D). The second to ask is given the parameter itself: a gradient that two add to cannot be written into."""
         matrix, self.matrix = self.matrix, None
-        return self._there.weight if matrix is None else matrix
+        return self.there.weight if matrix is None else matrix
 
     @property
-    def _there(self) -> nn.Linear:
+    def there(self) -> nn.Linear:
+        """The linear head, of a model that has a plain one."""
         assert self.linear is not None, "a model without a plain linear head makes its own logits"
         return self.linear

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from hf_memtune.settings.methods import StreamingConfig
 
 logger = logging.getLogger(__name__)
 
+Config = TypeVar("Config", bound=StreamingConfig)
 
-class Method:
+
+class Method(Generic[Config]):
     """A method on one model, from when it is made until `remove()`; also a context manager.
 
     listeners: who is told of its calls. host: the memory for what is kept off the device. facts: what a probe of the model found.
@@ -42,7 +44,7 @@ class Method:
     sums_dtype: torch.dtype | None = None  # of what chunks owe to one another; None: as it comes
     scores_last_block: bool | None = None  # whether scores run the last block alone, which then must be able to; None: nothing scores
 
-    def __init__(self, model: nn.Module, config: StreamingConfig, check: bool = True, looks_only: bool = False):
+    def __init__(self, model: nn.Module, config: Config, check: bool = True, looks_only: bool = False):
         self.config, self.architecture, self.host = config, describe(model), HostMemory()
         if not looks_only:
             _require_free(self.architecture)

@@ -76,7 +76,7 @@ class StreamingConfig(MethodSettings):
     @property
     def stream_chunk_size(self) -> int | None:
         """Tokens of each row in a chunk of streaming, or None where nothing streams, or the size is still open."""
-        return self.sequence_chunk_size if isinstance(self.sequence_chunk_size, int) else None
+        return self.sequence_chunk_size if self.streams and isinstance(self.sequence_chunk_size, int) else None
 
     @property
     def switch(self) -> str | None:

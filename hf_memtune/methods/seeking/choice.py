@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_memtune.core.loss import IGNORED
 from hf_memtune.core.sampling import Draw, probabilities, sample
-from hf_memtune.core.scorers import Scorer
+from hf_memtune.core.scorers import Scorer, SeekingContext
 from hf_memtune.core.selection import Selection, select
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.events import Listeners
@@ -27,6 +27,7 @@ from hf_memtune.methods.seeking.reference import ReferenceLoss
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.methods.seeking.token_scores import TokenScores
 from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.protocol import filled_in
 
 FLOORS = {True: 0.25, False: 0.5}  # share of even draws, by whether scores are sizes of gradients
 
@@ -66,7 +67,7 @@ class Choice:
     def __init__(self, chooser: Chooser, call: BodyCall, inputs: dict, precomputed: dict[str, Tensor] | None, stacks: tuple[str, ...]):
         self.chooser, self.call, self.precomputed, self.stacks = chooser, call, precomputed, stacks
         self.inputs = {name: value for name, value in inputs.items() if value is not None}
-        self.block: LastBlock | None = None
+        self.block: LastBlock | None = None  # set by who ran the pass over all tokens
         self.selection: dict[str, Selection] | None = None
         self.target: Tensor | None = None
         self.values: dict[str, Tensor] = {}
@@ -75,7 +76,18 @@ class Choice:
     @property
     def decoder(self) -> Selection:
         """The kept tokens that have outputs."""
-        return self.selection["decoder"]
+        return self.made["decoder"]
+
+    @property
+    def made(self) -> dict[str, Selection]:
+        """The selection, of a choice that is made."""
+        assert self.selection is not None, "tokens are chosen by_labels, at_once or by_gradient"
+        return self.selection
+
+    def seen(self, stack: str) -> SeekingContext:
+        """What a scorer sees of a stack, of a choice that is being made, or is."""
+        assert self.scores is not None, "scores are let go of with the choice"
+        return self.scores.context(stack)
 
     def again(self) -> "Choice":
         """For another loss of the same call, whose tokens are counted already."""
@@ -116,6 +128,7 @@ class Choice:
     @property
     def learned(self) -> Tensor:
         """(B, T) bool: kept tokens with a label."""
+        assert self.target is not None  # of a choice by labels
         return self.decoder.kept_mask() & (self.target != IGNORED)
 
     @property
@@ -135,6 +148,7 @@ class Choice:
         labels on padding, which can never be kept, are left.
         """
         labels = (target != IGNORED).sum()
+        assert self.target is not None  # of a choice by labels
         counted = self.learned.sum() if self.chooser.config.token_selection == "top" else (self.target != IGNORED).sum()
         return labels.to(dtype) / counted.clamp_min(1)
 
@@ -144,6 +158,7 @@ class Choice:
         labels = self.inputs.get("labels")
         if labels is None and self.target is not None:
             labels = F.pad(self.target, (1, -1), value=IGNORED) if self.call.architecture.shifts_labels else self.target
+        assert self.block is not None  # the pass over all tokens comes first
         self.scores = TokenScores(self.chooser.config, self.chooser.facts, self.block, loss, labels, gradient, self.chooser.reference)
         self.selection = {name: self._select(name, labelled if name == "decoder" else None) for name in self.stacks}
         self._count(kept=sum(self._kept(name) for name in self.stacks))
@@ -154,7 +169,7 @@ class Choice:
             self.chooser.listeners.tell("counted", **counts)
 
     def _kept(self, stack: str) -> Tensor | int:
-        return self.call.rows[stack].real_tokens() if self.takes_all else sum(self.selection[stack].counts)
+        return self.call.rows[stack].real_tokens() if self.takes_all else sum(self.made[stack].counts)
 
     def _select(self, stack: str, labelled: Tensor | None) -> Selection:
         config, rows = self.chooser.config, self.call.rows[stack]
@@ -167,7 +182,7 @@ class Choice:
 
     @property
     def _ratio(self) -> float:
-        return 1.0 if self.chooser.config.token_selection == "labelled" else self.chooser.config.token_ratio
+        return 1.0 if self.chooser.config.token_selection == "labelled" else filled_in(self.chooser.config.token_ratio)
 
     def _scores_of(self, stack: str) -> Tensor:
         rows = self.call.rows[stack]
@@ -176,12 +191,12 @@ class Choice:
         if self.precomputed is not None:
             return self.precomputed[stack]
         with torch.no_grad(), evaluating(self.call.architecture.base):
-            return self.chooser.scorer(self.scores.context(stack))
+            return self.chooser.scorer(self.seen(stack))
 
     def _weighed(self, found: Selection, stack: str) -> Selection:
         """Each kept token's loss times the probability of its label (DFT, arXiv 2508.05629, eq. 9)."""
         with torch.no_grad(), evaluating(self.call.architecture.base):
-            probability = found.gather((-self.scores.context(stack).token_loss).exp(), fill=1)
+            probability = found.gather((-self.seen(stack).token_loss).exp(), fill=1)
         return replace(found, weight=probability if found.weight is None else found.weight * probability)
 
     def _eligible(self, stack: str, labelled: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -214,7 +229,7 @@ class Choice:
         if config.token_selection != "sample":
             return None
         eligible = self._eligible(stack, self._labelled(stack))
-        return probabilities(self.values[stack], config.token_ratio, rows.scored, *eligible, how=self.chooser.draw)
+        return probabilities(self.values[stack], self._ratio, rows.scored, *eligible, how=self.chooser.draw)
 
     def _labelled(self, stack: str) -> Tensor | None:
         return None if self.target is None or stack != "decoder" else self.target != IGNORED

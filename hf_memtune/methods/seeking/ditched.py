@@ -48,6 +48,12 @@ class DitchedCall:
         self.gives_encoded = False
         self._store: KeyValueStore | None = KeyValueStore()
 
+    @property
+    def store(self) -> KeyValueStore:
+        """Keys and values of all tokens, until `focus` takes them."""
+        assert self._store is not None
+        return self._store
+
     def stored(self) -> list[Tensor]:
         """Keys and values that are kept for the pass to come."""
         return [] if self._store is None else self._store.tensors()
@@ -56,14 +62,14 @@ class DitchedCall:
         """The pass over all tokens."""
         states = States(self.router.cache)
         chunks = Chunks.of(self.call.decoder.length, self.chunk, bool(states), self.call.may_begin())
-        context_pass(self.router, self.call, self._store, self.records, chunks, chunks.count, states, self.outputs)
-        self.choice.block = LastBlock(self.router, self.call, self.records, self._store, self.chunk)
+        context_pass(self.router, self.call, self.store, self.records, chunks, chunks.count, states, self.outputs)
+        self.choice.block = LastBlock(self.router, self.call, self.records, self.store, self.chunk)
 
     def take_outputs(self) -> list[Tensor]:
         self._parameters = Parameters([self.router.architecture.base])  # after forward: looking up rows of max_norm changes them
         encoded, self.outputs.encoded = self.outputs.encoded, None
         self.gives_encoded = encoded is not None
-        return [*self.outputs.take(), encoded] if self.gives_encoded else self.outputs.take()
+        return self.outputs.take() if encoded is None else [*self.outputs.take(), encoded]
 
     def focus(self, live: bool) -> Any:
         """The body's output for the kept tokens, with gradient. live: to the model's own parameters and inputs, in forward."""
@@ -74,8 +80,8 @@ class DitchedCall:
             self.run_context()
             self.outputs.tensors, self.outputs.encoded = [], None
         self.let_go_of_scores()
-        store, self._store = self._store, None  # the graph alone holds it now, and lets go of it layer by layer
-        chosen = self.choice.selection
+        store, self._store = self.store, None  # the graph alone holds it now, and lets go of it layer by layer
+        chosen = self.choice.made
         spans = {name: rows.kept(chosen[name]) if name in chosen else rows.whole() for name, rows in self.call.rows.items()}
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = FocusPass(spans, store, self.router.places)
@@ -85,7 +91,7 @@ class DitchedCall:
             stack.enter_context(self.router.running(running))
             stack.enter_context(at_positions(self.router.architecture, self.call, spans))
             output = self.call.forward(**self.call.at(spans, running, live))
-        self.matrix = tied and tied.of_head()
+        self.matrix = None if tied is None else tied.of_head()
         return output
 
     def let_go_of_scores(self) -> None:
@@ -116,7 +122,7 @@ class DitchedCall:
             tensors, gradients = self.outputs.roots(output, given, span)
             gradients = [_weighted(gradient, self.choice.decoder) for gradient in gradients]
             if of_encoder is not None and output.encoder_last_hidden_state.requires_grad:
-                selection = self.choice.selection["encoder"]
+                selection = self.choice.made["encoder"]
                 tensors.append(output.encoder_last_hidden_state)
                 gradients.append(_weighted(selection.gather(of_encoder, fill=0), selection))
             del output

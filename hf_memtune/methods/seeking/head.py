@@ -36,7 +36,7 @@ class ChoosingHead(Head):
         run, self.run = self.run, None
         if run is None:
             return super().of(forward)
-        return _ChoosingLoss(forward, self.weight, self.linear.bias, run, self._body)
+        return _ChoosingLoss(forward, self.weight, self.there.bias, run, self._body)
 
 
 def _memory(hidden: Tensor) -> int:
@@ -70,8 +70,9 @@ class _ChoosingLoss(HeadOnDemand):
         choice = run.choice
         weight_VD.detach()[:, 0].gather(0, target_BT.flatten().clamp_min(0))  # raises for what is no class, of tokens that are not kept too
         choice.by_labels(target_BT)
-        is_live = isinstance(run, DitchedCall)
-        if is_live:
+        assert choice.target is not None
+        weight: Tensor | None
+        if is_live := isinstance(run, DitchedCall):
             hidden, target = run.focus(live=True).last_hidden_state, choice.decoder.gather(choice.target, fill=IGNORED)
             if self._body != _memory(hidden_BTD):
                 hidden = given_to_head(run.router.architecture, choice.chooser.facts, hidden, choice.without_labels())
@@ -81,7 +82,8 @@ class _ChoosingLoss(HeadOnDemand):
             hidden, target, weight = hidden_BTD, choice.target.masked_fill(~choice.decoder.kept_mask(), IGNORED), choice.weight
             run.let_go_of_scores()
         labelled = target != IGNORED
-        hidden, target, weight = (x if x is None else take_labelled(x, labelled) for x in (hidden, target, weight))
+        hidden, target = take_labelled(hidden, labelled), take_labelled(target, labelled)
+        weight = None if weight is None else take_labelled(weight, labelled)
         total = linear_loss(hidden, weight_VD, self.bias, target, label_smoothing, weight, pointwise=pointwise)
         if not is_live and total.requires_grad:
             total.register_hook(partial(_carried_by, self._run))

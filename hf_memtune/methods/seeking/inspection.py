@@ -25,7 +25,7 @@ class Chosen(NamedTuple):
 
     @classmethod
     def of(cls, choice: Choice) -> "Chosen":
-        return cls(choice.values, choice.selection, {stack: choice.probability(stack) for stack in choice.stacks})
+        return cls(choice.values, choice.made, {stack: choice.probability(stack) for stack in choice.stacks})
 
 
 class Inspection:
@@ -55,6 +55,6 @@ class Inspection:
         self.others = [Chosen.of(choice.of_other(chooser)) for chooser in self.choosers]
         with torch.no_grad(), evaluating(choice.call.architecture.base):
             for stack in choice.stacks:
-                seen = choice.scores.context(stack)
+                seen = choice.seen(stack)
                 self.scores[stack] = {name: getattr(seen, name) for name in self.names} | {"real": seen.attention_mask}
                 self.ids[stack] = choice.call.input_ids(stack)

@@ -27,6 +27,7 @@ from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.passes import Records
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.facts import Facts
+from hf_memtune.methods.head import Head
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.seeking.choice import Choice, Chooser
@@ -45,7 +46,7 @@ Lookup = Callable[[dict[str, Any]], dict[str, Tensor]]
 """Maps the inputs of a call of the model to scores of its tokens that were computed before, (B, T) by stack."""
 
 
-class TokenSeeking(Method):
+class TokenSeeking(Method[TokenSeekingConfig]):
     """Token seeking on one model, until `remove()`.
 
     model: a transformers model with a head, or a PEFT model around one. scorer: a callable that replaces
@@ -76,7 +77,8 @@ class TokenSeeking(Method):
         weighs = self.config.token_weight == "dft"
         self.scores_last_block = weighs or (self.scorer.runs_last_block and self.config.token_selection != "labelled")
         self._reference_loss = self._reference(self.scorer)
-        self.context_modules, wanted = {}, self.config.context_layer
+        self.context_modules: dict[int, str] = {}
+        wanted = filled_in(self.config.context_layer)
         for name, stack in self.architecture.stacks.items():
             if not -len(stack.layers) <= wanted < len(stack.layers):
                 raise ConfigError(
@@ -99,7 +101,8 @@ class TokenSeeking(Method):
         device = next(self.architecture.base.parameters()).device
         reference = reference_model(filled_in(self.config.reference_model), device)
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
-        return ReferenceLoss(TokenSeeking(reference, config, looks_only=True), reference.get_input_embeddings().num_embeddings)
+        looking = TokenSeeking(reference, config, looks_only=True)
+        return ReferenceLoss(looking, looking.architecture.base.config.get_text_config().vocab_size)
 
     def require(self, facts: Facts) -> None:
         super().require(facts)
@@ -114,8 +117,9 @@ class TokenSeeking(Method):
     def _require_context(self, scorer: Scorer) -> None:
         """That the context layer attends, where a scorer reads it and not every layer does."""
         layers = range(len(self.architecture.decoder.layers))
-        attending = [number for number in layers if self.router.cache.attends(number) and number not in self.router.cache.by_hand]
-        if scorer.reads_context and layers[self.config.context_layer] not in attending:
+        cache = self.router.cache
+        attending = [number for number in layers if cache is not None and cache.attends(number) and number not in cache.by_hand]
+        if scorer.reads_context and layers[filled_in(self.config.context_layer)] not in attending:
             raise ConfigError(
                 [
                     f"context_layer: got {self.config.context_layer}, which does not attend in {self.architecture.name}. Expected one of "
@@ -145,7 +149,7 @@ class TokenSeeking(Method):
     def make_head(self, inputs: dict[str, Any]) -> ChoosingHead:
         return ChoosingHead(self.architecture.output_head, inputs)
 
-    def run(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+    def run(self, call: BodyCall, head: Head | None) -> Any:
         """One call of the body."""
         self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
         if self.config.streams:
@@ -156,7 +160,7 @@ class TokenSeeking(Method):
             return None  # all tokens, in the model's own way
         return self._run_ditched(call, head)
 
-    def _run_ditched(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+    def _run_ditched(self, call: BodyCall, head: Head | None) -> Any:
         run = DitchedCall(
             self.router, call, self._choice(call, head, tuple(self.architecture.stacks)), self._context_chunk(call), self._records()
         )
@@ -170,7 +174,7 @@ class TokenSeeking(Method):
         encoded = tensors.pop() if run.gives_encoded else call.encoder_output
         return run.outputs.rebuilt(tensors, encoded)
 
-    def _run_stream(self, call: BodyCall, head: ChoosingHead | None) -> Any:
+    def _run_stream(self, call: BodyCall, head: Head | None) -> Any:
         kind = SkippingStream if self.config.token_gradient == "skip" else ChosenStream
         run = kind(means_of(self, head), call, self._choice(call, head, ("decoder",)), self._records())
         run.choice.takes_all = self.config.keeps_all
@@ -186,14 +190,14 @@ class TokenSeeking(Method):
         run.run_context()
         self.listeners.tell("context_ends")
 
-    def _choice(self, call: BodyCall, head: ChoosingHead | None, stacks: tuple[str, ...]) -> Choice:
+    def _choice(self, call: BodyCall, head: Head | None, stacks: tuple[str, ...]) -> Choice:
         inputs = call.arguments if head is None else call.arguments | head.inputs
         precomputed = None if self.lookup is None else self.lookup(inputs)
         return Choice(self._chooser, call, inputs, precomputed, stacks)
 
-    def _await_labels(self, run: DitchedCall | ChosenStream, head: ChoosingHead | None, hidden: Tensor) -> None:
+    def _await_labels(self, run: DitchedCall | ChosenStream, head: Head | None, hidden: Tensor) -> None:
         """Let the head choose, where the scorer does not need the loss of all tokens."""
-        if head is not None and (self.scorer.name != "true_gradient" or self.config.token_selection == "labelled"):
+        if isinstance(head, ChoosingHead) and (self.scorer.name != "true_gradient" or self.config.token_selection == "labelled"):
             head.choose_for(run, hidden)
 
     @property
@@ -240,7 +244,8 @@ class TokenSeeking(Method):
         """In place of the body."""
         call = BodyCall(self.architecture, forward, args, kwargs)
         call = encode(call) if self.config.streams else call
-        chunk = min(self.config.stream_chunk_size, call.decoder.length) if self.config.streams else self._context_chunk(call)
+        size = self.config.stream_chunk_size
+        chunk = self._context_chunk(call) if size is None else min(size, call.decoder.length)
         stacks = ("decoder",) if self.config.streams else tuple(self.architecture.stacks)
         silent = Chooser(self.config, self.scorer, self.facts, Listeners(), self._reference_loss)
         choice = Choice(silent, call, found.inputs, None, stacks)
@@ -260,4 +265,5 @@ def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Sc
                 "hf_memtune.register_scorer before."
             ]
         )
-    return make_scorer(config.token_scorer, config.context_weight, config.gradient_weight, config.token_selection == "sample")
+    weights = filled_in(config.context_weight), filled_in(config.gradient_weight)
+    return make_scorer(config.token_scorer, *weights, config.token_selection == "sample")

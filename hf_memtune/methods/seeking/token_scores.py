@@ -19,6 +19,7 @@ from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.seeking.loss_gradient import LossGradient, OfTargets
 from hf_memtune.methods.seeking.reference import ReferenceLoss
 from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.protocol import filled_in
 
 
 @dataclass
@@ -74,7 +75,8 @@ class TokenScores:
         """(B, T) for each stack: magnitude of the loss gradient at the last block's input, eq. 4."""
         self._require_tail()
         gradients = self.block.gradients(self.loss.cotangent)
-        return {stack: gradient_magnitude(g, self.config.gradient_norm) for stack, g in gradients.items()}
+        norm = filled_in(self.config.gradient_norm)
+        return {stack: gradient_magnitude(g, norm) for stack, g in gradients.items()}
 
     def true_gradient_score(self, stack: str) -> Tensor:
         """(B, T): magnitude of the loss gradient at the last hidden states, of the loss that was taken."""
@@ -88,7 +90,7 @@ class TokenScores:
         gradient = self.true_gradient
         if gradient is None:  # before backward, where tokens are only looked at
             gradient = torch.cat([self.loss.cotangent(hidden, start) for start, hidden in self._outputs()], dim=1)
-        return gradient_magnitude(gradient, self.config.gradient_norm)
+        return gradient_magnitude(gradient, filled_in(self.config.gradient_norm))
 
     def _outputs(self) -> Iterator[tuple[int, Tensor]]:
         """Last hidden states (B, S, D), a chunk at a time, and where each begins."""

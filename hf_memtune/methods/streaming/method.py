@@ -26,7 +26,7 @@ from hf_memtune.methods.streaming.sharded import ShardedHead, sharded_stream, wi
 from hf_memtune.settings.methods import StreamingConfig
 
 
-class Streaming(Method):
+class Streaming(Method[StreamingConfig]):
     """Exact streaming on one model, until `remove()`.
 
     model: a causal transformers model with a head, an encoder-decoder model (its decoder streams), or a PEFT model around one. It may be
@@ -77,7 +77,7 @@ class Streaming(Method):
         return connected(stream, head)
 
 
-def means_of(method: Method, head: Head | None) -> Means:
+def means_of(method: Method[Any], head: Head | None) -> Means:
     """What the streams of a method run with, in a call of the model with this head, or of the body alone."""
     config = method.config
     host = method.host if config.kv_offload else None

@@ -208,7 +208,7 @@ class Units:
             leaves[place] = tensor
         return tree_unflatten(leaves, spec)
 
-    def _after(self, unit: nn.Module, args: tuple, output: Any) -> None:
+    def _after(self, unit: Any, args: tuple, output: Any) -> None:
         if not self._runs_forward:
             return
         unit.reshard()
@@ -216,7 +216,7 @@ class Units:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(_gather, unit))
 
-    def _passed(self, unit: nn.Module) -> None:
+    def _passed(self, unit: Any) -> None:
         """A chunk has gone backward through a unit."""
         for group in _groups(unit):
             for parameter in group.fsdp_params:
@@ -229,7 +229,7 @@ def _is_no_container(value: Any) -> bool:
     return not isinstance(value, (tuple, list, dict))
 
 
-def _groups(unit: nn.Module) -> list[Any]:
+def _groups(unit: Any) -> list[Any]:
     return unit._get_fsdp_state()._fsdp_param_groups
 
 
@@ -245,7 +245,7 @@ def _groups_of(model: nn.Module) -> list[Any]:
     return [group for state in _state_of(model)._state_ctx.all_states for group in state._fsdp_param_groups]
 
 
-def _gather(unit: nn.Module, gradient: Tensor) -> None:
+def _gather(unit: Any, gradient: Tensor) -> None:
     """Hook of a unit's output."""
     unit.unshard()
 
@@ -360,10 +360,10 @@ class ShardedHead(Head):
         return super().logits(forward, hidden) if hidden.requires_grad and self._stays() else forward(hidden)
 
     def of(self, forward: Callable[[Tensor], Tensor]) -> HeadOnDemand:
-        return _ShardedOnDemand(partial(self._as_gathered, forward), self.weight, self.linear.bias)
+        return _ShardedOnDemand(partial(self._as_gathered, forward), self.weight, self.there.bias)
 
     def _as_gathered(self, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        if _is_shard(self.linear.weight):
+        if _is_shard(self.there.weight):
             raise LogitsError(
                 "logits are wanted only after backward, with which FSDP2 has let go of the weight of the head. Read them before, or keep "
                 "logits.clone() + 0 of them."
@@ -371,9 +371,9 @@ class ShardedHead(Head):
         return forward(hidden)
 
     def _stays(self) -> bool:
-        if _is_shard(self.linear.weight):
+        if _is_shard(self.there.weight):
             return False
-        weight, groups = self.linear.weight, _groups_of(self._model)
+        weight, groups = self.there.weight, _groups_of(self._model)
         own = [group for group in groups if any(getattr(p, "_unsharded_param", None) is weight for p in group.fsdp_params)]
         return not any(group._reshard_after_forward for group in own)
 
