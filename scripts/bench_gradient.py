@@ -31,17 +31,18 @@ def main(given: list[str] | None = None) -> None:
         rows=one(4, "rows of a batch"), batches=one(12), chunk=one(16, "tokens of a chunk of skip; the rows are short"),
         assets=one(Path(".assets")),
     )  # fmt: skip
-    from learning.tasks import Task
+    from learning.tasks import TASKS, Task
     from transformers import set_seed
 
     set_seed(0)
-    task = Task(options.task, options.assets, held_out_rows=1)
+    task = Task(TASKS[options.task], options.assets, held_out_rows=1)
     model = without_dropout(task.fresh_model())
     batches = [batch for batch, _ in zip(task.batches(options.rows, seed=0), range(options.batches))]
     exact = [gradient(model, batch) for batch in batches]
-    wanted = [{"task": options.task, "arm": name, "settings": settings} for name, settings in arms(options.chunk)]
+    settings = dict(arms(options.chunk))
+    wanted = [{"task": options.task, "arm": name} for name in settings]
     described = {**task.settings.described, "rows": options.rows, "batches": options.batches, "device": "cpu"}
-    measure(options.out, wanted, lambda run: measured(model, batches, exact, run["settings"]), **described)
+    measure(options.out, wanted, lambda run: measured(model, batches, exact, settings[run["arm"]]), **described)
 
 
 def arms(chunk: int) -> Iterator[tuple[str, dict]]:
@@ -87,7 +88,7 @@ def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], setting
             sums = [sums[0] + found, sums[1] + expected]
     together = float(torch.cosine_similarity(*sums, dim=0))
     found = {"error": median(errors), "cosine": median(cosines), "cosine_of_sums": together, "tokens_with_gradient": mean(shares)}
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in found.items()} | {"settings": settings}
 
 
 def gradient(model: nn.Module, batch: dict) -> Tensor:

@@ -114,7 +114,7 @@ def draw_contract(rows: Rows, file: Path) -> None:
 # --- how well methods learn: colour tells the scorer, the line the gradient, the marker the selection
 
 SCORERS = {
-    "plain": BLACK, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED, "combined-mean": SKY,
+    "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED, "combined-mean": SKY,
     "loss": GREEN,
 }  # fmt: skip
 LINES = {"cut": "-", "stream": "--", "skip": ":"}

@@ -3,6 +3,7 @@
 Of the study `quality`:
 
     plain                                   all tokens, ordinary backpropagation
+    checkpointing                           the same, and activations are computed anew in backward
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
 
@@ -10,7 +11,7 @@ SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean
 that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS.
 """
 
-PLAIN, STREAMING, TOKENTUNE, LABELS = "plain", "streaming", "random/top/cut", "/labels"
+PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
 # rows are short here: 128 tokens are two chunks of a stream, or four chunks of which some can be skipped
 CHUNKS: dict[str, dict] = {
     "cut": {},
@@ -40,19 +41,21 @@ DESCRIBED = {
 
 
 def is_seeking(arm: str) -> bool:
-    return arm not in (PLAIN, STREAMING)
+    return arm not in (PLAIN, CHECKPOINTING, STREAMING)
 
 
 def parts_of(arm: str) -> tuple[str, str, str, str, str]:
     """Scorer, selection, gradient, ratio and pool of an arm of token seeking. Raises ValueError for a name of another form."""
     parts = arm.removesuffix(LABELS).split("/")
     if len(parts) != 4 or parts[2] not in CHUNKS or not parts[3].removesuffix("%").isdigit():
-        raise ValueError(f"arm {arm!r}: expected plain, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%")
+        raise ValueError(
+            f"arm {arm!r}: expected plain, checkpointing, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
+        )
     return (*parts, "labels" if arm.endswith(LABELS) else "all")
 
 
 def settings_of(arm: str) -> dict:
-    """The fields of TokenSeekingConfig, or of StreamingConfig; none for plain training."""
+    """The fields of TokenSeekingConfig, or of StreamingConfig; none where nothing is installed."""
     if not is_seeking(arm):
         return dict(CHUNKS["stream"]) if arm == STREAMING else {}
     scorer, selection, gradient, ratio, pool = parts_of(arm)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
-from learning.arms import FLAGS, FULL, LORA, PLAIN, STREAMING, check
+from learning.arms import CHECKPOINTING, FLAGS, FULL, LORA, PLAIN, STREAMING, check
 
 KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
 
@@ -107,8 +107,8 @@ class Cell(NamedTuple):
 
 
 def chosen_rate(run: Run, done: list[dict]) -> tuple[float, ...]:
-    """The one with the lowest loss in the tuning. Exact streaming must equal plain training, so it takes the rate of plain."""
-    tuned = {"stage": "tune", "task": run.task, "rows": run.rows, "arm": PLAIN if run.arm == STREAMING else run.arm}
+    """The one with the lowest loss in the tuning. What must equal plain training takes the rate of plain."""
+    tuned = {"stage": "tune", "task": run.task, "rows": run.rows, "arm": PLAIN if run.arm in (CHECKPOINTING, STREAMING) else run.arm}
     found = [record for record in done if tuned.items() <= record.items()]
     return (min(found, key=final_loss)["learning_rate"],) if found else ()
 

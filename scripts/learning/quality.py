@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from statistics import median
 
@@ -10,9 +11,9 @@ import torch
 from conditions import conditions
 
 from hf_memtune.methods.events import Listener
-from learning.arms import PLAIN, STREAMING, is_seeking, settings_of
+from learning.arms import CHECKPOINTING, STREAMING, is_seeking, settings_of
 from learning.plans import Run
-from learning.tasks import Task
+from learning.tasks import TASKS, Task
 
 CLIP, WARM_UP_SHARE = 1.0, 0.05
 TRACED_STEP = 1  # counted from 0: in the first one the optimizer makes its state, which belongs to no step
@@ -23,40 +24,48 @@ class Bench:
     """What the runs share: the task, which stays loaded. Stages go through tasks in order."""
 
     def __init__(self, options):
-        self.options = options
-        self.loaded: tuple[str, Task] | None = None
+        self.options, self.name, self.task = options, "", None
 
     def train(self, run: Run) -> dict:
-        """The record of one run. Rows, their order and every new weight depend on the seed alone, not on the arm."""
-        from transformers import set_seed
+        """The record of one run."""
+        if run.task != self.name:
+            self.name, self.task = run.task, Task(TASKS[run.task], self.options.assets, self.options.device, self.options.held_out_rows)
+        return train(run, self.task) | {"timed": self.options.timed}
 
-        if self.loaded is None or self.loaded[0] != run.task:
-            self.loaded = run.task, Task(run.task, self.options.assets, self.options.device, self.options.held_out_rows)
-        task = self.loaded[1]
-        set_seed(run.seed)
-        model = task.fresh_model()
-        set_seed(run.seed)  # loading may draw more random numbers for one head than for another
-        installed = install(run.arm, model)
-        try:
-            training = Training(run, task, model)
-            if is_seeking(run.arm):
-                installed.listeners.add(training.counts)
-            training.go()
-        finally:
-            if installed is not None:
-                installed.remove()
-        return training.record() | {"timed": self.options.timed}
+
+def train(run: Run, task: Task, watched: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict:
+    """The record of one run. Rows, their order and every new weight depend on the seed alone, not on the arm.
+
+    watched: the steps, shown to whoever waits.
+    """
+    from transformers import set_seed
+
+    set_seed(run.seed)
+    model = task.fresh_model()
+    set_seed(run.seed)  # loading may draw more random numbers for one head than for another
+    installed = install(run.arm, model)
+    try:
+        training = Training(run, task, model)
+        if is_seeking(run.arm):
+            installed.listeners.add(training.counts)
+        training.go(watched)
+    finally:
+        if installed is not None:
+            installed.remove()
+    return training.record()
 
 
 def install(arm: str, model: torch.nn.Module):
-    """The strategy of this arm on the model, to be removed after use; None for plain training."""
+    """The strategy of this arm on the model, to be removed after use; None where there is none."""
     from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 
-    if arm == PLAIN:
-        return None
     if arm == STREAMING:
         return Streaming(model, StreamingConfig(**settings_of(arm)))
-    return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings_of(arm)))
+    if is_seeking(arm):
+        return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings_of(arm)))
+    if arm == CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return None
 
 
 class Counts(Listener):
@@ -91,10 +100,10 @@ class Training:
         warm_up = max(1, round(WARM_UP_SHARE * self.run.steps))
         return min((step + 1) / warm_up, (self.run.steps - step) / max(1, self.run.steps - warm_up))
 
-    def go(self) -> None:
+    def go(self, watched: Callable[[Iterable[int]], Iterable[int]]) -> None:
         measured = {round(self.run.steps * n / self.run.measured) for n in range(1, self.run.measured + 1)} - {0}
         self._measure(0)
-        for step, batch in zip(range(self.run.steps), self.task.batches(self.run.rows, self.run.seed)):
+        for step, batch in zip(watched(range(self.run.steps)), self.task.batches(self.run.rows, self.run.seed)):
             self._watched(step, batch)
             if step + 1 in measured or self.diverged:
                 self._measure(step + 1)

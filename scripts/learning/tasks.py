@@ -58,13 +58,12 @@ TASKS = {
 class Task:
     """The rows and the model of one task. Raises FileNotFoundError, with the command that fetches them, where they are not."""
 
-    def __init__(self, name: str, assets: Path, device: str = "cpu", held_out_rows: int | None = None):
+    def __init__(self, settings: TaskSettings, assets: Path, device: str = "cpu", held_out_rows: int | None = None):
         from hf_memtune.cli.arguments import DataArguments, ModelArguments
         from hf_memtune.cli.data import collator, prepare
         from hf_memtune.cli.model import load_tokenizer
 
-        settings = self.settings = TASKS[name]
-        self.device, self.held_out_rows = device, held_out_rows
+        self.settings, self.device, self.held_out_rows = settings, device, held_out_rows
         require(assets, settings.model, settings.data, settings.assets)
         self.model_settings = ModelArguments(str(assets / settings.model), dtype="float32", lora_r=settings.lora_r)
         self.data_settings = DataArguments(
