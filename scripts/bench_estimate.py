@@ -1,7 +1,7 @@
 """Predicted against measured bytes of a training step, on a CPU: `python scripts/bench_estimate.py`.
 
-Each line of results/estimate.jsonl is one run: what `hf_memtune.estimate` predicts of it, and the traced peak of the second optimizer step of
-a real MemEfficientTrainer with the same settings, random weights and random tokens. What the file has already is not measured again.
+Each line of results/estimate.jsonl is one run: what `hf_memtune.estimate` predicts of it, and the traced peak of the second optimizer step
+of a real MemEfficientTrainer with the same settings, random weights and random tokens. What the file has already is not measured again.
 """
 
 import tempfile

@@ -18,8 +18,8 @@ from store import measure
 from torch import Tensor, nn
 
 CHOICES = (
-    "random, top, cut", "random, top, stream", "random, sample, cut", "random, sample, stream", "combined, top, cut", "combined, top, stream",
-    "combined, sample, stream", "loss, sample, stream",
+    "random, top, cut", "random, top, stream", "random, sample, cut", "random, sample, stream",
+    "combined, top, cut", "combined, top, stream", "combined, sample, stream", "loss, sample, stream",
 )  # fmt: skip
 THRESHOLDS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 

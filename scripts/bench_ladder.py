@@ -1,7 +1,7 @@
 """The ladder of `hf-memtune plan` for known models, every rung: `python scripts/bench_ladder.py`. Writes results/ladder.jsonl.
 
-Predicted bytes of a whole step (weights, gradients, optimizer state and all else), full fine-tuning in bfloat16 as the settings given. What the
-file has already is not predicted again.
+Predicted bytes of a whole step (weights, gradients, optimizer state and all else), full fine-tuning in bfloat16 as the settings given.
+What the file has already is not predicted again.
 """
 
 import time

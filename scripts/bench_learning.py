@@ -8,9 +8,9 @@
         --arms plain {random,combined}/{top,sample}/{cut,stream,skip}/10%    whatever arms you like
     python scripts/tables.py                                           the pages, from what was measured
 
-STUDY: quality (token seeking; docs/results.md) or glue (reversible adapters, by `hf-memtune glue`; docs/reversible-glue.md). What the file has
-is not run again, so a stage may be stopped and started at will. Two processes share a stage with --worker 0/2 and --worker 1/2. What a name
-of an arm means: scripts/learning/arms.py. Which arms, sizes, learning rates and seeds a stage has: scripts/learning/plans.py.
+STUDY: quality (token seeking; docs/results.md) or glue (reversible adapters, by `hf-memtune glue`; docs/reversible-glue.md). What the file
+has is not run again, so a stage may be stopped and started at will. Two processes share a stage with --worker 0/2 and --worker 1/2. What a
+name of an arm means: scripts/learning/arms.py. Which arms, sizes, learning rates and seeds a stage has: scripts/learning/plans.py.
 """
 
 import argparse

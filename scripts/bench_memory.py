@@ -1,20 +1,19 @@
 """Bytes of one training step, traced for the true shapes of known models: `python scripts/bench_memory.py`.
 
-Writes results/memory.jsonl, one line a measurement with its conditions; what the file already has is not measured again.
-On a GPU (--device cuda) the same steps run for real, with random weights, and the allocator is asked instead.
+Writes results/memory.jsonl, one line a measurement with its conditions; what the file already has is not measured again. The bytes of
+a GPU are compared with those of the trace by scripts/bench_gpu.py.
 """
 
 import time
 from itertools import product
 
-import torch
 from conditions import conditions
-from options import one, parse, several, some_of
+from options import parse, several, some_of
 from store import measure
 
 from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import measure_causal_lm_step, trace_causal_lm_step
+from hf_memtune.memory.trace import trace_causal_lm_step
 
 MODELS = ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B")
 METHODS = {
@@ -33,10 +32,9 @@ def main(given: list[str] | None = None) -> None:
     options = parse(
         __doc__, "memory", given, models=some_of(SHAPES, f"default: {', '.join(MODELS)}", MODELS), train=some_of(("lora", "full")),
         tokens=several((512, 2048, 8192), "tokens of the one row of a batch"), methods=some_of((*METHODS, *SEEKING)),
-        device=one("traced", "traced or cuda") | {"choices": ["traced", "cuda"]},
     )  # fmt: skip
     names = ("tokens", "model", "train", "method", "device")
-    runs = product(options.tokens, options.models, options.train, options.methods, [options.device])
+    runs = product(options.tokens, options.models, options.train, options.methods, ["traced"])
     measure(options.out, [dict(zip(names, run)) for run in runs], measured)
 
 
@@ -49,13 +47,9 @@ def options_of(method: str) -> dict:
 
 def measured(run: dict) -> dict:
     config, rank, began = SHAPES[run["model"]](), 8 if run["train"] == "lora" else None, time.perf_counter()
-    described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, attention="sdpa")
-    if run["device"] == "cuda":
-        step = measure_causal_lm_step(config, run["tokens"], torch.device("cuda"), lora_rank=rank, **options_of(run["method"]))
-        described["gpu"] = torch.cuda.get_device_name()
-    else:
-        step = trace_causal_lm_step(config, run["tokens"], lora_rank=rank, **options_of(run["method"]))
+    step = trace_causal_lm_step(config, run["tokens"], lora_rank=rank, **options_of(run["method"]))
     found = {name: getattr(step, name) for name in ("peak_bytes", "weight_bytes", "gradient_bytes")}
+    described = conditions(dtype="bfloat16", rows=1, lora_rank=rank, attention="sdpa")
     return {**found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
 
 

@@ -2,8 +2,9 @@
 
     python scripts/demo.py [--minutes 7 | --steps 30] [--rows 48] [--quick]
 
-Plain training, activation checkpointing, exact streaming, the best-scored tenth of the tokens (TokenSeek), and token seeking as this library
-sets it: the same model, adapters, rows in the same order, optimizer and seed. Writes report.html, tokens.html and results.json to out/demo.
+Plain training, activation checkpointing, exact streaming, the best-scored tenth of the tokens (TokenSeek), and token seeking as this
+library sets it: the same model, adapters, rows in the same order, optimizer and seed. Writes report.html, tokens.html and results.json to
+out/demo.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def by(rows: Iterable[dict], names: str, value: str | None = None) -> dict:
 
 
 def pivot(rows: Rows, index: str, column: str, columns: Iterable, value: str | None, shown: Callable) -> list[list]:
-    """A line for every key of `index`: the key, and what is `shown` of the value at each of `columns`. None stands for what is not there."""
+    """A line for every key of `index`: the key, and what is `shown` of the value at each of `columns`, or of None where there is none."""
     found = by(rows, f"{index} {column}", value)
     keys = [each if isinstance(each, tuple) else (each,) for each in unique(rows, index)]
     return [[*each, *(shown(found.get((*each, name))) for name in columns)] for each in keys]

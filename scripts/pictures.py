@@ -1,4 +1,4 @@
-"""Pictures of what was measured: no display, one style, files that are the same bytes from the same numbers. Colours are Okabe and Ito's."""
+"""Pictures of what was measured: one style, files that are the same bytes from the same numbers. Colours are Okabe and Ito's."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -114,8 +114,8 @@ def draw_contract(rows: Rows, file: Path) -> None:
 # --- how well methods learn: colour tells the scorer, the line the gradient, the marker the selection
 
 SCORERS = {
-    "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED, "combined-mean": SKY,
-    "loss": GREEN,
+    "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED,
+    "combined-mean": SKY, "loss": GREEN,
 }  # fmt: skip
 LINES = {"cut": "-", "stream": "--", "skip": ":"}
 MARKERS = {"top": "o", "sample": "^"}

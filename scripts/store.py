@@ -57,7 +57,7 @@ def measure(
 ) -> list[dict]:
     """Measure what the file lacks, one line a run, which is told and returned.
 
-    measured: what is found for a description of a run. said: a line for people. described: the conditions, unless they are among what is found.
+    measured: what is found for a description of a run, with its conditions or without. said: a line for people. described: in conditions.
     """
     from rich.progress import track
 

