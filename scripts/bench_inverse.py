@@ -30,7 +30,7 @@ def main(given: list[str] | None = None) -> None:
         runs = [dict(zip(KEY, run)) for run in product([model], COUPLINGS, ("float", "exact"), DEPTHS[model], [dtype])]
         if missing(options.out, runs):
             batch = texts(options, options.assets / "models" / MODELS[model])
-            found = partial(measured, model=load(options.assets, model, dtype).train(), batch=batch)
+            found = partial(measured, model=load(options.assets, model, dtype), batch=batch)
             described = {"rows": len(batch["input_ids"]), "tokens": batch["input_ids"].shape[1], "threads": torch.get_num_threads()}
             measure(options.out, runs, found, f"{model}, {dtype}", device="cpu", **described)
 

@@ -131,11 +131,11 @@ class Group:
         return interval(self.runs[seed][field][-1][1] - other.runs[seed][field][-1][1] for seed in seeds)
 
 
-def finals(found: Rows, task: str) -> list[Group]:
-    """The arms of a task's finals, in the order in which they were first run."""
+def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
+    """The arms of a task's finals, or of another stage with several seeds, in the order in which they were first run."""
     groups, found = [], of(found, task=task)
-    for arm, rows in unique(of(found, stage="final"), "arm rows"):
-        own = of(found, stage="final", arm=arm, rows=rows)
+    for arm, rows in unique(of(found, stage=stage), "arm rows"):
+        own = of(found, stage=stage, arm=arm, rows=rows)
         timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
         seconds = median(run["seconds_per_step"] for run in timed or own)
         groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, bool(timed)))
@@ -207,10 +207,8 @@ def quality_sentences(groups: list[Group]) -> Iterator[str]:
         )
     yield from _against_tokentune(groups)
     if differences := list(streaming_differences(groups)):
-        yield (
-            f"Exact streaming ({STREAMING}) and plain training differ by at most {max(differences):.1e} of loss at any measured step of any "
-            "seed."
-        )
+        largest = max(differences)
+        yield f"Exact streaming ({STREAMING}) and plain training differ by at most {largest:.1e} of loss at any measured step of any seed."
 
 
 def _against_tokentune(groups: list[Group]) -> Iterator[str]:
@@ -346,8 +344,8 @@ def glue_section(groups: list[Group]) -> str:
         cells = [*map(shown, accuracies), shown(group.minus(full, "accuracies"), "+"), shown(group.at(-1))]
         own = group.any_run
         lines.append([group.arm, f"{own['learning_rate']:g}", *cells, f"{own['trainable_parameters']:,}", *group.costs])
-    described = run["conditions"]
-    told = f"{described['model']}; {described['data']}; {run['steps']} steps of {run['rows']} rows, {described['held_out_rows']} rows held out."
+    model, data, held_out = (run["conditions"][name] for name in ("model", "data", "held_out_rows"))
+    told = f"{model}; {data}; {run['steps']} steps of {run['rows']} rows, {held_out} rows held out."
     heads = "arm | rate | accuracy before | after | minus full | held-out loss | trained parameters | peak MiB | s a step"
     return "\n\n".join([told, table(heads, lines), " ".join(glue_sentences(groups))])
 
