@@ -9,8 +9,9 @@
     python scripts/tables.py                                           the pages, from what was measured
 
 STUDY: quality (token seeking; docs/results.md) or glue (reversible adapters, by `hf-memtune glue`; docs/reversible-glue.md). What the file
-has is not run again, so a stage may be stopped and started at will. Two processes share a stage with --worker 0/2 and --worker 1/2. What a
-name of an arm means: scripts/learning/arms.py. Which arms, sizes, learning rates and seeds a stage has: scripts/learning/plans.py.
+has is not run again, so a stage may be stopped and started at will. Two processes may write to one file,
+as with --seeds 1 2 and --seeds 3. What a name of an arm means: scripts/learning/arms.py. Which arms, sizes, learning rates and seeds a
+stage has: scripts/learning/plans.py.
 """
 
 import argparse
@@ -30,14 +31,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("study", choices=list(PLANS))
     parser.add_argument("--stage", required=True, choices=list(STAGES))
     parser.add_argument("--list", action="store_true", help="print what is left to run, and stop")
-    parser.add_argument("--worker", type=_share, default=(0, 1), metavar="I/N", help="do the I-th of N shares, counted from 0")
     parser.add_argument("--timed", action="store_true", help="note that nothing else runs, so that seconds a step are valid")
     parser.add_argument("--threads", type=int, default=1, help="threads of this process (default: 1)")
     parser.add_argument("--device", default="cpu", help="of quality (default: cpu)")
     parser.add_argument("--assets", type=Path, default=Path(".assets"), help="folder of models and data (default: .assets)")
     parser.add_argument("--out", type=Path, help="default: results/STUDY.jsonl")
     parser.add_argument("--held_out_rows", type=int, help="measure on this many rows at most")
-    plan = parser.add_argument_group("in place of what the plans say; workers must be given the same")
+    plan = parser.add_argument_group("in place of what the plans say")
     plan.add_argument("--tasks", nargs="+", help="these tasks only")
     plan.add_argument("--arms", nargs="+", help="these arms, by name, of every task")
     plan.add_argument("--rows", type=int, help="rows of a batch")
@@ -50,42 +50,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _share(text: str) -> tuple[int, int]:
-    worker, _, workers = text.partition("/")
-    if not (worker.isdigit() and workers.isdigit() and int(worker) < int(workers)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: expected I/N with I from 0 to N - 1, such as 0/2")
-    return int(worker), int(workers)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run, or list, what is left of a stage. Returns the exit status."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; must be set before transformers is imported
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU, that an optional kernel is missing
     options = parse(arguments)
-    worker, workers = options.worker
     try:
-        share = cells(options.study, options)[worker::workers]
+        wanted = cells(options.study, options)
         if options.list:
-            print(listing(share, latest(read(options.out))))
+            print(listing(wanted, latest(read(options.out))))
         else:
-            go(options, share)
+            go(options, wanted)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def listing(share: list[Cell], done: list[dict]) -> str:
+def listing(wanted: list[Cell], done: list[dict]) -> str:
     """A line a run that is left, then how many are done, and what waits for its learning rate."""
-    left, named = pending(share, done), [cell.runs(done) for cell in share]
+    left, named = pending(wanted, done), [cell.runs(done) for cell in wanted]
     finished = sum(map(len, named)) - len(left)
     return "\n".join(
         [*map(str, left), f"{len(left)} to run; {finished} done; {named.count([])} wait for the tuning of their learning rate"]
     )
 
 
-def go(options: argparse.Namespace, share: list[Cell]) -> None:
+def go(options: argparse.Namespace, wanted: list[Cell]) -> None:
     """Until nothing is left. The file is read again before each run: others write to it too."""
     import datasets
     import torch
@@ -101,7 +93,7 @@ def go(options: argparse.Namespace, share: list[Cell]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, speed_estimate_period=3600) as progress:
         bar = progress.add_task("starting")
-        while left := pending(share, read(options.out)):
+        while left := pending(wanted, read(options.out)):
             progress.update(bar, description=str(left[0]), completed=ended, total=ended + len(left))
             record = bench.train(left[0])
             append(options.out, record)

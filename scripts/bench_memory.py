@@ -33,9 +33,11 @@ def main(given: list[str] | None = None) -> None:
         __doc__, "memory", given, models=some_of(SHAPES, f"default: {', '.join(MODELS)}", MODELS), train=some_of(("lora", "full")),
         tokens=several((512, 2048, 8192), "tokens of the one row of a batch"), methods=some_of((*METHODS, *SEEKING)),
     )  # fmt: skip
-    names = ("tokens", "model", "train", "method", "device")
-    runs = product(options.tokens, options.models, options.train, options.methods, ["traced"])
-    measure(options.out, [dict(zip(names, run)) for run in runs], measured)
+    wanted = [
+        {"model": model, "tokens": tokens, "train": train, "method": method, "device": "traced"}
+        for tokens, model, train, method in product(options.tokens, options.models, options.train, options.methods)
+    ]
+    measure(options.out, wanted, measured)
 
 
 def options_of(method: str) -> dict:

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     write_token_maps(task, options)
     for name, arm in METHODS.items():
         run = Run("demo", "demo", arm, BATCH, options.steps, LEARNING_RATE, SEED, "test", EVALUATIONS - 1)
-        rows.append(row_of(name, train(run, task, partial(track, description=name, console=console))))
+        rows.append(row_of(name, train(run, task, watched=partial(track, description=name, console=console))))
         fell = f"held-out loss {rows[-1]['loss_before']:.3f} to {rows[-1]['loss_after']:.3f}"
         console.print(f"{name}: {fell}, {rows[-1]['seconds_per_step']:.2f} s a step")
     report = write(rows, options.out, described(task, options, fewer))

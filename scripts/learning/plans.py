@@ -96,7 +96,7 @@ class Run:
 
 
 class Cell(NamedTuple):
-    """One arm at one seed: the unit that workers share out. grid: its learning rates; empty where its tuning says which."""
+    """One arm at one seed. grid: its learning rates; empty where its tuning says which."""
 
     run: Run
     grid: tuple[float, ...]
@@ -136,10 +136,10 @@ def _grid(stage: str, plan: Plan, arm: str) -> tuple[float, ...]:
     return {"final": (), "time": (1e-4,)}.get(stage, plan.rates_of.get(arm, plan.learning_rates))
 
 
-def pending(share: Iterable[Cell], done: list[dict]) -> list[Run]:
+def pending(wanted: Iterable[Cell], done: list[dict]) -> list[Run]:
     """What is not done yet."""
     finished = {key(record) for record in done}
-    return [run for cell in share for run in cell.runs(done) if key(asdict(run)) not in finished]
+    return [run for cell in wanted for run in cell.runs(done) if key(asdict(run)) not in finished]
 
 
 def key(record: dict) -> tuple:

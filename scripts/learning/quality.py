@@ -30,13 +30,13 @@ class Bench:
         """The record of one run."""
         if run.task != self.name:
             self.name, self.task = run.task, Task(TASKS[run.task], self.options.assets, self.options.device, self.options.held_out_rows)
-        return train(run, self.task) | {"timed": self.options.timed}
+        return train(run, self.task, self.options.timed)
 
 
-def train(run: Run, task: Task, watched: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict:
+def train(run: Run, task: Task, timed: bool = False, watched: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict:
     """The record of one run. Rows, their order and every new weight depend on the seed alone, not on the arm.
 
-    watched: the steps, shown to whoever waits.
+    timed: whether nothing else runs. watched: the steps, shown to whoever waits.
     """
     from transformers import set_seed
 
@@ -52,7 +52,7 @@ def train(run: Run, task: Task, watched: Callable[[Iterable[int]], Iterable[int]
     finally:
         if installed is not None:
             installed.remove()
-    return training.record()
+    return training.record(timed)
 
 
 def install(arm: str, model: torch.nn.Module):
@@ -153,7 +153,7 @@ class Training:
         if score is not None:
             self.scores.append((step, score))
 
-    def record(self) -> dict:
+    def record(self, timed: bool) -> dict:
         """Everything noted, as one JSON object."""
         return {
             **asdict(self.run),
@@ -162,6 +162,7 @@ class Training:
             "accuracies": self.scores,
             "diverged": self.diverged,
             "seconds_per_step": round(median(self.seconds), 4) if self.seconds else None,
+            "timed": timed,
             "peak_bytes": self.peak_bytes,
             "kept_share": self.counts.share("kept", "seen"),
             "learned_share": self.counts.share("learned", "labelled"),
