@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 
 from hf_memtune.files import write_text
 
@@ -64,6 +65,20 @@ def table(heads: str | Sequence, lines: Iterable[Sequence], align: str = "l") ->
     sides = ("---" if side == "l" else "---:" for side in align.ljust(len(heads), "r"))
     head, *rest = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *lines))
     return "\n".join([head.replace("|  |", "| |"), f"|{'|'.join(sides)}|", *rest])
+
+
+class Cell(Formatter):
+    """str.format, in which None is a dash, and bytes and shares have words of their own: {peak_bytes:mib}, {kept_share:share}."""
+
+    def format_field(self, value, form: str) -> str:
+        if value is None:
+            return "-"
+        return mib(value) if form == "mib" else f"{100 * value:.1f} %" if form == "share" else format(value, form)
+
+
+def listing(rows: Iterable[dict], columns: Mapping[str, str], align: str = "l") -> str:
+    """A table with a line for every row. columns: of every head, what its cells are made of, such as "{seconds:.2f}"."""
+    return table([*columns], [[Cell().format(form, **row) for form in columns.values()] for row in rows], align)
 
 
 def mib(value: float | None) -> str:

@@ -14,7 +14,7 @@ import store
 import tables_learning
 import tables_reversible
 from gpu.tables import tables as gpu_tables
-from pages import GIB, ROOT, Rows, by, conditions_of, mib, of, pivot, table, unique
+from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
 
 PAGES = ("measurements", "architectures", "results", "reversible", "reversible-glue")
 METHODS = (
@@ -67,31 +67,28 @@ def ladder_table() -> str:
     return table(["", "gradient", *(f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES), "step time"], lines, "ll")
 
 
+STEP = {"model": "{model}, {conditions[dtype]}", "tokens": "{conditions[rows]} x {tokens}"}
+
+
 def speed_table() -> str:
     """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
-    rows, lines = rows_of("speed"), []
+    rows, found = rows_of("speed"), []
     for row in rows:
         same = of(rows, **{name: row[name] for name in ("model", "train", "tokens", "conditions")})
         checkpointing = next(r["seconds"] for r in same if r["method"].startswith("checkpointing"))
-        relative = "-" if row["relative"] is None else f"{row['relative']:.2f}"
-        lines.append(
-            [*_timed(row), row["train"], row["method"], f"{row['seconds']:.2f}", relative, f"{row['seconds'] / checkpointing:.2f}"]
-        )
-    return table("model | tokens | training | method | seconds a step | x plain | x checkpointing", lines, "llll")
-
-
-def _timed(row: dict, *more: str) -> list[str]:
-    """The model and the batch of a timed step."""
-    return [", ".join([row["model"], row["conditions"]["dtype"], *more]), f"{row['conditions']['rows']} x {row['tokens']}"]
+        found.append(row | {"more": row["seconds"] / checkpointing})
+    columns = STEP | {"training": "{train}", "method": "{method}", "seconds a step": "{seconds:.2f}", "x plain": "{relative:.2f}"}
+    return listing(found, columns | {"x checkpointing": "{more:.2f}"}, "llll")
 
 
 def profile_table() -> str:
     """The operators of a step by their share of its time, of each profile."""
-    lines = []
+    found = []
     for row in rows_of("profile"):
         parts = [f"{name.removeprefix('aten::')} {share:.0%} ({n})" for name, (share, n) in row["operators"].items() if share >= 0.02]
-        lines.append([*_timed(row, row["train"]), row["method"], ", ".join(parts)])
-    return table("model | tokens | method | operators, by their share of the time, and calls", lines, "llll")
+        found.append(row | {"parts": ", ".join(parts)})
+    columns = {"method": "{method}", "operators, by their share of the time, and calls": "{parts}"}
+    return listing(found, {**STEP, "model": STEP["model"] + ", {train}"} | columns, "llll")
 
 
 def fits_table() -> str:
@@ -125,14 +122,14 @@ def demo_table() -> str:
     file = ROOT / "results" / "demo.json"
     if not file.exists():
         return pages.UNMEASURED
-    found, lines = json.loads(file.read_text()), []
-    for row in found["results"]:
-        share = row["tokens_kept_share"]
-        losses = (f"{row[name]:.4f}" for name in ("loss_before", "loss_after"))
-        kept = "all" if share is None else f"{100 * share:.1f} %"
-        lines.append([row["method"], kept, *losses, mib(row["peak_bytes"]), f"{row['seconds_per_step']:.2f}"])
-    made = table("method | tokens kept | held-out loss before | after | peak MiB | seconds a step", lines)
-    return "\n\n".join([made, found["caveat"], conditions_of([found])])
+    found = json.loads(file.read_text())
+    rows = [row | {"kept": "all" if row["tokens_kept_share"] is None else Cell().format("{0:share}", row["tokens_kept_share"])}
+            for row in found["results"]]  # fmt: skip
+    columns = {
+        "method": "{method}", "tokens kept": "{kept}", "held-out loss before": "{loss_before:.4f}", "after": "{loss_after:.4f}",
+        "peak MiB": "{peak_bytes:mib}", "seconds a step": "{seconds_per_step:.2f}",
+    }  # fmt: skip
+    return "\n\n".join([listing(rows, columns), found["caveat"], conditions_of([found])])
 
 
 def coverage_table() -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_seeking, parts_of
 from learning.plans import TASKS, final_loss, latest
-from pages import UNMEASURED, Rows, conditions_of, mib, of, table, unique
+from pages import UNMEASURED, Rows, conditions_of, listing, mib, of, table, unique
 
 CONFIDENCE = 0.95
 MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
@@ -277,19 +277,10 @@ def _reasons(run: dict, runs: Rows) -> list[str]:
 def screening_section(runs: Rows) -> str:
     """All arms, what speaks against each, and what each choice does by itself."""
     counted = f"{len(runs)} arms, {sum(bool(run['reasons']) for run in runs)} screened out; a difference counts from {MARGIN:g} of loss."
-    cells = [
-        [
-            run["rows"],
-            run["arm"],
-            f"{run['learning_rate']:g}",
-            f"{run['loss']:.3f}",
-            mib(run["peak_bytes"]),
-            "; ".join(run["reasons"]) or "no",
-        ]
-        for run in runs
-    ]
+    told = [run | {"reasons": "; ".join(run["reasons"]) or "no"} for run in runs]
+    columns = {"rows": "{rows}", "arm": "{arm}", "rate": "{learning_rate:g}", "loss": "{loss:.3f}", "peak MiB": "{peak_bytes:mib}"}
     choices = table("choice | against | pairs of arms | change of the loss", effects(runs), "ll")
-    return "\n\n".join([counted, choices, table("rows | arm | rate | loss | peak MiB | screened out", cells, "rlrrrl")])
+    return "\n\n".join([counted, choices, listing(told, columns | {"screened out": "{reasons}"}, "rlrrrl")])
 
 
 REFERENCES = {"scorer": "random", "selection": "top", "gradient": "cut", "ratio": "10%"}  # in the order in which an arm names them
@@ -313,16 +304,15 @@ def effects(runs: Rows) -> list[list]:
 
 def selection_table(rows: Rows) -> str:
     """Ways to choose tokens: how far from the gradient of all of them."""
-    fields = {"error": ".3f", "cosine": ".3f", "cosine_of_sums": ".3f", "tokens_with_gradient": ".2f"}
-    lines = [[row["arm"], *(f"{row[field]:{digits}}" for field, digits in fields.items())] for row in rows]
-    made = table("tokens | error | cosine | cosine of sums | tokens run", lines)
+    columns = {"tokens": "{arm}", "error": "{error:.3f}", "cosine": "{cosine:.3f}", "cosine of sums": "{cosine_of_sums:.3f}"}
+    made = listing(rows, columns | {"tokens run": "{tokens_with_gradient:.2f}"})
     return "\n\n".join([made, *(f"{row['task']}. {conditions_of([row])}" for row in rows[:1])])
 
 
 def precision_table(rows: Rows) -> str:
     """Sums in bfloat16 and float32, by the tokens of a chunk."""
-    lines = [[row["method"], row["chunk"] or "-", row["sums"] or "-", f"{row['error']:.4f}"] for row in rows]
-    return f"{table('method | tokens of a chunk | sums | error', lines, 'lrl')}\n\n{conditions_of(rows)}"
+    columns = {"method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
+    return f"{listing(rows, columns, 'lrl')}\n\n{conditions_of(rows)}"
 
 
 # --- reversible adapters on a classification set

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pages import UNMEASURED, Rows, by, conditions_of, mib, of, pivot, table, unique
+from pages import UNMEASURED, Cell, Rows, by, conditions_of, mib, of, pivot, table, unique
 
 START = {
     "minilm": "all-MiniLM-L6-v2 (BERT, post-norm, 6 layers)",
@@ -143,21 +143,18 @@ def bytes_table(rows: Rows) -> str:
     """By method: what the forward of the body leaves for backward, the peak of the step, and both against full fine-tuning."""
     if not rows:
         return UNMEASURED
-    lines = [
-        [row["method"], f"{row['trained_parameters'] / 1e6:,.1f} M", *_against(rows, row, "kept_bytes"), *_against(rows, row, "peak_bytes")]
-        for row in rows
-    ]
-    return table("method | trained parameters | kept after forward, MiB | below full | peak of the step, MiB | below full", lines)
+    lines = []
+    for row in rows:
+        cells = [Cell().format("{0:mib} | {1:share}", row[name], saved(rows, name)[row["method"]]) for name in ("kept_bytes", "peak_bytes")]
+        lines.append([row["method"], f"{row['trained_parameters'] / 1e6:,.1f} M", *cells])
+    heads = "method | trained parameters | kept after forward, MiB | below full | peak of the step, MiB | below full"
+    return table(heads, lines)
 
 
-def _against(rows: Rows, row: dict, name: str) -> list[str]:
-    return [mib(row[name]), "-" if row["method"] == REFERENCE else f"{100 * saved(rows, name)[row['method']]:.1f} %"]
-
-
-def saved(rows: Rows, name: str = "peak_bytes") -> dict[str, float]:
-    """The share of full fine-tuning's bytes that each method does without."""
+def saved(rows: Rows, name: str = "peak_bytes") -> dict[str, float | None]:
+    """The share of full fine-tuning's bytes that each other method does without."""
     sizes = by(rows, "method", name)
-    return {method: 1 - size / sizes[REFERENCE] for method, size in sizes.items()}
+    return {method: None if method == REFERENCE else 1 - size / sizes[REFERENCE] for method, size in sizes.items()}
 
 
 def claim(rows: Rows) -> str:
@@ -166,7 +163,7 @@ def claim(rows: Rows) -> str:
     for model in TRACED.values():
         shares = saved(of(rows, model=model, layers=LAYERS))
         coupled = [share for method, share in shares.items() if method.split()[0] in COUPLINGS]
-        others = [method for method, share in shares.items() if method.split()[0] not in COUPLINGS and share >= CLAIMED]
+        others = [method for method, share in shares.items() if method.split()[0] not in COUPLINGS and (share or 0) >= CLAIMED]
         verdict = "all" if min(coupled) >= CLAIMED else f"{sum(share >= CLAIMED for share in coupled)} of {len(coupled)}"
         sentences.append(
             f"- {model}: at the peak, {verdict} reversible methods are {100 * CLAIMED:.0f} % or more below full fine-tuning "
