@@ -52,7 +52,7 @@ test: $(STAMP) ## run the test suite (ARGS="-k ledger" for a part)
 	$(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile -q $(ARGS)
 
 assets: $(STAMP) ## fetch weights and data into .assets (NAMES="smollm2 alpaca ..."; done ones are skipped)
-	$(PY) scripts/assets/get_assets.py $(ASSETS) $(NAMES)
+	$(PY) scripts/assets/get_assets.py --out $(ASSETS) $(NAMES)
 
 bench: assets ## measure memory and time, write the result files and the tables of docs/measurements.md
 	$(PY) scripts/bench_memory.py

@@ -1,19 +1,16 @@
 """Predicted against measured bytes of a training step, on a CPU: `python scripts/bench_estimate.py`.
 
-Each line of results/estimate.jsonl is one run: what `hf_memtune.estimate` predicts of it, and the traced peak of the second optimizer step of
-a real MemEfficientTrainer with the same settings, random weights and random tokens. What the file has already is not measured again.
+Each line of results/estimate.jsonl is one run: what `hf_memtune.estimate` predicts of it, and the traced peak of the second optimizer step
+of a real MemEfficientTrainer with the same settings, random weights and random tokens. What the file has already is not measured again.
 """
 
-import argparse
 import tempfile
 import time
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from conditions import conditions
+from options import parse
 from store import measure
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments, StepAccountCallback, estimate
@@ -132,24 +129,18 @@ def compare(row: dict) -> dict:
         trainer.add_callback(taken)
         trainer.train()
     measured = taken.account
-    found = {"predicted_bytes": predicted.peak_bytes, "measured_bytes": measured.peak_bytes}
     phases = {phase.phase: [phase.peak_bytes, measured.phase(phase.phase).peak_bytes] for phase in predicted.account.phases}
-    ratio = predicted.peak_bytes / measured.peak_bytes
-    return {**found, "ratio": ratio, "phases": phases, "extrapolated": predicted.extrapolated, "seconds": round(seconds, 2)}
+    return {
+        "predicted_bytes": predicted.peak_bytes, "measured_bytes": measured.peak_bytes, "ratio": predicted.peak_bytes / measured.peak_bytes,
+        "phases": phases, "extrapolated": predicted.extrapolated, "seconds": round(seconds, 2),
+    }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/estimate.jsonl"))
-    arguments = parser.parse_args()
-    described = conditions(device="cpu", dtype="float32", attention="sdpa", threads=torch.get_num_threads())
-    measure(arguments.out, grid(), lambda row: compare(row) | {"conditions": described}, _said, "Comparing")
-
-
-def _said(row: dict) -> str:
-    return f"{row['ratio']:.4f} {row['measured_bytes']:12} { ({name: row[name] for name in BASE}) }"
+def main(given: list[str] | None = None) -> None:
+    options = parse(__doc__, "estimate", given)
+    described = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "threads": torch.get_num_threads()}
+    measure(options.out, grid(), compare, "Comparing", **described)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     main()

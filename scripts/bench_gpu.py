@@ -3,7 +3,8 @@
 Parts: exactness (the gradient of exact streaming by kernel, dtype and chunk), peak bytes (against the trace), step time, longest row (on
 smaller cards, by limiting the allocator), offload (of keys and values). Weights are random, of true shapes. Writes results/gpu.jsonl, one
 line a measurement with its conditions. What the file has already of this card is not measured again, and what finds no time is left for
-another call: all together take 400 seconds, begun measurements aside, so that 8 minutes do. Exits with 1 where a gradient is wrong or a measurement fails.
+another call: all together take 400 seconds, begun measurements aside, so that 8 minutes do. Exits with 1 where a gradient is wrong or a
+measurement fails.
 
     python scripts/bench_gpu.py --tiny --device cpu --out /tmp/gpu.jsonl    # the same code in small
 """

@@ -5,11 +5,7 @@ already is not predicted again. scripts/tables.py reads lengths for cards off th
 straight line, for they are the largest of several straight lines; beyond the last one the line goes on, where the last three lie on one.
 """
 
-import argparse
-import warnings
-from pathlib import Path
-
-from conditions import conditions
+from options import parse, several
 from store import measure
 
 from hf_memtune.cli import budget, forecast
@@ -25,46 +21,34 @@ METHODS = {
     "streaming 2048 + checkpointing": CHECKPOINTING | {"sequence_chunk_size": CHUNK},
     "the same, keys and values offloaded": CHECKPOINTING | {"sequence_chunk_size": CHUNK, "kv_offload": True},
 }
-LENGTHS = {
-    True: (2, 4, 8, 16, 32, 64),
-    False: (1, 2, 4, 16, 64, 128),
-}  # in chunks; by whether the method streams: then a trace takes longer with its length
+# in chunks; by whether the method streams: then a trace takes longer with its length
+LENGTHS = {False: (2, 4, 8, 16, 32, 64), True: (2, 4, 8, 16, 32)}
 
 
-def read(model: str, changes: dict, tokens: int):
+def main(given: list[str] | None = None) -> None:
+    options = parse(__doc__, "longest", given, models=several(MODELS))
+    wanted = [{"model": model, "train": train, "method": method} for method in METHODS for train in TRAIN for model in options.models]
+    measure(options.out, wanted, predicted, "Predicting", dtype="bfloat16", rows=1, lora_rank=16, attention="sdpa")
+
+
+def settings(model: str, changes: dict, tokens: int):
     """The settings of one run. Rows may be longer than the model has positions for: what they need is asked, not what they are good for."""
-    given = ["--model", model, "--dtype", "bfloat16", "--sequence_length", str(tokens), "--max_length", "2"]
-    given += ["--per_device_train_batch_size", "1", "--config_overrides", f"max_position_embeddings={2**21}", "--report_to", "none"]
-    given += budget.flags(changes)
-    return forecast.parse(given, forecast.make_parser("estimate"))
+    flags = {"model": model, "dtype": "bfloat16", "sequence_length": tokens, "max_length": 2, "per_device_train_batch_size": 1}
+    flags |= {"config_overrides": f"max_position_embeddings={2**21}", "report_to": "none"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return forecast.parse([*words, *budget.flags(changes)], forecast.make_parser("estimate"))
 
 
-def predicted(model: str, train: str, method: str) -> dict:
+def predicted(run: dict) -> dict:
     """Peak bytes by length, or why there are none."""
-    changes, knots = TRAIN[train] | METHODS[method], {}
-    for count in LENGTHS["streaming" in method or "offloaded" in method]:
+    changes, knots = TRAIN[run["train"]] | METHODS[run["method"]], {}
+    for count in LENGTHS["sequence_chunk_size" in changes and changes["sequence_chunk_size"] == CHUNK]:
         try:
-            knots[count * CHUNK] = forecast.predict(read(model, changes, count * CHUNK)).peak_bytes
+            knots[str(count * CHUNK)] = forecast.predict(settings(run["model"], changes, count * CHUNK)).peak_bytes
         except MemTuneError as error:
             return {"left_out": str(error)}
     return {"peak_bytes": knots}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--out", type=Path, default=Path("results/longest.jsonl"))
-    arguments = parser.parse_args()
-    described = conditions(dtype="bfloat16", rows=1, lora_rank=16, attention="sdpa")
-    wanted = [{"model": model, "train": train, "method": method} for method in METHODS for train in TRAIN for model in arguments.models]
-    found = lambda row: predicted(**row) | {"conditions": described}  # noqa: E731
-    measure(arguments.out, wanted, found, _said, "Predicting")
-
-
-def _said(row: dict) -> str:
-    return f"{row['model']:14} {row['train']:6} {row['method']:38} {row.get('peak_bytes', row.get('left_out'))}"
-
-
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     main()

@@ -6,60 +6,47 @@ streaming in ever smaller chunks, whose owed gradients are summed in bfloat16 or
     make assets
 """
 
-import argparse
 import copy
-import json
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from conditions import conditions
-from store import append
+from options import one, parse
+from store import measure, read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import Streaming, StreamingConfig
 
-CHUNKS = (256, 64, 16)
 
-
-def main() -> None:
-    options = _options()
-    batch = _batch(options)
+def main(given: list[str] | None = None) -> None:
+    assets = Path(".assets")
+    options = parse(
+        __doc__, "precision", given, model=one(assets / "models/smollm2-135m-instruct"), data=one(assets / "data/alpaca/train.jsonl"),
+        tokens=one(1024),
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).train()
-    exact = gradients(copy.deepcopy(model).float(), batch)
-    _write(options, "plain", None, None, gradients(model, batch), exact)
-    for chunk in CHUNKS:
-        for sums in (torch.bfloat16, torch.float32):
-            _write(options, "exact streaming", chunk, sums, _streamed(model, batch, chunk, sums), exact)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(".assets/models/smollm2-135m-instruct"))
-    parser.add_argument("--data", type=Path, default=Path(".assets/data/alpaca/train.jsonl"))
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--out", type=Path, default=Path("results/precision.jsonl"))
-    return parser.parse_args()
-
-
-def _batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    rows = map(json.loads, options.data.read_text().splitlines())
-    text = "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows)
+    text = "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in read(options.data))
     ids = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text[: 20 * options.tokens])["input_ids"][: options.tokens])[None]
-    return {"input_ids": ids, "labels": ids}
+    batch = {"input_ids": ids, "labels": ids}
+    exact = gradients(copy.deepcopy(model).float(), batch)
+
+    def measured(run: dict) -> dict:
+        config = run["chunk"] and StreamingConfig(sequence_chunk_size=run["chunk"])
+        with Streaming(model, config, sums_dtype=getattr(torch, run["sums"])) if config else nullcontext():
+            found = gradients(model, batch)
+        of_keys = relative_error(found, exact, ("k_proj", "v_proj"))
+        return {"error": round(relative_error(found, exact), 5), "error_of_keys_and_values": round(of_keys, 5)}
+
+    ways = [("plain", None, None)]
+    ways += [("exact streaming", chunk, sums) for chunk in (256, 64, 16) for sums in ("bfloat16", "float32")]
+    row = {"model": options.model.name, "tokens": options.tokens}
+    wanted = [row | {"method": method, "chunk": chunk, "sums": sums} for method, chunk, sums in ways]
+    measure(options.out, wanted, measured, device="cpu", dtype="bfloat16")
 
 
 def gradients(model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    """All of them, in float32, by name."""
     model(**batch, use_cache=False).loss.backward()
-    return _taken(model)
-
-
-def _streamed(model: torch.nn.Module, batch: dict, chunk: int, sums: torch.dtype) -> dict[str, torch.Tensor]:
-    with Streaming(model, StreamingConfig(sequence_chunk_size=chunk), sums_dtype=sums):
-        return gradients(model, batch)
-
-
-def _taken(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
@@ -72,19 +59,5 @@ def relative_error(found: dict, exact: dict, part: tuple[str, ...] = ("",)) -> f
     return float((sum(d for d, _ in squares) / sum(e for _, e in squares)).sqrt())
 
 
-def _write(options, method: str, chunk: int | None, sums: torch.dtype | None, found: dict, exact: dict) -> None:
-    row = {
-        "model": options.model.name, "tokens": options.tokens, "method": method, "chunk": chunk,
-        "sums": None if sums is None else str(sums).removeprefix("torch."),
-        "error": round(relative_error(found, exact), 5), "error_of_keys_and_values": round(relative_error(found, exact, ("k_proj", "v_proj")), 5),
-        "conditions": conditions(device="cpu", dtype="bfloat16"),
-    }  # fmt: skip
-    append(options.out, row)
-    print(
-        f"{method:16} {chunk or '':4} {row['sums'] or '':9} all {row['error']:.4f}  keys and values {row['error_of_keys_and_values']:.4f}"
-    )
-
-
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     main()

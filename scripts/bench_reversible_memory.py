@@ -4,18 +4,17 @@ A whole step of the true shapes of RoBERTa-large and OPT-1.3B is traced, without
 Writes results/reversible_memory.jsonl, one line a measurement; what the file already has is not measured again.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import transformers as tf
 from conditions import conditions
+from options import parse, several, some_of
 from store import measure
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_memtune import LiveBytes, ReversibleConfig, checkpoint_in_two_levels, make_reversible
@@ -64,32 +63,21 @@ DEPTH_SHAPE = "RoBERTa-large"
 KEY = ("model", "layers", "method")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = _options(arguments)
+def main(given: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", message="reversible_numerics=float")
+    depths = several(DEPTHS, f"depths of {DEPTH_SHAPE}, beside its own")
+    options = parse(__doc__, "reversible_memory", given, models=some_of(SHAPES), layers=depths, methods=some_of(METHODS))
     runs = [(name, LAYERS, method) for name in options.models for method in METHODS]
     runs += [(DEPTH_SHAPE, depth, method) for depth in options.layers for method in OVER_DEPTH if DEPTH_SHAPE in options.models]
     wanted = [dict(zip(KEY, run)) for run in dict.fromkeys(runs) if run[2] in options.methods]
-    measure(options.out, wanted, lambda run: _measured(run["model"], run["layers"], run["method"]), title="Tracing")
+    measure(options.out, wanted, measured, "Tracing")
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--layers", nargs="+", type=int, default=list(DEPTHS), help=f"depths of {DEPTH_SHAPE}, beside its own")
-    parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help=f"among {', '.join(METHODS)}"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/reversible_memory.jsonl"))
-    return parser.parse_args(arguments)
-
-
-def _measured(name: str, layers: int, method: str) -> dict:
-    began, shape = time.perf_counter(), SHAPES[name]
-    found = traced_step(shape, METHODS[method], layers)
-    described = conditions(
-        dtype="bfloat16", attention=shape["attention"], rows=shape["rows"], tokens=shape["tokens"], adapter_rank=shape["rank"]
-    )
-    return {**found, "seconds": round(time.perf_counter() - began, 1), "conditions": described}
+def measured(run: dict) -> dict:
+    began, shape = time.perf_counter(), SHAPES[run["model"]]
+    found = traced_step(shape, METHODS[run["method"]], run["layers"])
+    described = {name: shape[name] for name in ("attention", "rows", "tokens")} | {"adapter_rank": shape["rank"]}
+    return {**found, "seconds": round(time.perf_counter() - began, 1), "conditions": conditions(dtype="bfloat16", **described)}
 
 
 def traced_step(shape: dict, method: dict, layers: int, **changed) -> dict:
@@ -151,16 +139,10 @@ def _step(model: nn.Module, shape: dict, current: Callable[[], int]) -> int:
         return found[0]
     hidden = head_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = current()
-    _head_loss(head_model, hidden, ids).backward()
+    head = head_model.get_output_embeddings()
+    (linear_loss(hidden.flatten(0, 1), head.weight, head.bias, ids.flatten()) / ids.numel()).backward()
     return kept
 
 
-def _head_loss(head_model: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
-    head = head_model.get_output_embeddings()
-    return linear_loss(hidden.flatten(0, 1), head.weight, head.bias, ids.flatten()) / ids.numel()
-
-
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="reversible_numerics=float")
     main()

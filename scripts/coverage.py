@@ -8,19 +8,16 @@ wrong, crashed, or not built.
     python scripts/coverage.py --kinds causal --types llama qwen3_next
 """
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from conditions import conditions
-from rich.progress import track
-from store import append, read
+from options import parse, some_of
+from store import measure
 from tiny import KINDS, batch_of, tiny, types
 from torch import Tensor, nn
 
@@ -30,7 +27,6 @@ from hf_memtune.errors import MemTuneError
 CHUNK = 7
 ALLOWED = {torch.float64: 1e-4, torch.float32: 1e-3}  # parts of many models compute in float32 whatever they are given
 PADDINGS = (None, "right", "left")
-OUTCOMES = ("exact", "refused", "wrong", "crashed")
 Method = Callable[[nn.Module], AbstractContextManager]
 
 
@@ -70,23 +66,17 @@ def _all_tokens(**settings: Any) -> TokenSeekingConfig:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--types", nargs="+", help="types of config; default: all that the file has not got")
-    parser.add_argument("--out", type=Path, default=Path("results/coverage.jsonl"))
-    arguments = parser.parse_args()
+def main(given: list[str] | None = None) -> None:
+    options = parse(__doc__, "coverage", given, kinds=some_of(KINDS), types={"nargs": "+", "help": "types of config"})
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    there = {(row["kind"], row["type"]) for row in read(arguments.out)} if not arguments.types else set()
-    wanted = [(kind, name) for kind in arguments.kinds for name in types(kind) if name in (arguments.types or [name])]
-    for kind, name in track([pair for pair in wanted if pair not in there], "Architectures", disable=None):
-        row = measured(kind, name) | {"conditions": conditions()}
-        append(arguments.out, row)
-        print(
-            f"{kind:8} {name:28} " + "  ".join(f"{m}: {row[m]['outcome']}" for m in METHODS if m in row) + row.get("not_built", ""),
-            flush=True,
-        )
+    wanted = [{"kind": kind, "type": name} for kind in options.kinds for name in types(kind) if name in (options.types or [name])]
+    measure(options.out, wanted, lambda run: measured(run["kind"], run["type"]), "Architectures", outcomes)
+
+
+def outcomes(row: dict) -> str:
+    found = row.get("not_built") or "  ".join(f"{method}: {row[method]['outcome']}" for method in METHODS)
+    return f"{row['kind']:8} {row['type']:28} {found}"
 
 
 def measured(kind: str, name: str) -> dict[str, Any]:

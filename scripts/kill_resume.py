@@ -5,7 +5,6 @@ began anew where there was none. `equal` says whether its parameters are those o
 any moment after the first checkpoint has begun, half shortly after a checkpoint has; `checkpoints` says of each whether it was whole then.
 """
 
-import argparse
 import hashlib
 import multiprocessing
 import random
@@ -17,7 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from conditions import conditions
+from options import one, parse, some_of
 from store import measure
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -146,30 +145,15 @@ def _wait_for_a_checkpoint(folder: Path, number: int, process) -> None:
         time.sleep(0.0005)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), metavar="MODE", help=f"among {', '.join(MODES)}")
-    parser.add_argument("--kills", type=int, default=40, help="of each mode (default: 40)")
-    parser.add_argument("--out", type=Path, default=Path("results/kill_resume.jsonl"))
-    options = parser.parse_args(arguments)
+def main(given: list[str] | None = None) -> int:
+    options = parse(__doc__, "kill_resume", given, modes=some_of(MODES), kills=one(40, "of each mode"))
     torch.set_num_threads(1)  # a forked process has none of the threads of this one
-    undisturbed, described = Undisturbed(), conditions(device="cpu", steps=STEPS)
-    wanted = [
-        {"mode": mode, "number": number, "while": ("anything", "writing")[number % 2]}
-        for mode in options.modes
-        for number in range(options.kills)
-    ]
-    failures: list[dict] = []
-
-    def said(row: dict) -> str:
-        if not row["equal"]:
-            failures.append(row)
-        return f"{row['mode']:32} {row['number']:3} {row['while']:9} {'equal' if row['equal'] else 'DIFFERENT'} {row['checkpoints']}"
-
-    measure(options.out, wanted, lambda run: killed(run, undisturbed) | {"conditions": described}, said, "Killing")
-    return int(bool(failures))
+    undisturbed = Undisturbed()
+    numbers = [(mode, number) for mode in options.modes for number in range(options.kills)]
+    wanted = [{"mode": mode, "number": number, "while": ("anything", "writing")[number % 2]} for mode, number in numbers]
+    rows = measure(options.out, wanted, lambda run: killed(run, undisturbed), "Killing", device="cpu", steps=STEPS)
+    return int(not all(row["equal"] for row in rows))
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     sys.exit(main())

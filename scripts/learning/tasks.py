@@ -1,4 +1,4 @@
-"""Tasks: a small pre-trained model, real rows to train it on, and rows held out to measure it."""
+"""Tasks of `quality`: a small pre-trained model, real rows to train it on, and rows held out to measure it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,19 +58,17 @@ TASKS = {
 class Task:
     """The rows and the model of one task. Raises FileNotFoundError, with the command that fetches them, where they are not."""
 
-    def __init__(self, name: str, assets: Path, device: str = "cpu", held_out_rows: int | None = None):
+    def __init__(self, settings: TaskSettings, assets: Path, device: str = "cpu", held_out_rows: int | None = None):
         from hf_memtune.cli.arguments import DataArguments, ModelArguments
         from hf_memtune.cli.data import collator, prepare
         from hf_memtune.cli.model import load_tokenizer
 
-        self.name, self.settings, self.device = name, TASKS[name], device
-        settings, self.held_out_rows = self.settings, held_out_rows
-        require(assets, settings)
-        held_out = settings.tuning_rows + settings.test_rows
+        self.settings, self.device, self.held_out_rows = settings, device, held_out_rows
+        require(assets, settings.model, settings.data, settings.assets)
         self.model_settings = ModelArguments(str(assets / settings.model), dtype="float32", lora_r=settings.lora_r)
         self.data_settings = DataArguments(
             str(assets / settings.data), dataset_split=settings.split, task=settings.kind, max_length=settings.max_length,
-            text_column=settings.text_column, eval_fraction=0.25, max_eval_rows=held_out,
+            text_column=settings.text_column, eval_fraction=0.25, max_eval_rows=settings.tuning_rows + settings.test_rows,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(self.model_settings)
         self.rows = prepare(self.data_settings, self.tokenizer)
@@ -126,7 +124,6 @@ class Task:
         return labels.numel() if self.loss_per_row else int((labels[:, 1:] != IGNORED).sum())
 
 
-def require(assets: Path, settings: TaskSettings) -> None:
-    missing = [str(assets / part) for part in (settings.model, settings.data) if not (assets / part).exists()]
-    if missing:
-        raise FileNotFoundError(f'{" and ".join(missing)} missing; make assets ASSETS={assets} NAMES="{settings.assets}" fetches them')
+def require(assets: Path, model: str, data: str, names: str) -> None:
+    if missing := [str(assets / part) for part in (model, data) if not (assets / part).exists()]:
+        raise FileNotFoundError(f'{" and ".join(missing)} missing; make assets ASSETS={assets} NAMES="{names}" fetches them')

@@ -1,0 +1,89 @@
+"""Arms: ways to train one model on the same rows. An arm is its name, from which its settings follow.
+
+Of the study `quality`:
+
+    plain                                   all tokens, ordinary backpropagation
+    checkpointing                           the same, and activations are computed anew in backward
+    streaming                               all tokens, exact gradients in chunks: must equal plain
+    SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
+
+SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
+tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS.
+"""
+
+PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
+# rows are short here: 128 tokens are two chunks of a stream, or four chunks of which some can be skipped
+CHUNKS: dict[str, dict] = {
+    "cut": {},
+    "stream": {"sequence_chunk_size": 64},
+    "skip": {"sequence_chunk_size": 32, "skip_threshold": 0.01},
+}
+
+FULL, LORA, ADAPTERS, RANK = "full", "LoRA", "adapters", 8
+_RANKED = ("--adapter_rank", str(RANK))
+# the flags of `hf-memtune glue`, and what the page says of them
+FLAGS = {
+    FULL: (),
+    LORA: ("--lora_r", str(RANK), "--lora_alpha", "16"),
+    ADAPTERS: (),  # put in by learning/glue.py
+    "MEFT1 float": ("--reversible", "meft1", "--reversible_numerics", "float", *_RANKED),
+    "MEFT1 exact": ("--reversible", "meft1", *_RANKED),
+    "centred exact": ("--reversible", "centred", *_RANKED),
+}
+DESCRIBED = {
+    FULL: "every parameter",
+    LORA: f"LoRA, r = {RANK}, on all linear layers; and the head",
+    ADAPTERS: f"one adapter beside each MLP, r = {RANK}, ordinary gradients; and pooler and head",
+    "MEFT1 float": "the published coupling and inverse, lambda = 0.1, adapters r = 8 (two a layer); and pooler and head",
+    "MEFT1 exact": "the same in fixed point, lambda = 1/8, gradients exact",
+    "centred exact": "the centred coupling, c = 1/16, the adapters of `adapters`, gradients exact",
+}
+
+
+def is_seeking(arm: str) -> bool:
+    return arm not in (PLAIN, CHECKPOINTING, STREAMING)
+
+
+def parts_of(arm: str) -> tuple[str, str, str, str, str]:
+    """Scorer, selection, gradient, ratio and pool of an arm of token seeking. Raises ValueError for a name of another form."""
+    parts = arm.removesuffix(LABELS).split("/")
+    if len(parts) != 4 or parts[2] not in CHUNKS or not parts[3].removesuffix("%").isdigit():
+        raise ValueError(
+            f"arm {arm!r}: expected plain, checkpointing, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
+        )
+    return (*parts, "labels" if arm.endswith(LABELS) else "all")
+
+
+def settings_of(arm: str) -> dict:
+    """The fields of TokenSeekingConfig, or of StreamingConfig; none where nothing is installed."""
+    if not is_seeking(arm):
+        return dict(CHUNKS["stream"]) if arm == STREAMING else {}
+    scorer, selection, gradient, ratio, pool = parts_of(arm)
+    return {
+        "token_scorer": scorer.removesuffix("-mean"),
+        "context_normalize": "mean" if scorer.endswith("-mean") else "sum",
+        "token_selection": selection,
+        "token_gradient": gradient,
+        "token_ratio": float(ratio.removesuffix("%")) / 100,
+        "select_from": pool,
+        "always_keep": "first_last" if (scorer, selection) == ("random", "top") else "none",  # as in TokenTune
+        **CHUNKS[gradient],
+    }
+
+
+def check(study: str, arm: str) -> None:
+    """Raises ValueError, which names the arm, for one that the study cannot run."""
+    if study == "glue":
+        if arm not in FLAGS:
+            raise ValueError(f"arm {arm!r}: expected one of {', '.join(FLAGS)}")
+    elif is_seeking(arm):
+        from hf_memtune import TokenSeekingConfig
+        from hf_memtune.core.scorers import scorer_names
+
+        settings = settings_of(arm)
+        if settings["token_scorer"] not in scorer_names():
+            raise ValueError(f"arm {arm!r}: expected a scorer among {', '.join(scorer_names())}")
+        try:
+            TokenSeekingConfig(token_seeking=True, **settings)
+        except ValueError as error:
+            raise ValueError(f"arm {arm!r}: {error}") from None

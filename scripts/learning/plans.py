@@ -1,0 +1,158 @@
+"""What is run, as data: arms, batches, steps and learning rates of every task; and which runs of a stage are left.
+
+screen  arms of your choice, few steps, for a first impression
+tune    the arms of the finals on rows held out for tuning: which learning rate each gets
+final   at those rates, other seeds, and rows that nothing was chosen on
+time    a few steps of the same arms, for seconds a step: to be run alone on the machine, with --timed
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
+
+from learning.arms import CHECKPOINTING, FLAGS, FULL, LORA, PLAIN, STREAMING, check
+
+KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
+
+
+class Stage(NamedTuple):
+    """measured: times the held-out loss is measured after the start. steps: where they are not those of the plan."""
+
+    seeds: tuple[int, ...]
+    held_out: str
+    measured: int
+    steps: int | None = None
+
+
+STAGES = {
+    "screen": Stage((0,), "tuning", 2),
+    "tune": Stage((0,), "tuning", 1),
+    "final": Stage((1, 2, 3), "test", 3),
+    "time": Stage((0, 1), "test", 0, steps=8),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """steps: of tuning and of the finals. learning_rates: that are tuned among; rates_of: of arms that need others."""
+
+    task: str
+    arms: tuple[str, ...]
+    rows: int
+    steps: tuple[int, int]
+    learning_rates: tuple[float, ...]
+    rates_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    measured: int | None = None  # where a run can be measured less often than the stage says
+
+
+# The arms of quality were chosen after a screening: the papers', what won, and what each choice does by itself.
+PLANS = {
+    "quality": (
+        Plan(
+            "stories-imdb",
+            (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined-mean/top/cut/10%", "random/sample/cut/10%",
+             "combined/sample/cut/10%", "random/sample/stream/10%", "combined/sample/stream/10%", "random/sample/cut/30%",
+             "random/sample/stream/30%"),
+            rows=4, steps=(50, 100), learning_rates=(8e-5, 2e-4, 5e-4),
+        ),
+        Plan(
+            "minilm-reviews", (PLAIN, *(f"{scorer}/top/cut/10%" for scorer in ("random", "context", "gradient", "combined"))),
+            rows=16, steps=(40, 60), learning_rates=(1e-4, 3e-4, 9e-4),
+        ),
+        Plan(
+            "smollm2-alpaca",
+            (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined/top/cut/10%/labels", "random/sample/cut/10%/labels",
+             "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels"),
+            rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3),
+        ),
+    ),
+    # all but full fine-tuning have few parameters, and take larger steps
+    "glue": (
+        Plan(
+            "minilm-reviews", tuple(FLAGS), rows=8, steps=(100, 150), learning_rates=(1e-3, 3e-3, 9e-3),
+            rates_of={FULL: (3.33e-5, 1e-4, 3e-4), LORA: (3.33e-4, 1e-3, 3e-3)}, measured=1,
+        ),
+    ),
+}  # fmt: skip
+TASKS = tuple(plan.task for plan in PLANS["quality"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """held_out: the rows the loss is measured on, tuning or test. measured: how many times after the start; 0: never."""
+
+    stage: str
+    task: str
+    arm: str
+    rows: int
+    steps: int
+    learning_rate: float
+    seed: int
+    held_out: str = "tuning"
+    measured: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.task} {self.rows} rows {self.steps} steps {self.arm} rate {self.learning_rate:g} seed {self.seed}"
+
+
+class Cell(NamedTuple):
+    """One arm at one seed. grid: its learning rates; empty where its tuning says which."""
+
+    run: Run
+    grid: tuple[float, ...]
+
+    def runs(self, done: list[dict]) -> list[Run]:
+        """Those that can be named by now: a final once its rate is chosen."""
+        return [replace(self.run, learning_rate=rate) for rate in self.grid or chosen_rate(self.run, done)]
+
+
+def chosen_rate(run: Run, done: list[dict]) -> tuple[float, ...]:
+    """The one with the lowest loss in the tuning. What must equal plain training takes the rate of plain."""
+    tuned = {"stage": "tune", "task": run.task, "rows": run.rows, "arm": PLAIN if run.arm in (CHECKPOINTING, STREAMING) else run.arm}
+    found = [record for record in done if tuned.items() <= record.items()]
+    return (min(found, key=final_loss)["learning_rate"],) if found else ()
+
+
+def cells(study: str, options) -> list[Cell]:
+    """All of a stage, with what the options replace. Raises ValueError for a task or an arm that there is none of."""
+    stage, found = STAGES[options.stage], []
+    for arm in options.arms or ():
+        check(study, arm)
+    if unknown := set(options.tasks or ()) - {plan.task for plan in PLANS[study]}:
+        raise ValueError(f"task {', '.join(unknown)}: expected some of {', '.join(plan.task for plan in PLANS[study])}")
+    for plan in PLANS[study]:
+        if plan.task not in (options.tasks or [plan.task]):
+            continue
+        steps = options.steps or stage.steps or plan.steps[options.stage == "final"]
+        measured = min(stage.measured, plan.measured or stage.measured) if options.measured is None else options.measured
+        for seed in options.seeds or stage.seeds:
+            for arm in options.arms or plan.arms:
+                run = Run(options.stage, plan.task, arm, options.rows or plan.rows, steps, 0.0, seed, stage.held_out, measured)
+                found.append(Cell(run, tuple(options.learning_rates or _grid(options.stage, plan, arm))))
+    return [cell for cell in found if options.arms or (options.stage, cell.run.arm) != ("tune", STREAMING)]
+
+
+def _grid(stage: str, plan: Plan, arm: str) -> tuple[float, ...]:
+    return {"final": (), "time": (1e-4,)}.get(stage, plan.rates_of.get(arm, plan.learning_rates))
+
+
+def pending(wanted: Iterable[Cell], done: list[dict]) -> list[Run]:
+    """What is not done yet."""
+    finished = {key(record) for record in done}
+    return [run for cell in wanted for run in cell.runs(done) if key(asdict(run)) not in finished]
+
+
+def key(record: dict) -> tuple:
+    """What tells one run from another."""
+    return tuple(record[name] for name in KEY)
+
+
+def latest(found: Iterable[dict]) -> list[dict]:
+    """The last record of each run."""
+    return list({key(record): record for record in found}.values())
+
+
+def final_loss(record: dict) -> float:
+    """The last held-out loss; infinite where the run diverged or measured none."""
+    loss = record["losses"][-1][1] if record["losses"] else None
+    return float("inf") if loss is None else loss

@@ -1,0 +1,373 @@
+"""Numbers, tables and sentences on how well methods learn, from results/quality.jsonl and glue.jsonl. All follow from the files.
+
+± is a 95 % confidence interval over seeds. Of two arms seeds are compared one by one, for a seed has the same rows in every arm.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+from typing import NamedTuple
+
+from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_seeking, parts_of
+from learning.plans import TASKS, final_loss, latest
+from pages import UNMEASURED, Rows, conditions_of, listing, mib, of, table, unique
+
+CONFIDENCE = 0.95
+MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
+SAME_BYTES = 1.02  # as many bytes, to within what padding of the traced batch does
+CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
+BESIDE = "Seconds marked * were measured while other work ran."
+SUMMARY_TASKS = {
+    "stories-imdb": "reviews, every token labelled; stories15M, all parameters",
+    "smollm2-alpaca": "instructions, prompts masked; SmolLM2-135M, LoRA",
+}
+SUMMARY_ARMS = {
+    "plain": ("plain",),
+    "exact streaming": ("streaming",),
+    "`token_seeking`, ratio 0.3": ("random/sample/cut/30%", "random/sample/cut/30%/labels"),
+    "`token_seeking`, ratio 0.1": ("random/sample/cut/10%", "random/sample/cut/10%/labels"),
+    "the same with `token_gradient=stream`": ("random/sample/stream/10%", "random/sample/stream/10%/labels"),
+    "`--preset tokentune`": ("random/top/cut/10%",),
+    "`--preset tokenseek`": ("combined/top/cut/10%",),
+}
+
+
+def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
+    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
+    quality, glue = (lambda: latest(rows_of("quality"))), (lambda: latest(rows_of("glue")))
+    return {
+        **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
+        "quality": lambda: summary_table(quality()),
+        "quality-screening": lambda: screening_section(screened(quality())),
+        "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
+        "gradient": lambda: selection_table(rows_of("gradient")),
+        "precision": lambda: precision_table(rows_of("precision")),
+        "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue_groups(glue())),
+        "glue": lambda: glue_section(glue_groups(glue())),
+        "glue-conditions": lambda: conditions_of(of(glue(), stage="final"), leave_out=("model", "data")),
+    }
+
+
+# --- numbers
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and half the width of its confidence interval; None from one seed, which has no spread."""
+
+    mean: float
+    half: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is not of zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.mean:{sign}.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """By Student's t distribution: the values are few. None of no values."""
+    from scipy.stats import t
+
+    values = list(values)
+    if len(values) < 2:
+        return Interval(values[0], None) if values else None
+    return Interval(mean(values), float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values)))
+
+
+@dataclass
+class Group:
+    """All seeds of one arm in the finals, with batches of one size. seconds: of a step; alone: measured with the machine to itself."""
+
+    arm: str
+    rows: int
+    runs: dict[int, dict]
+    seconds: float
+    alone: bool
+
+    @property
+    def any_run(self) -> dict:
+        return next(iter(self.runs.values()))
+
+    @property
+    def ended(self) -> dict[int, dict]:
+        """The runs that did not diverge, by seed."""
+        return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
+
+    @property
+    def peak_bytes(self) -> float:
+        return median(run["peak_bytes"] for run in self.runs.values())
+
+    @property
+    def label(self) -> str:
+        return self.arm if self.rows < 32 else f"{self.arm} ({self.rows} rows)"
+
+    @property
+    def costs(self) -> list[str]:
+        """Cells of a table."""
+        return [mib(self.peak_bytes), f"{self.seconds:.2f}" + ("" if self.alone else "*")]
+
+    def curve(self) -> list[tuple[int, Interval]]:
+        """The held-out loss at each measured step."""
+        at_steps = zip(*(run["losses"] for run in self.ended.values()))
+        return [(points[0][0], interval(loss for _, loss in points)) for points in at_steps]
+
+    def at(self, end: int, field: str = "losses") -> Interval | None:
+        """Before training (end 0), or after it (-1)."""
+        return interval(run[field][end][1] for run in self.ended.values())
+
+    def mean_of(self, field: str) -> float | None:
+        """Of what was measured once; None where there is nothing to measure."""
+        found = [run[field] for run in self.runs.values() if run[field] is not None]
+        return mean(found) if found else None
+
+    def minus(self, other: "Group | None", field: str = "losses") -> Interval | None:
+        """The final difference to another arm, seed by seed; None without a seed in common."""
+        if other is None or other is self:
+            return None
+        seeds = sorted(self.ended.keys() & other.ended.keys())
+        return interval(self.runs[seed][field][-1][1] - other.runs[seed][field][-1][1] for seed in seeds)
+
+
+def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
+    """The arms of a task's finals, or of another stage with several seeds, in the order in which they were first run."""
+    groups, found = [], of(found, task=task)
+    for arm, rows in unique(of(found, stage=stage), "arm rows"):
+        own = of(found, stage=stage, arm=arm, rows=rows)
+        timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
+        seconds = median(run["seconds_per_step"] for run in timed or own)
+        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, bool(timed)))
+    return groups
+
+
+def named(groups: list[Group], arm: str, rows: int | None = None) -> Group | None:
+    return next((group for group in groups if group.arm == arm and rows in (None, group.rows)), None)
+
+
+def baseline(groups: list[Group], group: Group) -> Group | None:
+    """Plain training with batches of the same size."""
+    return named(groups, PLAIN, group.rows)
+
+
+def shown(value: Interval | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}}"
+
+
+def listed(pairs: Iterable[tuple[Group, Interval]], sign: int) -> str:
+    """The arms that clearly are on one side of what they are compared with."""
+    return ", ".join(f"`{group.label}` ({d:+})" for group, d in pairs if d.is_clear and sign * d.mean > 0)
+
+
+# --- token seeking
+
+
+def quality_section(groups: list[Group]) -> str:
+    """What is trained on what, the table of the arms, and what it says."""
+    if not groups:
+        return UNMEASURED
+    described = groups[0].any_run["conditions"]
+    return "\n\n".join([f"{described['model']}; {described['data']}.", quality_table(groups), " ".join(quality_sentences(groups))])
+
+
+def quality_table(groups: list[Group]) -> str:
+    """One row an arm: what it learned, against plain on the same seeds, and what it cost."""
+    fields = {"losses": "held-out loss", "accuracies": "accuracy"}
+    fields = {field: head for field, head in fields.items() if all(group.any_run[field] for group in groups)}
+    lines = []
+    for group in groups:
+        plain = baseline(groups, group)
+        learned = [cell for field in fields for cell in (shown(group.at(-1, field)), shown(group.minus(plain, field), "+"))]
+        shares = ["-" if share is None else f"{100 * share:.1f} %" for share in map(group.mean_of, ("kept_share", "learned_share"))]
+        lines.append([group.label, f"{group.any_run['learning_rate']:g}", *learned, *shares, *group.costs])
+    heads = [head for field in fields.values() for head in (field, "minus plain")]
+    return table(["arm", "rate", *heads, "kept", "learned", "peak MiB", "s a step"], lines)
+
+
+def quality_sentences(groups: list[Group]) -> Iterator[str]:
+    """What the table says, in words that follow from its numbers."""
+    compared = [(group, d) for group in groups if is_seeking(group.arm) and (d := group.minus(baseline(groups, group)))]
+    if (plain := named(groups, PLAIN)) and plain.ended:
+        run, sure = plain.any_run, [d for _, d in compared if d.half is not None]
+        above, below = (sum(d.is_clear and sign * d.mean > 0 for d in sure) for sign in (1, -1))
+        yield (
+            f"In {run['steps']} steps of {run['rows']} rows plain training takes the loss from {plain.at(0).mean:.3f} to {plain.at(-1)} "
+            f"({len(plain.runs)} seeds). Of {len(sure)} arms of token seeking with two seeds or more, {above} end above plain by more than "
+            f"the interval, {below} below, {len(sure) - above - below} within it."
+        )
+        if not all(group.alone for group in groups):
+            yield BESIDE
+    if compared:
+        group, difference = min(compared, key=lambda pair: pair[1].mean)
+        size, time = (getattr(group, name) / getattr(baseline(groups, group), name) for name in ("peak_bytes", "seconds"))
+        yield (
+            f"The lowest against plain is `{group.label}` ({difference:+}), with {size:.0%} of plain's peak bytes and {time:.0%} of its "
+            "seconds a step."
+        )
+    yield from _against_tokentune(groups)
+    if differences := list(streaming_differences(groups)):
+        largest = max(differences)
+        yield f"Exact streaming ({STREAMING}) and plain training differ by at most {largest:.1e} of loss at any measured step of any seed."
+
+
+def _against_tokentune(groups: list[Group]) -> Iterator[str]:
+    """Which arms do better, which worse, than the published random choice at a tenth of the tokens."""
+    if reference := named(groups, f"{TOKENTUNE}/10%"):
+        alike = [group for group in groups if is_seeking(group.arm) and group.rows == reference.rows]
+        compared = [(group, d) for group in alike if (d := group.minus(reference))]
+        found = {word: listed(compared, sign) for word, sign in (("below", -1), ("above", 1))}
+        for word, arms in found.items():
+            if arms:
+                yield f"By more than the interval {word} random tokens of the papers (`{reference.label}`): {arms}."
+        if compared and not any(found.values()):
+            yield f"None differs from `{reference.label}` by more than the interval."
+
+
+def streaming_differences(groups: list[Group]) -> Iterator[float]:
+    """Between exact streaming and plain training, at every step and seed."""
+    for group in groups:
+        if group.arm == STREAMING and (plain := baseline(groups, group)):
+            for seed in group.ended.keys() & plain.ended.keys():
+                for (_, streamed), (_, ordinary) in zip(group.runs[seed]["losses"], plain.runs[seed]["losses"]):
+                    yield abs(streamed - ordinary)
+
+
+def summary_table(found: Rows) -> str:
+    """Of few arms the held-out loss above that of plain training, with bytes and seconds relative to it, by task."""
+    lines = []
+    for task, described in SUMMARY_TASKS.items():
+        groups = finals(found, task)
+        for title, group in ((title, named(groups, arm)) for title, arms in SUMMARY_ARMS.items() for arm in arms):
+            if group:
+                plain = baseline(groups, group)
+                above = "0" if group is plain else f"{group.minus(plain):+}"
+                shares = (
+                    f"{ours / theirs:.2f} x" for ours, theirs in ((group.peak_bytes, plain.peak_bytes), (group.seconds, plain.seconds))
+                )
+                lines.append([described, title, above, *shares])
+    return table("data | method | held-out loss minus plain | peak bytes | step time", lines, "ll")
+
+
+# --- the screening
+
+
+def screened(found: Rows) -> Rows:
+    """The run of every screened arm at its best rate, best first within a batch size. reasons: why it was left out, none where kept."""
+    runs = of(found, stage="screen")
+    best = [min(of(runs, task=task, rows=rows, arm=arm), key=final_loss) for task, rows, arm in unique(runs, "task rows arm")]
+    best = [run | {"loss": final_loss(run)} for run in best]
+    return sorted(
+        (run | {"reasons": _reasons(run, of(best, rows=run["rows"]))} for run in best), key=lambda run: (run["rows"], run["loss"])
+    )
+
+
+def _reasons(run: dict, runs: Rows) -> list[str]:
+    """Against random tokens (TokenTune) of the same ratio, and against the best that needs no more bytes."""
+    if not is_seeking(run["arm"]):
+        return []
+    others = [other for other in runs if is_seeking(other["arm"]) and other is not run and other["arm"] != run["arm"]]
+    against = [(other, "") for other in others if other["arm"] == f"{TOKENTUNE}/{parts_of(run['arm'])[3]}"]
+    lighter = [other for other in others if other["peak_bytes"] <= SAME_BYTES * run["peak_bytes"]]
+    if lighter and (least := min(lighter, key=final_loss)) not in (other for other, _ in against):
+        against.append((least, ", which needs no more bytes"))
+    return [f"{run['loss'] - o['loss']:.3f} above {o['arm']}{why}" for o, why in against if run["loss"] > o["loss"] + MARGIN]
+
+
+def screening_section(runs: Rows) -> str:
+    """All arms, what speaks against each, and what each choice does by itself."""
+    counted = f"{len(runs)} arms, {sum(bool(run['reasons']) for run in runs)} screened out; a difference counts from {MARGIN:g} of loss."
+    told = [run | {"reasons": "; ".join(run["reasons"]) or "no"} for run in runs]
+    columns = {"rows": "{rows}", "arm": "{arm}", "rate": "{learning_rate:g}", "loss": "{loss:.3f}", "peak MiB": "{peak_bytes:mib}"}
+    choices = table("choice | against | pairs of arms | change of the loss", effects(runs), "ll")
+    return "\n\n".join([counted, choices, listing(told, columns | {"screened out": "{reasons}"}, "rlrrrl")])
+
+
+REFERENCES = {"scorer": "random", "selection": "top", "gradient": "cut", "ratio": "10%"}  # in the order in which an arm names them
+
+
+def effects(runs: Rows) -> list[list]:
+    """What one choice does when all others stay: the mean difference over pairs of arms that differ in it alone, of one seed each."""
+    losses = {(run["rows"], *parts_of(run["arm"])): run["loss"] for run in runs if is_seeking(run["arm"]) and math.isfinite(run["loss"])}
+    lines = []
+    for place, (factor, reference) in enumerate(REFERENCES.items(), start=1):
+        for value in dict.fromkeys(arm[place] for arm in losses if arm[place] != reference):
+            twins = [(arm, (*arm[:place], reference, *arm[place + 1 :])) for arm in losses if arm[place] == value]
+            pairs = [losses[arm] - losses[twin] for arm, twin in twins if twin in losses]
+            if pairs:
+                lines.append([f"{factor} {value}", reference, len(pairs), f"{interval(pairs):+}"])
+    return lines
+
+
+# --- gradients themselves
+
+
+def selection_table(rows: Rows) -> str:
+    """Ways to choose tokens: how far from the gradient of all of them."""
+    columns = {"tokens": "{arm}", "error": "{error:.3f}", "cosine": "{cosine:.3f}", "cosine of sums": "{cosine_of_sums:.3f}"}
+    made = listing(rows, columns | {"tokens run": "{tokens_with_gradient:.2f}"})
+    return "\n\n".join([made, *(f"{row['task']}. {conditions_of([row])}" for row in rows[:1])])
+
+
+def precision_table(rows: Rows) -> str:
+    """Sums in bfloat16 and float32, by the tokens of a chunk."""
+    columns = {"method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
+    return f"{listing(rows, columns, 'lrl')}\n\n{conditions_of(rows)}"
+
+
+# --- reversible adapters on a classification set
+
+
+def glue_groups(found: Rows) -> list[Group]:
+    """In the order of their table."""
+    tasks = unique(found, "task")
+    return sorted((group for task in tasks for group in finals(found, task)), key=lambda group: list(FLAGS).index(group.arm))
+
+
+def glue_section(groups: list[Group]) -> str:
+    """What is trained on what, the table of the arms, and what it says."""
+    if not groups:
+        return UNMEASURED
+    run, full, lines = groups[0].any_run, named(groups, FULL), []
+    for group in groups:
+        accuracies = [group.at(0, "accuracies"), group.at(-1, "accuracies")]
+        cells = [*map(shown, accuracies), shown(group.minus(full, "accuracies"), "+"), shown(group.at(-1))]
+        own = group.any_run
+        lines.append([group.arm, f"{own['learning_rate']:g}", *cells, f"{own['trainable_parameters']:,}", *group.costs])
+    model, data, held_out = (run["conditions"][name] for name in ("model", "data", "held_out_rows"))
+    told = f"{model}; {data}; {run['steps']} steps of {run['rows']} rows, {held_out} rows held out."
+    heads = "arm | rate | accuracy before | after | minus full | held-out loss | trained parameters | peak MiB | s a step"
+    return "\n\n".join([told, table(heads, lines), " ".join(glue_sentences(groups))])
+
+
+def glue_sentences(groups: list[Group]) -> Iterator[str]:
+    """What the table says, in words that follow from its numbers."""
+    full, ordinary = named(groups, FULL), named(groups, ADAPTERS)
+    compared = [(group, d) for group in groups if (d := group.minus(full, "accuracies")) and d.half is not None]
+    for word, sign in (("Above", 1), ("Below", -1)):
+        if arms := listed(compared, sign):
+            yield f"{word} full fine-tuning by more than the interval: {arms}."
+    if within := [f"`{group.arm}`" for group, d in compared if not d.is_clear]:
+        yield f"Within the interval of full fine-tuning: {', '.join(within)}."
+    counts = [(group, len(group.runs) - len(group.ended)) for group in groups]
+    if diverged := [f"`{group.arm}` ({count} of {len(group.runs)} seeds)" for group, count in counts if count]:
+        yield f"Diverged: {', '.join(diverged)}."
+    ends = [(group, group.at(0, "accuracies"), group.at(-1, "accuracies")) for group in groups if group.ended]
+    if still := [f"`{group.arm}` ({start} to {end})" for group, start, end in ends if end.mean - start.mean < CHANCE_MARGIN]:
+        yield f"Learned next to nothing in so many steps: {', '.join(still)}."
+    reversible = [group for group in groups if group.mean_of("inverse_error") is not None]
+    if against := [f"`{g.arm}` {_share(g, ordinary):.0%} of the peak bytes at {d:+} of accuracy"
+                   for g in reversible if (d := g.minus(ordinary, "accuracies"))]:  # fmt: skip
+        yield f"Against ordinary adapters: {'; '.join(against)}."
+    if told := [f"`{g.arm}` {g.mean_of('state_change'):.2f} and {g.mean_of('inverse_error'):.1g}" for g in reversible]:
+        yield (
+            "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the "
+            f"first layer that backward rebuilds: {'; '.join(told)}."
+        )
+    if not all(group.alone for group in groups):
+        yield BESIDE
+
+
+def _share(group: Group, other: Group) -> float:
+    """Of its bytes; the median over common seeds, for the traced batch is that of the seed."""
+    return median(group.runs[seed]["peak_bytes"] / other.runs[seed]["peak_bytes"] for seed in group.runs.keys() & other.runs.keys())
