@@ -12,7 +12,8 @@ def one(default, said: str = "") -> dict:
 
 def several(default: Iterable, said: str = "") -> dict:
     """Values of the type of the first one."""
-    return one([*default], said) | {"nargs": "+", "type": type([*default][0])}
+    values = [*default]
+    return one(values, said) | {"nargs": "+", "type": type(values[0])}
 
 
 def some_of(choices: Iterable[str], said: str = "default: all", default: Iterable[str] | None = None) -> dict:

@@ -1,0 +1,102 @@
+"""Bias and noise of the gradient of every way to choose tokens: `python scripts/bench_estimator.py`. Writes results/estimator.jsonl.
+
+Real rows; the pre-trained model before its first step, and after plain training. For every batch g is the gradient of all labelled tokens,
+and g', g'' those of an arm in two independent draws. Relative to |g|, over all batches:
+
+    rms^2 = mean |g' - g|^2 / |g|^2        bias^2 = mean <g' - g, g'' - g> / |g|^2
+
+The product of independent errors has no noise of its own in expectation, so that bias is what no average over draws takes away; where it is
+smaller than its own scatter it may come out below 0, and is then given as 0. What the file has already is not measured again.
+
+    make assets NAMES="smollm2 alpaca"
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+from bench_gradient import gradient, without_dropout
+from learning.arms import settings_of
+from options import one, parse, several
+from store import measure
+from torch import Tensor, nn
+
+BEGINNING, END = "beginning", "end"
+DRAWN = ("random", "combined", "gradient", "loss", "softmax_residual", "true_gradient")
+LABELLED = "labelled/cut"
+
+
+def main(given: list[str] | None = None) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; must be set before transformers is imported
+    options = parse(
+        __doc__, "estimator", given, task=one("smollm2-alpaca", "one of scripts/learning/tasks.py whose loss is one of tokens"),
+        rows=one(4, "rows of a batch"), batches=one(16), steps=one(60, "of plain training before the end"),
+        learning_rate=one(5e-4, "of plain training"), points=several((BEGINNING, END)), arms=several(every_arm()), assets=one(Path(".assets")),
+    )  # fmt: skip
+    from learning.tasks import TASKS, Task
+    from transformers import set_seed
+
+    set_seed(0)
+    task = Task(TASKS[options.task], options.assets, held_out_rows=1)
+    model = without_dropout(task.fresh_model())
+    described = {**task.settings.described, "rows": options.rows, "batches": options.batches, "device": "cpu", "steps": options.steps}
+    for point in (BEGINNING, END):
+        stream = task.batches(options.rows, seed=0)
+        if point == END:
+            train(model, stream, options.steps, options.learning_rate)
+        if point not in options.points:
+            continue
+        batches = [batch for batch, _ in zip(task.batches(options.rows, seed=1), range(options.batches))]
+        exact = [gradient(model, batch) for batch in batches]
+        wanted = [{"task": options.task, "point": point, "arm": arm} for arm in options.arms]
+        measure(options.out, wanted, lambda run, pair=(batches, exact): measured(model, *pair, run["arm"]), "Measuring", **described)
+
+
+def every_arm() -> Iterator[str]:
+    """Names as in scripts/learning/arms.py; those of the papers choose among all tokens, the others among labels."""
+    for ratio, path in product(("10%", "30%"), ("cut", "stream")):
+        yield from (f"{scorer}/sample/{path}/{ratio}/labels" for scorer in DRAWN)
+        yield from (f"{scorer}/top/{path}/{ratio}/labels" for scorer in ("combined", "true_gradient"))
+        yield from (f"{scorer}/top/{path}/{ratio}" for scorer in ("random", "combined"))
+    yield LABELLED
+
+
+def train(model: nn.Module, batches: Iterator[dict], steps: int, learning_rate: float) -> None:
+    """Plain training, as the learning benchmarks do it."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    for batch, _ in zip(batches, range(steps)):
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: str) -> dict:
+    """Of one arm. learned: labels that were kept, of all labels."""
+    from learning.quality import Counts
+
+    from hf_memtune import TokenSeeking, TokenSeekingConfig
+
+    settings = {"token_selection": "labelled", "token_gradient": "cut"} if arm == LABELLED else settings_of(arm)
+    is_one = arm == LABELLED or ("/top/" in arm and not arm.startswith("random"))  # the same each time: all of its error is bias
+    squares, products, cosines, counts = [], [], [], Counts()
+    with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:
+        forget = seeking.listeners.add(counts)
+        for batch, g in zip(batches, exact):
+            found = [gradient(model, batch) for _ in range(1 if is_one else 2)]
+            errors, size = [each - g for each in found], float(g.square().sum())
+            squares.append(mean(float(error.square().sum()) for error in errors) / size)
+            products.append(float(errors[0] @ errors[-1]) / size)
+            cosines.append(float(found[0] @ g / (found[0].norm() * g.norm())) if float(found[0].norm()) else 0.0)
+        forget()
+    told = counts.by_name
+    kept = {"kept": told["kept"] / told["seen"], "learned": told["learned"] / told["seen"]}
+    result = {"rms": mean(squares) ** 0.5, "bias": max(0.0, mean(products)) ** 0.5, "cosine": mean(cosines)} | kept
+    return {name: round(value, 4) for name, value in result.items()}
+
+
+if __name__ == "__main__":
+    main()
