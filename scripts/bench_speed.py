@@ -115,14 +115,14 @@ def _methods(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str,
         streaming[STREAMING_CHECKPOINTED] = StreamingConfig(sequence_chunk_size=512)
     streaming[LOGIT_FREE] = StreamingConfig(sequence_chunk_size=arguments.tokens)
     seeking = {name: TokenSeekingConfig(token_seeking=True, **settings) for name, settings in SEEKING.items()}
-    found: dict[str, Made] = {"plain": nullcontext, "checkpointing": partial(_checkpointed, model, nullcontext)}
+    found: dict[str, Made] = {"plain": nullcontext, "checkpointing": partial(checkpointed, model, nullcontext)}
     found |= {name: partial(Streaming, model, config) for name, config in streaming.items()}
     found |= {name: partial(TokenSeeking, model, config) for name, config in seeking.items()}
-    return found | {n: partial(_checkpointed, model, found[n]) for n in (STREAMING_CHECKPOINTED, LOGIT_FREE) if n in found}
+    return found | {n: partial(checkpointed, model, found[n]) for n in (STREAMING_CHECKPOINTED, LOGIT_FREE) if n in found}
 
 
 @contextmanager
-def _checkpointed(model: torch.nn.Module, method: Made) -> Iterator[None]:
+def checkpointed(model: torch.nn.Module, method: Made) -> Iterator[None]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # as enable_input_require_grads does, whose hook is lost, and stays, where it is called twice
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())

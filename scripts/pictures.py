@@ -36,9 +36,34 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     for task in TASKS:
         draw_finals(finals(quality, task), folder / f"quality-{task}.png")
     draw_screening(screened(quality), folder / "quality-screening.png")
+    draw_estimators(rows_of("estimator"), folder / "estimator.png")
     draw_accuracy(glue_groups(latest(rows_of("glue"))), folder / "reversible-glue.png")
     draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
+
+
+MARKS = {"cut": "o", "stream": "^"}
+SCORED = {"random": BLACK, "combined": RED, "gradient": ORANGE, "loss": PINK, "softmax_residual": SKY, "true_gradient": BLUE}
+
+
+def draw_estimators(rows: Rows, file: Path) -> None:
+    """Bias against error of every way to choose tokens, one panel a point of training and a ratio. On the diagonal all error is bias."""
+    points, ratios = ("beginning", "end"), ("10%", "30%")
+    with panels(file, 1, 4, (13, 4.2), sharex=True, sharey=True) as (figure, all_axes):
+        for axes, (ratio, point) in zip(all_axes, [(ratio, point) for ratio in ratios for point in points]):
+            axes.plot([0, 3], [0, 3], color=GREY, linewidth=0.8, zorder=1)
+            for row in of(rows, point=point):
+                if row["arm"] == "labelled/cut":
+                    axes.plot(row["rms"], row["bias"], "*", color=GREEN, markersize=11, label="every label, cut")
+                elif ratio in row["arm"]:
+                    scorer, selection, path, _, _ = parts_of(row["arm"])
+                    filled = {"sample": SCORED[scorer], "top": "none"}[selection]
+                    axes.plot(row["rms"], row["bias"], MARKS[path], color=SCORED[scorer], markerfacecolor=filled, markersize=7,
+                              label=f"{scorer}, {selection}, {path}")  # fmt: skip
+            axes.set(title=f"{ratio.replace('%', ' %')} of the tokens, {point} of training", xlabel="error (rms), relative to the gradient")
+        all_axes[0].set(ylabel="bias, relative to the gradient", xlim=(0, None), ylim=(-0.03, None))
+        named = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}
+        legend_below(figure, [*named.values()], [*named], columns=5)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_seeking, parts_of
 from learning.plans import TASKS, final_loss, latest
-from pages import UNMEASURED, Rows, conditions_of, listing, mib, of, table, unique
+from pages import UNMEASURED, Cell, Rows, by, conditions_of, listing, mib, of, table, unique
 
 CONFIDENCE = 0.95
 MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
@@ -42,6 +42,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
         "gradient": lambda: selection_table(rows_of("gradient")),
+        "estimator": lambda: estimator_table(rows_of("estimator")),
         "precision": lambda: precision_table(rows_of("precision")),
         "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue_groups(glue())),
         "glue": lambda: glue_section(glue_groups(glue())),
@@ -307,6 +308,29 @@ def selection_table(rows: Rows) -> str:
     columns = {"tokens": "{arm}", "error": "{error:.3f}", "cosine": "{cosine:.3f}", "cosine of sums": "{cosine_of_sums:.3f}"}
     made = listing(rows, columns | {"tokens run": "{tokens_with_gradient:.2f}"})
     return "\n\n".join([made, *(f"{row['task']}. {conditions_of([row])}" for row in rows[:1])])
+
+
+POINTS = ("beginning", "end")
+
+
+def estimator_table(rows: Rows) -> str:
+    """Bias and noise of every way to choose tokens, before and after training; the least error at the end first, by ratio."""
+    if not rows:
+        return UNMEASURED
+    found, lines = by(rows, "arm point"), []
+    for arm in sorted(unique(rows, "arm"), key=lambda arm: (_ratio(arm), *(found.get((arm, p), {}).get("rms", 9) for p in POINTS[::-1]))):
+        cells = [found.get((arm, point), {}) for point in POINTS]
+        values = [Cell().format("{0:.2f}", cell.get(name)) for cell in cells for name in ("rms", "bias", "cosine")]
+        known = next(cell for cell in cells if cell)
+        lines.append([f"`{arm}`", f"{100 * known['kept']:.0f} %", *values])
+    heads = ["arm", "kept", *(f"{name}, {point}" for point in POINTS for name in ("rms", "bias", "cosine"))]
+    return "\n\n".join([table(heads, lines), f"{rows[0]['task']}. {conditions_of(rows)}"])
+
+
+def _ratio(arm: str) -> float:
+    """Per cent of the tokens that an arm is to keep; of one without a number, all of them."""
+    number = arm.removesuffix("/labels").rpartition("/")[2].removesuffix("%")
+    return float(number) if number.isdigit() else 100.0
 
 
 def precision_table(rows: Rows) -> str:

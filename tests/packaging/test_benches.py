@@ -56,6 +56,26 @@ def test_gradients_of_chosen_tokens(assets):
     assert arms["random, sample, cut"]["tokens_with_gradient"] < 0.2 < arms["random, sample, stream"]["tokens_with_gradient"]
 
 
+def test_bias_and_noise_of_chosen_tokens(assets):
+    """Through the whole stream an even draw is noise, but for what two draws a batch leave of it; the best tokens are bias alone."""
+    arms = ["random/sample/stream/30%/labels", "combined/top/cut/30%", "true_gradient/sample/cut/30%/labels", "labelled/cut"]
+    options = ["--task", "stories-imdb", "--batches", "4", "--steps", "2", "--assets", assets, "--arms", *arms]
+    rows = {(row["arm"], row["point"]): row for row in rows_of("bench_estimator", assets, *options)}
+    assert len(rows) == 8
+    for point in ("beginning", "end"):
+        drawn, best = rows[arms[0], point], rows[arms[1], point]
+        assert best["bias"] == best["rms"] > 0 and drawn["bias"] < 0.7 * drawn["rms"]
+        assert rows["labelled/cut", point]["rms"] == 0  # every token has a label: none is cut
+
+
+def test_one_long_row(assets):
+    rows = {row["method"]: row for row in rows_of("bench_length", assets, *of_alpaca(assets), "--tokens", "2100")}
+    assert len(rows) == 5 and rows["plain"]["gradient_difference"] == 0
+    streamed, plain = rows["exact streaming 1024 + checkpointing"], rows["plain"]
+    assert 0 < streamed["gradient_difference"] < 1e-3 and streamed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert streamed["peak_bytes"] < plain["peak_bytes"] / 2
+
+
 def test_killed_runs_resume_to_the_same_bits(assets):
     rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2", run=in_new_process)  # it forks
     assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)
