@@ -36,7 +36,8 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     for task in TASKS:
         draw_finals(finals(quality, task), folder / f"quality-{task}.png")
     draw_screening(screened(quality), folder / "quality-screening.png")
-    draw_estimators(rows_of("estimator"), folder / "estimator.png")
+    if estimators := rows_of("estimator"):
+        draw_estimators(estimators, folder / "estimator.png")
     draw_accuracy(glue_groups(latest(rows_of("glue"))), folder / "reversible-glue.png")
     draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
     draw_start(rows_of("start_point"), folder / "reversible-start.png")

@@ -121,6 +121,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     from hf_memtune.cli.data import collator
     from hf_memtune.cli.model import load_tokenizer, load_trainable, slow_dtype, with_reversible_adapters
     from hf_memtune.cli.progress import make_readable
+    from hf_memtune.forecast.estimate import estimate
     from hf_memtune.training.trainer import MemEfficientTrainer
 
     model, data, training = settings
@@ -146,6 +147,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
         processing_class=tokenizer,
         compute_metrics=metrics_of(rows),
     )
+    trainer.estimate = estimate  # the package hands it to who imports the class from its top
     make_readable(trainer)
     return trainer, rows
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -57,6 +58,12 @@ def test_without_a_recipe_all_parameters_train(model, instructions, tmp_path, ca
     assert "(100.00%)" in capsys.readouterr().out
     AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chunk_size_is_chosen_and_told(model, instructions, tmp_path, capsys):
+    assert main(["train", *arguments(None, model, instructions, "--sequence_chunk_size", "auto", "--chunk_budget", "4GiB")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"sequence_chunk_size=\d+", card) and "auto" not in card
 
 
 def test_plain_text_and_an_evaluation_in_between(model, instructions, tmp_path):

@@ -90,9 +90,9 @@ def _peak(trainer: RunningTrainer, shape: BatchShape, size: int) -> int:
     try:
         return predicted_step(trainer, shape, {"sequence_chunk_size": size, "chunk_budget": None}).peak_bytes
     except MemTuneError as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {why} Give a number of tokens, such as 512."]
+            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {why}. Give a number of tokens, such as 512."]
         ) from error
 
 
