@@ -154,6 +154,13 @@ def test_a_step_of_ones_own_is_refused(tmp_path):
         trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, Own).train()
 
 
+def test_sharded_parameters_are_refused(monkeypatch, tmp_path):
+    trainer = trainer_for(model(), settings(tmp_path, max_steps=1), ROWS)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ConfigError, match=r"spread over processes \(FSDP\).*Give a number of tokens"):
+        chunk_choice._peaks(trainer, chunk_choice.BatchShape(2, TOKENS, False), 2**30)
+
+
 def test_where_no_trainer_chooses_a_number_is_wanted(tmp_path):
     with pytest.raises(ConfigError, match="got 'auto', which MemEfficientTrainer chooses.*Expected a number"):
         StreamingCallback(sequence_chunk_size="auto")

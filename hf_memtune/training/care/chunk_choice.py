@@ -74,9 +74,11 @@ def _budget(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 def _peaks(trainer: RunningTrainer, shape: BatchShape, budget: int) -> dict[int, int]:
     """Predicted bytes of the step by size, from the whole row down, until enough fit to be timed."""
-    if (own := own_steps(trainer)) is not None:
+    own = own_steps(trainer)
+    why = f"{own} has a step of its own" if own else "parameters are spread over processes (FSDP)" if trainer.is_fsdp_enabled else None
+    if why is not None:
         raise ConfigError(
-            [f"sequence_chunk_size: got 'auto', but {own} has a step of its own, which is not predicted. Give a number of tokens."]
+            [f"sequence_chunk_size: got 'auto', but {why}, and its memory is not predicted. Give a number of tokens, such as 512."]
         )
     found: dict[int, int] = {}
     for size in (shape.tokens, *(size for size in SIZES if size < shape.tokens)):
