@@ -23,6 +23,7 @@ from hf_memtune.methods.method import Method
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
 from hf_memtune.methods.streaming.encoder import encode
 from hf_memtune.methods.streaming.sharded import ShardedHead, sharded_stream, within_root_call
+from hf_memtune.methods.tied import is_tied
 from hf_memtune.settings.methods import StreamingConfig
 
 
@@ -59,12 +60,12 @@ class Streaming(Method[StreamingConfig]):
         return super().make_head(inputs)
 
     def run(self, call: BodyCall, head: Head | None) -> Any:
-        """One call of the body. Rows of one chunk take the model's own way, which is plain training."""
+        """One call of the body. Rows of one chunk take the model's own way, which is plain training, where nothing is saved by a stream of it."""
         means, rows = means_of(self, head), call.decoder
         stream: ChunkStream | None = None
         if is_sharded(self._given):
             stream = sharded_stream(self._given, means, call)
-        elif rows.length > means.chunk:
+        elif rows.length > means.chunk or self._saves_in_one_chunk(means):
             stream = ChunkStream(means, encode(call))
         self.listeners.tell("shaped", stream.count if stream else 1, rows)
         self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
@@ -75,6 +76,11 @@ class Streaming(Method[StreamingConfig]):
         self.listeners.tell("context_ends")
         stream.run_last()
         return connected(stream, head)
+
+    def _saves_in_one_chunk(self, means: Means) -> bool:
+        """Whether embedding and head are one matrix that is trained, of whose gradient autograd has three, and a stream one."""
+        architecture = self.architecture
+        return means.shares_head and means.host is None and is_tied(architecture) and architecture.head.weight.requires_grad
 
 
 def means_of(method: Method[Any], head: Head | None) -> Means:
