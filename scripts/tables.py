@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pages
 import store
+import tables_few_shot
 import tables_learning
 import tables_reversible
 from gpu.tables import tables as gpu_tables
 from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
 
-PAGES = ("measurements", "architectures", "results", "reversible", "reversible-glue")
+PAGES = ("measurements", "architectures", "results", "reversible", "reversible-glue", "evaluation")
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
@@ -185,6 +186,7 @@ SECTIONS = {
     "speed": speed_table,
     "profile": profile_table,
     **{f"{name}-conditions": lambda name=name: conditions_of(rows_of(name)) for name in ("coverage", "gpu", "speed", "profile", "inverse")},
+    **tables_few_shot.sections(rows_of),
     **tables_learning.sections(rows_of),
     **tables_reversible.sections(rows_of),
 }

@@ -8,7 +8,7 @@ Of the study `quality`:
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
-tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS.
+tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS. Of the study `few_shot`: the keys of FEW_SHOT.
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
@@ -38,6 +38,20 @@ DESCRIBED = {
     "MEFT1 exact": "the same in fixed point, lambda = 1/8, gradients exact",
     "centred exact": "the centred coupling, c = 1/16, the adapters of `adapters`, gradients exact",
 }
+
+# The lines of a recipe that say how to train, and what stands in their place. random: TokenSeek but for its scores. ours: without a preset.
+OF_A_METHOD = ("token_seeking", "preset", "token_ratio", "token_scorer", "seek_schedule", "sequence_chunk_size")
+_SEEKING = {"token_seeking": "true"}
+FEW_SHOT: dict[str, dict[str, str]] = {
+    "plain": {},
+    "random": {**_SEEKING, "preset": "tokenseek", "token_scorer": "random", "seek_schedule": "step"},
+    "tokentune": {**_SEEKING, "preset": "tokentune"},
+    "tokenseek": {**_SEEKING, "preset": "tokenseek"},
+    "ours-0.1": {**_SEEKING, "token_ratio": "0.1"},
+    "ours-0.3": {**_SEEKING, "token_ratio": "0.3"},
+    "streaming": {"sequence_chunk_size": "512"},
+}
+NAMED = {"glue": FLAGS, "few_shot": FEW_SHOT}
 
 
 def is_seeking(arm: str) -> bool:
@@ -73,9 +87,9 @@ def settings_of(arm: str) -> dict:
 
 def check(study: str, arm: str) -> None:
     """Raises ValueError, which names the arm, for one that the study cannot run."""
-    if study == "glue":
-        if arm not in FLAGS:
-            raise ValueError(f"arm {arm!r}: expected one of {', '.join(FLAGS)}")
+    if study in NAMED:
+        if arm not in NAMED[study]:
+            raise ValueError(f"arm {arm!r}: expected one of {', '.join(NAMED[study])}")
     elif is_seeking(arm):
         from hf_memtune import TokenSeekingConfig
         from hf_memtune.core.scorers import scorer_names

@@ -12,6 +12,7 @@ from tests.support.folders import ROOT
 from tests.support.train import REVERSIBLE, arguments, summary
 
 OTHERS = ("glue", "qa", "accelerate")  # of other commands; of `accelerate launch`
+MOST = {"max_length": 1024, "warmup_steps": 1}  # positions of the model here; of two steps
 RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OTHERS)
 
 
@@ -21,6 +22,7 @@ def test_every_recipe_trains(recipe, chat_model, encoder, instructions, reviews,
     settings = yaml.safe_load((ROOT / "configs" / recipe).read_text())
     # rows are so short here that a tenth of their tokens may all be prompt, and nothing would be learned
     more = ["--token_ratio", "0.5"] if settings.get("token_seeking") else []
+    more += [word for name, most in MOST.items() if settings.get(name, 0) > most for word in (f"--{name}", str(most))]
     assert main(["train", *arguments(recipe, *pair, *more)]) == 0
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("held-out loss", "peak memory", "seconds per step"))

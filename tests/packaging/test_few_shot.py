@@ -1,0 +1,207 @@
+"""The few-shot suite and its table, from end to end on a tiny model and a task of forty rows."""
+
+import json
+import warnings
+
+import pytest
+
+from hf_memtune.cli import train
+from tests.support import scripts
+from tests.support.folders import llama, write_rows
+from tests.support.questions import task_folder
+
+GROUP = "{group: both, task: [more, most], aggregate_metric_list: [{metric: acc, weight_by_size: true}]}"  # as MMLU is one
+ARMS, RATES = ("plain", "ours-0.3"), (1e-2, 1e-4)
+RECIPE = """
+model_name_or_path: model
+dataset_name: rows.jsonl
+eval_fraction: 0.25
+token_seeking: true
+preset: tokenseek
+lora_r: 4
+max_length: 64
+max_steps: 4
+per_device_train_batch_size: 4
+learning_rate: 1
+use_cpu: true
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a run needs: a model, rows, a recipe and task files, of which one names rows that are not there."""
+    pytest.importorskip("lm_eval")
+    made = tmp_path_factory.mktemp("few_shot")
+    llama(made / "model")
+    rows = [{"instruction": f"name {n} colours", "output": "red green blue sun sea"} for n in ("one", "two", "three")]
+    write_rows(made / "rows.jsonl", rows * 16)
+    (made / "recipe.yaml").write_text(RECIPE)
+    tasks = task_folder(made / "tasks", "mine", "more", "most", "lost")
+    (tasks / "both.yaml").write_text(GROUP)
+    (tasks / "lost.yaml").write_text((tasks / "lost.yaml").read_text().replace("rows.jsonl", "absent.jsonl"))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def without_pip(monkeypatch):
+    """lm-eval asks pip what is installed, at every scoring."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+def replicate(folder, *more: object):
+    """The script on two arms and two learning rates."""
+    given = ["--recipe", "recipe.yaml", "--arms", *ARMS, "--learning_rates", *RATES, "--seeds", "1", "--tasks_folder", "tasks"]
+    tasks = ["--tasks", "mine", "both", "--num_fewshot", "2", "0", "--limit", "12", "--out", "few_shot.jsonl"]
+    return scripts.run(scripts.FOLDER / "replicate_tokenseek.py", *given, *tasks, *more, cwd=folder)
+
+
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "few_shot.jsonl").read_text().splitlines()]
+
+
+def write(folder, rows: list[dict]) -> None:
+    (folder / "few_shot.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def of(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    """The lines of a first run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        done = replicate(folder)
+    assert done.returncode == 0, done.stderr
+    return lines_of(folder)
+
+
+def test_every_arm_is_tuned_and_then_scored(measured):
+    tuned, finals = of(measured, stage="tune"), of(measured, stage="final")
+    assert [(row["arm"], row["learning_rate"]) for row in tuned] == [(arm, rate) for arm in ARMS for rate in RATES]
+    assert [(row["arm"], row["seed"]) for row in finals] == [(arm, 1) for arm in ARMS]
+    for row in measured:
+        assert row["held_out_loss"] > 0 and row["peak_bytes"] > 0 and row["seconds_per_step"] > 0 and row["conditions"]["torch"]
+        assert (0.2 < (row["kept_share"] or 0) < 0.5) == (row["arm"] != "plain")
+        assert row["setup"]["max_steps"] == "4" and "preset" not in row["setup"]
+    for row in finals:
+        scores = row["scores"]
+        assert list(scores) == ["mine", "both"] and all(0 <= each["score"] <= 1 and each["stderr"] > 0 for each in scores.values())
+        assert row["mean"] == pytest.approx((scores["mine"]["score"] + scores["both"]["score"]) / 2)
+        assert row["mean_stderr"] == pytest.approx((scores["mine"]["stderr"] ** 2 + scores["both"]["stderr"] ** 2) ** 0.5 / 2)
+    assert not any(row["scores"] for row in tuned)
+
+
+def test_finals_have_the_learning_rate_of_the_lowest_loss(folder, measured):
+    """And where the losses are the other way round, the other one."""
+    best = {}
+    for arm in ARMS:
+        losses = {row["held_out_loss"]: row["learning_rate"] for row in of(measured, stage="tune", arm=arm)}
+        best[arm] = losses[min(losses)]
+        assert len(losses) == 2 and [row["learning_rate"] for row in of(measured, stage="final", arm=arm)] == [best[arm]]
+    write(folder, [row | {"held_out_loss": -row["held_out_loss"]} for row in of(measured, stage="tune")])
+    assert replicate(folder, "--arms", "plain").returncode == 0
+    (final,) = of(lines_of(folder), stage="final")
+    assert final["learning_rate"] in RATES and final["learning_rate"] != best["plain"]
+
+
+def test_a_search_that_diverged_is_told_of(folder, measured):
+    """At one rate, which is not taken; and at all, where nothing is."""
+    (best,) = {row["learning_rate"] for row in of(measured, stage="final", arm="plain")}
+    lost = [row | {"held_out_loss": None} if row["learning_rate"] == best else row for row in of(measured, stage="tune", arm="plain")]
+    run = of(measured, stage="final", arm="plain")[0]
+    scripts.load("replicate_tokenseek")  # its folder is seen from here on
+    from learning.few_shot import chosen_rate
+
+    assert chosen_rate(measured, run) == best != chosen_rate(lost, run)
+    write(folder, [row | {"held_out_loss": None} for row in lost])
+    done = replicate(folder, "--arms", "plain")
+    assert done.returncode == 1 and "Diverged at every learning rate" in done.stderr and len(lines_of(folder)) == 2
+
+
+def test_what_is_measured_is_not_measured_again(folder, measured):
+    write(folder, measured)
+    assert replicate(folder).returncode == 0 and lines_of(folder) == measured
+
+
+@pytest.mark.parametrize("lost", [1, -1])
+def test_a_lost_line_is_measured_again_alone(lost, folder, measured):
+    """To the same numbers, but for the seconds; also one that a killed process left unfinished."""
+    row = measured[lost]
+    rest = [other for other in measured if other is not row]
+    write(folder, rest)
+    with open(folder / "few_shot.jsonl", "a") as file:
+        file.write('{"stage": "tune", "ar')
+    done = replicate(folder)
+    assert done.returncode == 0, done.stderr
+    *before, cut, again = (folder / "few_shot.jsonl").read_text().splitlines()
+    assert [*map(json.loads, before)] == rest and cut.endswith('"ar')
+    timeless = {name: value for name, value in row.items() if name != "seconds_per_step"}
+    assert timeless.items() <= json.loads(again).items()
+
+
+def test_a_run_that_fails_leaves_no_line(folder, measured, monkeypatch):
+    """Nor one that is stopped while it is scored."""
+    write(folder, measured[:-1])
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_memtune.cli.task_scores.scored", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        replicate(folder)
+    assert lines_of(folder) == measured[:-1]
+
+
+def test_all_problems_at_once_before_anything_trains(folder, measured):
+    write(folder, [])
+    wrong = ["--arms", "plain", "best", "--tasks", "mine", "lost", "--num_fewshot", "1", "--learning_rates", "-1", "--seeds", "0"]
+    done = replicate(folder, *wrong, "--metric", "acc_norm", "f1")
+    said = ["'best'", "tasks: lost: ", "num_fewshot: got 1", "got -1", "seeds: got 0"]
+    assert done.returncode == 1 and [words for words in said if words not in done.stderr] == [] and lines_of(folder) == []
+    done = replicate(folder, "--metric", "acc_norm", "acc", "--recipe", "absent.yaml")
+    said = ["mine has no acc_norm, expected one of acc", "recipe: there is no file", "model_name_or_path", "dataset_name"]
+    assert done.returncode == 1 and [words for words in said if words not in done.stderr] == [] and lines_of(folder) == []
+
+
+EXPECTED = {  # ratio, scorer, selection, pool, always kept (None: none, unless the top of random), schedule
+    "random": (0.1, "random", "top", "all", "none", "step"),
+    "tokentune": (0.1, "random", "top", "all", "first_last", "step"),
+    "tokenseek": (0.1, "combined", "top", "all", "none", "once"),
+    "ours-0.1": (0.1, "random", "sample", "labels", None, "step"),
+    "ours-0.3": (0.3, "random", "sample", "labels", None, "step"),
+}
+OF_TOKENS = ("token_ratio", "token_scorer", "token_selection", "select_from", "always_keep", "seek_schedule")
+
+
+def test_every_arm_is_what_its_name_says(folder, tmp_path, monkeypatch):
+    """With the published recipe; and of the lines that are written none is without effect."""
+    script, parsed = scripts.load("replicate_tokenseek"), {}
+    study = script.Study(script.parse("", "few_shot", ["--model", str(folder / "model")], **script.OPTIONS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* has no effect ")
+        for arm in script.FEW_SHOT:
+            recipe = study.recipe(study.run("tune", arm, 3e-4, 7), str(tmp_path))
+            parsed[arm] = train.parse([recipe, "--use_cpu"]).training
+    found = {arm: tuple(getattr(each, name) for name in OF_TOKENS) for arm, each in parsed.items() if each.token_seeking}
+    assert found == EXPECTED and not parsed["plain"].streams and parsed["streaming"].sequence_chunk_size == 512
+    for each in parsed.values():
+        assert (each.learning_rate, each.seed, each.warmup_steps, each.weight_decay) == (3e-4, 7, 100, 0.01)
+        assert each.per_device_train_batch_size * each.gradient_accumulation_steps == 32 and each.lr_scheduler_type == "cosine"
+
+
+def test_the_table_has_scores_errors_and_bytes(measured):
+    scripts.load("tables")
+    import tables_few_shot
+
+    text = tables_few_shot.few_shot(measured)
+    final = of(measured, stage="final", arm="plain")[0]
+    cell = f"{100 * final['scores']['mine']['score']:.2f} ± {100 * final['scores']['mine']['stderr']:.2f}"
+    (line,) = [line for line in text.splitlines() if line.startswith("| `plain` | 0.0")]
+    assert cell in line and f"{final['peak_bytes'] / 2**20:,.0f}" in line and "mine, 2-shot acc" in text
+    assert "52.13" in text and "Not measured yet" not in text
+    assert tables_few_shot.few_shot([]).startswith("Not measured yet.") and "52.61" in tables_few_shot.few_shot([])
+    other = [row if row["stage"] == "final" else row | {"held_out_loss": -row["held_out_loss"]} for row in measured]
+    assert "| `plain` | 0.0" not in tables_few_shot.few_shot(other)  # a run at a rate that was not chosen is not shown
