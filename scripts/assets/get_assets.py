@@ -108,8 +108,8 @@ ASSETS = {
 
 def get(name: str, out_dir: Path) -> None:
     """Make the asset unless it is complete."""
-    asset, began = ASSETS[name], time.perf_counter()
-    final = out_dir.resolve() / asset.folder
+    asset, began, out_dir = ASSETS[name], time.perf_counter(), out_dir.resolve()  # clients run in a folder of their own
+    final = out_dir / asset.folder
     if is_complete(final, asset.package):
         print(f"{name}: already in {final}", flush=True)
         return
