@@ -8,7 +8,7 @@
 
 First every arm is trained at each learning rate (stage tune); then, at the rate that gave it the lowest held-out loss, with other seeds,
 and these are scored (stage final). One line a run in results/few_shot.jsonl. What the file has is not run again, and a run that was killed
-leaves nothing: the script may be stopped and started at will. What an arm is: FEW_SHOT in scripts/learning/arms.py. All else of training is
+leaves no line: the script may be stopped and started at will. What an arm is: FEW_SHOT in scripts/learning/arms.py. All else of training is
 in the recipe; with another recipe, or on other tasks, runs are other runs.
 """
 

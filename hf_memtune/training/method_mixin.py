@@ -40,9 +40,9 @@ class MethodMixin:
         return found
 
     def _prepare_method(self, token_scorer: TokenScorer | None) -> None:
+        forbid_4bit_repacking(self.model)  # for good: an evaluation before or between trainings must not spoil the weights
         if not self.args.switch:
             return
-        forbid_4bit_repacking(self.model)  # for good: an evaluation before or between trainings must not spoil the weights
         if getattr(self, "label_smoother", None) is not None:
             self.label_smoother = LabelSmootherOnDemand(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         config = self._method_settings()

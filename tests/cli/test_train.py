@@ -158,3 +158,13 @@ def test_two_levels(model, instructions, tmp_path):
     levels = summary(tmp_path)["held_out_loss"]
     assert main(["train", *arguments(None, model, instructions)]) == 0
     assert summary(tmp_path)["held_out_loss"] == levels
+
+
+def test_plain_qlora_learns_in_every_layer_after_an_evaluation(model, instructions):
+    """On some CPUs bitsandbytes makes a 4-bit weight at its first evaluation into one that no gradient passes."""
+    pytest.importorskip("bitsandbytes")
+    trainer, _ = train.make_trainer(train.parse(arguments(None, model, instructions, "--load_in_4bit", "true", "--lora_r", "4")))
+    trainer.evaluate()
+    trainer.model.train()(**next(iter(trainer.get_train_dataloader()))).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if "lora_B" in name}
+    assert len(gradients) == 14 and not [name for name, grad in gradients.items() if grad is None or not grad.any()]
