@@ -49,10 +49,16 @@ SCORED = {"random": BLACK, "combined": RED, "gradient": ORANGE, "loss": PINK, "s
 
 def draw_estimators(rows: Rows, file: Path) -> None:
     """Bias against error of every way to choose tokens, one panel a point of training and a ratio. On the diagonal all error is bias."""
-    points, ratios = ("beginning", "end"), ("10%", "30%")
-    with panels(file, 1, 4, (13, 4.2), sharex=True, sharey=True) as (figure, all_axes):
-        for axes, (ratio, point) in zip(all_axes, [(ratio, point) for ratio in ratios for point in points]):
-            axes.plot([0, 3], [0, 3], color=GREY, linewidth=0.8, zorder=1)
+    pairs = [
+        (ratio, point)
+        for ratio in ("10%", "30%")
+        for point in unique(rows, "point")
+        if any(ratio in r["arm"] for r in of(rows, point=point))
+    ]
+    with panels(file, 1, len(pairs), (4 + 3 * len(pairs), 4.2), sharex=True, sharey=True) as (figure, all_axes):
+        far = 1.1 * max(row["rms"] for row in rows)
+        for axes, (ratio, point) in zip(all_axes, pairs):
+            axes.plot([0, far], [0, far], color=GREY, linewidth=0.8, zorder=1)
             for row in of(rows, point=point):
                 if row["arm"] == "labelled/cut":
                     axes.plot(row["rms"], row["bias"], "*", color=GREEN, markersize=11, label="every label, cut")
@@ -62,9 +68,9 @@ def draw_estimators(rows: Rows, file: Path) -> None:
                     axes.plot(row["rms"], row["bias"], MARKS[path], color=SCORED[scorer], markerfacecolor=filled, markersize=7,
                               label=f"{scorer}, {selection}, {path}")  # fmt: skip
             axes.set(title=f"{ratio.replace('%', ' %')} of the tokens, {point} of training", xlabel="error (rms), relative to the gradient")
-        all_axes[0].set(ylabel="bias, relative to the gradient", xlim=(0, None), ylim=(-0.03, None))
+        all_axes[0].set(ylabel="bias, relative to the gradient", xlim=(0, far), ylim=(-0.03, far))
         named = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}
-        legend_below(figure, [*named.values()], [*named], columns=5)
+        legend_below(figure, [*named.values()], [*named], columns=min(5, 1 + 2 * len(pairs)))
 
 
 @contextmanager
