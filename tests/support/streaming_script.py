@@ -172,17 +172,16 @@ def chunks_chosen(folder: Path) -> dict[str, list]:
             trainer.train()
         return trainer.args.sequence_chunk_size
 
-    found = {"clocks": gather_object([fastest[rank]]), "sizes": gather_object([chosen()])}
-    predicted = {}
+    predicted: dict[int, int] = {}
 
-    def remembered(trainer, shape, size, peak=chunk_choice._peak):
-        predicted[size] = peak(trainer, shape, size) + chunk_choice._bucket_bytes(trainer)
-        return peak(trainer, shape, size)
+    def once(trainer, shape, size, peak=chunk_choice._peak):
+        return predicted[size] if size in predicted else predicted.setdefault(size, peak(trainer, shape, size))
 
-    with patch.object(chunk_choice, "_peak", remembered):
-        chosen()
-    with patch.object(chunk_choice, "_budget", lambda trainer, config: 2**40 if rank == 0 else predicted[128] - 1):
-        return found | {"tight": gather_object([chosen()])}
+    def budget(trainer, config):
+        return 2**40 if rank == 0 or not predicted else predicted[128] + chunk_choice._bucket_bytes(trainer) - 1
+
+    with patch.object(chunk_choice, "_peak", once), patch.object(chunk_choice, "_budget", budget):
+        return {"clocks": gather_object([fastest[rank]]), "sizes": gather_object([chosen()]), "tight": gather_object([chosen()])}
 
 
 def main(folder: Path) -> None:
