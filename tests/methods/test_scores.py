@@ -12,6 +12,7 @@ from hf_memtune.core.selection import select
 from hf_memtune.errors import ConfigError, TokenScoreError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.methods.seeking import loss_gradient, token_scores
+from tests.support.packing import SEGMENTS, packed_batch, unpacked
 from tests.support.scores import column_sums, scores_seen
 from tests.support.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
 from tests.support.tiny_models import CAUSAL, MASKED, lm_head
@@ -366,6 +367,43 @@ def test_excess_loss_is_the_loss_less_that_of_the_reference(tmp_path, settings):
     kept = ear.selections[0]["decoder"].kept_mask()
     assert torch.equal(kept, select(losses[0] - losses[1], RATIO, real, labelled).kept_mask())
     assert not torch.equal(kept, select(losses[0], RATIO, real, labelled).kept_mask())  # the sibling
+
+
+def test_the_reference_keeps_packed_rows_apart(tmp_path):
+    """The excess is that of the sequences, each a row of its own; with one row for all the reference would say something else."""
+    model, _, _ = model_and_batch("llama")
+    reference, folder = reference_folder(tmp_path)
+    batch, seen = packed_batch(), []
+
+    def score(context):
+        seen.append(context.reference_loss)
+        return context.reference_loss
+
+    with seeking_on(model, score, token_scorer="excess_loss", reference_model=folder) as seeking:
+        seeking.inspect(batch)
+    losses = [_losses_of(reference, part)[:, :-1] for part in unpacked(batch)]
+    parts = [part for row, lengths in zip(seen[0], SEGMENTS) for part in row.split(lengths)]
+    for found, expected in zip(parts, losses, strict=True):
+        torch.testing.assert_close(found[:-1], expected[0].float(), **close(torch.float32))
+    together = _losses_of(reference, {name: batch[name] for name in ("input_ids", "labels")})
+    assert (together[:, -4:-1] - seen[0][:, -4:-1]).abs().max() > NOTICED  # the sibling
+
+
+def _losses_of(model, batch):
+    logits = model(input_ids=batch["input_ids"]).logits.detach().transpose(1, 2)
+    return F.cross_entropy(logits, shifted(batch["labels"]), reduction="none")
+
+
+@pytest.mark.parametrize("changes", [{"token_selection": "labelled"}, {"token_scorer": "random"}], ids=str)
+def test_a_reference_is_loaded_only_where_its_score_is_read(changes):
+    """A function of that name is not the built-in scorer, either."""
+
+    def excess_loss(context):
+        return context.token_loss
+
+    model, batch, _ = model_and_batch("llama")
+    given = {"token_scorer": "excess_loss", "reference_model": "nowhere"} | changes
+    take_step(model, batch, excess_loss if "token_scorer" in changes else None, **given)
 
 
 def test_a_reference_that_cannot_serve_is_refused(tmp_path):

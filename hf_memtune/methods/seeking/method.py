@@ -76,7 +76,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         self.scorer = resolve_scorer(self.config, self._given_scorer)
         weighs = self.config.token_weight == "dft"
         self.scores_last_block = weighs or (self.scorer.runs_last_block and self.config.token_selection != "labelled")
-        self._reference_loss = self._reference(self.scorer)
+        self._reference_loss = self._reference(self.config)
         self.context_modules: dict[int, str] = {}
         wanted = filled_in(self.config.context_layer)
         for name, stack in self.architecture.stacks.items():
@@ -94,12 +94,12 @@ class TokenSeeking(Method[TokenSeekingConfig]):
     def _settled(self, config: TokenSeekingConfig) -> TokenSeekingConfig:
         return config if self.architecture.task.loss_per_token else config.for_row_loss()
 
-    def _reference(self, scorer: Scorer) -> ReferenceLoss | None:
-        """What token_scorer=excess_loss compares with, on the device of the model."""
-        if scorer.name != "excess_loss":
+    def _reference(self, settings: TokenSeekingConfig) -> ReferenceLoss | None:
+        """What token_scorer=excess_loss compares with, on the device of the model; None where these settings read no such score."""
+        if settings.token_scorer != "excess_loss" or settings.token_selection == "labelled":
             return None
         device = next(self.architecture.base.parameters()).device
-        reference = reference_model(filled_in(self.config.reference_model), device)
+        reference = reference_model(filled_in(settings.reference_model), device)
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
         return ReferenceLoss(looking, looking.architecture.base.config.get_text_config().vocab_size)
@@ -238,7 +238,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         scorer = resolve_scorer(config, None)
         if self.facts.needs_all_tokens is not None:
             self._require_context(scorer)
-        return Chooser(config, scorer, self.facts, Listeners(), self._reference_loss or self._reference(scorer))
+        return Chooser(config, scorer, self.facts, Listeners(), self._reference_loss or self._reference(config))
 
     def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
         """In place of the body."""

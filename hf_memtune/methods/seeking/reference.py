@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from hf_memtune.errors import ConfigError, TokenScoreError
 
 _LOSS = "token_loss"
+_ROWS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Looking(Protocol):
@@ -23,8 +24,13 @@ class ReferenceLoss:
     def __init__(self, looking: Looking, vocabulary: int):
         self.looking, self.vocabulary = looking, vocabulary
 
-    def of(self, input_ids: Tensor | None, real: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, T) float32: loss of each position's own prediction by the reference model; 0 without a label. real: (B, T) bool."""
+    def of(self, arguments: dict[str, Any], labels: Tensor | None) -> Tensor:
+        """(B, T) float32: loss of each position's own prediction by the reference model; 0 without a label.
+
+        arguments: of the body's call; what tells padding from tokens, and packed rows from one another, is handed on.
+        """
+        rows = {name: arguments[name] for name in _ROWS if name in arguments}
+        input_ids = rows.get("input_ids")
         if input_ids is None or labels is None:
             raise TokenScoreError(
                 "token_scorer=excess_loss: the model was given no input_ids, or no labels, which the reference model needs, too. Choose another scorer."
@@ -34,8 +40,8 @@ class ReferenceLoss:
                 f"token_scorer=excess_loss: got a token {int(input_ids.max())}, expected less than the {self.vocabulary} of the reference "
                 "model. Give one of the same tokenizer."
             )
-        inputs = {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels}
-        return self.looking.inspect(inputs, (_LOSS,)).scores["decoder"][_LOSS]
+        # packed rows are looked for only where no cache is made
+        return self.looking.inspect(rows | {"labels": labels, "use_cache": False}, (_LOSS,)).scores["decoder"][_LOSS]
 
 
 def reference_model(name: str, device: torch.device) -> nn.Module:

@@ -49,7 +49,7 @@ class TokenScores:
             "gradient_score": lambda: self.gradient_scores[stack],
             "token_loss": lambda: self.token_loss(stack),
             "softmax_residual": lambda: self.softmax_residual(stack),
-            "reference_loss": lambda: self.reference_loss(stack, real),
+            "reference_loss": self.reference_loss,
             "last_hidden_state": lambda: self.block.output(stack),
             "true_gradient": lambda: self.true_gradient_score(stack),
         }
@@ -112,11 +112,11 @@ class TokenScores:
         known = self._predictions(stack)
         return torch.cat([known.residuals(hidden, start) for start, hidden in self._outputs()], dim=1)
 
-    def reference_loss(self, stack: str, real: Tensor) -> Tensor:
+    def reference_loss(self) -> Tensor:
         """(B, T) float32: loss of each position's own prediction by the reference model, 0 without a label."""
         if self.reference is None:
             raise ConfigError(["token_scorer: asks for reference_loss, expected token_scorer=excess_loss with a reference_model."])
-        return self.reference.of(self.block.call.input_ids(stack), real, self.labels)
+        return self.reference.of(self.block.call.arguments, self.labels)
 
     def _predictions(self, stack: str) -> OfTargets:
         """What knows the prediction of each token of a stack."""
