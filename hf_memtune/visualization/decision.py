@@ -80,15 +80,17 @@ class Decision:
         return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
 
     def _weighed(self) -> str:
-        capped = "" if self.cap is None else f" (but at most {self.cap:g} times, which favours tokens that are often drawn)"
         if not self.samples:
             return (
                 "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss, "
                 "whatever its score."
             )
+        capped, averaged = "", "is that of all tokens that carry a label"
+        if self.cap is not None:
+            capped, averaged = f", but at most {self.cap:g} times", "leans towards tokens that are often drawn, because of that limit"
         return (
             f"Each token has a chance p of being kept. A kept token counts 1/p times in the loss{capped}, and so stands in for the tokens that "
-            "might have been drawn in its place: averaged over all draws, the loss is that of all tokens that carry a label. "
+            f"might have been drawn in its place: averaged over all draws, the loss {averaged}. "
             "What is marked as kept is one draw; another would keep others."
         )
 

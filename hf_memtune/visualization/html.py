@@ -96,7 +96,7 @@ def _chances(token_map: TokenMap) -> list[tuple[str, str]]:
     if token_map.probability is None:
         return []
     possible = [p for p in token_map.probability if p > 0]
-    ends = dict.fromkeys(f"{1 / p:.4g}" for p in (max(possible), min(possible))) if possible else ["n/a"]
+    ends = dict.fromkeys(f"{token_map.weight_of(p):.4g}" for p in (max(possible), min(possible))) if possible else ["n/a"]
     return [
         ("chances summed, which is how many are kept", f"{sum(token_map.probability):.2f}"),
         ("tokens that may be kept", f"{len(possible)}"),
@@ -126,7 +126,7 @@ def _numbers(token_map: TokenMap, i: int) -> dict[str, str]:
     found = {}
     if token_map.probability is not None:
         p = token_map.probability[i]
-        found = {"chance p": f"{p:.4g}", "weight 1/p": f"{1 / p:.4g}" if p else "never kept"}
+        found = {"chance p": f"{p:.4g}", "weight 1/p": f"{token_map.weight_of(p):.4g}" if p else "never kept"}
     return found | {name: f"{values[i]:.4g}" for name, values in token_map.scores.items()}
 
 

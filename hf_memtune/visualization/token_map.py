@@ -20,7 +20,7 @@ class TokenMap:
     kept: n flags, the token was selected for backpropagation.
     labelled: n flags, the token carries a training label (it is not masked out of the loss).
     probability: n numbers in [0, 1], with which each token is kept, where tokens are drawn by chance; None where they are not. One over it
-        is what a kept token counts for in the loss.
+        is what a kept token counts for in the loss, unless the decision has a cap.
     decision: how the tokens were chosen, for the page to say; None leaves it unsaid.
 
     Raises ValueError that lists every problem of the arguments at once.
@@ -33,6 +33,11 @@ class TokenMap:
     labelled: list[bool]
     probability: list[float] | None = None
     decision: Decision | None = None
+
+    def weight_of(self, probability: float) -> float:
+        """What a token that is kept with this probability, more than 0, counts for in the loss."""
+        cap = None if self.decision is None else self.decision.cap
+        return 1 / probability if cap is None else min(1 / probability, cap)
 
     def __post_init__(self) -> None:
         problems = _problems(self)

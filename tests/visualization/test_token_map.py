@@ -115,6 +115,15 @@ def test_every_token_tells_its_chance_and_its_weight(tmp_path):
     assert others[0] != views[0]
 
 
+def test_a_cap_bounds_the_weights_that_are_shown(tmp_path):
+    capped = replace(drawn(), decision=replace(drawn().decision, cap=1.5))
+    text, free = page(tmp_path, [capped]), page(tmp_path, [drawn()])
+    assert max(weight for _, _, weight, _ in numbers_of(text) if not math.isnan(weight)) == 1.5
+    assert max(weight for _, _, weight, _ in numbers_of(free) if not math.isnan(weight)) == 4
+    assert "at most 1.5 times" in text and "leans towards tokens that are often drawn" in text and "is that of all tokens" not in text
+    assert "is that of all tokens" in free and "at most" not in free
+
+
 def test_the_table_has_a_line_for_every_token(tmp_path):
     text = page(tmp_path, [drawn()])
     lines = re.findall(r"<tr[^>]*><td>(\d+)</td><td>.*?</td><td>(yes)?</td><td>(yes)?</td><td>([\d.]+)</td>", text)
