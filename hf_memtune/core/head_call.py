@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_memtune.core.labelled import take_labelled
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.errors import LogitsError
 
@@ -40,9 +39,9 @@ class HeadOnDemand:
         the logits, casts apart; None: nothing. Called with the autocast state in which the logits were made, without grad mode if they
         have no gradient.
         """
-        labelled = target_BT != IGNORED
-        hidden_ND, target_N = take_labelled(hidden_BTD, labelled), take_labelled(target_BT, labelled)
-        return linear_loss(hidden_ND, weight_VD, self.bias, target_N, label_smoothing, pointwise=pointwise), labelled.sum()
+        hidden_ND, target_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), target_BT.reshape(-1)
+        loss = linear_loss(hidden_ND, weight_VD, self.bias, target_N, label_smoothing, pointwise=pointwise)
+        return loss, (target_BT != IGNORED).sum()
 
 
 class HeadCall:

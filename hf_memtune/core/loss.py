@@ -3,13 +3,14 @@
 Shape legend: N tokens, D hidden size, V classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from hf_memtune._compat import is_fake
 from hf_memtune.errors import LogitsError
 
 IGNORED = -100  # the label that transformers and torch give to a token without loss
@@ -32,7 +33,7 @@ def linear_loss(
 ) -> Tensor:
     """Sum over tokens of the cross entropy of a linear head, a float32 scalar, or a float64 one where the weight is.
 
-    Tokens with target -100 cost nothing, and have a gradient of exactly 0 whatever comes from above, inf and nan included: of a batch
+    Tokens with target -100 cost nothing, do not go through the head, and have a gradient of exactly 0 whatever comes from above, inf and nan included: of a batch
     without any label, torch's mean sends such.
 
     token_weight_N: factors of the tokens' losses, finite, constants of the differentiation; None: the plain sum.
@@ -106,22 +107,18 @@ def linear_loss_gradient(
     The gradients of weight and bias are added to the buffers given for them. Equations: `LinearLoss`. Tokens with target -100
     have gradient 0 and loss 0. All gradients are of the sum weighted by `token_weight_N`; the token losses are not weighted.
     """
-    gradient, losses = torch.zeros_like(hidden_ND), []
-    rows, cast_VD = logit_rows(weight_VD.shape[0]), _as_autocast(weight_VD)
-    for start in range(0, hidden_ND.shape[0], rows):
-        target = target_N[start : start + rows]
-        hidden = hidden_ND[start : start + rows].to(weight_VD.dtype)
-        factor = None if token_weight_N is None else token_weight_N[start : start + rows]
-        residual, loss = _residual(F.linear(hidden, cast_VD, bias_V), pointwise, target, label_smoothing, factor)
-        residual = residual.to(weight_VD.dtype)
-        gradient[start : start + rows] = residual @ cast_VD
+    gradient, losses, cast_VD = torch.zeros_like(hidden_ND), _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
+    for part in _labelled_parts(target_N, weight_VD.shape[0]):
+        hidden, factor = hidden_ND[part].to(weight_VD.dtype), None if token_weight_N is None else token_weight_N[part]
+        residual, loss = _residual(F.linear(hidden, cast_VD, bias_V), pointwise, target_N[part], label_smoothing, factor)
+        residual, losses[part] = residual.to(weight_VD.dtype), loss.to(losses.dtype)
+        gradient[part] = (residual @ cast_VD).to(gradient.dtype)
         if weight_gradient_VD is not None:
             weight_gradient_VD.addmm_(residual.T, hidden)
         if bias_gradient_V is not None:
             bias_gradient_V.add_(residual.sum(0))
-        losses.append(loss)
         del residual  # or it would live on beside that of the next chunk
-    return gradient, torch.cat(losses) if losses else _no_losses(weight_VD)
+    return gradient, losses
 
 
 @torch.no_grad()
@@ -134,19 +131,31 @@ def _token_losses(
     pointwise: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """The loss of each token, (N,), where nothing learns."""
-    losses, cast_VD = [], _as_autocast(weight_VD)
-    chunks = (values.split(logit_rows(weight_VD.shape[0])) for values in (hidden_ND, target_N))
-    for hidden, target in zip(*chunks) if len(target_N) else ():
-        logits = F.linear(hidden.to(weight_VD.dtype), cast_VD, bias_V)
+    losses, cast_VD = _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
+    for part in _labelled_parts(target_N, weight_VD.shape[0]):
+        logits = F.linear(hidden_ND[part].to(weight_VD.dtype), cast_VD, bias_V)
         logits = logits if pointwise is None else pointwise(logits)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses.append(F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing))
+        losses[part] = F.cross_entropy(logits, target_N[part], reduction="none", label_smoothing=label_smoothing).to(losses.dtype)
         del logits  # or they would live on beside those of the next chunk
-    return torch.cat(losses) if losses else _no_losses(weight_VD)
+    return losses
 
 
-def _no_losses(weight_VD: Tensor) -> Tensor:
-    return weight_VD.new_zeros(0, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+def _labelled_parts(target_N: Tensor, classes: int) -> Iterator[slice | Tensor]:
+    """Which tokens go through the head at once, of those that have a label: slices of them where all have one, and places where not.
+
+    Traced tensors have no values: of them every token counts as labelled, and is looked up, which is the most there can be.
+    """
+    rows, count = logit_rows(classes), len(target_N)
+    places = torch.zeros_like(target_N) if is_fake(target_N) else (target_N != IGNORED).nonzero()[:, 0]
+    if len(places) == count and not is_fake(target_N):
+        yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    elif len(places):
+        yield from places.split(rows)
+
+
+def _no_losses(target_N: Tensor, weight_VD: Tensor) -> Tensor:
+    return weight_VD.new_zeros(len(target_N), dtype=torch.promote_types(weight_VD.dtype, torch.float32))
 
 
 def _residual(

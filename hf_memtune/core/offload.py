@@ -140,6 +140,10 @@ class OffloadedStore(KeyValueStore):
             yield keys, values
             del keys, values  # before the block after the next one is fetched
 
+    def clear(self) -> None:
+        super().clear()
+        self._homes.clear()
+
     def tensors(self) -> list[Tensor]:
         return []  # what is on the device is a copy
 

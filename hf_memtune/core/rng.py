@@ -32,6 +32,11 @@ class RandomTape:
         with with_values():  # states have them, also while memory is being traced
             return not all(torch.equal(now, then) for now, then in pairs)
 
+    def forget_if_still(self, name: object) -> None:
+        """Forget a state (5 KB of the CPU's) from which nothing was drawn since it was kept."""
+        if not self.has_moved(name):
+            del self._states[name]
+
     @contextmanager
     def replaying(self, name: object) -> Iterator[None]:
         """While open, the numbers that were drawn from a state that was kept come again; those drawn afterwards are new ones."""

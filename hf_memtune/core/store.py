@@ -41,6 +41,15 @@ class KeyValueStore:
         for start, stop in bounds:
             yield keys.narrow(2, start, stop - start), values.narrow(2, start, stop - start)
 
+    def keys(self) -> list[int]:
+        """What there are entries for."""
+        return list(self._written)
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._entries.clear()
+        self._written.clear()
+
     def _note(self, key: int, start: int, stop: int) -> None:
         if start <= self._written.get(key, 0):  # else there is a gap, which nobody must read
             self._written[key] = max(self._written.get(key, 0), stop)

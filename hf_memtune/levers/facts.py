@@ -19,6 +19,7 @@ class Settings(Protocol):
     preset: str | None
     given: frozenset[str]
     sequence_chunk_size: int | str | None
+    stream_order: str | None
     kv_offload: bool
     checkpoint_levels: int | None
     reversible: str

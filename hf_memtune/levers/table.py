@@ -40,7 +40,7 @@ _STREAMED_LAYERS = (
     "streaming runs each layer once a chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row; "
     "leave one out (token_gradient=cut works with reversible)"
 )
-_NO_STREAM = {"sequence_chunk_size": None, "kv_offload": False}
+_NO_STREAM = {"sequence_chunk_size": None, "stream_order": None, "kv_offload": False}
 
 
 def _offloaded(args: Settings) -> str:
@@ -58,10 +58,14 @@ def _seeking(args: Settings) -> str:
     return f"token_seeking, {kept}, token_gradient={args.token_gradient}{weight}"
 
 
+def _order(args: Settings) -> str:
+    return f", stream_order={args.stream_order}" if args.stream_order else ""
+
+
 STREAMING = Lever(
     "sequence_chunk_size",
     is_on=lambda args: args.streams and not args.token_seeking,
-    written=lambda args: f"sequence_chunk_size={args.sequence_chunk_size}" + _offloaded(args),
+    written=lambda args: f"sequence_chunk_size={args.sequence_chunk_size}" + _order(args) + _offloaded(args),
     off=lambda args: _NO_STREAM,
     offers=offers.streaming,
     judge=judgements.ran_in_chunks,

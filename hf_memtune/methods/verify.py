@@ -78,16 +78,16 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
     architecture = router.architecture
     base = architecture.base
     with torch.no_grad(), evaluating(architecture.head_model):
-        call = BodyCall(architecture, base.forward, (), _probe_batch(architecture))
+        call = BodyCall(architecture, base.forward, (), probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
         probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_facts)
-        with _explained(architecture), router.running(probing), records.of_last_blocks(architecture):
+        with explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans, probing)))
-        with _explained(architecture):
+        with explained(architecture):
             router.follow_by(cache_template(architecture, call, probing.attended))
         full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
         if full is not None and streams and not probing.looks_ahead:
-            with _explained(architecture):
+            with explained(architecture):
                 verify_stream(router, call)
         elif full is not None and router.cache is None:
             if problem := problem_of_parts(router, call, store, full):
@@ -112,7 +112,8 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
     return Facts(is_causal, not probing.looks_ahead, plain_head, reads_body, body_output, tail_problem, needs_all)
 
 
-def _probe_batch(architecture: Architecture) -> dict[str, Tensor]:
+def probe_batch(architecture: Architecture) -> dict[str, Tensor]:
+    """A row of a few tokens, as the body takes it."""
     embedding = architecture.base.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     classes = min(embedding.shape[0], architecture.base.config.get_text_config().vocab_size)
@@ -148,7 +149,7 @@ def _instead(streams: bool) -> str:
 
 
 @contextmanager
-def _explained(architecture: Architecture) -> Iterator[None]:
+def explained(architecture: Architecture) -> Iterator[None]:
     """A model that does not let its attention be routed fails somewhere inside: say what that means."""
     try:
         yield

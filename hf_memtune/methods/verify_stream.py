@@ -1,7 +1,8 @@
 """Before the first step: does a stream of chunks give, on this very model, the gradient of plain backpropagation?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +31,39 @@ def verify_stream(router: Router, call: BodyCall) -> None:
     """
     if is_sharded(router.architecture.base):
         return  # FSDP2 lets no part of a model go backward by itself
-    device = call.decoder.positions.device
-    with _frozen(router.architecture.base), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    make = partial(_by_chunks, router)
+    with _probing(router, call):
         embedded, expected = _plain(router, call)
         if expected is None:  # this body looks at more than the embeddings of its tokens
             _compare_forward(router, call)
             return
-        problem = _problem(router, embedded, expected)
+        problem = _problem(router, embedded, expected, make)
         if problem is not None and (by_hand := _all_by_hand(router, call)) is not None:
             earlier = router.cache
             router.follow_by(by_hand)
-            if _problem(router, embedded, expected) is None:
+            if _problem(router, embedded, expected, make) is None:
                 return
             router.follow_by(earlier)
     if problem is not None:
         raise UnsupportedModelError(f"{router.architecture.name} {problem}. {_reason(router)} {tables.REMEDY}")
+
+
+def problem_of(router: Router, call: BodyCall, make: Callable[[BodyCall], ChunkStream]) -> str | None:
+    """What is wrong with the gradient that the stream which `make` makes of a call finds; None: nothing, or it cannot be told."""
+    with _probing(router, call):
+        embedded, expected = _plain(router, call)
+        return None if expected is None else _problem(router, embedded, expected, make)
+
+
+@contextmanager
+def _probing(router: Router, call: BodyCall) -> Iterator[None]:
+    device = call.decoder.positions.device
+    with _frozen(router.architecture.base), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _by_chunks(router: Router, call: BodyCall) -> ChunkStream:
+    return ChunkStream(Means(router, CHUNK), call)
 
 
 def _plain(router: Router, call: BodyCall) -> tuple[BodyCall, Tensor | None]:
@@ -66,11 +85,11 @@ def _toward(hidden: Tensor) -> Tensor:
     return torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view(hidden.shape).to(hidden.dtype)
 
 
-def _problem(router: Router, call: BodyCall, expected: Tensor) -> str | None:
+def _problem(router: Router, call: BodyCall, expected: Tensor, make: Callable[[BodyCall], ChunkStream]) -> str | None:
     """What is wrong with the gradient that a stream finds; None: nothing."""
     again = BodyCall(router.architecture, call.forward, (), call.given)
     try:
-        stream = ChunkStream(Means(router, CHUNK), encode(again))
+        stream = make(encode(again))
         stream.run_forward(Records({}, wanted=False))
         stream.run_last()
         hidden = replayed(stream)[0]

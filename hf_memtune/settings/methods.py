@@ -24,6 +24,7 @@ _OF_COMBINED = ("context_weight", "gradient_weight")
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
 AUTO = "auto"
+STREAM_ORDERS = ("chunks", "layers")
 
 
 def _filled(name: str, help_text: str, choices=None):
@@ -47,11 +48,20 @@ class StreamingConfig(MethodSettings):
         "With sequence_chunk_size=auto: most bytes that the tensors of a step may take, weights and optimizer included, such as 8GiB. "
         "Default: what is free, less an allowance.",
     )
+    stream_order: str | None = setting(
+        None,
+        "With sequence_chunk_size, what a step goes through first. chunks: each chunk through all layers; kept are the keys, the values and their "
+        "gradients of all layers. layers: each layer for all its chunks; kept are the inputs of the layers, as by activation_checkpointing, which "
+        "it does not need; about a fifth faster than chunks with it. Default: layers with activation_checkpointing, where the model's layers can run "
+        "by themselves, and what is kept is at most a quarter more; else chunks.",
+        STREAM_ORDERS,
+    )
     kv_offload: bool = setting(
         False,
         "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
         "gradients summed for them, in pinned host memory, with two blocks of 2048 tokens of a layer on the GPU. Memory of the GPU then hardly "
-        "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus.",
+        "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus. By layers (stream_order): the "
+        "inputs of the layers, each of which is copied three times; keys and values of one layer stay on the GPU.",
     )
 
     def __post_init__(self) -> None:
@@ -102,10 +112,14 @@ class StreamingConfig(MethodSettings):
                 found.append(f"chunk_budget: got {self.chunk_budget!r}, expected more than 0 bytes.")
         except ValueError as error:
             found.append(f"chunk_budget: {error}.")
+        if self.stream_order not in (None, *STREAM_ORDERS):
+            found.append(f"stream_order: got {self.stream_order!r}, expected one of {STREAM_ORDERS}. Leave it out for the better one.")
         return found + super().problems()
 
     def ineffective(self) -> list[str]:
         own = ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
+        if self.stream_order is not None and not self.streams:
+            own.append("stream_order has no effect without sequence_chunk_size")
         if self.chunk_budget is not None and not self.chunk_is_open:
             own.append("chunk_budget has no effect without sequence_chunk_size=auto")
         return own + super().ineffective()
@@ -415,5 +429,5 @@ class TokenSeekingConfig(StreamingConfig):
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":
             found["skip_threshold"] = "token_gradient"
-        unread = ("context_chunk_size", "chunk_budget") if self.streams else ("sequence_chunk_size", "chunk_budget", "kv_offload")
-        return found | dict.fromkeys(unread, "token_gradient")
+        unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
+        return found | dict.fromkeys((*unread, "chunk_budget", "stream_order"), "token_gradient")

@@ -1,4 +1,4 @@
-"""(a) The gradient of exact streaming against that of plain training in float32, by kernel, dtype and chunk.
+"""(a) The gradient of exact streaming against that of plain training in float32, by kernel, dtype, chunk and order.
 
 All parameters of a small Llama with random weights that bfloat16 can hold. An error is the norm of the difference relative to that of the
 float32 gradient. In float32 streaming may differ by rounding alone; in bfloat16 it may be no further off than plain training is, but for
@@ -6,6 +6,7 @@ what one more rounding of sums does.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from bench_precision import gradients, relative_error
@@ -16,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_ava
 from gpu.machine import Machine
 from gpu.names import EXACTNESS
 from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.settings.methods import STREAM_ORDERS
 
 BEYOND_PLAIN = 1.25  # times the error of plain training in the same dtype
 ROUNDINGS = 1000  # of float32, relative to the whole gradient
@@ -32,8 +34,8 @@ class Exactness:
     def runs(self) -> Iterator[dict]:
         for kernel, dtypes in self._kernels().items():
             for dtype in dtypes:
-                for chunk in self._machine.sizes.exact_chunks:
-                    yield {"kernel": kernel, "dtype": dtype, "tokens": self._machine.sizes.exact_tokens, "chunk": chunk}
+                for chunk, order in product(self._machine.sizes.exact_chunks, STREAM_ORDERS):
+                    yield {"kernel": kernel, "dtype": dtype, "tokens": self._machine.sizes.exact_tokens, "chunk": chunk, "order": order}
 
     def expected_seconds(self, run: dict) -> float:
         return 0.0
@@ -43,7 +45,7 @@ class Exactness:
         kernel, dtype = run["kernel"], run["dtype"]
         exact, plain = self._gradients_of_plain("sdpa", FLOAT32), self._gradients_of_plain(kernel, dtype)
         model = self._model(kernel, dtype)
-        with Streaming(model, StreamingConfig(sequence_chunk_size=run["chunk"])):
+        with Streaming(model, StreamingConfig(sequence_chunk_size=run["chunk"], stream_order=run["order"])):
             error = relative_error(gradients(model, self._batch()), exact)
         of_plain = relative_error(plain, exact)
         bound = max(BEYOND_PLAIN * of_plain, ROUNDINGS * torch.finfo(torch.float32).eps)

@@ -75,7 +75,7 @@ LARGE = Sizes(
     cards={"24 GiB": _card("rtx4090"), "80 GiB": _card("h100")},
 )
 TINY = Sizes(
-    models={"tiny": lambda: _llama(1, 32, 4, 64)},
+    models={"tiny": lambda: _llama(2, 32, 4, 64)},
     exact_model=_llama(2, 32, 4, 64),
     exact_tokens=24,
     exact_chunks=(7,),
@@ -83,7 +83,7 @@ TINY = Sizes(
     step_tokens=(48,),
     offload_tokens=(48,),
     chunks=(16,),
-    cards={"small": 130_000},
+    cards={"small": 200_000},
     repeats=1,
     without=(LOGIT_FREE, "streaming 16"),
 )

@@ -30,7 +30,7 @@ def _table(heads: str, rows: list[dict], run: Cells, found: Cells) -> str:
 
 
 def _exactness(rows: list[dict]) -> str:
-    run = lambda row: [row["kernel"], row["dtype"], f"{row['chunk']} of {row['tokens']}"]  # noqa: E731
+    run = lambda row: [row["kernel"], row["dtype"], f"{row['chunk']} of {row['tokens']}, by {row['order']}"]  # noqa: E731
     found = lambda row: [f"{row['error']:.2e}", f"{row['error_of_plain']:.2e}", "yes" if row["exact"] else "**no**"]  # noqa: E731
     return _table("kernel | dtype | chunk | error of the gradient | of plain training | within its bound", rows, run, found)
 

@@ -92,7 +92,7 @@ def test_in_plain_training_everything_grows():
 
 
 def test_the_loss_needs_less_than_what_comes_after_it(monkeypatch):
-    """Labelled hidden states are copied for it, and it makes their gradient; but nothing is owed yet, and logits are a few at a time."""
+    """It makes the gradient of the hidden states, and copies none of them; but nothing is owed yet, and logits are a few at a time."""
     monkeypatch.setattr("hf_memtune.core.loss.LOGIT_CHUNK_BYTES", 0)
     grown = []
     for tokens in (SHORT, LONG):
@@ -102,7 +102,7 @@ def test_the_loss_needs_less_than_what_comes_after_it(monkeypatch):
             model(**batch, use_cache=False).loss.backward()
         grown.append(ledger.account().phase("forward").peak_bytes)
     of_labels_and_losses = ROWS * 64
-    assert 0 <= (grown[1] - grown[0]) / (LONG - SHORT) - STORED - 3 * HIDDEN < of_labels_and_losses
+    assert 0 <= (grown[1] - grown[0]) / (LONG - SHORT) - STORED - 2 * HIDDEN < of_labels_and_losses
 
 
 # -- sums ------------------------------------------------------------------------------------------------------------------

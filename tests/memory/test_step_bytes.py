@@ -25,7 +25,7 @@ SAVED_PER_TOKEN = (
     + 2 * 8 * 4  # rotary cosine and sine
     + 8 + 1  # its id, and whether it is labelled
 )  # fmt: skip
-SAVED_PER_LABEL = 32 * 4 + 1  # the gradient of what the head is given, made in forward; that it is labelled
+SAVED_PER_LABEL = 32 * 4  # the gradient of what the head is given, made in forward
 SAVED_PER_STEP = 8 + 4 + 61 * 32 * 4  # how many labels, and what they are over the kept ones; the gradient of the head, made in forward
 
 
@@ -112,11 +112,11 @@ STORED_IN_A_LAYER = 2 * 8 * 64 * 2  # bytes of a token: keys and values of 8 key
 
 
 @cache
-def streamed(tokens, kv_offload):
+def streamed(tokens, kv_offload, order="chunks"):
     """Exact streaming of a few layers of Llama-3.2-1B in chunks of 512 tokens, LoRA, activation checkpointing."""
     config = SHAPES["Llama-3.2-1B"]()
     config.num_hidden_layers = LAYERS
-    strategy = StreamingConfig(sequence_chunk_size=512, kv_offload=kv_offload)
+    strategy = StreamingConfig(sequence_chunk_size=512, kv_offload=kv_offload, stream_order=order)
     return trace_causal_lm_step(config, tokens, checkpointing=True, strategy=strategy)
 
 

@@ -31,6 +31,7 @@ def peak(tokens, **settings):
         max_position_embeddings=4096,
     )
     model = LlamaForCausalLM(config).train()
+    settings = {"stream_order": "chunks"} | settings
     model.gradient_checkpointing_enable()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     for parameter in model.parameters():

@@ -22,7 +22,7 @@ def deep(name="llama", layers=8, **overrides):
     return model_and_batch(name, lengths=LENGTHS, num_hidden_layers=layers, **overrides)
 
 
-def streamed(model, batch):
+def streamed(model, batch, order=None):
     """A step, and the tokens of each part of its context pass."""
     widths = []
 
@@ -33,7 +33,7 @@ def streamed(model, batch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(context, "ContextPass", noted)
-        return stream(model, batch, CHUNK), widths
+        return stream(model, batch, CHUNK, order), widths
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -74,7 +74,7 @@ def test_one_at_a_time_where_it_matters(change):
     model, batch, _ = deep(attention_dropout=0.3 if change == "dropout" else 0.0)
     if change == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert streamed(model, batch)[1] == [3] * 10
+    assert streamed(model, batch, "chunks")[1] == [3] * 10
 
 
 @pytest.mark.parametrize("token, expected", [(-1, [3, 6, 6, 6, 6, 3]), (7, [3, 6, 6, 6, 3, 3, 3, 3, 3])])

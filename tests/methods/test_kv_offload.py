@@ -24,8 +24,9 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def strategy_on(model, kind="exact", offload=True):
+    """Also of checkpointed layers, whose inputs a stream by layers would offload: test_layer_order.py has these."""
     if kind == "exact":
-        return Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=offload))
+        return Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=offload, stream_order="chunks"))
     more = {"skip_threshold": 0.05} if kind == "skip" else {}
     return seeking_on(model, token_gradient=kind, sequence_chunk_size=CHUNK, kv_offload=offload, **more)
 

@@ -73,7 +73,7 @@ def test_one_long_row(assets):
     assert len(rows) == 5 and rows["plain"]["gradient_difference"] == 0
     streamed, plain = rows["exact streaming 1024 + checkpointing"], rows["plain"]
     assert 0 < streamed["gradient_difference"] < 1e-3 and streamed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert streamed["peak_bytes"] < plain["peak_bytes"] / 2
+    assert streamed["peak_bytes"] < 0.6 * plain["peak_bytes"]
 
 
 def test_killed_runs_resume_to_the_same_bits(assets):

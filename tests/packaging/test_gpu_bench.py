@@ -123,15 +123,17 @@ def test_a_step_that_fails_costs_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(exactness.Exactness, "measured", measured)
     status, found = run(tmp_path / "gpu.jsonl", "--parts", "exactness")
     assert status == 1
-    assert [(row["kernel"], row["dtype"], row.get("left_out")) for row in found] == [
-        ("eager", "bfloat16", None),
-        ("eager", "float32", "out of memory"),
+    assert [(row["kernel"], row["dtype"], row["order"], row.get("left_out")) for row in found] == [
+        ("eager", "bfloat16", "chunks", None),
+        ("eager", "bfloat16", "layers", None),
+        ("eager", "float32", "chunks", "out of memory"),
+        ("eager", "float32", "layers", "out of memory"),
     ]
 
 
 def test_what_finds_no_time_is_left(tmp_path, capsys):
     assert run(tmp_path / "gpu.jsonl", "--parts", "exactness", seconds="0") == (0, [])
-    assert "4 left for another call" in capsys.readouterr().out
+    assert "8 left for another call" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, named", [(["--device", "cpu"], "--out"), (["--device", "cuda"], "--device")])

@@ -103,8 +103,11 @@ def test_encoders_that_classify_rows(tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
 
 
-def test_a_few_layers_tell_what_all_would(tmp_path):
-    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=6, **SEEKING)
+@pytest.mark.parametrize(
+    "settings", [SEEKING, {"sequence_chunk_size": TOKENS // 4, "stream_order": "layers"}], ids=["seeking", "by layers"]
+)
+def test_a_few_layers_tell_what_all_would(tmp_path, settings):
+    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=6, **settings)
     short, whole = (estimate(model, args, sequence_length=TOKENS, evaluation=True, every_layer=every) for every in (False, True))
     assert short.account.phases == whole.account.phases and short.flops == whole.flops
     assert short.extrapolated == "6 layers, from traces of 2 and 3" and whole.extrapolated is None

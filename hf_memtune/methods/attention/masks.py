@@ -51,6 +51,11 @@ class Asked:
         """The keys, in order, without those that no query looks at."""
         return _joined(pieces_of(self.rule, self._queries, self._keys), self._queries.begins)
 
+    def forget(self) -> None:
+        """Let go of the mask, where a stand-in was given in its place."""
+        if self.stands_in:
+            self.__dict__.pop("whole", None)
+
     @cached_property
     def whole(self) -> Tensor:
         """The mask itself, finished."""

@@ -48,7 +48,11 @@ class Places:
         return id(module) in self._cross
 
     def key_stack(self, module: nn.Module) -> str:
-        return "encoder" if id(module) in self._encoder or id(module) in self._cross else "decoder"
+        return self.stack_of_key(id(module))
+
+    def stack_of_key(self, key: int) -> str:
+        """Of which stack the keys and values are that a store has under this key."""
+        return "encoder" if key in self._encoder or key in self._cross else "decoder"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ class ModelPass:
         """What the model gets: here, the mask."""
         asked.given = asked.whole
         return asked.given
+
+    def forget_masks(self) -> None:
+        """Let go of masks that were made in full for layers that were given a stand-in."""
+        for asked in self._asked:
+            asked.forget()
 
     @property
     def has_rules(self) -> bool:
@@ -152,6 +161,9 @@ class ChunkPass(ModelPass):
     def takes_pieces(self) -> bool:
         """Whether attention of the decoder to itself goes piece by piece in this pass."""
         return self.kernel.in_pieces
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, attention: Callable, kwargs: dict):
+        raise NotImplementedError
 
     def prefix_of(self, module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict, owed=None, tokens=None) -> Prefix | None:
         """What a call of the attention is to go through piece by piece; None where it is to go the model's own way."""
@@ -219,6 +231,29 @@ class ContextPass(ChunkPass):
         span = self.spans["decoder"]
         self.store.write(_of_index(number), keys[:, None], keys[:, None, :, :0], span.first, span.rows.length)
         return self.store.prefix(_of_index(number), span.visible)[0][:, 0]
+
+
+class Made(Exception):
+    """The keys and values that were wanted are stored."""
+
+
+class KeysPass(ContextPass):
+    """Of a layer that was given its masks in the pass `of`: stores the keys and values of its attention modules, by their ids `wanted`.
+
+    Raises Made when the last of them has its keys: what a layer does from then on is not run.
+    """
+
+    def __init__(self, of: ChunkPass, wanted: set[int]):
+        super().__init__(of.spans, of.store, of.places, Records({}, wanted=False), of.kernel)
+        self.stack, self._asked, self._left = of.stack, of._asked, set(wanted)
+
+    def attend(self, module, query, key, value, mask, attention, kwargs):
+        self._left.discard(id(module))
+        if self._left:
+            return super().attend(module, query, key, value, mask, attention, kwargs)
+        keys = self.spans["decoder"]
+        self.store.write(id(module), key, value, keys.first, keys.rows.length)
+        raise Made
 
 
 def _by_hand(number: int) -> int:

@@ -89,7 +89,7 @@ class Router:
         cache: what the body is given, in which layers leave states; those that run again begin with the states they began with.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._routed(active))
+            stack.enter_context(self.routed(active))
             for module in self.architecture.base.modules():
                 names = list(_checkpointing(module))
                 if (
@@ -105,7 +105,7 @@ class Router:
                 if (override := override_of(module)) is not None:
                     if cache is not None:
                         raise _two_levels_and_states(self.architecture)
-                    stack.enter_context(instance_attribute(override, "again_within", partial(self._routed, active)))
+                    stack.enter_context(instance_attribute(override, "again_within", partial(self.routed, active)))
             if cache is not None:
                 stack.enter_context(not_checkpointing(self.architecture.base))  # layers that do it themselves drop the cache
             if self.architecture.is_encoder_decoder:
@@ -115,7 +115,8 @@ class Router:
             yield
 
     @contextmanager
-    def _routed(self, active: Pass) -> Iterator[None]:
+    def routed(self, active: Pass) -> Iterator[None]:
+        """`running` for a part of the body, which checkpoints nothing."""
         previous, self.active = self.active, active
         names = [(c, c._attn_implementation_internal) for c in self._configs]
         for config, _ in names:
@@ -130,7 +131,7 @@ class Router:
 
     def _checkpoint_with(self, active: Pass, checkpointing: Callable, function: Callable, *args, **kwargs):
         def again(*args, **kwargs):
-            with self._routed(active):
+            with self.routed(active):
                 return function(*args, **kwargs)
 
         return checkpointing(again, *args, **kwargs)
@@ -144,7 +145,7 @@ class Router:
             if next(runs):
                 args = tuple(beginnings.get(id(value), value) for value in args)
                 kwargs = {name: beginnings.get(id(value), value) for name, value in kwargs.items()}
-            with self._routed(active), not_checkpointing(layer):
+            with self.routed(active), not_checkpointing(layer):
                 return forward(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, **kwargs)

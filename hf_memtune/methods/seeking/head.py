@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hf_memtune.core.head_call import HeadOnDemand, Pointwise
-from hf_memtune.core.labelled import take_labelled
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.seeking.ditched import DitchedCall
@@ -81,10 +80,8 @@ class _ChoosingLoss(HeadOnDemand):
         else:
             hidden, target, weight = hidden_BTD, choice.target.masked_fill(~choice.decoder.kept_mask(), IGNORED), choice.weight
             run.let_go_of_scores()
-        labelled = target != IGNORED
-        hidden, target = take_labelled(hidden, labelled), take_labelled(target, labelled)
-        weight = None if weight is None else take_labelled(weight, labelled)
-        total = linear_loss(hidden, weight_VD, self.bias, target, label_smoothing, weight, pointwise=pointwise)
+        weight = None if weight is None else weight.flatten()
+        total = linear_loss(hidden.flatten(0, 1), weight_VD, self.bias, target.flatten(), label_smoothing, weight, pointwise=pointwise)
         if not is_live and total.requires_grad:
             total.register_hook(partial(_carried_by, self._run))
         return total * choice.scale(target_BT, total.dtype), (target_BT != IGNORED).sum()

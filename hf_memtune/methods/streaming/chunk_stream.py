@@ -154,7 +154,7 @@ class ChunkStream:
             or any(getattr(m, "gradient_checkpointing", False) or override_of(m) is not None for m in base.modules())
         ):
             return 1
-        return max(1, min(CONTEXT_TOKENS // self.chunk, _layers_with_gradient(self.router.architecture) // 4))
+        return max(1, min(CONTEXT_TOKENS // self.chunk, layers_with_gradient(self.router.architecture) // 4))
 
     # -- backward
 
@@ -169,9 +169,12 @@ class ChunkStream:
             del of_head
         given = self.going(given)
         with torch.enable_grad(), self.autocast.restored(), self.sums.standing_in(), self._summed_rows():
-            for number in reversed(range(self.count)):
-                self._go_backward(number, given)
+            self._all_go_backward(given)
         return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
+
+    def _all_go_backward(self, cotangents: list[Tensor | None]) -> None:
+        for number in reversed(range(self.count)):
+            self._go_backward(number, cotangents)
 
     def going(self, cotangents: list[Tensor | None]) -> list[Tensor | None]:
         """The gradient of the outputs to go backward with, of the one that was given."""
@@ -249,7 +252,7 @@ def _tied_matrix(architecture: Architecture, trained: Sequence[nn.Parameter]) ->
     return next((parameter for parameter in trained if parameter is architecture.head.weight), None)
 
 
-def _layers_with_gradient(architecture: Architecture) -> int:
+def layers_with_gradient(architecture: Architecture) -> int:
     """Layers of the decoder that a gradient goes through: those above the embedding, or the first layer, that is trained."""
     layers = architecture.decoder.layers
     if any(p.requires_grad for p in architecture.base.get_input_embeddings().parameters()):

@@ -4,7 +4,8 @@
         any_loss(model(**batch), model(**other)).backward()
 
 The gradients of all parameters equal those of plain backpropagation, whatever the loss. Alive at a time: the weights, keys and values of
-all tokens, what is owed to them, the last hidden states and their gradient, and the activations of one chunk.
+all tokens, what is owed to them, the last hidden states and their gradient, and the activations of one chunk. By layers (stream_order), it is
+the weights, the inputs of the layers, the gradient of one of them, keys and values of one layer, and its activations of one chunk.
 """
 
 from typing import Any
@@ -22,6 +23,8 @@ from hf_memtune.methods.head import Head
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
 from hf_memtune.methods.streaming.encoder import encode
+from hf_memtune.methods.streaming.layer_facts import all_checkpointing, layers_of
+from hf_memtune.methods.streaming.layer_stream import LayerStream, wants_router_logits
 from hf_memtune.methods.streaming.sharded import ShardedHead, sharded_stream, within_root_call
 from hf_memtune.methods.tied import is_tied
 from hf_memtune.settings.methods import StreamingConfig
@@ -52,7 +55,12 @@ class Streaming(Method[StreamingConfig]):
             super().require_gathered()
 
     def probe(self, check: bool) -> Facts:
+        self._compares = check
         return within_root_call(self._given, lambda: super(Streaming, self).probe(check))
+
+    def require(self, facts: Facts) -> None:
+        super().require(facts)
+        self._layers = layers_of(self.router, self._compares, self.config.stream_order)
 
     def make_head(self, inputs: dict[str, Any]) -> Head:
         if is_sharded(self._given):
@@ -65,8 +73,8 @@ class Streaming(Method[StreamingConfig]):
         stream: ChunkStream | None = None
         if is_sharded(self._given):
             stream = sharded_stream(self._given, means, call)
-        elif rows.length > means.chunk or self._saves_in_one_chunk(means):
-            stream = ChunkStream(means, encode(call))
+        elif self.config.stream_order == "layers" or rows.length > means.chunk or self._saves_in_one_chunk(means):
+            stream = self._stream(means, encode(call))
         self.listeners.tell("shaped", stream.count if stream else 1, rows)
         self.listeners.tell("counted", seen=sum(rows.real_tokens() for rows in call.rows.values()))
         if stream is None:
@@ -76,6 +84,14 @@ class Streaming(Method[StreamingConfig]):
         self.listeners.tell("context_ends")
         stream.run_last()
         return connected(stream, head)
+
+    def _stream(self, means: Means, call: BodyCall) -> ChunkStream:
+        """By layers where that was asked for, or where layers are checkpointed, of which it runs each one time less."""
+        asked = self.config.stream_order
+        if asked == "layers" or (asked is None and self._layers and all_checkpointing(self.architecture) and not wants_router_logits(call)):
+            assert self._layers is not None
+            return LayerStream(means, call, self._layers.return_tuple)
+        return ChunkStream(means, call)
 
     def _saves_in_one_chunk(self, means: Means) -> bool:
         """Whether embedding and head are one matrix that is trained, of whose gradient autograd has three, and a stream one."""
