@@ -15,11 +15,11 @@ MODELS = ("Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Qwen3-4B")
 TRAIN = {"full": {}, "LoRA": {"lora_r": 16}, "QLoRA": {"lora_r": 16, "load_in_4bit": True}}
 CHUNK = 2048
 CHECKPOINTING = {"activation_checkpointing": True}
-METHODS = {
+METHODS = {  # with checkpointing, streaming goes layer by layer in all of these models; offloaded are the inputs of the layers
     "plain": {},
     "checkpointing + logit-free loss": CHECKPOINTING | {"sequence_chunk_size": 2**20},
     "streaming 2048 + checkpointing": CHECKPOINTING | {"sequence_chunk_size": CHUNK},
-    "the same, keys and values offloaded": CHECKPOINTING | {"sequence_chunk_size": CHUNK, "kv_offload": True},
+    "the same, offloaded": CHECKPOINTING | {"sequence_chunk_size": CHUNK, "kv_offload": True},
 }
 # in chunks; by whether the method streams: then a trace takes longer with its length
 LENGTHS = {False: (2, 4, 8, 16, 32, 64), True: (2, 4, 8, 16, 32)}

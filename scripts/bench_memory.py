@@ -23,7 +23,10 @@ METHODS = {
     "exact streaming 192": {"strategy": StreamingConfig(sequence_chunk_size=192)},
     "exact streaming 256": {"strategy": StreamingConfig(sequence_chunk_size=256)},
     "exact streaming 512 + checkpointing": {"strategy": StreamingConfig(sequence_chunk_size=512), "checkpointing": True},
-}
+    "exact streaming 512 + checkpointing, by chunks": {
+        "strategy": StreamingConfig(sequence_chunk_size=512, stream_order="chunks"), "checkpointing": True,
+    },
+}  # fmt: skip
 SEEKING: dict[str, dict] = {f"seeking {ratio:g}": {"token_ratio": ratio} for ratio in (0.1, 0.3, 0.5, 1.0)}
 SEEKING["TokenSeek 0.1"] = {"preset": "tokenseek", "seek_schedule": "step"}
 

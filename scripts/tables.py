@@ -13,13 +13,18 @@ import pages
 import store
 import tables_few_shot
 import tables_learning
+import tables_longest
 import tables_reversible
 from gpu.tables import tables as gpu_tables
 from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
 
-PAGES = ("measurements", "architectures", "results", "reversible", "reversible-glue", "evaluation")
+PAGES = (
+    "README",
+    *(f"docs/{name}" for name in ("measurements", "architectures", "results", "reversible", "reversible-glue", "evaluation", "what-fits")),
+)
 METHODS = (
     "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
+    "exact streaming 512 + checkpointing, by chunks",
     "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
 )  # fmt: skip
 # Rung, its gradient, its name in the results of memory and of speed. Exact ones first.
@@ -30,6 +35,12 @@ LADDER = (
     ("`sequence_chunk_size=256`", "exact", "exact streaming 256", "exact streaming, chunks of 256"),
     ("`sequence_chunk_size=192`", "exact", "exact streaming 192", "exact streaming, chunks of 192"),
     ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing"),
+    (
+        "the same, `stream_order=chunks`",
+        "exact",
+        "exact streaming 512 + checkpointing, by chunks",
+        "exact streaming 512 + checkpointing, by chunks",
+    ),
     ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 %"),
     ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 %"),
 )
@@ -59,10 +70,10 @@ def memory_table(train: str) -> str:
 def ladder_table() -> str:
     """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time relative to checkpointing."""
     peaks = by(traced(train="lora"), "model tokens method", "peak_bytes")
-    times = by(of(rows_of("speed"), **LADDER_TIMED), "method", "seconds")
+    times = {row["method"]: row["more"] for row in reversed(compared(of(rows_of("speed"), **LADDER_TIMED)))}
     lines = [
         [title, gradient, *(mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES),
-         f"{times[speed] / times['checkpointing']:.2f} x" if speed in times else "-"]
+         f"{times[speed]:.2f} x" if speed in times else "-"]
         for title, gradient, memory, speed in LADDER
     ]  # fmt: skip
     return table(["", "gradient", *(f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES), "step time"], lines, "ll")
@@ -73,13 +84,18 @@ STEP = {"model": "{model}, {conditions[dtype]}", "tokens": "{conditions[rows]} x
 
 def speed_table() -> str:
     """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
-    rows, found = rows_of("speed"), []
+    columns = STEP | {"training": "{train}", "method": "{method}", "seconds a step": "{seconds:.2f}", "x plain": "{relative:.2f}"}
+    return listing(compared(rows_of("speed")), columns | {"x checkpointing": "{more:.2f}"}, "llll")
+
+
+def compared(rows: Rows) -> Rows:
+    """With `more`: seconds over those of checkpointing, with the loss without logits where there is no other, in the same run."""
+    found = []
     for row in rows:
         same = of(rows, **{name: row[name] for name in ("model", "train", "tokens", "conditions")})
         checkpointing = next(r["seconds"] for r in same if r["method"].startswith("checkpointing"))
         found.append(row | {"more": row["seconds"] / checkpointing})
-    columns = STEP | {"training": "{train}", "method": "{method}", "seconds a step": "{seconds:.2f}", "x plain": "{relative:.2f}"}
-    return listing(found, columns | {"x checkpointing": "{more:.2f}"}, "llll")
+    return found
 
 
 def profile_table() -> str:
@@ -188,6 +204,7 @@ SECTIONS = {
     **{f"{name}-conditions": lambda name=name: conditions_of(rows_of(name)) for name in ("coverage", "gpu", "speed", "profile", "inverse")},
     **tables_few_shot.sections(rows_of),
     **tables_learning.sections(rows_of),
+    **tables_longest.sections(rows_of),
     **tables_reversible.sections(rows_of),
 }
 
@@ -196,10 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     check = parser.parse_args().check
-    stale = [name for name in PAGES if not pages.write(ROOT / "docs" / f"{name}.md", SECTIONS, check)]
+    stale = [name for name in PAGES if not pages.write(ROOT / f"{name}.md", SECTIONS, check)]
     if not check:
         draw(ROOT / "docs" / "images")
-    sys.exit(f"docs: {', '.join(stale)} out of date: run python scripts/tables.py" if check and stale else 0)
+    sys.exit(f"{', '.join(stale)}: out of date: run python scripts/tables.py" if check and stale else 0)
 
 
 def draw(folder: Path) -> None:

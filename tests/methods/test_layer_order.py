@@ -269,6 +269,22 @@ def test_a_body_that_changes_what_travels_between_layers_is_refused():
     assert streams_of(checkpointed(model, False), batch) == [ChunkStream]
 
 
+class Reversed(torch.nn.ModuleList):
+    """Layers that the body runs from the last to the first."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return list(found)[::-1] if isinstance(index, slice) else found
+
+
+def test_a_body_that_runs_its_layers_in_another_order_is_refused():
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
+    model.model.layers = Reversed(model.model.layers)
+    with pytest.raises(UnsupportedModelError, match="runs layer 2 where layer 0 was expected.*stream_order=chunks"):
+        stream(model, batch, 5, "layers")
+    assert streams_of(checkpointed(model, False), batch) == [ChunkStream]
+
+
 @pytest.mark.parametrize("layer", [0, 1, -1])
 def test_hooks_belong_to_a_run_of_their_layer(layer):
     model, batch, _ = model_and_batch("llama", lengths=LENGTHS)

@@ -79,3 +79,17 @@ def test_one_long_row(assets):
 def test_killed_runs_resume_to_the_same_bits(assets):
     rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2", run=in_new_process)  # it forks
     assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)
+
+
+def test_the_longest_row_is_read_off_between_predictions():
+    """Bytes grow as the largest of several straight lines: what is read off is no longer than what fits."""
+    from tables_longest import cell, longest
+
+    peak = lambda tokens: max(1000 + 2 * tokens, 200 + 6 * tokens, 10 * tokens - 2000)  # noqa: E731
+    knots = [(tokens, peak(tokens)) for tokens in (100, 400, 1600, 3200, 6400)]
+    for room in range(1300, 90_000, 700):
+        found = longest(knots, room)
+        assert found is not None and peak(found) <= room < peak(found + 200)
+    assert longest(knots, peak(100) - 1) is None
+    huge = {"peak_bytes": {"4096": 2**40, "8192": 2**41}}
+    assert cell(huge, 24) == "< 4K" and cell({"left_out": "experts"}, 24) == "-"

@@ -35,7 +35,7 @@ from hf_memtune.methods.overrides import instance_attribute, not_checkpointing
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means, layers_with_gradient
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-BY_CHUNKS = "Set stream_order=chunks, and activation_checkpointing for what that needs more."
+BY_CHUNKS = "Set stream_order=chunks: activation_checkpointing then works inside of each chunk."
 
 
 @dataclass
@@ -236,6 +236,10 @@ class LayerStream(ChunkStream):
                 raise UnsupportedModelError(
                     f"{self.router.architecture.name}: layer {layer} is not given what the layer before it returned, as it is: between "
                     f"its layers something happens to the hidden states. {BY_CHUNKS}"
+                )
+            if layer != len(around.calls):
+                raise UnsupportedModelError(
+                    f"{self.router.architecture.name}: its body runs layer {layer} where layer {len(around.calls)} was expected. {BY_CHUNKS}"
                 )
             if not travelling:
                 around.hidden = hidden
