@@ -15,15 +15,12 @@ from tests.support.scripts import load, run
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-MEASURED = "".join(
-    (ROOT / "docs" / name).read_text()
-    for name in ("architectures.md", "measurements.md", "results.md", "reversible.md", "reversible-glue.md", "evaluation.md")
-)
 PAGES = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"<!-- ([a-z0-9-]+) -->\n(.*?)<!-- end -->", re.S)
 
 
 tables = load("tables")
+MEASURED = "".join((ROOT / f"{name}.md").read_text() for name in tables.PAGES)
 
 
 def blocks(language: str) -> list[str]:
