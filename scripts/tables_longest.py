@@ -12,7 +12,7 @@ CARDS = (8, 12, 16, 24, 40, 80)  # GiB
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     return {
         "longest": lambda: longest_table(rows_of("longest")),
-        "longest-8b": lambda: longest_table(
+        "longest-of-one": lambda: longest_table(
             [row for row in rows_of("longest") if row["model"] == "Llama-3.1-8B" and row["train"] != "full"], False
         ),
     }
