@@ -7,6 +7,7 @@ from pages import GIB, UNMEASURED, Rows, conditions_of, table
 from hf_memtune.memory.cards import Room
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GiB
+MOST = 1_000_000  # tokens that are still told apart: far beyond what was predicted
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
@@ -37,7 +38,7 @@ def cell(row: dict, card: int) -> str:
     tokens = longest(knots, Room.of_device(card * GIB, "card").tensor_bytes)
     if tokens is None:
         return f"< {knots[0][0] / 1000:.0f}K"
-    return f"{tokens // 1000:,}K"
+    return f"{tokens // 1000:,}K" if tokens <= MOST else f"> {MOST // 1000:,}K"
 
 
 def longest(knots: list[tuple[int, int]], room: int) -> int | None:
