@@ -33,8 +33,8 @@ def linear_loss(
 ) -> Tensor:
     """Sum over tokens of the cross entropy of a linear head, a float32 scalar, or a float64 one where the weight is.
 
-    Tokens with target -100 cost nothing, do not go through the head, and have a gradient of exactly 0 whatever comes from above, inf and nan included: of a batch
-    without any label, torch's mean sends such.
+    Tokens with target -100 cost nothing, do not go through the head, and have a gradient of exactly 0 whatever comes from above, inf and
+    nan included: of a batch without any label, torch's mean sends such.
 
     token_weight_N: factors of the tokens' losses, finite, constants of the differentiation; None: the plain sum.
     pointwise: what is done to each logit first (a scale, a soft cap), differentiable and without parameters; None: nothing.

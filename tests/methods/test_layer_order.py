@@ -23,7 +23,7 @@ from tests.support.packing import packed_batch
 from tests.support.removal import registered, traces
 from tests.support.slopes import DROPOUT, SLOPE_TOLERANCE, STEP, slope_error
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, step_on, stream
-from tests.support.streaming import LENGTHS, allowed, assert_streams
+from tests.support.streaming import LENGTHS, allowed, assert_embeddings_learn, assert_streams
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -71,12 +71,7 @@ def test_packed_rows(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_embeddings_in_place_of_ids_and_their_gradient(name):
-    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    expected = plain_twin(model, batch)
-    plain, batch["inputs_embeds"].grad = batch["inputs_embeds"].grad, None
-    assert_equal(model, batch, 5, allowed(name, dtype), expected)
-    assert worst_difference({"embeds": batch["inputs_embeds"].grad}, {"embeds": plain}) <= allowed(name, dtype)
+    assert_embeddings_learn(name, 5, order="layers")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])

@@ -16,7 +16,7 @@ from tests.support.heads import PROBLEMS, classified
 from tests.support.packing import packed_batch, unpacked
 from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, step_on, stream
-from tests.support.streaming import LENGTHS, allowed, are_made, assert_streams, own_loss
+from tests.support.streaming import LENGTHS, allowed, are_made, assert_embeddings_learn, assert_streams, own_loss
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -64,13 +64,7 @@ def test_eager_attention(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_embeddings_in_place_of_ids_and_their_gradient(name):
-    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    expected = plain_twin(model, batch)
-    plain, batch["inputs_embeds"].grad = batch["inputs_embeds"].grad, None
-    assert_streams(model, batch, 5, allowed(name, dtype), expected)
-    assert worst_difference({"embeds": batch["inputs_embeds"].grad}, {"embeds": plain}) <= allowed(name, dtype)
-    assert worst_difference({"embeds": batch["inputs_embeds"].grad.roll(1, 1)}, {"embeds": plain}) > NOTICED
+    assert_embeddings_learn(name, 5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in MASKED_WITHOUT_POSITIONS])

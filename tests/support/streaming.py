@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_memtune.core import logits
-from tests.support.stepping import has_float32_inside, plain_twin, stream
-from tests.support.tolerances import tolerance
+from tests.support.stepping import has_float32_inside, model_and_batch, plain_twin, stream
+from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
 
 LENGTHS = (12, 9)
@@ -36,6 +36,17 @@ def assert_streams(model, batch, chunk, limit, expected=None, made=False, **sett
     assert worst_difference(found.gradients, wanted) <= limit
     assert abs(found.loss - loss) <= limit * max(1.0, abs(loss))
     return found
+
+
+def assert_embeddings_learn(name, chunk, **settings):
+    """Given in place of ids: their gradient, and all others, are those of plain backpropagation."""
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    expected = plain_twin(model, batch)
+    plain, batch["inputs_embeds"].grad = batch["inputs_embeds"].grad, None
+    assert_streams(model, batch, chunk, allowed(name, dtype), expected, **settings)
+    assert worst_difference({"embeds": batch["inputs_embeds"].grad}, {"embeds": plain}) <= allowed(name, dtype)
+    assert worst_difference({"embeds": batch["inputs_embeds"].grad.roll(1, 1)}, {"embeds": plain}) > NOTICED
 
 
 def own_loss(model, batch):

@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer
 
 from hf_memtune import MemEfficientTrainer, SavedBytes
+from hf_memtune.methods.streaming.layer_stream import LayerStream
 from tests.support.checkpointing import adapted, worst_difference_of_all
 from tests.support.runs import arguments, llama, text_rows, train, worst_step
 from tests.support.tiny_models import tiny_model
@@ -41,6 +42,21 @@ def test_both_spellings_save_bytes_and_change_nothing(tmp_path, spelling, make_m
     assert worst_step(checkpointed, plain) <= RELATIVE[torch.float32]
     assert checkpointed.losses == pytest.approx(plain.losses, rel=RELATIVE[torch.float32])
     assert checkpointed.trainer.saved_bytes < 0.7 * plain.trainer.saved_bytes
+
+
+def test_a_trainer_that_checkpoints_streams_by_layers(tmp_path, monkeypatch):
+    """Checkpointing is on before the callback looks at the layers."""
+    taken, forward = [], LayerStream.run_forward
+
+    def noting(self, records):
+        taken.append(self.means.router.architecture.base.training)  # not so in the probe before
+        return forward(self, records)
+
+    monkeypatch.setattr(LayerStream, "run_forward", noting)
+    by_chunks = run(tmp_path, token_seeking=False, sequence_chunk_size=16)
+    assert not any(taken)
+    by_layers = run(tmp_path, token_seeking=False, sequence_chunk_size=16, activation_checkpointing=True)
+    assert any(taken) and worst_step(by_layers, by_chunks) <= RELATIVE[torch.float32]
 
 
 def test_ditching_saves_bytes_without_checkpointing_too(tmp_path):
