@@ -171,7 +171,8 @@ def _profile(arguments: argparse.Namespace, train: str, methods: dict[str, Made]
     step = _step(model, batch)
     for method, made in methods.items():
         with made():
-            step()
+            for _ in range(arguments.untimed):
+                step()
             with torch.profiler.profile() as profiled:
                 step()
         found = sorted(profiled.key_averages(), key=lambda entry: entry.self_cpu_time_total, reverse=True)
