@@ -1,34 +1,34 @@
 """One optimizer step on one very long row of real text: `python scripts/bench_length.py --tokens 16384`. Writes results/length.jsonl.
 
 For each method the loss, the peak of live bytes while forward and backward run (weights are older, and not in it), seconds, and how far its
-gradient is from that of the first method, which is kept. Pre-trained weights; rows may be longer than the model was trained on: what is
-shown is that the step is the same, not that the text is understood. Methods of one comparison are named together.
+gradient is from that of the first method of the run. Pre-trained weights; rows may be longer than the model was trained on: what is shown is
+that the step is the same, not that the text is understood. Methods of one comparison are named together. What is offloaded lies in host
+memory, and is counted apart. --traced finds the bytes alone, without values.
 
     make assets NAMES="smollm2 alpaca"
 """
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
-from bench_gradient import gradient as flat_gradient
-from bench_speed import checkpointed
 from options import one, parse, some_of
 from store import measure
 from torch import Tensor, nn
 
-from hf_memtune import LiveBytes, Streaming, StreamingConfig
+from hf_memtune import StreamingConfig
+from hf_memtune.memory.trace import CausalLMStep, trace_causal_lm_step
 
-CHUNK = 1024
-METHODS: dict[str, tuple[int | None, bool]] = {  # tokens of a chunk, whether activations are checkpointed
-    "plain": (None, False),
-    "checkpointing": (None, True),
-    "checkpointing + logit-free loss": (2**20, True),
-    f"exact streaming {CHUNK}": (CHUNK, False),
-    f"exact streaming {CHUNK} + checkpointing": (CHUNK, True),
+CHUNK, RANK = 1024, 8
+CHECKPOINTED = f"exact streaming {CHUNK} + checkpointing"
+METHODS: dict[str, dict] = {
+    "plain": {},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing + logit-free loss": {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=2**20)},
+    f"exact streaming {CHUNK}": {"strategy": StreamingConfig(sequence_chunk_size=CHUNK)},
+    CHECKPOINTED: {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=CHUNK)},
+    f"{CHECKPOINTED}, offloaded": {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=True)},
 }
 
 
@@ -36,65 +36,78 @@ def main(given: list[str] | None = None) -> None:
     options = parse(
         __doc__, "length", given, model=one(Path(".assets/models/smollm2-135m-instruct")), data=one(Path(".assets/data/alpaca/train.jsonl")),
         tokens=one(16384, "of the one row"), layers=one(0, "of the model, the lowest; 0 is all"), methods=some_of(METHODS),
+        traced={"action": "store_true", "help": "bytes alone, of tensors without values"},
     )  # fmt: skip
-    model, batch = load(options), row_of(options)
-    kept: list[Tensor] = []
-    wanted = [{"model": options.model.name, "tokens": options.tokens, "layers": options.layers, "method": name} for name in options.methods]
-    described = {"dtype": "float32", "lora_rank": 8, "threads": torch.get_num_threads(), "rows": 1}
-    measure(options.out, wanted, lambda run: measured(model, batch, kept, *METHODS[run["method"]]), **described)
+    told = {"model": options.model.name, "tokens": options.tokens, "layers": options.layers, "traced": options.traced}
+    wanted = [told | {"method": name} for name in options.methods]
+    described = {"dtype": "float32", "lora_rank": RANK, "threads": torch.get_num_threads(), "rows": 1}
+    measure(options.out, wanted, (_Traced if options.traced else _Run)(options).measured, **described)
 
 
-def load(options) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+class _Traced:
+    def __init__(self, options):
+        self._config, self._tokens = _config(options), options.tokens
+
+    def measured(self, run: dict) -> dict:
+        step = trace_causal_lm_step(self._config, self._tokens, dtype=torch.float32, lora_rank=RANK, **METHODS[run["method"]])
+        return {"peak_bytes": step.peak_bytes, "host_bytes": step.host_bytes}
+
+
+class _Run:
+    """Steps of one model on one row, and the gradient of the first of them."""
+
+    def __init__(self, options):
+        self._model, self._ids = _model(options), _row(options)
+        self._first: tuple[str, Tensor] | None = None
+
+    def measured(self, run: dict) -> dict:
+        losses: list[float] = []
+        self._model.zero_grad()
+        hook = self._model.register_forward_hook(lambda module, args, output: losses.append(float(output.loss.detach())))
+        try:
+            with CausalLMStep(self._model, self._ids, **METHODS[run["method"]]) as step:
+                began = time.perf_counter()
+                found = step.measure()
+                seconds = time.perf_counter() - began
+        finally:
+            hook.remove()
+        gradient = torch.cat([p.grad.flatten() for p in self._model.parameters() if p.requires_grad])
+        of, first = self._first = self._first or (run["method"], gradient)
+        difference = float((gradient - first).norm() / first.norm())
+        told = {"loss": losses[0], "gradient_difference": difference, "against": of, "seconds": round(seconds, 1)}
+        return told | {"peak_bytes": found.peak_bytes, "host_bytes": found.host_bytes}
+
+
+def _config(options):
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(options.model)
+    config.max_position_embeddings = max(config.max_position_embeddings, options.tokens)
     if options.layers:
         config.num_hidden_layers = options.layers
         config.layer_types = config.layer_types[: options.layers] if getattr(config, "layer_types", None) else None
-    model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=torch.float32)
-    adapters = LoraConfig(
-        r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
-    )  # or half of the gradients would be 0
+    return config
+
+
+def _model(options) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.model, config=_config(options), dtype=torch.float32)
+    # as they are by default, half of the gradients would be 0
+    adapters = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(0)
     return get_peft_model(model, adapters).train()
 
 
-def row_of(options) -> dict[str, Tensor]:
+def _row(options) -> Tensor:
     """The texts of the data, end to end, and from the beginning again where they are too short."""
     from transformers import AutoTokenizer
 
     lines = map(json.loads, options.data.read_text().splitlines())
     text = "\n\n".join("\n".join(str(value) for value in line.values()) for line in lines)
     ids = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text[: 40 * options.tokens])["input_ids"])
-    ids = ids.repeat(-(-options.tokens // len(ids)))[None, : options.tokens]
-    return {"input_ids": ids, "labels": ids}
-
-
-def measured(model: nn.Module, batch: dict, kept: list[Tensor], chunk: int | None, is_checkpointed: bool) -> dict:
-    """One step. kept: the gradient of the first method, once there is one."""
-    losses: list[float] = []
-    hook = model.register_forward_hook(lambda module, args, output: losses.append(float(output.loss.detach())))
-    began = time.perf_counter()
-    try:
-        with LiveBytes() as live:
-            found = under(model, chunk, is_checkpointed, lambda: flat_gradient(model, batch))
-    finally:
-        hook.remove()
-    seconds = time.perf_counter() - began
-    if not kept:
-        kept.append(found)
-    difference = float((found - kept[0]).norm() / kept[0].norm())
-    return {"loss": losses[0], "gradient_difference": difference, "peak_bytes": live.peak_bytes, "seconds": round(seconds, 1)}
-
-
-def under(model: nn.Module, chunk: int | None, is_checkpointed: bool, step: Callable[[], Tensor]) -> Tensor:
-    """The step, with its method on."""
-    with ExitStack() as stack:
-        stack.enter_context(checkpointed(model, nullcontext) if is_checkpointed else nullcontext())
-        if chunk is not None:
-            stack.enter_context(Streaming(model, StreamingConfig(sequence_chunk_size=chunk)))
-        return step()
+    return ids.repeat(-(-options.tokens // len(ids)))[None, : options.tokens]
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ SEEKING: dict[str, dict] = {
     "TokenSeek 10 %": {"preset": "tokenseek", "seek_schedule": "step"},
 }
 STREAMING = {f"exact streaming, chunks of {chunk}": chunk for chunk in (128, 192, 256, 512)}
-STREAMING_CHECKPOINTED = "exact streaming 512 + checkpointing"
-BY_CHUNKS = f"{STREAMING_CHECKPOINTED}, by chunks"
+BY_LAYERS = {f"exact streaming {chunk} + checkpointing": chunk for chunk in (512, 1024)}
+BY_CHUNKS = f"{next(iter(BY_LAYERS))}, by chunks"
 PROFILED = 12  # operators of a profile
 LOGIT_FREE = "checkpointing + logit-free loss"  # a stream of one chunk
 
@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
-    every = ["plain", "checkpointing", LOGIT_FREE, *SEEKING, *STREAMING, STREAMING_CHECKPOINTED, BY_CHUNKS]
+    every = ["plain", "checkpointing", LOGIT_FREE, *SEEKING, *STREAMING, *BY_LAYERS, BY_CHUNKS]
     parser.add_argument(
         "--methods", nargs="+", default=every, choices=every, metavar="METHOD", help="among " + ", ".join(every).replace("%", "%%")
     )
@@ -111,16 +111,16 @@ def _batch(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 def _methods(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, Made]:
     """All of them, by name; a stream of one chunk is no stream."""
-    streaming = {name: StreamingConfig(sequence_chunk_size=n) for name, n in STREAMING.items() if n < arguments.tokens}
+    sizes = (STREAMING | BY_LAYERS).items()
+    streaming = {name: StreamingConfig(sequence_chunk_size=n) for name, n in sizes if n < arguments.tokens}
     if arguments.tokens > 512:
-        streaming[STREAMING_CHECKPOINTED] = StreamingConfig(sequence_chunk_size=512)
         streaming[BY_CHUNKS] = StreamingConfig(sequence_chunk_size=512, stream_order="chunks")
     streaming[LOGIT_FREE] = StreamingConfig(sequence_chunk_size=arguments.tokens)
     seeking = {name: TokenSeekingConfig(token_seeking=True, **settings) for name, settings in SEEKING.items()}
     found: dict[str, Made] = {"plain": nullcontext, "checkpointing": partial(checkpointed, model, nullcontext)}
     found |= {name: partial(Streaming, model, config) for name, config in streaming.items()}
     found |= {name: partial(TokenSeeking, model, config) for name, config in seeking.items()}
-    return found | {n: partial(checkpointed, model, found[n]) for n in (STREAMING_CHECKPOINTED, BY_CHUNKS, LOGIT_FREE) if n in found}
+    return found | {n: partial(checkpointed, model, found[n]) for n in (*BY_LAYERS, BY_CHUNKS, LOGIT_FREE) if n in found}
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 METHODS: dict[str, Method] = {
     "streaming": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK)),
+    "by_layers": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK, stream_order="layers")),
     "seeking_cut": lambda model: TokenSeeking(model, _all_tokens(token_gradient="cut")),
     "seeking_stream": lambda model: TokenSeeking(model, _all_tokens(token_gradient="stream", sequence_chunk_size=CHUNK)),
     "two_levels": _in_two_levels,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource, changed
 from hf_memtune.errors import ConfigError
-from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 
 ROWS = 64  # to compare scorers on, unless asked for otherwise
 OF_SCORES = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")

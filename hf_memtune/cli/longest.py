@@ -2,7 +2,8 @@
 
     hf-memtune longest --model Llama-3.1-8B --gpu rtx4090 --dtype bfloat16 --lora_r 16 --activation_checkpointing --sequence_chunk_size 512
 
-Every answer is an estimate of its own, and so is one step beyond it, which does not fit.
+Every answer is an estimate of its own. One step beyond it does not fit: an estimate says so, or the line through two of them, below which
+no longer row lies.
 """
 
 import json
@@ -82,12 +83,16 @@ def _positions(settings) -> int:
 def _said(settings, longest, batch, rows: int) -> list[str]:
     room = settings.more.room
     lines = [f"budget: {_gib(room.tensor_bytes)} of tensors ({room.source}). Predicted, not measured."]
-    beyond = "the model has no positions for more" if longest.bytes_beyond is None else f"a step more needs {_gib(longest.bytes_beyond)}"
+    beyond = (
+        "the model has no positions for more"
+        if longest.bytes_beyond is None
+        else f"a step more needs at least {_gib(longest.bytes_beyond)}"
+    )
     each = f"{_counted(rows, 'rows')} a micro-batch"
     lines.append(f"longest row, {each}: {longest.size} tokens ({_gib(longest.bytes)}; {beyond}).")
     if not batch.size:
         return [*lines, f"largest batch: not even one row of {settings.tokens} tokens fits."]
-    beyond = f"the search ends at {MOST_ROWS}" if batch.bytes_beyond is None else f"one more needs {_gib(batch.bytes_beyond)}"
+    beyond = f"the search ends at {MOST_ROWS}" if batch.bytes_beyond is None else f"one more needs at least {_gib(batch.bytes_beyond)}"
     return [*lines, f"largest batch: {_counted(batch.size, 'rows')} of {settings.tokens} tokens ({_gib(batch.bytes)}; {beyond})."]
 
 

@@ -21,7 +21,8 @@ from hf_memtune.memory.live import Entry, LiveBytes
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.streaming.method import Streaming
-from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.verify import verify
-from hf_memtune.settings.methods import StreamingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 
 logger = logging.getLogger(__name__)
 

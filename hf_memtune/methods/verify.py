@@ -18,7 +18,8 @@ from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import ContextPass, Records
+from hf_memtune.methods.attention.passes import ContextPass
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.followed import cache_template

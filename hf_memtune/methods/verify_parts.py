@@ -6,8 +6,9 @@ from torch import Tensor
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import FocusPass, Records
+from hf_memtune.methods.attention.passes import FocusPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.seeking.last_block import LastBlock
 

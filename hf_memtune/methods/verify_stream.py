@@ -11,7 +11,7 @@ from hf_memtune.architectures import is_sharded, tables
 from hf_memtune.core.replay import replayed
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.followed import made_template
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means

@@ -8,9 +8,9 @@ from transformers import TrainingArguments
 from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.table import refusals_of_arguments
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.protocol import MethodSettings
 from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.care.preflight.arguments import PreflightArguments
 
 

@@ -22,7 +22,8 @@ from hf_memtune.methods.events import Listener
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.streaming.method import Streaming
-from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.chunk_choice import choose_chunk
 from hf_memtune.training.launch import problems_of
 from hf_memtune.training.offline import OfflineScores

@@ -6,7 +6,8 @@ from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
 from hf_memtune.levers.table import lever_of
 from hf_memtune.methods.method import Method
-from hf_memtune.settings.methods import StreamingConfig, TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.callbacks import MethodCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.launch import problems_of, problems_of_launch
 from hf_memtune.training.requests import problems_of_seeking

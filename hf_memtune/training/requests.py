@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_memtune.core.scorers import TokenScorer
-from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 
 
 def problems_of_seeking(args: TokenSeekingConfig, scorer: TokenScorer | None, train_dataset: Any) -> list[str]:

@@ -10,7 +10,7 @@ from hf_memtune.core.scorers import scorer_names
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.seeking.inspection import Chosen, Inspection
 from hf_memtune.methods.seeking.method import TokenSeeking, resolve_scorer
-from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.token_maps import decision_of, labelled_tokens, only_looking, pieces
 from hf_memtune.visualization.decision import Decision

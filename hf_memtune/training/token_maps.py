@@ -11,7 +11,7 @@ from hf_memtune.core.scoring import combined_score
 from hf_memtune.methods.seeking.choice import floor_of
 from hf_memtune.methods.seeking.inspection import Inspection
 from hf_memtune.methods.seeking.method import TokenSeeking
-from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.visualization.decision import Decision
 from hf_memtune.visualization.token_map import TokenMap
 

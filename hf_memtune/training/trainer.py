@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.reversible.handle import ReversibleHandle
-from hf_memtune.settings.methods import TokenSeekingConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps

@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_ava
 from gpu.machine import Machine
 from gpu.names import EXACTNESS
 from hf_memtune import Streaming, StreamingConfig
-from hf_memtune.settings.methods import STREAM_ORDERS
+from hf_memtune.settings.streaming import STREAM_ORDERS
 
 BEYOND_PLAIN = 1.25  # times the error of plain training in the same dtype
 ROUNDINGS = 1000  # of float32, relative to the whole gradient

@@ -7,6 +7,8 @@ Of the study `quality`:
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
 
+    every/labelled/GRADIENT/100%            every token with a label, none drawn
+
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
 tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS. Of the study `few_shot`: the keys of FEW_SHOT.
 """
@@ -73,6 +75,8 @@ def settings_of(arm: str) -> dict:
     if not is_seeking(arm):
         return dict(CHUNKS["stream"]) if arm == STREAMING else {}
     scorer, selection, gradient, ratio, pool = parts_of(arm)
+    if selection == "labelled":
+        return {"token_selection": selection, "token_gradient": gradient, **CHUNKS[gradient]}
     return {
         "token_scorer": scorer.removesuffix("-mean"),
         "context_normalize": "mean" if scorer.endswith("-mean") else "sum",
@@ -95,7 +99,7 @@ def check(study: str, arm: str) -> None:
         from hf_memtune.core.scorers import scorer_names
 
         settings = settings_of(arm)
-        if settings["token_scorer"] not in scorer_names():
+        if settings.get("token_scorer", "random") not in scorer_names():
             raise ValueError(f"arm {arm!r}: expected a scorer among {', '.join(scorer_names())}")
         try:
             TokenSeekingConfig(token_seeking=True, **settings)

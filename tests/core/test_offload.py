@@ -48,6 +48,20 @@ def alive(references) -> int:
 # -- a store ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [KeyValueStore, lambda: OffloadedStore(HostMemory())], ids=["device", "host"])
+def test_a_store_that_forgets_begins_anew(make):
+    """The next entries may be of another size; those before let go of their memory."""
+    store, _ = filled(make())
+    assert store.keys() == [0, 10, 20, 30]
+    store.clear()
+    assert store.keys() == []
+    with pytest.raises(MemTuneError):
+        store.prefix(0, 1)
+    key, value = rows(5)[:, :1], rows(6)[:, :1]
+    store.write(0, key, value, 0, LENGTH)
+    assert all(found.equal(whole) for found, whole in zip(store.prefix(0, LENGTH), (key, value)))
+
+
 @pytest.mark.parametrize("order", [(0, 10, 20, 30), (30, 20, 10, 0), (20, 0, 0, 30, 10)], ids=str)
 @pytest.mark.parametrize("size", [1, 4, 10, 20])
 def test_prefixes_are_those_of_a_store_on_the_device(size, order):

@@ -89,7 +89,14 @@ def test_pieces_are_the_mask(rule, kind, chosen):
         asked = asked_for(RULES[rule], span)
         assert torch.equal(put_together(asked.pieces, mask), mask)
         assert [piece.start for piece in asked.pieces] == sorted({piece.start for piece in asked.pieces})
-        assert torch.equal(asked.whole == 0, attention_mask(RULES[rule], span, span))
+        assert torch.equal(asked.whole == 0, mask)
+
+
+@pytest.mark.parametrize("kind, in_memory", [("none", 1), ("left", ROWS)])
+def test_rows_with_the_same_mask_share_its_memory(kind, in_memory):
+    """All rows have one: some layers look at that of each row."""
+    whole = asked_for(causal_mask_function, rows(kind).chunk(16, 24)).whole
+    assert whole.shape == (ROWS, 1, 8, 24) and whole.untyped_storage().nbytes() == in_memory * 8 * 24 * whole.itemsize
 
 
 @pytest.mark.parametrize("rule", RULES)

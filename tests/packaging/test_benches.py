@@ -7,6 +7,7 @@ import pytest
 from tests.support import scripts
 from tests.support.folders import in_new_process, llama, write_rows
 
+CHECKPOINTED = "exact streaming 1024 + checkpointing"
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
 
 
@@ -69,11 +70,20 @@ def test_bias_and_noise_of_chosen_tokens(assets):
 
 
 def test_one_long_row(assets):
-    rows = {row["method"]: row for row in rows_of("bench_length", assets, *of_alpaca(assets), "--tokens", "2100")}
-    assert len(rows) == 5 and rows["plain"]["gradient_difference"] == 0
-    streamed, plain = rows["exact streaming 1024 + checkpointing"], rows["plain"]
-    assert 0 < streamed["gradient_difference"] < 1e-3 and streamed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert streamed["peak_bytes"] < 0.6 * plain["peak_bytes"]
+    options = (*of_alpaca(assets), "--tokens", "2100")
+    rows_of("bench_length", assets, *options)
+    found = rows_of("bench_length", assets, *options, "--traced")
+    rows, traced = ({row["method"]: row for row in found if row["traced"] is is_traced} for is_traced in (False, True))
+    plain, streamed, offloaded = (rows[name] for name in ("plain", CHECKPOINTED, f"{CHECKPOINTED}, offloaded"))
+    assert len(rows) == 6 and plain["gradient_difference"] == 0
+    for row in (streamed, offloaded):
+        assert row["against"] == "plain" and 0 < row["gradient_difference"] < 1e-3
+        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert offloaded["peak_bytes"] < streamed["peak_bytes"] < 0.6 * plain["peak_bytes"]
+    assert offloaded["host_bytes"] > 0 == streamed["host_bytes"] and rows.keys() == traced.keys()
+    for name, row in rows.items():
+        assert traced[name]["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.05), name
+        assert traced[name]["host_bytes"] == row["host_bytes"]
 
 
 def test_killed_runs_resume_to_the_same_bits(assets):

@@ -37,7 +37,9 @@ def coverage():
 def test_a_sample_is_as_committed(coverage, kind, name):
     (expected,) = (row for row in COMMITTED if (row["kind"], row["type"]) == (kind, name))
     found = coverage.measured(kind, name)
-    assert {m: found[m]["outcome"] for m in coverage.METHODS} == {m: expected[m]["outcome"] for m in coverage.METHODS}
+    assert {m: found[m]["outcome"] for m in coverage.METHODS if m in expected} == {
+        m: expected[m]["outcome"] for m in coverage.METHODS if m in expected
+    }
     assert found["followed"] == expected["followed"]
 
 

@@ -183,7 +183,7 @@ def test_an_upward_import_is_seen(module, source):
     [
         ("hf_memtune.training.trainer", "from ..core.scoring import score\nfrom . import arguments"),
         ("hf_memtune.core.__init__", "from .scoring import score"),
-        ("hf_memtune.settings.methods", "from .errors import MemTuneError"),
+        ("hf_memtune.settings.seeking", "from .errors import MemTuneError"),
         ("hf_memtune.cli.main", "from hf_memtune import __version__"),
         ("hf_memtune.core.scoring", "import torch, hf_memtune_other"),
     ],

@@ -18,7 +18,8 @@ LINES = {
     "the largest of three": lambda n: max(9000, 5000 + 3 * n, 40 * n - 20000),
     "a square": lambda n: 100 + n * n,
     "no growth": lambda n: 10,
-    "steps": lambda n: 500 * (n // 100) + 10,
+    "pieces that are full at first": lambda n: 300 * min(n, 5) + 7 * n,
+    "full at first, and larger later": lambda n: max(300 * min(n, 5) + 7 * n, 40 * n - 3000),
 }
 
 
@@ -33,14 +34,21 @@ def test_it_is_the_largest_that_fits(name, budget, unit):
     if found.size:
         assert found.bytes == LINES[name](found.size) <= budget
     if found.size + unit <= at_most:
-        assert found.bytes_beyond == LINES[name](found.size + unit) > budget
+        assert LINES[name](found.size + unit) >= found.bytes_beyond > budget
     else:
         assert found.bytes_beyond is None
 
 
-def test_a_line_takes_four_traces():
-    assert len(largest(lambda n: 1000 + 7 * n, 10**6, 1, 10**9).sizes) == 4
-    assert len(largest(lambda n: max(5 * 10**5 + n, 9 * n), 10**6, 1, 10**9).sizes) <= 7
+def test_on_a_line_only_the_answer_itself_is_traced_at_its_length():
+    found = largest(lambda n: 1000 + 7 * n, 10**4, 1, 10**9)
+    assert found.sizes == (1, 8, 16, 1285) and found.size == 1285 and found.bytes_beyond == 1000 + 7 * 1286
+    assert len(largest(lambda n: max(5 * 10**5 + n, 9 * n), 10**6, 1, 10**9).sizes) <= 8
+
+
+def test_a_line_through_rows_shorter_than_a_piece_is_not_trusted():
+    """They grow faster than longer ones do: that line would end the search too early."""
+    found = largest(LINES["pieces that are full at first"], 2000, 1, 1000)
+    assert found.size == 71 and LINES["pieces that are full at first"](8) / 8 * 71 > 2000
 
 
 CONFIG = LlamaConfig(

@@ -13,8 +13,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
-from hf_memtune.settings.methods import STREAM_CHUNKS, StreamingConfig
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, preset_values
+from hf_memtune.settings.seeking import STREAM_CHUNKS
+from hf_memtune.settings.streaming import StreamingConfig
 from tests.support.runs import arguments, llama, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(8)

@@ -17,7 +17,7 @@ from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.architectures.positions import check_rope, token_positions
 from hf_memtune.errors import MemTuneError
-from hf_memtune.methods.attention.passes import ModelPass
+from hf_memtune.methods.attention.model_pass import ModelPass
 from hf_memtune.methods.attention.ready import may_begin, visible
 from hf_memtune.methods.attention.spans import Rows, Span
 from hf_memtune.methods.attention.states import ARGUMENTS
@@ -188,7 +188,9 @@ class BodyCall:
             if positions is not None and positions.dim() == 3:
                 arguments["position_ids"] = torch.stack([span.take(axis) for axis in positions])
             else:
-                arguments["position_ids"] = span.take(span.rows.positions)
+                taken = span.take(span.rows.positions)
+                # layers that choose their keys look for the positions of each row
+                arguments["position_ids"] = taken if cache is None else taken.expand(span.rows.batch, -1)
         return arguments
 
     def _whole_mask(self, name: str, rows: Rows) -> Tensor:

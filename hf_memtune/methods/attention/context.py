@@ -8,8 +8,9 @@ from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.outputs import BodyOutputs
-from hf_memtune.methods.attention.passes import ContextPass, Records
+from hf_memtune.methods.attention.passes import ContextPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.spans import Chunks
 from hf_memtune.methods.attention.states import States

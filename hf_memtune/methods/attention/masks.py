@@ -58,8 +58,8 @@ class Asked:
 
     @cached_property
     def whole(self) -> Tensor:
-        """The mask itself, finished."""
-        return self._finish(attention_mask(self.rule, self._queries, self._keys))
+        """The mask itself, finished: (B, 1, S, keys). Where it is the same for all rows they share its memory."""
+        return self._finish(attention_mask(self.rule, self._queries, self._keys)).expand(self._queries.rows.batch, -1, -1, -1)
 
 
 def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece]:

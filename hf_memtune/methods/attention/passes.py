@@ -3,9 +3,7 @@
 Shape legend: B rows, H query heads, K key heads, T tokens in a row, S tokens of the pass, C channels of a head.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,14 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from hf_memtune._compat import is_fake
-from hf_memtune.architectures import Architecture, tables
 from hf_memtune.core.owed import Live, OwedGradients
 from hf_memtune.core.pieces import Prefix, attend, attend_with_gradient
-from hf_memtune.core.store import KeyValueStore, place
+from hf_memtune.core.store import place
 from hf_memtune.errors import MemTuneError
-from hf_memtune.methods.attention import ready
-from hf_memtune.methods.attention.masks import Asked
-from hf_memtune.methods.attention.spans import Span, additive, attention_mask
+from hf_memtune.methods.attention.model_pass import KernelFacts, ModelPass
+from hf_memtune.methods.attention.records import Records
+from hf_memtune.methods.attention.spans import Span, attention_mask
 
 _ELSEWHERE = (
     "position_bias",
@@ -30,96 +27,6 @@ _ELSEWHERE = (
     "cache",
     "indices",
 )  # of the attention interface: what only the model's own attention knows
-
-
-class Places:
-    """Where in the model an attention module stands: in which stack, and whose keys it reads."""
-
-    def __init__(self, architecture: Architecture):
-        encoder = architecture.stacks["encoder"].module.modules() if architecture.is_encoder_decoder else ()
-        self._encoder = {id(module) for module in encoder}
-        self._cross = {
-            id(module)
-            for name, module in architecture.base.named_modules()
-            if not set(tables.CROSS_ATTENTION_NAMES).isdisjoint(name.split("."))
-        }
-
-    def is_cross(self, module: nn.Module) -> bool:
-        return id(module) in self._cross
-
-    def key_stack(self, module: nn.Module) -> str:
-        return self.stack_of_key(id(module))
-
-    def stack_of_key(self, key: int) -> str:
-        """Of which stack the keys and values are that a store has under this key."""
-        return "encoder" if key in self._encoder or key in self._cross else "decoder"
-
-
-@dataclass(frozen=True)
-class KernelFacts:
-    """knows_causal: whether the attention kernel applies a causal mask by itself where it is given none. in_pieces: whether attention to
-    stored keys may go piece by piece (`core.pieces`) in its place."""
-
-    knows_causal: bool
-    in_pieces: bool
-
-
-class ModelPass:
-    """What all passes share: which span queries and keys come from, and the mask between them."""
-
-    def __init__(self, spans: dict[str, Span], store: KeyValueStore, places: "Places"):
-        self.spans, self.store, self.places = spans, store, places
-        self.stack = "decoder"  # whose mask is asked for; set by the router when a stack is entered
-        self._asked: list[Asked] = []
-
-    def mask(self, mask_function: Callable, finish: Callable[[Tensor], Tensor], may_skip: bool = True) -> Tensor | None:
-        """The finished mask of a rule; None where the kernel needs none, if whoever asks `may_skip` it."""
-        queries, keys = self.spans[self.stack], self.spans[self.stack]
-        if self.stack == "decoder" and "encoder" in self.spans and mask_function is bidirectional_mask_function:
-            keys = self.spans["encoder"].rows.whole()
-        asked = Asked(self.stack, mask_function, queries, keys, finish)
-        self._asked.append(asked)
-        return self.give(asked, queries, keys, may_skip)
-
-    def ready_mask(self, whole: Tensor | None) -> Tensor | None:
-        """The part of a mask that was made of all tokens outside of the body, for the tokens of this pass; None stands for a causal one."""
-        own = self.spans["decoder"]
-        rule = causal_mask_function if whole is None else ready.rule_of(whole)
-        finish: Callable[[Tensor], Tensor] = _as_it_is
-        if whole is not None and whole.dtype != torch.bool:
-            finish = partial(additive, dtype=whole.dtype, hidden=torch.finfo(whole.dtype).min)
-        asked = Asked("decoder", rule, own, own, finish)
-        self._asked.append(asked)
-        return self.give(asked, own, own, may_skip=True)
-
-    def give(self, asked: Asked, queries: Span, keys: Span, may_skip: bool) -> Tensor | None:
-        """What the model gets: here, the mask."""
-        asked.given = asked.whole
-        return asked.given
-
-    def forget_masks(self) -> None:
-        """Let go of masks that were made in full for layers that were given a stand-in."""
-        for asked in self._asked:
-            asked.forget()
-
-    @property
-    def has_rules(self) -> bool:
-        """Whether any mask was asked for; else the model makes its own."""
-        return bool(self._asked)
-
-    def asked(self, mask: Tensor | None, stack: str) -> Asked | None:
-        """What a stack asked for when it was given this mask."""
-        return next((asked for asked in self._asked if asked.stack == stack and asked.is_given(mask)), None)
-
-    def rule_of(self, mask: Tensor | None, stack: str) -> Callable:
-        """The index-based rule that the mask of a stack's attention to itself was made from."""
-        rules = [asked.rule for asked in self._asked if asked.stack == stack and asked.is_given(mask)]
-        rules = rules or [asked.rule for asked in self._asked if asked.stack == stack]
-        # None is made for attention to all of an encoder too, which decoders ask for even where they have none
-        rules = [rule for rule in rules if rule is not bidirectional_mask_function] or rules
-        if not rules:
-            raise MemTuneError("an attention layer ran without asking for a mask first: its mask rule is unknown.")
-        return rules[-1]
 
 
 def _as_computed(query: Tensor) -> Tensor:
@@ -131,10 +38,6 @@ def _as_computed(query: Tensor) -> Tensor:
 def _returned(output: Tensor) -> tuple[Tensor, None]:
     """(B, H, S, C) as the attention interface returns it: (B, S, H, C), in that order in memory too."""
     return output.transpose(1, 2).contiguous(), None
-
-
-def _as_it_is(mask: Tensor) -> Tensor:
-    return mask
 
 
 class ChunkPass(ModelPass):
@@ -201,7 +104,7 @@ class ChunkPass(ModelPass):
 class ContextPass(ChunkPass):
     """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
 
-    def __init__(self, spans, store, places, records: "Records", kernel: KernelFacts):
+    def __init__(self, spans, store, places, records: Records, kernel: KernelFacts):
         super().__init__(spans, store, places, kernel)
         self.records = records
 
@@ -263,51 +166,6 @@ def _by_hand(number: int) -> int:
 
 def _of_index(number: int) -> int:
     return -2 - 2 * number
-
-
-class Records:
-    """What a context pass leaves for scoring: inputs of the last block, and queries of the context layer, by stack.
-
-    hidden: chunks (B, chunk, D) of the last block's input. queries: chunks (B, H, chunk, C) after rotary embedding.
-    calls: of the context layer, its attention module's id, its mask rule, and its scaling, softcap and sinks.
-    wanted: False where nothing will be scored, and so nothing is recorded.
-    """
-
-    def __init__(self, context_modules: dict[int, str], wanted: bool = True):
-        self.context_modules, self.wanted = context_modules if wanted else {}, wanted
-        self.hidden: dict[str, list[Tensor]] = {}
-        self.queries: dict[str, list[Tensor]] = {}
-        self.calls: dict[str, tuple[int, Callable, dict]] = {}
-
-    def clear(self) -> None:
-        """Let go of what was recorded, before the focus pass needs the memory."""
-        self.hidden.clear()
-        self.queries.clear()
-
-    def attention_call(self, running: ModelPass, module: nn.Module, query: Tensor, mask, kwargs: dict) -> None:
-        stack = self.context_modules.get(id(module))
-        if stack is None or running.places.is_cross(module):
-            return
-        self.queries.setdefault(stack, []).append(query.detach())
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        call = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-        rule = running.rule_of(mask, stack) if running.has_rules else bidirectional_mask_function
-        self.calls[stack] = (id(module), rule, call)
-
-    @contextmanager
-    def of_last_blocks(self, architecture: Architecture) -> Iterator[None]:
-        """While open, the inputs of the last blocks are recorded."""
-        with ExitStack() as stack:
-            for name, part in architecture.stacks.items():
-                hook = partial(self.last_input, name)
-                stack.callback(part.layers[-1].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
-
-    def last_input(self, stack: str, module, args, kwargs) -> None:
-        """Forward pre-hook of the last block of a stack."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if isinstance(hidden, Tensor):  # or what travels between reversible layers: the last of them does not run alone
-            self.hidden.setdefault(stack, []).append(hidden.detach())
 
 
 class FocusPass(ModelPass):

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.methods.attention.passes import KernelFacts, Places
+from hf_memtune.methods.attention.model_pass import KernelFacts, Places
 from hf_memtune.methods.attention.positions import at_temperature
 from hf_memtune.methods.attention.spans import Span, additive
 from hf_memtune.methods.attention.states import CacheTemplate, again

@@ -93,7 +93,9 @@ class _Attention(CacheLayerMixin):
 
 
 class _Indexed(_Attention):
-    """Of attention that chooses its keys by further ones."""
+    """Of attention that chooses its keys by further ones. indexer_position_ids: of the tokens before, where a model keeps them here."""
+
+    indexer_position_ids: Tensor | None = None
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         return self.running.indexed(self.number, indexer_key_states)

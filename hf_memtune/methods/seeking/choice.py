@@ -26,8 +26,8 @@ from hf_memtune.methods.seeking.loss_gradient import Known, LossGradient, OfRows
 from hf_memtune.methods.seeking.reference import ReferenceLoss
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.methods.seeking.token_scores import TokenScores
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.protocol import filled_in
+from hf_memtune.settings.seeking import TokenSeekingConfig
 
 FLOORS = {True: 0.25, False: 0.5}  # share of even draws, by whether scores are sizes of gradients
 

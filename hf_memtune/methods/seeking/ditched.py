@@ -20,8 +20,9 @@ from hf_memtune.core.sums import GradientSums
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
 from hf_memtune.methods.attention.outputs import BodyOutputs
-from hf_memtune.methods.attention.passes import FocusPass, Records
+from hf_memtune.methods.attention.passes import FocusPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.spans import Chunks
 from hf_memtune.methods.attention.states import States

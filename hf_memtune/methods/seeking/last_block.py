@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records, StreamPass, WholePass
+from hf_memtune.methods.attention.passes import StreamPass, WholePass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.layer_override import override_of

@@ -24,7 +24,7 @@ from hf_memtune.core.replay import replayed
 from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
@@ -39,8 +39,8 @@ from hf_memtune.methods.seeking.streamed import ChosenStream, SkippingStream
 from hf_memtune.methods.seeking.targets import targets
 from hf_memtune.methods.streaming.encoder import encode
 from hf_memtune.methods.streaming.method import connected, means_of
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.protocol import filled_in
+from hf_memtune.settings.seeking import TokenSeekingConfig
 
 Lookup = Callable[[dict[str, Any]], dict[str, Tensor]]
 """Maps the inputs of a call of the model to scores of its tokens that were computed before, (B, T) by stack."""

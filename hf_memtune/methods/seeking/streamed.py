@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.seeking.choice import Choice
 from hf_memtune.methods.seeking.ditched import chosen_again
 from hf_memtune.methods.seeking.last_block import LastBlock

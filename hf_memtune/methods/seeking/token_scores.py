@@ -18,8 +18,8 @@ from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.seeking.loss_gradient import LossGradient, OfTargets
 from hf_memtune.methods.seeking.reference import ReferenceLoss
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.protocol import filled_in
+from hf_memtune.settings.seeking import TokenSeekingConfig
 
 
 @dataclass

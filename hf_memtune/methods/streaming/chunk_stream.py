@@ -32,8 +32,9 @@ from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
 from hf_memtune.methods.attention.outputs import BodyOutputs
-from hf_memtune.methods.attention.passes import Records, StreamPass
+from hf_memtune.methods.attention.passes import StreamPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.spans import Chunks, Span
 from hf_memtune.methods.attention.states import States
@@ -91,10 +92,7 @@ class ChunkStream:
         self.chunks = Chunks.of(self.rows.length, self.chunk, bool(self.states), call.may_begin())
         self.router.calls.add(self)
         base = self.router.architecture.base
-        if means.host is None:
-            self.store, self.owed = KeyValueStore(), OwedGradients(means.sums_dtype)
-        else:
-            self.store, self.owed = OffloadedStore(means.host), OwedGradients(means.sums_dtype, OffloadedSums(means.host))
+        self.store, self.owed = self._new_stores()
         self.tape = RandomTape({p.device for p in self.router.architecture.head_model.parameters()})
         self.sums = self._new_sums(base)
         self._matrix = _tied_matrix(self.router.architecture, self.sums.parameters) if means.shares_head else None
@@ -105,6 +103,13 @@ class ChunkStream:
         self._keeps_last = keeps_last and not self.leaves_out
         self._last: Ran | None = None
         self._blind: Tensor | None = None  # of the chunk that ran last: see StreamPass
+
+    def _new_stores(self) -> tuple[KeyValueStore, OwedGradients]:
+        """For keys and values, and for what chunks owe to them."""
+        host, dtype = self.means.host, self.means.sums_dtype
+        if host is None:
+            return KeyValueStore(), OwedGradients(dtype)
+        return OffloadedStore(host), OwedGradients(dtype, OffloadedSums(host))
 
     def _new_sums(self, base: nn.Module) -> GradientSums:
         """What sums gradients of parameters over the chunks, and hands them to autograd."""

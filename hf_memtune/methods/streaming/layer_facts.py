@@ -15,7 +15,8 @@ from hf_memtune.architectures import Architecture, is_sharded
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import ContextPass, Records
+from hf_memtune.methods.attention.passes import ContextPass
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import evaluating, forwards_as

@@ -28,8 +28,9 @@ from hf_memtune.core.rows import RowTensor
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import ChunkPass, ContextPass, KeysPass, Made, Records, StreamPass
+from hf_memtune.methods.attention.passes import ChunkPass, ContextPass, KeysPass, Made, StreamPass
 from hf_memtune.methods.attention.positions import at_positions
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.overrides import instance_attribute, not_checkpointing
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means, layers_with_gradient
@@ -80,7 +81,10 @@ class LayerStream(ChunkStream):
         self._first = len(self.layers) - learned  # the first layer that goes backward
         self._attending: list[set[int]] = []  # of each layer, its attention modules to its own stack
         self._kept: dict[int, RowTensor] = {}  # inputs of layers, (B, T, D) each, but the first's, which the body makes again
-        self.store, self.owed = KeyValueStore(), OwedGradients(means.sums_dtype)  # on the device: of one layer
+
+    def _new_stores(self) -> tuple[KeyValueStore, OwedGradients]:
+        """On the device: they are of one layer."""
+        return KeyValueStore(), OwedGradients(self.means.sums_dtype)
 
     def stored(self) -> list[Tensor]:
         return [*super().stored(), *(tensor for kept in self._kept.values() for tensor in kept.tensors())]

@@ -17,7 +17,7 @@ from hf_memtune.architectures import is_sharded
 from hf_memtune.core.replay import replayed
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.method import Method
@@ -27,7 +27,7 @@ from hf_memtune.methods.streaming.layer_facts import all_checkpointing, layers_o
 from hf_memtune.methods.streaming.layer_stream import LayerStream, wants_router_logits
 from hf_memtune.methods.streaming.sharded import ShardedHead, sharded_stream, within_root_call
 from hf_memtune.methods.tied import is_tied
-from hf_memtune.settings.methods import StreamingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 
 
 class Streaming(Method[StreamingConfig]):

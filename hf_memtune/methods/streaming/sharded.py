@@ -30,7 +30,7 @@ from hf_memtune.core.head_call import HeadOnDemand
 from hf_memtune.core.sums import GradientSums
 from hf_memtune.errors import LogitsError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
-from hf_memtune.methods.attention.passes import Records
+from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.layer_override import override_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.memory import available_bytes
 from hf_memtune.methods.streaming.method import Streaming
-from hf_memtune.settings.methods import StreamingConfig
+from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.recovery.advice import advice

@@ -18,8 +18,8 @@ from hf_memtune.files import whole
 from hf_memtune.levers.table import CHECKPOINT_LEVELS, REVERSIBLE, lever_of
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.methods.seeking.method import resolve_scorer
-from hf_memtune.settings.methods import TokenSeekingConfig
 from hf_memtune.settings.reversible import ReversibleConfig
+from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.launch import problems_of_devices, problems_of_launch
 from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible
