@@ -44,11 +44,18 @@ LADDER = (
     ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 %"),
     ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 %"),
 )
+LOGIT_FREE = "checkpointing + logit-free loss"
+RATIOS = (
+    ("streaming, chunks of 512", "exact streaming, chunks of 512"),
+    ("the same with checkpointing, by layers", "exact streaming 512 + checkpointing"),
+    ("the same with checkpointing, by chunks", "exact streaming 512 + checkpointing, by chunks"),
+    ("token seeking, 10 %", "seeking 10 %"),
+)
 LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
 LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
 KINDS = {"causal": "causal", "masked": "masked", "seq2seq": "sequence-to-sequence"}
 COVERED = {
-    "streaming": "exact streaming", "seeking_cut": "token seeking, cut", "seeking_stream": "token seeking, stream",
+    "streaming": "exact streaming", "by_layers": "exact streaming by layers", "seeking_cut": "token seeking, cut", "seeking_stream": "token seeking, stream",
     "two_levels": "two levels", "checkpointing": "transformers' own checkpointing",
 }  # fmt: skip
 
@@ -86,6 +93,21 @@ def speed_table() -> str:
     """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
     columns = STEP | {"training": "{train}", "method": "{method}", "seconds a step": "{seconds:.2f}", "x plain": "{relative:.2f}"}
     return listing(compared(rows_of("speed")), columns | {"x checkpointing": "{more:.2f}"}, "llll")
+
+
+def ratios_table() -> str:
+    """The newest runs on one long row: seconds as parts of those of checkpointing with the logit-free loss."""
+    rows = [row for row in rows_of("speed") if row["conditions"]["rows"] == 1]
+    groups: dict[tuple, tuple[str, dict[str, float]]] = {}
+    for row in rows:  # the newest run is first
+        commit, seconds = groups.setdefault((row["model"], row["tokens"]), (row["conditions"]["commit"], {}))
+        if commit == row["conditions"]["commit"]:
+            seconds[row["method"]] = row["seconds"]
+    measured = {f"{model}, {tokens}": seconds for (model, tokens), (_, seconds) in sorted(groups.items())}
+    lines = [
+        [title, *(Cell().format("{0:.2f}", s.get(name) and s[name] / s[LOGIT_FREE]) for s in measured.values())] for title, name in RATIOS
+    ]
+    return table(["", *measured], lines)
 
 
 def compared(rows: Rows) -> Rows:
@@ -200,6 +222,7 @@ SECTIONS = {
     "contract-conditions": lambda: conditions_of(rows_of("estimate")),
     "gpu": lambda: gpu_tables(rows_of("gpu")),
     "speed": speed_table,
+    "speed-ratios": ratios_table,
     "profile": profile_table,
     **{f"{name}-conditions": lambda name=name: conditions_of(rows_of(name)) for name in ("coverage", "gpu", "speed", "profile", "inverse")},
     **tables_few_shot.sections(rows_of),
