@@ -120,6 +120,18 @@ def compared(rows: Rows) -> Rows:
     return found
 
 
+def length_table() -> str:
+    """One step on one long row: what was run, and what was traced alone."""
+    rows = [dict.fromkeys(("seconds", "loss", "gradient_difference", "against")) | row for row in rows_of("length")]
+    for row in rows:
+        row["found"] = "traced" if row["traced"] else "run"
+    columns = {
+        "model": "{model}", "tokens": "{tokens:,}", "method": "{method}", "": "{found}", "peak MiB": "{peak_bytes:mib}",
+        "host MiB": "{host_bytes:mib}", "seconds": "{seconds:.0f}", "loss": "{loss:.5f}", "gradient, relative difference": "{gradient_difference:.1e}",
+    }  # fmt: skip
+    return listing(rows, columns, "lrll")
+
+
 def profile_table() -> str:
     """The operators of a step by their share of its time, of each profile."""
     found = []
@@ -224,7 +236,11 @@ SECTIONS = {
     "speed": speed_table,
     "speed-ratios": ratios_table,
     "profile": profile_table,
-    **{f"{name}-conditions": lambda name=name: conditions_of(rows_of(name)) for name in ("coverage", "gpu", "speed", "profile", "inverse")},
+    "length": length_table,
+    **{
+        f"{name}-conditions": lambda name=name: conditions_of(rows_of(name))
+        for name in ("coverage", "gpu", "speed", "profile", "length", "inverse")
+    },
     **tables_few_shot.sections(rows_of),
     **tables_learning.sections(rows_of),
     **tables_longest.sections(rows_of),

@@ -20,6 +20,7 @@ from hf_memtune.core.logits import LazyLogits
 from .ledger import Entry, Trackable, tensors_of
 
 # torch.tensor(...) makes its storage below dispatch and hands it to this op: the input is new, not an old acquaintance.
+_DEVICE = torch.ops.prim.device.default
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 _SNAPSHOT_GROWTH = 1.01
 
@@ -137,6 +138,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(issubclass(kind, LazyLogits) for kind in types):
             return NotImplemented  # they answer first; what they make meanwhile comes here, and they hold no memory themselves
+        if func is _DEVICE and (device := getattr(args[0], "fake_device", None)) is not None:
+            return device  # of a fake tensor, for which torch asks more often than for all else together
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._is_paused:
