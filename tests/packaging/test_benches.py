@@ -86,6 +86,16 @@ def test_one_long_row(assets):
         assert traced[name]["host_bytes"] == row["host_bytes"]
 
 
+def test_of_an_offloaded_row_the_device_holds_one_layer_and_the_hidden_states():
+    """As committed: SmolLM2's keys, values and their gradients of one layer, and hidden states with their gradient, in float32."""
+    name, lines = f"{CHECKPOINTED}, offloaded", (scripts.FOLDER.parent / "results" / "length.jsonl").read_text().splitlines()
+    peaks = {row["tokens"]: row["peak_bytes"] for row in map(json.loads, lines) if row["traced"] and row["method"] == name}
+    of_a_token = 4 * (4 * 3 * 64 + 2 * 576)
+    growth = (peaks[131072] - peaks[32768]) / (131072 - 32768)
+    assert 4 * 576 < growth <= of_a_token < 30 * 4 * 2 * 3 * 64  # keys and values of all layers
+    assert peaks[131072] < 2**30
+
+
 def test_killed_runs_resume_to_the_same_bits(assets):
     rows = rows_of("kill_resume", assets, "--modes", "streaming", "--kills", "2", run=in_new_process)  # it forks
     assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)
