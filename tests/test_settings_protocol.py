@@ -2,11 +2,13 @@
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
 from hf_memtune import CheckpointConfig, ConfigError, MemEfficientTrainingArguments, ReversibleConfig, StreamingConfig, TokenSeekingConfig
-from hf_memtune.settings import methods, reversible
+from hf_memtune import settings as settings_package
 from hf_memtune.settings.protocol import MethodSettings
 from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 
@@ -26,7 +28,8 @@ def arguments(tmp_path):
 
 
 def test_the_cases_are_all_settings_of_methods():
-    made = {each for part in (methods, reversible) for each in vars(part).values() if is_dataclass(each) and each is not MethodSettings}
+    parts = [import_module(f"{settings_package.__name__}.{found.name}") for found in iter_modules(settings_package.__path__)]
+    made = {each for part in parts for each in vars(part).values() if is_dataclass(each) and each is not MethodSettings}
     assert made == set(CASES) and all(issubclass(kind, MethodSettings) for kind in made)
     assert all(issubclass(MemEfficientArgumentsMixin, kind) for kind in made)
 
