@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-_FIRST_STEPS = (8, 16)  # units, that are traced before a line is trusted: shorter rows may be shorter than a piece
+_FIRST_STEPS = (8, 12)  # units, that are traced before a line is trusted: shorter rows may be shorter than a piece
 _GROWTH = 8  # times the largest size that is known to fit, while bytes do not grow at all
 
 
@@ -62,7 +62,7 @@ class _Search:
         return max(self.low + 1, min(self.high - 1, wanted))
 
     def _outwards(self) -> int:
-        steps = [step for step in (1, *_FIRST_STEPS) if step > self.low]
+        steps = [step for step in _FIRST_STEPS if step > self.low]
         if steps:
             return steps[0]
         line = self._line()
