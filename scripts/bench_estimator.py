@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 from bench_gradient import gradient, without_dropout
-from learning.arms import settings_of
+from learning.arms import EVERY_LABEL, settings_of
 from options import one, parse, several
 from store import measure
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: st
 
     from hf_memtune import TokenSeeking, TokenSeekingConfig
 
-    settings = {"token_selection": "labelled", "token_gradient": "cut"} if arm == LABELLED else settings_of(arm)
+    settings = settings_of(EVERY_LABEL if arm == LABELLED else arm)
     is_one = arm == LABELLED or ("/top/" in arm and not arm.startswith("random"))  # the same each time: all of its error is bias
     squares, products, cosines, counts = [], [], [], Counts()
     with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:

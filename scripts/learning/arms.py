@@ -6,7 +6,6 @@ Of the study `quality`:
     checkpointing                           the same, and activations are computed anew in backward
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
-
     every/labelled/GRADIENT/100%            every token with a label, none drawn
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
@@ -14,6 +13,7 @@ tokens that are kept. labels: chosen among labelled tokens only. Of the study `g
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
+EVERY_LABEL = "every/labelled/cut/100%"
 # rows are short here: 128 tokens are two chunks of a stream, or four chunks of which some can be skipped
 CHUNKS: dict[str, dict] = {
     "cut": {},
