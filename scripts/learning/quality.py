@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from statistics import median
 
@@ -11,7 +11,7 @@ import torch
 from conditions import conditions
 
 from hf_memtune.methods.events import Listener
-from learning.arms import CHECKPOINTING, STREAMING, is_seeking, settings_of
+from learning.arms import CHECKPOINTING, STREAMING, at_once, is_seeking, settings_of, way_of
 from learning.plans import Run
 from learning.tasks import TASKS, Task
 
@@ -59,11 +59,11 @@ def install(arm: str, model: torch.nn.Module):
     """The strategy of this arm on the model, to be removed after use; None where there is none."""
     from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 
-    if arm == STREAMING:
+    if way_of(arm) == STREAMING:
         return Streaming(model, StreamingConfig(**settings_of(arm)))
     if is_seeking(arm):
         return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings_of(arm)))
-    if arm == CHECKPOINTING:
+    if way_of(arm) == CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return None
 
@@ -127,7 +127,8 @@ class Training:
             self.seconds.append(time.perf_counter() - began)
 
     def _step(self, batch: dict) -> None:
-        self.model(**batch, **({} if self.task.loss_per_row else {"use_cache": False})).loss.backward()
+        for part, share in self._parts(batch):
+            (self.model(**part).loss * share).backward()
         if self.counts.by_name and not self.task.loss_per_row:
             self.counts.counted(labelled=self.task.labelled(batch))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
@@ -135,6 +136,24 @@ class Training:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+
+    def _parts(self, batch: dict) -> Iterator[tuple[dict, float]]:
+        """What the model is called with: the batch, or the rows that are run at a time, as a Trainer that accumulates gradients runs them.
+
+        A part has no column of padding alone. Beside it the factor of its loss; a loss of tokens is told the labels of the whole batch instead.
+        """
+        per_row, rows = self.task.loss_per_row, at_once(self.run.arm)
+        settings = {} if per_row else {"use_cache": False}
+        if rows is None:
+            yield batch | settings, 1.0
+            return
+        if not per_row:
+            settings["num_items_in_batch"] = self.task.labelled(batch)
+        for start in range(0, self.run.rows, rows):
+            part = {name: value[start : start + rows] for name, value in batch.items()}
+            longest = int(part["attention_mask"].sum(-1).max())
+            part = {name: value[:, :longest] if value.dim() > 1 else value for name, value in part.items()}
+            yield part | settings, len(part["labels"]) / self.run.rows if per_row else 1.0
 
     def _measure(self, step: int) -> None:
         """The held-out loss. All runs of a seed begin with the same weights, so what is measured before the first step is measured once."""

@@ -417,6 +417,50 @@ def test_a_reference_that_cannot_serve_is_refused(tmp_path):
         take_step(model, batch, token_scorer="excess_loss", reference_model=folder)
 
 
+def word_tokenizer(words):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[0])), unk_token=words[0]
+    )
+
+
+def test_a_reference_to_whose_tokenizer_numbers_are_other_tokens_is_refused(tmp_path):
+    """Not one with tokens that were added to it; nor where a model was saved without a tokenizer."""
+    model, batch, _ = model_and_batch("llama")
+    _, folder = reference_folder(tmp_path)
+    given = {"token_scorer": "excess_loss", "reference_model": folder}
+    model.config._name_or_path = str(tmp_path)
+    words = ["unknown", "sea", "sun", "red"]
+    word_tokenizer(words).save_pretrained(tmp_path)
+    take_step(model, batch, **given)
+    chats = word_tokenizer(words)
+    chats.add_tokens(["<turn>"])
+    chats.save_pretrained(folder)
+    take_step(model, batch, **given)
+    word_tokenizer(["unknown", "sun", "sea", "red"]).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="2 numbers mean other tokens, such as 1, 'sun' there and 'sea' in"):
+        seeking_on(model, **given)
+
+
+@pytest.mark.parametrize("name", ["true_gradient", "softmax_residual", "random"])
+def test_a_function_with_the_name_of_a_built_in_scorer_scores_as_it_says(name):
+    def score(context):
+        return torch.arange(context.attention_mask.shape[1]).expand(context.attention_mask.shape).float()
+
+    score.__name__ = name
+    model, batch, _ = model_and_batch("llama")
+    ear = Ear()
+    with seeking_on(model, score, token_scorer="random", select_from="all", token_selection="top", always_keep="none") as seeking:
+        seeking.listeners.add(ear)
+        loss_of(model, batch)[0].backward()
+    kept, real = ear.selections[0]["decoder"].kept_mask(), batch["attention_mask"].bool()
+    scores = torch.arange(real.shape[1]).expand(real.shape).float()
+    assert torch.equal(kept, select(scores, RATIO, real).kept_mask())
+    assert not torch.equal(kept, select(-scores, RATIO, real).kept_mask())  # the sibling
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_loss_of_each_token_is_told_beside_a_loss_of_ones_own(settings):
     """Where the call has labels; the loss that is taken may be another one, for which tokens are then chosen anew."""

@@ -59,6 +59,41 @@ def test_what_is_done_is_not_run_again(assets, results):
     assert done.returncode == 0 and results.read_text() == before
 
 
+def test_rows_run_one_at_a_time_learn_the_same(assets, results, tmp_path):
+    """With gradients of the whole batch: every loss is that of the arm; and some other number of rows at a time is no arm."""
+    file = tmp_path / "quality.jsonl"
+    file.write_text(results.read_text())
+    options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--learning_rates", "0.01", "--seeds", "1"]
+    pairs = {arm: f"{arm}@1" for arm in ("plain", "streaming", "combined/top/cut/10%")}
+    arms = [name for pair in pairs.items() for name in pair]
+    done = run(BENCH, "quality", "--stage", "screen", "--assets", assets, "--out", file, *options, "--arms", *arms, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    screened = records_of(file, "screen")
+    for arm, one in pairs.items():
+        whole, parts = screened[arm, 1], screened[one, 1]
+        assert parts["losses"] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in whole["losses"]]
+        assert parts["losses"][-1] != pytest.approx(whole["losses"][0], rel=1e-4)
+        assert parts["peak_bytes"] != whole["peak_bytes"]  # they were run in another way
+    for arm in ("plain@", "plain@0", "plain@some"):
+        assert arm in run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=tmp_path).stderr
+
+
+def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results, tmp_path):
+    file = tmp_path / "quality.jsonl"
+    timed = [{"stage": "time", "timed": True, "rows": 2, "steps": 8, "learning_rate": 1e-4, "seed": 0, "task": "stories-imdb"}]
+    seconds = {"plain": 3.0, "combined/top/cut/10%": 1.0}
+    timed = [timed[0] | {"arm": arm, "seconds_per_step": each, "peak_bytes": 1, "losses": []} for arm, each in seconds.items()]
+    options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--seeds", "1", "2", "--arms", ARMS[3]]
+    command = [BENCH, "quality", "--stage", "race", "--assets", assets, "--out", file, *options]
+    file.write_text(results.read_text())
+    assert "0 to run; 0 done; 2 wait" in run(*command, "--list", cwd=tmp_path).stdout
+    file.write_text(results.read_text() + "".join(json.dumps(row) + "\n" for row in timed))
+    assert run(*command, cwd=tmp_path).returncode == 0
+    raced = records_of(file, "race")
+    assert [(key, row["steps"], row["losses"][-1][0]) for key, row in raced.items()] == [((ARMS[3], 1), 12, 12), ((ARMS[3], 2), 12, 12)]
+    assert raced[ARMS[3], 1]["learning_rate"] == records_of(file, "final")[ARMS[3], 1]["learning_rate"]
+
+
 def test_an_arm_that_is_none_is_refused(assets, results):
     for arm in ("random/best/cut/10%", "best/top/cut/10%", "random/top/cut", "random/top/cut/some"):
         done = run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=results.parent)

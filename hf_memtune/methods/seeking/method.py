@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.core.replay import replayed
-from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer, scorer_names
+from hf_memtune.core.scorers import BUILT_IN, Scorer, TokenScorer, make_scorer, scorer_names
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.records import Records
@@ -34,7 +34,7 @@ from hf_memtune.methods.seeking.choice import Choice, Chooser
 from hf_memtune.methods.seeking.ditched import DitchedCall
 from hf_memtune.methods.seeking.head import ChoosingHead
 from hf_memtune.methods.seeking.inspection import Inspected, Inspection
-from hf_memtune.methods.seeking.reference import ReferenceLoss, reference_model
+from hf_memtune.methods.seeking.reference import ReferenceLoss, reference_model, require_same_tokens
 from hf_memtune.methods.seeking.streamed import ChosenStream, SkippingStream
 from hf_memtune.methods.seeking.targets import targets
 from hf_memtune.methods.streaming.encoder import encode
@@ -98,8 +98,9 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         """What token_scorer=excess_loss compares with, on the device of the model; None where these settings read no such score."""
         if settings.token_scorer != "excess_loss" or settings.token_selection == "labelled":
             return None
-        device = next(self.architecture.base.parameters()).device
-        reference = reference_model(filled_in(settings.reference_model), device)
+        base, name = self.architecture.base, filled_in(settings.reference_model)
+        reference = reference_model(name, next(base.parameters()).device)
+        require_same_tokens(name, getattr(base.config, "_name_or_path", ""))
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
         return ReferenceLoss(looking, looking.architecture.base.config.get_text_config().vocab_size)
@@ -257,7 +258,8 @@ class TokenSeeking(Method[TokenSeekingConfig]):
 def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Scorer:
     """The scorer to use: the user's own callable, or the one of that name. Raises ConfigError for an unknown name."""
     if scorer is not None:
-        return Scorer(getattr(scorer, "__name__", type(scorer).__name__), scorer)
+        name = getattr(scorer, "__name__", type(scorer).__name__)
+        return Scorer(f"{name} (your own)" if name in BUILT_IN else name, scorer)  # what is known of the built-in one is not true of it
     if config.token_scorer not in scorer_names():
         raise ConfigError(
             [

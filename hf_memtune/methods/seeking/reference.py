@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_memtune.errors import ConfigError, TokenScoreError
 
@@ -54,3 +54,30 @@ def reference_model(name: str, device: torch.device) -> nn.Module:
             [f"reference_model: got {name!r}, which cannot be loaded: {why} Expected the folder or hub name of a causal model."]
         ) from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def require_same_tokens(reference: str, own: str) -> None:
+    """Raises ConfigError where a number is one token to the reference and another to the model: its losses would be of other text.
+
+    reference, own: folders or hub names. What is saved without a tokenizer cannot be compared. Tokens that were added to one of them, as for
+    chats, may differ.
+    """
+    ours, theirs = (_tokens(name) for name in (own, reference)) if own and own != reference else ({}, {})
+    if wrong := [number for number, token in ours.items() if theirs.get(number, token) != token]:
+        n = wrong[0]
+        raise ConfigError(
+            [
+                f"reference_model: got {reference!r}, whose tokenizer is another one: {len(wrong)} numbers mean other tokens, such as {n}, "
+                f"{theirs[n]!r} there and {ours[n]!r} in {own!r}. Give a model of the same tokenizer."
+            ]
+        )
+
+
+def _tokens(name: str) -> dict[int, str]:
+    """Those that the tokenizer was trained with, by number; none where it cannot be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception:  # of many kinds, one for each way of not being there
+        return {}
+    added = tokenizer.get_added_vocab()
+    return {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
