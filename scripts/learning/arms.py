@@ -7,7 +7,7 @@ Of the study `quality`:
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
     every/labelled/GRADIENT/100%            every token with a label, none drawn
-    ARM@N                                   any of these, of which a batch is run N rows at a time, as with gradient accumulation
+    plain@N, checkpointing@N, streaming@N   the same, N rows at a time, as with gradient accumulation
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
 tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS. Of the study `few_shot`: the keys of FEW_SHOT.
@@ -80,13 +80,12 @@ def is_seeking(arm: str) -> bool:
 
 def parts_of(arm: str) -> tuple[str, str, str, str, str]:
     """Scorer, selection, gradient, ratio and pool of an arm of token seeking. Raises ValueError for a name of another form."""
-    way = way_of(arm)
-    parts = way.removesuffix(LABELS).split("/")
+    parts = arm.removesuffix(LABELS).split("/")
     if len(parts) != 4 or parts[2] not in CHUNKS or not parts[3].removesuffix("%").isdigit():
         raise ValueError(
             f"arm {arm!r}: expected plain, checkpointing, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
         )
-    return (*parts, "labels" if way.endswith(LABELS) else "all")
+    return (*parts, "labels" if arm.endswith(LABELS) else "all")
 
 
 def settings_of(arm: str) -> dict:
@@ -114,8 +113,8 @@ def check(study: str, arm: str) -> None:
         if arm not in NAMED[study]:
             raise ValueError(f"arm {arm!r}: expected one of {', '.join(NAMED[study])}")
         return
-    if not arm.partition(AT_ONCE)[2].isdigit() and AT_ONCE in arm or at_once(arm) == 0:
-        raise ValueError(f"arm {arm!r}: expected rows at a time behind {AT_ONCE}, such as {PLAIN}{AT_ONCE}1")
+    if AT_ONCE in arm and (is_seeking(arm) or not arm.partition(AT_ONCE)[2].isdigit() or at_once(arm) == 0):
+        raise ValueError(f"arm {arm!r}: expected rows at a time behind a way with exact gradients, such as {PLAIN}{AT_ONCE}1")
     if is_seeking(arm):
         from hf_memtune import TokenSeekingConfig
         from hf_memtune.core.scorers import scorer_names

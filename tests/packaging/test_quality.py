@@ -64,7 +64,7 @@ def test_rows_run_one_at_a_time_learn_the_same(assets, results, tmp_path):
     file = tmp_path / "quality.jsonl"
     file.write_text(results.read_text())
     options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--learning_rates", "0.01", "--seeds", "1"]
-    pairs = {arm: f"{arm}@1" for arm in ("plain", "streaming", "combined/top/cut/10%")}
+    pairs = {arm: f"{arm}@1" for arm in ("plain", "checkpointing", "streaming")}
     arms = [name for pair in pairs.items() for name in pair]
     done = run(BENCH, "quality", "--stage", "screen", "--assets", assets, "--out", file, *options, "--arms", *arms, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,7 +74,7 @@ def test_rows_run_one_at_a_time_learn_the_same(assets, results, tmp_path):
         assert parts["losses"] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in whole["losses"]]
         assert parts["losses"][-1] != pytest.approx(whole["losses"][0], rel=1e-4)
         assert parts["peak_bytes"] != whole["peak_bytes"]  # they were run in another way
-    for arm in ("plain@", "plain@0", "plain@some"):
+    for arm in ("plain@", "plain@0", "plain@some", "random/top/cut/10%@1"):
         assert arm in run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=tmp_path).stderr
 
 
