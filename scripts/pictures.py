@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-from learning.arms import ADAPTERS, FULL, LORA, PLAIN, is_seeking, parts_of
+from learning.arms import ADAPTERS, FULL, LORA, PLAIN, is_seeking, parts_of, way_of
 from learning.plans import TASKS, latest
 from pages import GIB, MIB, Rows, by, of, unique
-from tables_learning import Group, finals, glue_groups, screened
+from tables_learning import Group, Raced, finals, glue_groups, race_of, screened
 from tables_reversible import BOUNDS, FACTORS, START, TWO_LEVELS, alone, over_depth
 
 from hf_memtune.files import whole
@@ -35,6 +35,8 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     draw_contract(rows_of("estimate"), folder / "fits-contract.png")
     for task in TASKS:
         draw_finals(finals(quality, task), folder / f"quality-{task}.png")
+        if race := race_of(quality, task):
+            draw_race(race, folder / f"race-{task}.png")
     draw_screening(screened(quality), folder / "quality-screening.png")
     if estimators := rows_of("estimator"):
         draw_estimators(estimators, folder / "estimator.png")
@@ -147,7 +149,7 @@ def draw_contract(rows: Rows, file: Path) -> None:
 
 SCORERS = {
     "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED,
-    "combined-mean": SKY, "loss": GREEN,
+    "combined-mean": SKY, "loss": GREEN, "true_gradient": "#5e3c99", "every": "#8c510a",
 }  # fmt: skip
 LINES = {"cut": "-", "stream": "--", "skip": ":"}
 MARKERS = {"top": "o", "sample": "^"}
@@ -162,7 +164,7 @@ GLUE = {
 def look(arm: str) -> dict:
     """How an arm is drawn, the same in every picture. Wider lines keep more tokens; hollow markers choose among labels alone."""
     if not is_seeking(arm):
-        return {"color": SCORERS[arm], "linestyle": "-" if arm == PLAIN else "-.", "marker": "s", "linewidth": 2.0, "markersize": 5}
+        return {"color": SCORERS[way_of(arm)], "linestyle": "-" if arm == PLAIN else "-.", "marker": "s", "linewidth": 2.0, "markersize": 5}
     scorer, selection, gradient, ratio, pool = parts_of(arm)
     lines = {"linestyle": LINES[gradient], "linewidth": 2.4 if ratio != "10%" else 1.3}
     marker = {"marker": MARKERS.get(selection, "D"), "markersize": 5} | ({"markerfacecolor": "white"} if pool == "labels" else {})
@@ -189,6 +191,29 @@ def draw_finals(groups: list[Group], file: Path) -> None:
         room = 0.08 * (max(later) - min(later)) or 0.01
         steps.set_ylim(min(later) - room, max(later) + room)
         legend_below(figure, *steps.get_legend_handles_labels(), handlelength=3.5)
+
+
+def draw_race(race: list[Raced], file: Path) -> None:
+    """What is learned in the seconds of plain training against bytes. Hollow, and joined to it: in as many steps."""
+    with panels(file, 1, 1, (9, 4.8)) as (figure, (axes,)):
+        for arm in race:
+            size, style = arm.group.peak_bytes / MIB, look(arm.group.arm) | {"linestyle": "none", "markersize": 8}
+            ends = [end.mean for end in (arm.same_steps, arm.same_seconds) if end]
+            axes.plot([size] * len(ends), ends, color=style["color"], linewidth=1)
+            if arm.same_steps:
+                axes.plot([size], [arm.same_steps.mean], **style | {"markerfacecolor": "white"})
+            if end := arm.same_seconds:
+                half = None if end.half is None else [end.half]
+                filled = style | {"markerfacecolor": style["color"], "label": arm.group.arm}
+                axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **filled)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.set(xlabel=PEAK, ylabel="held-out loss, above plain training")
+        sizes = [arm.group.peak_bytes / MIB for arm in race]
+        ticks = [2.0**n for n in range(3, 12) if min(sizes) / 1.5 < 2**n < max(sizes) * 1.5]
+        axes.set(xscale="log", xlim=(min(sizes) / 1.2, max(sizes) * 1.2))
+        axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
+        axes.minorticks_off()
+        legend_below(figure, *axes.get_legend_handles_labels(), columns=3)
 
 
 def draw_screening(runs: Rows, file: Path) -> None:

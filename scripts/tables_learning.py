@@ -38,7 +38,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     quality, glue = (lambda: latest(rows_of("quality"))), (lambda: latest(rows_of("glue")))
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
-        **{f"race-{task}": lambda task=task: race_section(quality(), task) for task in TASKS},
+        **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in TASKS},
         "quality": lambda: summary_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
@@ -238,31 +238,46 @@ def streaming_differences(groups: list[Group]) -> Iterator[float]:
 # --- the same seconds, the same bytes
 
 
-def race_section(found: Rows, task: str) -> str:
-    """What a step of each arm costs, what as many steps learn, and what as many seconds learn; by bytes, the fewest first."""
+class Raced(NamedTuple):
+    """An arm with what its step costs, and its loss above that of plain training after as many steps, and in as many seconds (of `steps`)."""
+
+    group: Group
+    same_steps: Interval | None
+    same_seconds: Interval | None
+    steps: int | None
+
+
+def race_of(found: Rows, task: str) -> list[Raced]:
+    """By bytes, the fewest first; none where nothing was raced."""
     timed, ended, raced = (finals(found, task, stage) for stage in ("time", "final", "race"))
-    if not raced:
+    plain, zero, race = named(ended, PLAIN), Interval(0.0, None), []
+    for group in sorted(timed, key=lambda group: group.peak_bytes) if raced else ():
+        steps, seconds = named(ended, group.arm), named(raced, group.arm)
+        same_steps = zero if is_exact(group.arm) else steps and steps.minus(plain)
+        if group.arm == PLAIN:
+            race.append(Raced(group, zero, zero, plain and plain.any_run["steps"]))
+        else:
+            race.append(Raced(group, same_steps, seconds and seconds.minus(plain), seconds and seconds.any_run["steps"]))
+    return race
+
+
+def race_section(race: list[Raced]) -> str:
+    """What a step of each arm costs, what as many steps learn, and what as many seconds learn."""
+    if not race:
         return UNMEASURED
-    plain, lines, learned = named(ended, PLAIN), [], []
-    for group in sorted(timed, key=lambda group: group.peak_bytes):
-        same_steps, same_seconds = named(ended, group.arm), named(raced, group.arm)
-        above = "0" if is_exact(group.arm) else shown(same_steps and same_steps.minus(plain), "+")
-        steps = same_seconds.any_run["steps"] if same_seconds else "-"
-        difference = Interval(0.0, 0.0) if group.arm == PLAIN else same_seconds and same_seconds.minus(plain)
-        lines.append([group.arm, *group.costs, above, steps, "0" if group.arm == PLAIN else shown(difference, "+")])
-        learned.append((group, difference))
+    lines = [[arm.group.arm, *arm.group.costs, shown(arm.same_steps, "+"), arm.steps or "-", shown(arm.same_seconds, "+")] for arm in race]
     heads = "arm | peak MiB | s a step | minus plain, same steps | steps in plain's seconds | minus plain, same seconds"
-    return "\n\n".join([table(heads, lines), race_sentence(learned)])
+    return "\n\n".join([table(heads, lines), race_sentence(race)])
 
 
-def race_sentence(learned: Iterable[tuple[Group, Interval | None]]) -> str:
-    """The arms that learn more in the seconds of plain training than every arm that needs fewer bytes. learned: by bytes, the fewest first."""
-    best, steps = math.inf, []
-    for group, difference in learned:
-        if difference and difference.mean < best:
-            best = difference.mean
-            steps.append(f"from {mib(group.peak_bytes)} MiB `{group.label}`" + ("" if group.arm == PLAIN else f" ({difference:+})"))
-    return f"In the seconds of plain training the lowest loss ends with: {', '.join(steps)}."
+def race_sentence(race: list[Raced]) -> str:
+    """The arms that learn more in the seconds of plain training than every arm that needs fewer bytes."""
+    best, leading = math.inf, []
+    for arm in race:
+        if arm.same_seconds and arm.same_seconds.mean < best:
+            best = arm.same_seconds.mean
+            leading.append(f"from {mib(arm.group.peak_bytes)} MiB `{arm.group.label}` ({arm.same_seconds:+})")
+    return f"In the seconds of plain training the lowest loss ends with: {', '.join(leading)}."
 
 
 def summary_table(found: Rows) -> str:
