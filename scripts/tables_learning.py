@@ -38,7 +38,6 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     quality, glue = (lambda: latest(rows_of("quality"))), (lambda: latest(rows_of("glue")))
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
-        **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in TASKS},
         "quality": lambda: summary_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
