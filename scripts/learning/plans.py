@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
 
-from learning.arms import CHECKPOINTING, EVERY_LABEL, FLAGS, FULL, LORA, PLAIN, STREAMING, check, is_exact
+from learning.arms import CHECKPOINTING, EVERY_LABEL, FLAGS, FULL, LORA, PLAIN, QA, STREAMING, check, is_exact
 
 KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
 
@@ -90,6 +90,10 @@ PLANS = {
             "minilm-reviews", tuple(FLAGS), rows=8, steps=(100, 150), learning_rates=(1e-3, 3e-3, 9e-3),
             rates_of={FULL: (3.33e-5, 1e-4, 3e-4), LORA: (3.33e-4, 1e-3, 3e-3)}, measured=1,
         ),
+    ),
+    "qa": tuple(
+        Plan(task, tuple(QA), rows=4, steps=(20, 60), learning_rates=(3e-4, 1e-3), rates_of={PLAIN: (2e-5, 1e-4)}, measured=1)
+        for task in ("boolq", "mmlu")
     ),
 }  # fmt: skip
 TASKS = tuple(plan.task for plan in PLANS["quality"])
