@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-from learning.arms import ADAPTERS, FULL, LORA, PLAIN, is_seeking, parts_of, way_of
+from learning.arms import ADAPTERS, FLAGS, FULL, LORA, PLAIN, is_seeking, parts_of, way_of
+from learning.groups import Group, finals
 from learning.plans import TASKS, latest
 from pages import GIB, MIB, Rows, by, of, unique
-from tables_learning import Group, Raced, finals, glue_groups, race_of, screened
+from tables_commands import groups_of
+from tables_learning import Raced, race_of, screened
 from tables_reversible import BOUNDS, FACTORS, START, TWO_LEVELS, alone, over_depth
 
 from hf_memtune.files import whole
@@ -40,7 +42,7 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     draw_screening(screened(quality), folder / "quality-screening.png")
     if estimators := rows_of("estimator"):
         draw_estimators(estimators, folder / "estimator.png")
-    draw_accuracy(glue_groups(latest(rows_of("glue"))), folder / "reversible-glue.png")
+    draw_accuracy(groups_of(latest(rows_of("glue")), FLAGS), folder / "reversible-glue.png")
     draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pages
 import store
+import tables_commands
 import tables_few_shot
 import tables_learning
 import tables_longest
@@ -241,6 +242,7 @@ SECTIONS = {
         f"{name}-conditions": lambda name=name: conditions_of(rows_of(name))
         for name in ("coverage", "gpu", "speed", "profile", "length", "inverse")
     },
+    **tables_commands.sections(rows_of),
     **tables_few_shot.sections(rows_of),
     **tables_learning.sections(rows_of),
     **tables_longest.sections(rows_of),

@@ -1,23 +1,16 @@
-"""Numbers, tables and sentences on how well methods learn, from results/quality.jsonl and glue.jsonl. All follow from the files.
-
-± is a 95 % confidence interval over seeds. Of two arms seeds are compared one by one, for a seed has the same rows in every arm.
-"""
+"""Tables and sentences on how well token seeking learns, from results/quality.jsonl, and how near its gradient is. All follow from the files."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from statistics import mean, median, stdev
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, STREAMING, TOKENTUNE, is_exact, is_seeking, parts_of
+from learning.arms import PLAIN, STREAMING, TOKENTUNE, is_exact, is_seeking, parts_of
+from learning.groups import BESIDE, Group, Interval, baseline, finals, interval, listed, named, shown
 from learning.plans import TASKS, final_loss, latest
 from pages import UNMEASURED, Cell, Rows, by, conditions_of, listing, mib, of, table, unique
 
-CONFIDENCE = 0.95
 MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
 SAME_BYTES = 1.02  # as many bytes, to within what padding of the traced batch does
-CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
-BESIDE = "Seconds marked * were measured while other work ran."
 SUMMARY_TASKS = {
     "stories-imdb": "reviews, every token labelled; stories15M, all parameters",
     "smollm2-alpaca": "instructions, prompts masked; SmolLM2-135M, LoRA",
@@ -35,7 +28,10 @@ SUMMARY_ARMS = {
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
-    quality, glue = (lambda: latest(rows_of("quality"))), (lambda: latest(rows_of("glue")))
+
+    def quality() -> Rows:
+        return latest(rows_of("quality"))
+
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
         "quality": lambda: summary_table(quality()),
@@ -44,121 +40,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         "gradient": lambda: selection_table(rows_of("gradient")),
         "estimator": lambda: estimator_table(rows_of("estimator")),
         "precision": lambda: precision_table(rows_of("precision")),
-        "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue_groups(glue())),
-        "glue": lambda: glue_section(glue_groups(glue())),
-        "glue-conditions": lambda: conditions_of(of(glue(), stage="final"), leave_out=("model", "data")),
     }
-
-
-# --- numbers
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and half the width of its confidence interval; None from one seed, which has no spread."""
-
-    mean: float
-    half: float | None
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is not of zero."""
-        return self.half is not None and abs(self.mean) > self.half
-
-    def __format__(self, sign: str) -> str:
-        return f"{self.mean:{sign}.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
-
-
-def interval(values: Iterable[float]) -> Interval | None:
-    """By Student's t distribution: the values are few. None of no values."""
-    from scipy.stats import t
-
-    values = list(values)
-    if len(values) < 2:
-        return Interval(values[0], None) if values else None
-    return Interval(mean(values), float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values)))
-
-
-@dataclass
-class Group:
-    """All seeds of one arm in the finals, with batches of one size. seconds: of a step; alone: measured with the machine to itself."""
-
-    arm: str
-    rows: int
-    runs: dict[int, dict]
-    seconds: float
-    alone: bool
-
-    @property
-    def any_run(self) -> dict:
-        return next(iter(self.runs.values()))
-
-    @property
-    def ended(self) -> dict[int, dict]:
-        """The runs that did not diverge, by seed."""
-        return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
-
-    @property
-    def peak_bytes(self) -> float:
-        return median(run["peak_bytes"] for run in self.runs.values())
-
-    @property
-    def label(self) -> str:
-        return self.arm if self.rows < 32 else f"{self.arm} ({self.rows} rows)"
-
-    @property
-    def costs(self) -> list[str]:
-        """Cells of a table."""
-        return [mib(self.peak_bytes), f"{self.seconds:.2f}" + ("" if self.alone else "*")]
-
-    def curve(self) -> list[tuple[int, Interval]]:
-        """The held-out loss at each measured step."""
-        at_steps = zip(*(run["losses"] for run in self.ended.values()))
-        return [(points[0][0], interval(loss for _, loss in points)) for points in at_steps]
-
-    def at(self, end: int, field: str = "losses") -> Interval | None:
-        """Before training (end 0), or after it (-1)."""
-        return interval(run[field][end][1] for run in self.ended.values())
-
-    def mean_of(self, field: str) -> float | None:
-        """Of what was measured once; None where there is nothing to measure."""
-        found = [run[field] for run in self.runs.values() if run[field] is not None]
-        return mean(found) if found else None
-
-    def minus(self, other: "Group | None", field: str = "losses") -> Interval | None:
-        """The final difference to another arm, seed by seed; None without a seed in common."""
-        if other is None or other is self:
-            return None
-        seeds = sorted(self.ended.keys() & other.ended.keys())
-        return interval(self.runs[seed][field][-1][1] - other.runs[seed][field][-1][1] for seed in seeds)
-
-
-def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
-    """The arms of a task's finals, or of another stage with several seeds, in the order in which they were first run."""
-    groups, found = [], of(found, task=task)
-    for arm, rows in unique(of(found, stage=stage), "arm rows"):
-        own = of(found, stage=stage, arm=arm, rows=rows)
-        timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
-        seconds = median(run["seconds_per_step"] for run in timed or own)
-        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, bool(timed)))
-    return groups
-
-
-def named(groups: list[Group], arm: str, rows: int | None = None) -> Group | None:
-    return next((group for group in groups if group.arm == arm and rows in (None, group.rows)), None)
-
-
-def baseline(groups: list[Group], group: Group) -> Group | None:
-    """Plain training with batches of the same size."""
-    return named(groups, PLAIN, group.rows)
-
-
-def shown(value: Interval | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}}"
-
-
-def listed(pairs: Iterable[tuple[Group, Interval]], sign: int) -> str:
-    """The arms that clearly are on one side of what they are compared with."""
-    return ", ".join(f"`{group.label}` ({d:+})" for group, d in pairs if d.is_clear and sign * d.mean > 0)
 
 
 # --- token seeking
@@ -382,61 +264,3 @@ def precision_table(rows: Rows) -> str:
     """Sums in bfloat16 and float32, by the tokens of a chunk."""
     columns = {"method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
     return f"{listing(rows, columns, 'lrl')}\n\n{conditions_of(rows)}"
-
-
-# --- reversible adapters on a classification set
-
-
-def glue_groups(found: Rows) -> list[Group]:
-    """In the order of their table."""
-    tasks = unique(found, "task")
-    return sorted((group for task in tasks for group in finals(found, task)), key=lambda group: list(FLAGS).index(group.arm))
-
-
-def glue_section(groups: list[Group]) -> str:
-    """What is trained on what, the table of the arms, and what it says."""
-    if not groups:
-        return UNMEASURED
-    run, full, lines = groups[0].any_run, named(groups, FULL), []
-    for group in groups:
-        accuracies = [group.at(0, "accuracies"), group.at(-1, "accuracies")]
-        cells = [*map(shown, accuracies), shown(group.minus(full, "accuracies"), "+"), shown(group.at(-1))]
-        own = group.any_run
-        lines.append([group.arm, f"{own['learning_rate']:g}", *cells, f"{own['trainable_parameters']:,}", *group.costs])
-    model, data, held_out = (run["conditions"][name] for name in ("model", "data", "held_out_rows"))
-    told = f"{model}; {data}; {run['steps']} steps of {run['rows']} rows, {held_out} rows held out."
-    heads = "arm | rate | accuracy before | after | minus full | held-out loss | trained parameters | peak MiB | s a step"
-    return "\n\n".join([told, table(heads, lines), " ".join(glue_sentences(groups))])
-
-
-def glue_sentences(groups: list[Group]) -> Iterator[str]:
-    """What the table says, in words that follow from its numbers."""
-    full, ordinary = named(groups, FULL), named(groups, ADAPTERS)
-    compared = [(group, d) for group in groups if (d := group.minus(full, "accuracies")) and d.half is not None]
-    for word, sign in (("Above", 1), ("Below", -1)):
-        if arms := listed(compared, sign):
-            yield f"{word} full fine-tuning by more than the interval: {arms}."
-    if within := [f"`{group.arm}`" for group, d in compared if not d.is_clear]:
-        yield f"Within the interval of full fine-tuning: {', '.join(within)}."
-    counts = [(group, len(group.runs) - len(group.ended)) for group in groups]
-    if diverged := [f"`{group.arm}` ({count} of {len(group.runs)} seeds)" for group, count in counts if count]:
-        yield f"Diverged: {', '.join(diverged)}."
-    ends = [(group, group.at(0, "accuracies"), group.at(-1, "accuracies")) for group in groups if group.ended]
-    if still := [f"`{group.arm}` ({start} to {end})" for group, start, end in ends if end.mean - start.mean < CHANCE_MARGIN]:
-        yield f"Learned next to nothing in so many steps: {', '.join(still)}."
-    reversible = [group for group in groups if group.mean_of("inverse_error") is not None]
-    if against := [f"`{g.arm}` {_share(g, ordinary):.0%} of the peak bytes at {d:+} of accuracy"
-                   for g in reversible if (d := g.minus(ordinary, "accuracies"))]:  # fmt: skip
-        yield f"Against ordinary adapters: {'; '.join(against)}."
-    if told := [f"`{g.arm}` {g.mean_of('state_change'):.2f} and {g.mean_of('inverse_error'):.1g}" for g in reversible]:
-        yield (
-            "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the "
-            f"first layer that backward rebuilds: {'; '.join(told)}."
-        )
-    if not all(group.alone for group in groups):
-        yield BESIDE
-
-
-def _share(group: Group, other: Group) -> float:
-    """Of its bytes; the median over common seeds, for the traced batch is that of the seed."""
-    return median(group.runs[seed]["peak_bytes"] / other.runs[seed]["peak_bytes"] for seed in group.runs.keys() & other.runs.keys())

@@ -13,7 +13,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-import bench_learning, pictures, store, tables_learning
+import bench_learning, pictures, store, tables_commands
 results = Path("glue.jsonl")
 common = ["--assets", {assets!r}, "--out", str(results), "--steps", "3", "--held_out_rows", "12", "--arms", *{arms!r}]
 final = ["glue", "--stage", "final", *common, "--seeds", "1", "2"]
@@ -26,9 +26,9 @@ statuses = {{
 before = results.read_text()
 statuses["again"] = bench_learning.main(final) or int(results.read_text() != before)
 rows = store.read(results)
-made = tables_learning.sections(lambda name: rows)
+made = tables_commands.sections(lambda name: rows)
 Path("page.md").write_text("\\n\\n".join(made[name]() for name in ("glue-arms", "glue", "glue-conditions")))
-pictures.draw_accuracy(tables_learning.glue_groups(rows), Path("picture.png"))
+pictures.draw_accuracy(tables_commands.groups_of(rows, tables_commands.FLAGS), Path("picture.png"))
 Path("statuses.json").write_text(json.dumps(statuses))
 """
 

@@ -114,11 +114,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
 import pictures, store, tables_learning
+from learning.groups import finals
 rows = store.read(Path({results!r}))
 made = tables_learning.sections(lambda name: rows)
 Path("page.md").write_text(made["quality-stories-imdb"]() + made["quality-conditions"]())
 Path("empty.md").write_text(made["quality-minilm-reviews"]())
-pictures.draw_finals(tables_learning.finals(rows, "stories-imdb"), Path("picture.png"))
+pictures.draw_finals(finals(rows, "stories-imdb"), Path("picture.png"))
 """
 
 

@@ -1,0 +1,85 @@
+"""Tables and sentences on what whole commands learn, from results/glue.jsonl and qa.jsonl. All follow from the files."""
+
+from collections.abc import Callable, Iterable, Iterator
+from statistics import median
+
+from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL
+from learning.groups import BESIDE, Group, finals, listed, named, shown
+from learning.plans import latest
+from pages import UNMEASURED, Rows, conditions_of, of, table, unique
+
+CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
+
+
+def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
+    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
+
+    def glue() -> list[Group]:
+        return groups_of(latest(rows_of("glue")), FLAGS)
+
+    return {
+        "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue()),
+        "glue": lambda: section(glue(), FULL),
+        **{
+            f"{study}-conditions": lambda study=study: conditions_of(of(latest(rows_of(study)), stage="final"), leave_out=("model", "data"))
+            for study in ("glue",)
+        },
+    }
+
+
+def groups_of(found: Rows, order: Iterable[str], task: str | None = None) -> list[Group]:
+    """Of a task, or of all of them, in the order of their table."""
+    places = {arm: place for place, arm in enumerate(order)}
+    groups = [group for each in ([task] if task else unique(found, "task")) for group in finals(found, each)]
+    return sorted(groups, key=lambda group: places[group.arm])
+
+
+def section(groups: list[Group], base: str) -> str:
+    """What is trained on what, the table of the arms, and what it says. base: the arm that the others are compared with."""
+    if not groups:
+        return UNMEASURED
+    run, full, lines = groups[0].any_run, named(groups, base), []
+    for group in groups:
+        accuracies = [group.at(0, "accuracies"), group.at(-1, "accuracies")]
+        cells = [*map(shown, accuracies), shown(group.minus(full, "accuracies"), "+"), shown(group.at(-1)), shown(group.minus(full), "+")]
+        own = group.any_run
+        lines.append([group.arm, f"{own['learning_rate']:g}", *cells, f"{own['trainable_parameters']:,}", *group.costs])
+    model, data, held_out = (run["conditions"][name] for name in ("model", "data", "held_out_rows"))
+    told = f"{model}; {data}; {run['steps']} steps of {run['rows']} rows, {held_out} rows held out."
+    heads = f"arm | rate | accuracy before | after | minus {base} | held-out loss | minus {base} | trained parameters | peak MiB | s a step"
+    return "\n\n".join([told, table(heads, lines), " ".join(sentences(groups, base))])
+
+
+def sentences(groups: list[Group], base: str) -> Iterator[str]:
+    """What the table says, in words that follow from its numbers."""
+    full, ordinary = named(groups, base), named(groups, ADAPTERS)
+    if errors := [run["standard_error"] for group in groups for run in group.ended.values() if run.get("standard_error")]:
+        yield f"The rows that are scored give one score a standard error of {max(errors):.3f}, which no number of seeds lowers."
+    compared = [(group, d) for group in groups if (d := group.minus(full, "accuracies")) and d.half is not None]
+    for word, sign in (("Above", 1), ("Below", -1)):
+        if arms := listed(compared, sign):
+            yield f"{word} `{base}` by more than the interval: {arms}."
+    if within := [f"`{group.arm}`" for group, d in compared if not d.is_clear]:
+        yield f"Within the interval of `{base}`: {', '.join(within)}."
+    counts = [(group, len(group.runs) - len(group.ended)) for group in groups]
+    if diverged := [f"`{group.arm}` ({count} of {len(group.runs)} seeds)" for group, count in counts if count]:
+        yield f"Diverged: {', '.join(diverged)}."
+    ends = [(group, group.at(0, "accuracies"), group.at(-1, "accuracies")) for group in groups if group.ended]
+    if still := [f"`{group.arm}` ({start} to {end})" for group, start, end in ends if start and end.mean - start.mean < CHANCE_MARGIN]:
+        yield f"Learned next to nothing in so many steps: {', '.join(still)}."
+    reversible = [group for group in groups if group.mean_of("inverse_error") is not None]
+    if ordinary and (against := [f"`{g.arm}` {_share(g, ordinary):.0%} of the peak bytes at {d:+} of accuracy"
+                                 for g in reversible if (d := g.minus(ordinary, "accuracies"))]):  # fmt: skip
+        yield f"Against ordinary adapters: {'; '.join(against)}."
+    if told := [f"`{g.arm}` {g.mean_of('state_change'):.2f} and {g.mean_of('inverse_error'):.1g}" for g in reversible]:
+        yield (
+            "On the first batch, the relative change of the last hidden states by the coupling, and the relative error of the input of the "
+            f"first layer that backward rebuilds: {'; '.join(told)}."
+        )
+    if not all(group.alone for group in groups):
+        yield BESIDE
+
+
+def _share(group: Group, other: Group) -> float:
+    """Of its bytes; the median over common seeds, for the traced batch is that of the seed."""
+    return median(group.runs[seed]["peak_bytes"] / other.runs[seed]["peak_bytes"] for seed in group.runs.keys() & other.runs.keys())
