@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from bench_gradient import gradient, without_dropout
 from learning.arms import EVERY_LABEL, settings_of
+from learning.gradients import gradient, without_dropout
 from options import one, parse, several
 from store import measure
 from torch import Tensor, nn

@@ -37,7 +37,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         "quality": lambda: summary_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
-        "gradient": lambda: selection_table(rows_of("gradient")),
+        "skip": lambda: skip_table(rows_of("skip")),
         "estimator": lambda: estimator_table(rows_of("estimator")),
         "precision": lambda: precision_table(rows_of("precision")),
     }
@@ -230,8 +230,8 @@ def effects(runs: Rows) -> list[list]:
 # --- gradients themselves
 
 
-def selection_table(rows: Rows) -> str:
-    """Ways to choose tokens: how far from the gradient of all of them."""
+def skip_table(rows: Rows) -> str:
+    """Chunks left out of backward: how far from the gradient of all of them."""
     columns = {"tokens": "{arm}", "error": "{error:.3f}", "cosine": "{cosine:.3f}", "cosine of sums": "{cosine_of_sums:.3f}"}
     made = listing(rows, columns | {"tokens run": "{tokens_with_gradient:.2f}"})
     return "\n\n".join([made, *(f"{row['task']}. {conditions_of([row])}" for row in rows[:1])])

@@ -17,7 +17,8 @@ def assets(tmp_path_factory):
     for data in ("movie_reviews", "alpaca"):
         (folder / "data" / data).mkdir(parents=True)
     (folder / "models").mkdir()
-    llama(folder / "models" / "stories15M")
+    for model in ("stories15M", "smollm2-135m-instruct"):
+        llama(folder / "models" / model)
     write_rows(folder / "data" / "movie_reviews" / "imdb.jsonl", [{"text": f"{TEXTS[n % 3]} {TEXTS[n % 2]}"} for n in range(40)])
     rows = [{"instruction": f"name {n} colours", "input": "", "output": "red green blue sun sea " * 3} for n in ("one", "two", "three")]
     write_rows(folder / "data" / "alpaca" / "train.jsonl", rows * 20)
@@ -50,11 +51,11 @@ def test_precision_of_sums(assets):
     assert errors[16, "bfloat16"] != errors[64, "bfloat16"]  # chunks are chunks
 
 
-def test_gradients_of_chosen_tokens(assets):
-    rows = rows_of("bench_gradient", assets, "--task", "stories-imdb", "--batches", "2", "--assets", assets)
-    arms = {row["arm"]: row for row in rows}
-    assert arms["every label, skip below 0"]["error"] < 1e-3 < arms["random, sample, stream"]["error"]
-    assert arms["random, sample, cut"]["tokens_with_gradient"] < 0.2 < arms["random, sample, stream"]["tokens_with_gradient"]
+def test_chunks_left_out_of_backward(assets):
+    arms = {row["arm"]: row for row in rows_of("bench_skip", assets, "--batches", "2", "--chunk", "4", "--assets", assets)}
+    least, most, cut = (arms[f"every label, {name}"] for name in ("skip below 0", "skip below 1", "cut"))
+    assert least["error"] < 1e-3 < most["error"] and least["tokens_with_gradient"] > most["tokens_with_gradient"] > 0
+    assert cut["error"] > 1e-3 and cut["tokens_with_gradient"] < 0.9  # prompts
 
 
 def test_bias_and_noise_of_chosen_tokens(assets):

@@ -1,8 +1,8 @@
-"""How far the gradient of each way to choose tokens is from that of all tokens: `python scripts/bench_gradient.py`.
+"""What leaving chunks out of backward costs the gradient, and what it saves: `python scripts/bench_skip.py`. Writes results/skip.jsonl.
 
 Real rows, a pre-trained model before its first step. For every batch the gradient of all labelled tokens is compared with that of an arm:
 its relative error, its cosine, and how many tokens ran with gradient. The cosine of the sums over all batches tells noise, which
-averages out, from bias, which stays. Writes results/gradient.jsonl, one line an arm with its conditions.
+averages out, from bias, which stays.
 
     make assets NAMES="smollm2 alpaca"
 """
@@ -13,21 +13,18 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from learning.gradients import gradient, without_dropout
 from options import one, parse
 from store import measure
 from torch import Tensor, nn
 
-CHOICES = (
-    "random, top, cut", "random, top, stream", "random, sample, cut", "random, sample, stream",
-    "combined, top, cut", "combined, top, stream", "combined, sample, stream", "loss, sample, stream",
-)  # fmt: skip
 THRESHOLDS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 
 
 def main(given: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local; must be set before transformers is imported
     options = parse(
-        __doc__, "gradient", given, task=one("smollm2-alpaca", "one of scripts/learning/tasks.py whose loss is one of tokens"),
+        __doc__, "skip", given, task=one("smollm2-alpaca", "one of scripts/learning/tasks.py whose loss is one of tokens"),
         rows=one(4, "rows of a batch"), batches=one(12), chunk=one(16, "tokens of a chunk of skip; the rows are short"),
         assets=one(Path(".assets")),
     )  # fmt: skip
@@ -46,26 +43,12 @@ def main(given: list[str] | None = None) -> None:
 
 
 def arms(chunk: int) -> Iterator[tuple[str, dict]]:
-    """Ways to choose a tenth of the labelled tokens; then all of them, with more and more of the others left out of backward."""
-    names = ("token_scorer", "token_selection", "token_gradient")
-    tenth = {"token_ratio": 0.1, "select_from": "labels"}
-    for name in CHOICES:
-        yield name, dict(zip(names, name.split(", "))) | tenth
-    yield "combined, top, cut, any token", dict(zip(names, ("combined", "top", "cut"))) | tenth | {"select_from": "all"}
+    """All labelled tokens, with more and more of the others left out of backward."""
     every = {"token_scorer": "random", "token_selection": "top", "token_ratio": 1.0, "select_from": "labels", "always_keep": "none"}
     for threshold in THRESHOLDS:
         skipping = {"token_gradient": "skip", "skip_threshold": threshold, "sequence_chunk_size": chunk}
         yield f"every label, skip below {threshold:g}", {**every, **skipping}
     yield "every label, cut", {**every, "token_gradient": "cut", "token_ratio": 0.999}  # of all tokens, and prompts take more than 0.1 %
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """In training mode, in which methods act, but so that nothing but the choice of tokens differs."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    return model
 
 
 def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], settings: dict) -> dict:
@@ -89,15 +72,6 @@ def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], setting
     together = float(torch.cosine_similarity(*sums, dim=0))
     found = {"error": median(errors), "cosine": median(cosines), "cosine_of_sums": together, "tokens_with_gradient": mean(shares)}
     return {name: round(value, 4) for name, value in found.items()} | {"settings": settings}
-
-
-def gradient(model: nn.Module, batch: dict) -> Tensor:
-    """All gradients in one float32 vector."""
-    model(**batch, use_cache=False).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.float().flatten().cpu() for p in trained])
-    model.zero_grad(set_to_none=True)
-    return flat
 
 
 if __name__ == "__main__":
