@@ -46,6 +46,15 @@ def read_config(name: str, sizes: str | None):
     return config
 
 
+def is_without_weights(name: str) -> bool:
+    """Whether the name stands for sizes alone: nothing could be trained under it."""
+    from transformers import CONFIG_MAPPING
+
+    from hf_memtune.memory.shapes import SHAPES
+
+    return name in SHAPES or name in CONFIG_MAPPING
+
+
 def _parsed(sizes: str | None, config) -> dict:
     """Sizes as a dict. Raises ValueError for what `config` does not have."""
     import yaml

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_memtune.cli import budget, forecast
+from hf_memtune.cli.blank import is_without_weights
 from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.errors import ConfigError
 from hf_memtune.files import write_text
@@ -42,7 +43,8 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(plan.to_dict() | {"recipe": str(recipe)}))
         return
     budget.show(plan)
-    print(f"wrote {recipe}: hf-memtune train {recipe}" + ("" if given.data.dataset_name else " --dataset D"))
+    missing = (" --model M", is_without_weights(given.model.model_name_or_path)), (" --dataset D", not given.data.dataset_name)
+    print(f"wrote {recipe}: hf-memtune train {recipe}" + "".join(flag for flag, lacks in missing if lacks))
 
 
 def make_parser():
@@ -51,10 +53,12 @@ def make_parser():
 
 
 def write_recipe(plan, given) -> Path:
-    """The settings that were given, with the changes of the chosen rung, as YAML."""
+    """The settings that were given, with the changes of the chosen rung, as YAML. A model of which there are sizes alone is not in it."""
     import yaml
 
     values = {name: value for name, value in given.given.items() if name not in OF_THE_COMMAND}
+    if is_without_weights(given.model.model_name_or_path):
+        values.pop("model_name_or_path", None)
     values |= {"max_length": max(2, given.tokens)} | plan.chosen.rung.changes
     said = f"# Predicted peak of tensors: {plan.chosen.estimate.peak_bytes} bytes, of a budget of {plan.budget_bytes}.\n"
     path = Path(given.more.out)

@@ -103,6 +103,16 @@ def test_a_plan_makes_each_model_once_and_it_serves_every_rung(tmp_path, capsys,
     assert made == [2, 2]
 
 
+def test_a_plan_of_sizes_alone_leaves_the_model_to_be_named(tmp_path, capsys):
+    """Under a name that has a config and no weights nothing can be trained: the recipe is for whatever model has these sizes."""
+    out = tmp_path / "plan.yaml"
+    assert main(["plan", "--out", str(out), "--budget", "1GiB", *map(str, OF_A_TYPE), "--sequence_length", "16"]) == 0
+    assert f"hf-memtune train {out} --model M --dataset D" in " ".join(capsys.readouterr().out.split())
+    assert "model_name_or_path" not in yaml.safe_load(out.read_text())
+    assert main(["train", str(out), "--dataset", str(rows_file(tmp_path))]) == 2
+    assert "model_name_or_path" in capsys.readouterr().err
+
+
 def test_a_plan_is_a_recipe_that_trains(wordy, tmp_path, capsys):
     """Between what the settings as given need and what the logit-free loss does: that one is chosen, and train runs what is written."""
     data = ["--dataset", rows_file(tmp_path), "--eval_fraction", 0, "--max_steps", 1, "--save_strategy", "no"]
@@ -115,7 +125,11 @@ def test_a_plan_is_a_recipe_that_trains(wordy, tmp_path, capsys):
     chosen = {rung["rung"]: rung for rung in plan["rungs"]}["logit-free loss"]
     assert chosen["peak_bytes"] == fused and chosen["fits"]
     recipe = yaml.safe_load((tmp_path / "plan.yaml").read_text())
-    assert recipe["sequence_chunk_size"] == 16 and recipe["max_length"] == 16 and not OF_THE_COMMAND & recipe.keys()
+    assert (
+        recipe["model_name_or_path"] == str(wordy)
+        and recipe["sequence_chunk_size"] == recipe["max_length"] == 16
+        and not OF_THE_COMMAND & recipe.keys()
+    )
     assert main(["train", str(tmp_path / "plan.yaml")]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
 
