@@ -59,7 +59,7 @@ _STRATEGIES = (
         Line("checkpoint_levels", "2", "recompute in two levels: less memory, more time"),
         Line("sequence_chunk_size", "TOKENS", "run each row in chunks of this length; the same gradients"),
         Line("kv_offload", "", "with chunks: keep keys and values in host memory", False),
-        Line("token_seeking", "", "learn from the tokens that matter most; approximate", False),
+        Line("token_seeking", "", "gradient through a part of the tokens, by default a random one; approximate", False),
         *_SEEKING,
         Line("reversible", "KIND", "reversible layers with adapters: no activations are kept", "none"),
     ),

@@ -36,12 +36,12 @@ class ReversibleConfig(MethodSettings):
         None,
         "Factor of the older stream, no unit: c of centred, lambda of meft1, meft2, meft3. Smaller: nearer to the pre-trained model, "
         "more stored bits (exact) or a worse inverse (float). exact: a power of two, such as 0.125. Default: 1/16 for centred; for "
-        "meft1, meft2, meft3 the paper's 0.1, 1, 0.1, in which exact has 1/8 for 0.1.",
+        "meft1, meft2, meft3 0.1, 1, 0.1 as in the paper, with reversible_numerics=exact 1/8 in place of 0.1.",
     )
     reversible_beta: float | None = setting(
         None,
-        "Factor of the second stream, no unit: beta of meft1, meft2, meft3, as reversible_scale. Default: the paper's 1, 0.1, 0.1, in "
-        "which exact has 1/8 for 0.1.",
+        "Factor of the second stream, no unit: beta of meft1, meft2, meft3, as reversible_scale. Default: 1, 0.1, 0.1 as in the "
+        "paper, with reversible_numerics=exact 1/8 in place of 0.1.",
     )
     reversible_numerics: str = setting(
         "exact",

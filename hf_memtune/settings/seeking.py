@@ -55,7 +55,7 @@ class TokenSeekingConfig(StreamingConfig):
         "token_scorer",
         "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient (at the last block), true_gradient (of "
         "the loss that was taken, whatever it is, at the last hidden states; chosen in backward), softmax_residual (of the model's own loss, at "
-        "the logits; chosen before the head), random (TokenTune; the same for all in token_selection=sample), loss (of the token's own "
+        "the logits; chosen before the head), random (TokenTune; with token_selection=sample every token has the same probability), loss (of the token's own "
         "prediction), or a registered name. These change what is learned: profit (the token's probability: improbable ones are left out), "
         "excess_loss (loss above that of reference_model, Rho-1).",
     )
@@ -84,8 +84,7 @@ class TokenSeekingConfig(StreamingConfig):
     )
     select_from: str | None = _filled(
         "select_from",
-        "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens "
-        "then take none of the budget).",
+        "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens are then never chosen).",
         SELECTION_POOLS,
     )
     token_selection: str | None = _filled(
@@ -129,7 +128,7 @@ class TokenSeekingConfig(StreamingConfig):
     )
     always_keep: str | None = _filled(
         "always_keep",
-        "Tokens kept whatever their score, out of the budget: none, or first_last (the first and the last real token).",
+        "Tokens that are always kept, and count towards token_ratio: none, or first_last (the first and the last real token).",
         ALWAYS_KEPT,
     )
     seek_schedule: str | None = _filled(

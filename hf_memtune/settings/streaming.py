@@ -20,7 +20,7 @@ class StreamingConfig(MethodSettings):
         None,
         "Exact streaming backward of causal models: forward in chunks of this many tokens of each row, backward from the last "
         "chunk to the first, so that the activations of one chunk are alive at a time. Gradients equal those of plain training. "
-        "Smaller: less memory, more kernel launches. A size larger than the row is plain training. auto: the fastest size whose step on the "
+        "Smaller: less memory, more kernel launches. A row that is no longer than a chunk runs whole, and its loss is computed without the logits of all tokens. auto: the fastest size whose step on the "
         "longest batch is predicted to fit (chunk_budget), timed before step 0; a resumed run keeps it. Default: off.",
     )
     chunk_budget: str | None = setting(
@@ -30,10 +30,10 @@ class StreamingConfig(MethodSettings):
     )
     stream_order: str | None = setting(
         None,
-        "With sequence_chunk_size, what a step goes through first. chunks: each chunk through all layers; kept are the keys, the values and their "
-        "gradients of all layers. layers: each layer for all its chunks; kept are the inputs of the layers, as by activation_checkpointing, which "
-        "it does not need; a tenth to a quarter faster than chunks with it, on a CPU. Default: layers with activation_checkpointing, where the model's layers can run "
-        "by themselves, and what is kept is at most a quarter more; else chunks.",
+        "With sequence_chunk_size, the order of the work. chunks: each chunk runs through all layers; keys, values and their gradients are kept for "
+        "all layers. layers: each layer runs for all chunks; the inputs of the layers are kept. On a CPU layers is 10 to 25 % faster than chunks "
+        "with activation_checkpointing. Default: layers with activation_checkpointing, if the model's layers can run by themselves and it keeps at "
+        "most 25 % more bytes; else chunks.",
         STREAM_ORDERS,
     )
     kv_offload: bool = setting(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 pytest.importorskip("lm_eval")
 
@@ -93,8 +93,9 @@ def test_the_page_runs(folder, tmp_path, monkeypatch):
     write_rows(tmp_path / "test.jsonl", questions("piqa", 5))
     monkeypatch.chdir(tmp_path)
     args = TrainingArguments("out", **SETTINGS | {"max_steps": 200, "logging_steps": 100, "save_strategy": "no"})
-    ds = [{"input_ids": [4, 5], "labels": [4, 5]}]
-    names = {"Trainer": Trainer, "model": AutoModelForCausalLM.from_pretrained(folder), "args": args, "ds": ds, "tok": tokenizer()}
+    tok, ds = tokenizer(), [{"input_ids": [4, 5], "attention_mask": [1, 1]}]
+    names = {"args": args, "ds": ds, "tok": tok, "collator": DataCollatorForLanguageModeling(tok, mlm=False)}
+    names["model"] = AutoModelForCausalLM.from_pretrained(folder)
     exec(program, names)
     ((step, results),) = names["scores"].results
     assert step == 200 and results["n-samples"]["my_questions"] == {"original": 5, "effective": 5}
