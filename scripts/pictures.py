@@ -196,26 +196,30 @@ def draw_finals(groups: list[Group], file: Path) -> None:
 
 
 def draw_race(race: list[Raced], file: Path) -> None:
-    """What is learned in the seconds of plain training against bytes. Hollow, and joined to it: in as many steps."""
-    with panels(file, 1, 1, (9, 4.8)) as (figure, (axes,)):
-        for arm in race:
-            size, style = arm.group.peak_bytes / MIB, look(arm.group.arm) | {"linestyle": "none", "markersize": 8}
-            ends = [end.mean for end in (arm.same_steps, arm.same_seconds) if end]
-            axes.plot([size] * len(ends), ends, color=style["color"], linewidth=1)
+    """What was learned in the seconds of plain training against bytes; hollow, and joined to it, in as many steps. Arms that were raced alone."""
+    race = [arm for arm in race if arm.same_seconds]
+    sizes = [arm.group.peak_bytes / MIB for arm in race]
+    with panels(file, 1, 1, (9, 4.8), layout="constrained") as (_, (axes,)):
+        for place, (arm, size) in enumerate(zip(race, sizes)):
+            style, end = look(arm.group.arm) | {"linestyle": "none", "markersize": 8}, arm.same_seconds
             if arm.same_steps:
+                axes.plot([size] * 2, [arm.same_steps.mean, end.mean], color=style["color"], linewidth=1)
                 axes.plot([size], [arm.same_steps.mean], **style | {"markerfacecolor": "white"})
-            if end := arm.same_seconds:
-                half = None if end.half is None else [end.half]
-                filled = style | {"markerfacecolor": style["color"], "label": arm.group.arm}
-                axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **filled)
+            half = None if end.half is None else [end.half]
+            axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **style | {"markerfacecolor": style["color"]})
+            crowded = place + 1 < len(sizes) and sizes[place + 1] < 1.3 * size  # its name goes to the left
+            axes.annotate(arm.group.arm, (size, end.mean), (-9 if crowded else 9, 5), textcoords="offset points", fontsize=8,
+                          ha="right" if crowded else "left", color=style["color"])  # fmt: skip
         axes.axhline(0, color="#999999", linewidth=0.8)
-        axes.set(xlabel=PEAK, ylabel="held-out loss, above plain training")
-        sizes = [arm.group.peak_bytes / MIB for arm in race]
-        ticks = [2.0**n for n in range(3, 12) if min(sizes) / 1.5 < 2**n < max(sizes) * 1.5]
-        axes.set(xscale="log", xlim=(min(sizes) / 1.2, max(sizes) * 1.2))
+        axes.set(
+            xlabel=PEAK,
+            ylabel="held-out loss, above plain training",
+            title="filled: in the seconds of plain training; hollow: in its steps",
+        )
+        ticks = [2.0**n for n in range(3, 12) if min(sizes) / 2 < 2**n < max(sizes) * 2]
+        axes.set(xscale="log", xlim=(min(sizes) / 2, max(sizes) * 2))
         axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
         axes.minorticks_off()
-        legend_below(figure, *axes.get_legend_handles_labels(), columns=3)
 
 
 def draw_screening(runs: Rows, file: Path) -> None:

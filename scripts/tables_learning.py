@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from learning.arms import PLAIN, STREAMING, TOKENTUNE, is_exact, is_seeking, parts_of
+from learning.arms import EVERY_LABEL, PLAIN, STREAMING, TOKENTUNE, is_exact, is_seeking, parts_of
 from learning.groups import BESIDE, Group, Interval, baseline, finals, interval, listed, named, shown
-from learning.plans import TASKS, final_loss, latest
+from learning.plans import RACED, TASKS, final_loss, latest
 from pages import UNMEASURED, Cell, Rows, by, conditions_of, listing, mib, of, table, unique
 
 MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
@@ -19,6 +19,9 @@ SUMMARY_ARMS = {
     "plain": ("plain",),
     "exact streaming": ("streaming",),
     "`token_seeking`, ratio 0.3": ("random/sample/cut/30%", "random/sample/cut/30%/labels"),
+    "the same with `token_scorer=true_gradient`": ("true_gradient/sample/cut/30%", "true_gradient/sample/cut/30%/labels"),
+    "and with `token_gradient=stream`": ("true_gradient/sample/stream/30%", "true_gradient/sample/stream/30%/labels"),
+    "`token_selection=labelled`": (EVERY_LABEL,),
     "`token_seeking`, ratio 0.1": ("random/sample/cut/10%", "random/sample/cut/10%/labels"),
     "the same with `token_gradient=stream`": ("random/sample/stream/10%", "random/sample/stream/10%/labels"),
     "`--preset tokentune`": ("random/top/cut/10%",),
@@ -34,6 +37,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
 
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
+        **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in RACED},
         "quality": lambda: summary_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),

@@ -81,7 +81,8 @@ PLANS = {
              "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels", EVERY_LABEL,
              "true_gradient/sample/cut/30%/labels", "true_gradient/sample/stream/30%/labels"),
             rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3), timed=AT_A_TIME,
-            raced=(STREAMING, "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
+            raced=(STREAMING, f"{PLAIN}@1", f"{CHECKPOINTING}@1", "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
+                   "random/sample/cut/10%/labels"),
         ),
     ),
     # all but full fine-tuning have few parameters, and take larger steps
@@ -97,6 +98,7 @@ PLANS = {
     ),
 }  # fmt: skip
 TASKS = tuple(plan.task for plan in PLANS["quality"])
+RACED = tuple(plan.task for plan in PLANS["quality"] if plan.raced)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support import scripts
 from tests.support.folders import in_new_process, llama, write_rows
 from tests.support.scripts import FOLDER, run
 
@@ -92,6 +93,15 @@ def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results
     raced = records_of(file, "race")
     assert [(key, row["steps"], row["losses"][-1][0]) for key, row in raced.items()] == [((ARMS[3], 1), 12, 12), ((ARMS[3], 2), 12, 12)]
     assert raced[ARMS[3], 1]["learning_rate"] == records_of(file, "final")[ARMS[3], 1]["learning_rate"]
+    tables = scripts.load("tables_learning")
+    race = tables.race_of([json.loads(line) for line in file.read_text().splitlines()], "stories-imdb")
+    ended, text = records_of(file, "final"), tables.race_section(race)
+    above = [raced[ARMS[3], seed]["losses"][-1][1] - ended["plain", seed]["losses"][-1][1] for seed in (1, 2)]
+    (arm,) = [arm for arm in race if arm.group.arm == ARMS[3]]
+    assert arm.same_seconds.mean == pytest.approx(sum(above) / 2) and arm.same_steps.mean != arm.same_seconds.mean
+    assert (
+        f"| {ARMS[3]} | 0 | 1.00 | {arm.same_steps:+} | 12 | {arm.same_seconds:+} |" in text and "| plain | 0 | 3.00 | +0.000 | 4 |" in text
+    )
 
 
 def test_an_arm_that_is_none_is_refused(assets, results):
