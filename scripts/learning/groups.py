@@ -44,12 +44,13 @@ def interval(values: Iterable[float]) -> Interval | None:
 
 @dataclass
 class Group:
-    """All seeds of one arm in the finals, with batches of one size. seconds: of a step; alone: measured with the machine to itself."""
+    """All seeds of one arm in the finals, with batches of one size. seconds, peak_bytes: of a step; alone: with the machine to itself."""
 
     arm: str
     rows: int
     runs: dict[int, dict]
     seconds: float
+    peak_bytes: float
     alone: bool
 
     @property
@@ -60,10 +61,6 @@ class Group:
     def ended(self) -> dict[int, dict]:
         """The runs that did not diverge, by seed."""
         return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
-
-    @property
-    def peak_bytes(self) -> float:
-        return median(run["peak_bytes"] for run in self.runs.values())
 
     @property
     def label(self) -> str:
@@ -103,8 +100,8 @@ def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
     for arm, rows in unique(of(found, stage=stage), "arm rows"):
         own = of(found, stage=stage, arm=arm, rows=rows)
         timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
-        seconds = median(run["seconds_per_step"] for run in timed or own)
-        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, bool(timed)))
+        seconds, size = (median(run[name] for run in timed or own) for name in ("seconds_per_step", "peak_bytes"))
+        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, size, bool(timed)))
     return groups
 
 
