@@ -209,7 +209,7 @@ def draw_race(race: list[Raced], file: Path) -> None:
             axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **style | {"markerfacecolor": style["color"]})
             crowded = place + 1 < len(sizes) and sizes[place + 1] < 1.3 * size  # its name goes to the left
             axes.annotate(arm.group.arm, (size, end.mean), (-9 if crowded else 9, 5), textcoords="offset points", fontsize=8,
-                          ha="right" if crowded else "left", color=style["color"])  # fmt: skip
+                          ha="right" if crowded else "left", color="#444444")  # fmt: skip
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set(
             xlabel=PEAK,
