@@ -11,7 +11,7 @@ from hf_memtune.cli import main, train
 from tests.support.folders import ROOT
 from tests.support.train import REVERSIBLE, arguments, summary
 
-OTHERS = ("glue", "qa", "accelerate")  # of other commands; of `accelerate launch`
+OTHERS = ("glue", "qa", "accelerate", "tasks")  # of other commands; of `accelerate launch`; of lm-eval
 MOST = {"max_length": 1024, "warmup_steps": 1}  # positions of the model here; of two steps
 RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OTHERS)
 
