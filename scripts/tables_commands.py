@@ -1,4 +1,4 @@
-"""Tables and sentences on what whole commands learn, from results/glue.jsonl and qa.jsonl. All follow from the files."""
+"""Tables and sentences on what whole commands learn, from results/glue.jsonl. All follow from the files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from statistics import median
@@ -20,18 +20,15 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     return {
         "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue()),
         "glue": lambda: section(glue(), FULL),
-        **{
-            f"{study}-conditions": lambda study=study: conditions_of(of(latest(rows_of(study)), stage="final"), leave_out=("model", "data"))
-            for study in ("glue",)
-        },
+        "glue-conditions": lambda: conditions_of(of(latest(rows_of("glue")), stage="final"), leave_out=("model", "data")),
     }
 
 
-def groups_of(found: Rows, order: Iterable[str], task: str | None = None) -> list[Group]:
-    """Of a task, or of all of them, in the order of their table."""
-    places = {arm: place for place, arm in enumerate(order)}
-    groups = [group for each in ([task] if task else unique(found, "task")) for group in finals(found, each)]
-    return sorted(groups, key=lambda group: places[group.arm])
+def groups_of(found: Rows, order: Iterable[str]) -> list[Group]:
+    """In the order of their table."""
+    order = [*order]
+    groups = [group for task in unique(found, "task") for group in finals(found, task)]
+    return sorted(groups, key=lambda group: order.index(group.arm))
 
 
 def section(groups: list[Group], base: str) -> str:

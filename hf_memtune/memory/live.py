@@ -19,8 +19,8 @@ from hf_memtune.core.logits import LazyLogits
 
 from .ledger import Entry, Trackable, tensors_of
 
-# torch.tensor(...) makes its storage below dispatch and hands it to this op: the input is new, not an old acquaintance.
 _DEVICE = torch.ops.prim.device.default
+# torch.tensor(...) makes its storage below dispatch and hands it to this op: the input is new, not an old acquaintance.
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 _SNAPSHOT_GROWTH = 1.01
 

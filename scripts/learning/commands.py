@@ -99,10 +99,14 @@ class CommandBench(ABC):
         return [*(word for name, value in given.items() for word in (f"--{name}", str(value))), *ALWAYS, *self.flags(run)]
 
 
-def in_parts(rows: Any, sizes: dict[str, int], length: Callable[[dict], int], folder: Path) -> dict[str, Path]:
-    """A file a part of shuffled rows: so many of each, and what is left as `train`. Held-out rows by length: little of a batch is padding."""
+def in_parts(rows: Any, held_out: dict[str, int], at_most: int | None, length: Callable[[dict], int], folder: Path) -> dict[str, Path]:
+    """A file a part of shuffled rows: so many of each, `at_most` of any, and what is left as `train`.
+
+    Held-out rows by length, so that little of a batch is padding.
+    """
     import datasets
 
+    sizes = {part: min(count, at_most or count) for part, count in held_out.items()}
     rows, files, start = rows.shuffle(seed=0), {}, 0
     for part, size in (sizes | {"train": len(rows) - sum(sizes.values())}).items():
         chosen = sorted(rows.select(range(start, start + size)), key=lambda row: 0 if part == "train" else length(row))

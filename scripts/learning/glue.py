@@ -26,8 +26,7 @@ class Bench(CommandBench):
         require(options.assets, MODEL, DATA, "minilm movie_reviews")
         self.folder = tempfile.TemporaryDirectory()
         rows = datasets.load_dataset("json", data_files=str(options.assets / DATA), split="train")
-        sizes = {part: min(count, options.held_out_rows or count) for part, count in HELD_OUT.items()}
-        self.files = in_parts(rows, sizes, lambda row: len(row["text"]), Path(self.folder.name))
+        self.files = in_parts(rows, HELD_OUT, options.held_out_rows, lambda row: len(row["text"]), Path(self.folder.name))
 
     def command(self):
         from hf_memtune.cli import glue

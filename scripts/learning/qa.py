@@ -74,9 +74,8 @@ class Bench(CommandBench):
         require(assets, MODEL, source.data, f"smollm2 {task}")
         found = datasets.load_dataset("json", data_files=str(assets / source.data), split="train")
         rows = datasets.Dataset.from_list([made for row in found if size_of(made := source.row_of(row)) <= MOST_CHARACTERS])
-        sizes = {part: min(count, self.options.held_out_rows or count) for part, count in HELD_OUT.items()}
         self.task, self.folder = task, tempfile.TemporaryDirectory()
-        self.files = in_parts(rows, sizes, size_of, Path(self.folder.name))
+        self.files = in_parts(rows, HELD_OUT, self.options.held_out_rows, size_of, Path(self.folder.name))
         answers = datasets.load_dataset("parquet", data_files=str(self.files["test"]), split="train")[source.answer]
         self.commonest = Counter(answers).most_common(1)[0][1] / len(answers)
 

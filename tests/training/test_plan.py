@@ -109,8 +109,9 @@ def test_no_rung_builds_on_one_that_is_missing(arguments, monkeypatch):
 
 
 def test_every_rung_is_settings_that_hold_together(arguments):
-    model = {"lora_r", "load_in_4bit"}
-    for rung in ladder(Run(arguments(per_device_train_batch_size=2), 2, 256)):
+    model, rungs = {"lora_r", "load_in_4bit"}, ladder(Run(arguments(per_device_train_batch_size=2), 2, 256))
+    assert rungs
+    for rung in rungs:
         arguments(**{"per_device_train_batch_size": 2} | {name: value for name, value in rung.changes.items() if name not in model})
 
 

@@ -99,8 +99,8 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         if settings.token_scorer != "excess_loss" or settings.token_selection == "labelled":
             return None
         base, name = self.architecture.base, filled_in(settings.reference_model)
+        require_same_tokens(name, getattr(base.config, "_name_or_path", ""))  # before the weights are read
         reference = reference_model(name, next(base.parameters()).device)
-        require_same_tokens(name, getattr(base.config, "_name_or_path", ""))
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
         return ReferenceLoss(looking, looking.architecture.base.config.get_text_config().vocab_size)
