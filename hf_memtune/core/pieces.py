@@ -97,19 +97,19 @@ def attend(query: Tensor, prefix: Prefix) -> Attended:
     return Attended(found.output.to(query.dtype), found.lse)
 
 
-def attend_with_gradient(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix) -> Tensor:
+def attend_with_gradient(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, known: Attended | None = None) -> Tensor:
     """As `attend`, (B, H, S, C), where `key` and `value`, (B, K, S, C), are those of the chunk's own tokens, which are stored already.
 
     Gradients reach them, with what later chunks owed to them; what earlier tokens are owed is booked. Of the arguments only the queries
-    are saved.
+    are saved. known: what the attention was found to be before, which is then not computed again.
     """
-    return _Attend.apply(query, key, value, prefix)
+    return _Attend.apply(query, key, value, prefix, known)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix: Prefix) -> Tensor:
-        found = attend(query, prefix)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, known: Attended | None) -> Tensor:
+        found = attend(query, prefix) if known is None else known
         ctx.prefix, ctx.dtypes = prefix, (key.dtype, value.dtype)
         ctx.save_for_backward(query, *found)
         return found.output
@@ -132,7 +132,7 @@ class _Attend(torch.autograd.Function):
                     part.add(block, other)
             del keys, values, others
         assert of_query is not None, "a prefix has pieces"
-        return of_query.to(query.dtype), *(None if part is None else part.settled() for part in parts), None
+        return of_query.to(query.dtype), *(None if part is None else part.settled() for part in parts), None, None
 
 
 class _Part:

@@ -21,6 +21,7 @@ class Settings(Protocol):
     sequence_chunk_size: int | str | None
     stream_order: str | None
     kv_offload: bool
+    keep_attention_outputs: bool
     checkpoint_levels: int | None
     reversible: str
     gradient_accumulation_steps: int

@@ -40,7 +40,7 @@ _STREAMED_LAYERS = (
     "streaming runs each layer once a chunk, and what is rounded in a chunk has not been shown to be what is rounded in the whole row; "
     "leave one out (token_gradient=cut works with reversible)"
 )
-_NO_STREAM = {"sequence_chunk_size": None, "stream_order": None, "kv_offload": False}
+_NO_STREAM = {"sequence_chunk_size": None, "stream_order": None, "kv_offload": False, "keep_attention_outputs": False}
 
 
 def _offloaded(args: Settings) -> str:
@@ -59,7 +59,8 @@ def _seeking(args: Settings) -> str:
 
 
 def _order(args: Settings) -> str:
-    return f", stream_order={args.stream_order}" if args.stream_order else ""
+    order = f", stream_order={args.stream_order}" if args.stream_order else ""
+    return order + (", keep_attention_outputs" if args.keep_attention_outputs else "")
 
 
 STREAMING = Lever(

@@ -333,4 +333,4 @@ class TokenSeekingConfig(StreamingConfig):
         if self.token_gradient != "skip":
             found["skip_threshold"] = "token_gradient"
         unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
-        return found | dict.fromkeys((*unread, "chunk_budget", "stream_order"), "token_gradient")
+        return found | dict.fromkeys((*unread, "chunk_budget", "stream_order", "keep_attention_outputs"), "token_gradient")

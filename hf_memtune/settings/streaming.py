@@ -44,6 +44,13 @@ class StreamingConfig(MethodSettings):
         "inputs of the layers, each of which is copied three times; keys and values of one layer stay on the GPU.",
     )
 
+    keep_attention_outputs: bool = setting(
+        False,
+        "With sequence_chunk_size: keep what attention gave in forward, which backward then does not compute again (selective activation "
+        "checkpointing). Of long rows, whose time is mostly attention, a step is shorter by a tenth to a sixth; it needs as many bytes a token as the hidden states of "
+        "all layers take. With kv_offload they are in host memory.",
+    )
+
     def __post_init__(self) -> None:
         self._fill()
         super().__post_init__()
@@ -100,6 +107,8 @@ class StreamingConfig(MethodSettings):
         own = ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
         if self.stream_order is not None and not self.streams:
             own.append("stream_order has no effect without sequence_chunk_size")
+        if self.keep_attention_outputs and not self.streams:
+            own.append("keep_attention_outputs has no effect without sequence_chunk_size")
         if self.chunk_budget is not None and not self.chunk_is_open:
             own.append("chunk_budget has no effect without sequence_chunk_size=auto")
         return own + super().ineffective()

@@ -52,6 +52,7 @@ class Case:
     dropout: float = 0.0
     is_replicated: bool = False
     offloads: bool = False
+    keeps_attention: bool = False
     changed: dict = field(default_factory=dict)
 
 
@@ -92,6 +93,8 @@ CASES = {
     "own loss, root alone": Case("llama", "root", takes_own_loss=True),
     "replicated": Case("llama", is_replicated=True, calls=(((24, 6), (5, 7)),)),
     "offloaded": Case(offloads=True),
+    "attention kept": Case("llama", calls=TWO, keeps_attention=True),
+    "attention kept, checkpointed": Case("llama", checkpointing="transformers", keeps_attention=True),
     "dropout": Case("llama", dropout=0.3),
     "dropout kept": Case("llama", dropout=0.3, reshard=False),
 }
@@ -287,7 +290,8 @@ def step(case: Case, process: int, streams: bool = True) -> dict:
     model = model_of(case)
     if case.is_sharded_first:
         shard(model, case)
-    method = streaming_on(model if case.is_sharded_first else causal_of(model), kv_offload=case.offloads) if streams else None
+    settings = {"kv_offload": case.offloads, "keep_attention_outputs": case.keeps_attention}
+    method = streaming_on(model if case.is_sharded_first else causal_of(model), **settings) if streams else None
     if not case.is_sharded_first:
         shard(model, case)
     steps = []

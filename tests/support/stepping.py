@@ -146,9 +146,9 @@ def has_float32_inside(name: str, attention: str = "sdpa") -> bool:
 # -- streams ---------------------------------------------------------------------------------------------------------
 
 
-def stream(model, batch, chunk, order=None, **settings) -> Taken:
-    """One step of exact streaming in chunks of `chunk` tokens, its backward, and removal."""
-    with Streaming(model, StreamingConfig(sequence_chunk_size=chunk, stream_order=order)) as streaming:
+def stream(model, batch, chunk, order=None, keeps=False, **settings) -> Taken:
+    """One step of exact streaming in chunks of `chunk` tokens, its backward, and removal. keeps: what attention gave in forward."""
+    with Streaming(model, StreamingConfig(sequence_chunk_size=chunk, stream_order=order, keep_attention_outputs=keeps)) as streaming:
         return step_on(model, streaming, batch, **settings)
 
 

@@ -17,10 +17,12 @@ from tests.support.tiny_models import CONFIGS, VOCABULARY, tiny_model
 
 TOKENS, ROWS = 48, 2
 STREAMED = {"sequence_chunk_size": 16, "activation_checkpointing": True}
+KEPT = {"keep_attention_outputs": True}
 SEEKING = {"token_seeking": True, "token_ratio": 0.3}
 CASES = {
     "accumulated": ("llama", {"gradient_accumulation_steps": 3, "bf16": True}),
     "streamed, LoRA": ("llama", STREAMED | {"lora": True}),
+    "streamed, attention kept": ("llama", STREAMED | KEPT),
     "seeking": ("qwen3", SEEKING),
     "padded, sliding": ("gemma3", {"padded": True}),
     "8 bits": ("llama", {"optim": "adamw_8bit", "vocab_size": 2000}),
@@ -103,8 +105,11 @@ def test_encoders_that_classify_rows(tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
 
 
+BY_LAYERS = {"sequence_chunk_size": TOKENS // 4, "stream_order": "layers"}
+
+
 @pytest.mark.parametrize(
-    "settings", [SEEKING, {"sequence_chunk_size": TOKENS // 4, "stream_order": "layers"}], ids=["seeking", "by layers"]
+    "settings", [SEEKING, BY_LAYERS, BY_LAYERS | KEPT | {"lora": True}], ids=["seeking", "by layers", "attention kept"]
 )
 def test_a_few_layers_tell_what_all_would(tmp_path, settings):
     model, args, _ = setting(tmp_path, "llama", num_hidden_layers=6, **settings)

@@ -4,6 +4,7 @@ from contextlib import ExitStack, nullcontext
 
 import torch
 
+from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.batch import BodyCall
@@ -28,12 +29,13 @@ def context_pass(
     into: BodyOutputs,
     tape: RandomTape | None = None,
     together: int = 1,
+    kept_attention: KeptAttention | None = None,
 ) -> None:
     """Run the chunks before number `until`, storing keys and values, and the states that the next one begins with.
 
     tape: dropout stays on, and the random state at the beginning of each chunk is kept on it, for a pass that runs the chunk
     again; without one, dropout is off. into: what keeps the outputs. together: how many chunks may run at once, after the first, if no
-    random numbers are drawn, whose order would be another.
+    random numbers are drawn, whose order would be another. kept_attention: what keeps the attention of the decoder to itself.
     """
     base = router.architecture.base
     with ExitStack() as stack:
@@ -47,7 +49,7 @@ def context_pass(
             spans = {name: rows.whole() for name, rows in call.rows.items()}
             start, stop = chunks.bounds(number, count)
             spans["decoder"] = call.decoder.chunk(start, stop)
-            running = ContextPass(spans, store, router.places, records, router.kernel_facts)
+            running = ContextPass(spans, store, router.places, records, router.kernel_facts, kept_attention)
             cache = states.begin(number, start, running)
             with router.running(running, cache), at_positions(router.architecture, call, spans):
                 output = call.forward(**call.at(spans, running, cache=cache))

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from hf_memtune._compat import is_fake
+from hf_memtune.core.attention_kernels import Attended
+from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.owed import Live, OwedGradients
 from hf_memtune.core.pieces import Prefix, attend, attend_with_gradient
 from hf_memtune.core.store import place
@@ -102,11 +104,15 @@ class ChunkPass(ModelPass):
 
 
 class ContextPass(ChunkPass):
-    """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need."""
+    """All tokens, without gradient, in chunks: stores every layer's keys and values, and what the scores will need.
 
-    def __init__(self, spans, store, places, records: Records, kernel: KernelFacts):
+    kept_attention: what keeps the attention of the decoder to itself, where it goes in pieces; None: nothing does.
+    """
+
+    def __init__(self, spans, store, places, records: Records, kernel: KernelFacts, kept_attention: KeptAttention | None = None):
         super().__init__(spans, store, places, kernel)
-        self.records = records
+        self.records, self.kept_attention = records, kept_attention
+        self._seen: set[int] = set()  # modules whose attention was kept
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         keys = self.spans[self.places.key_stack(module)]
@@ -114,10 +120,24 @@ class ContextPass(ChunkPass):
         self.records.attention_call(self, module, query, mask, kwargs)
         if self.places.key_stack(module) == "decoder":
             if (prefix := self.prefix_of(module, query, mask, kwargs)) is not None:
-                return _returned(attend(_as_computed(query), prefix).output)
+                found = attend(_as_computed(query), prefix)
+                self._keep(module, found)
+                return _returned(found.output)
             mask = self.made(module, mask)
         key, value = self.store.prefix(id(module), keys.visible)
         return attention(module, query, key, value, mask, **kwargs)
+
+    def _keep(self, module: nn.Module, found: Attended) -> None:
+        if self.kept_attention is None:
+            return
+        if id(module) in self._seen:
+            raise MemTuneError(
+                f"{type(module).__name__} attends twice in one pass, so that one attention would be taken for the other. Leave "
+                "keep_attention_outputs out."
+            )
+        self._seen.add(id(module))
+        span = self.spans["decoder"]
+        self.kept_attention.put(id(module), found, span.first, span.rows.length)
 
     def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of a layer of the decoder with hand-written attention: the keys and values of all tokens up to the chunk's end."""
@@ -210,11 +230,16 @@ class StreamPass(ChunkPass):
     Nothing of the stored is copied or saved: see `core.pieces`, and `core.owed.Streamed`. stores: whether this chunk's keys and values are not stored
     yet, because no context pass came by. alone: whether it is all of the row, so that no other chunk will ask for them. Attention to and
     inside a bidirectional encoder is the model's own. blind: (B, S) bool, the tokens of padding that see no token, if eager attention
-    without sinks has run, which lets them see all of the row, so another one in every pass; else None.
+    without sinks has run, which lets them see all of the row, so another one in every pass; else None. kept_attention: what of its attention was
+    kept, and is not computed again.
     """
 
-    def __init__(self, spans, store, places, kernel: KernelFacts, owed: OwedGradients, stores: bool = False, alone: bool = False):
+    def __init__(
+        self, spans, store, places, kernel: KernelFacts, owed: OwedGradients, stores: bool = False, alone: bool = False,
+        kept_attention: KeptAttention | None = None,
+    ):  # fmt: skip
         super().__init__(spans, store, places, kernel)
+        self.kept_attention = kept_attention
         span = spans["decoder"]
         index = None if span.selection is None else span.index
         self.owed, self.stores, self.alone, self.live = owed, stores, alone, Live(span.begins, span.visible, index, span.valid)
@@ -238,11 +263,16 @@ class StreamPass(ChunkPass):
         if self.stores:
             self.store.write(id(module), key, value, self.live.start, self.live.stop)
         if (prefix := self.prefix_of(module, query, mask, kwargs, self.owed, self.live)) is not None:
-            return _returned(attend_with_gradient(_as_computed(query), key, value, prefix))
+            return _returned(attend_with_gradient(_as_computed(query), key, value, prefix, self._known(module)))
         if kwargs.get("s_aux") is None:
             self.blind = self._unseeing
         among = partial(self._among, id(module))
         return _computed_again(module, attention, kwargs, self.made(module, mask), among, query, key, value), None
+
+    def _known(self, module: nn.Module) -> Attended | None:
+        if self.kept_attention is None or self.live.index is not None:
+            return None
+        return self.kept_attention.get(id(module), self.live.start, self.live.stop - self.live.start)
 
     def _among(self, of: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.owed.attach(of, (key, value), self.store.prefix(of, self.live.stop), self.live)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hf_memtune.architectures import Architecture
+from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.recompute import Autocast, Parameters
@@ -56,7 +57,7 @@ class Means:
     """What streams of a model run with.
 
     host: memory off the device, where keys and values are to be kept there, else None. sums_dtype: of what chunks owe to one another;
-    None: as it comes. shares_head: whether a head is there that hands the gradient of a matrix it shares with the embedding to the stream.
+    None: as it comes. keeps_attention: whether what attention gave in forward is kept for backward. shares_head: whether a head is there that hands the gradient of a matrix it shares with the embedding to the stream.
     listeners: who is told when a chunk has gone backward.
     """
 
@@ -64,6 +65,7 @@ class Means:
     chunk: int
     host: HostMemory | None = None
     sums_dtype: torch.dtype | None = None
+    keeps_attention: bool = False
     shares_head: bool = False
     listeners: Listeners = field(default_factory=Listeners)
 
@@ -99,6 +101,8 @@ class ChunkStream:
         self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
         self.outputs = BodyOutputs(self.call)
         self.count, self.tokens_run = self.chunks.count, 0
+        # a chunk that is the whole row attends in the model's own way
+        self.kept_attention = KeptAttention(means.host) if means.keeps_attention and self.count > 1 else None
         self.autocast = Autocast(self.rows.positions.device)
         self._keeps_last = keeps_last and not self.leaves_out
         self._last: Ran | None = None
@@ -122,7 +126,27 @@ class ChunkStream:
         last = self.count - 1
         together = 1 if records.wanted else self._chunks_together()
         until = last if self._keeps_last else self.count
-        context_pass(self.router, self.call, self.store, records, self.chunks, until, self.states, self.outputs, self.tape, together)
+        context_pass(
+            self.router,
+            self.call,
+            self.store,
+            records,
+            self.chunks,
+            until,
+            self.states,
+            self.outputs,
+            self.tape,
+            together,
+            self.kept_attention,
+        )
+        self._require_kept()
+
+    def _require_kept(self) -> None:
+        if self.kept_attention is not None and self.kept_attention.is_empty:
+            raise MemTuneError(
+                f"{self.router.architecture.name}: keep_attention_outputs: got True, but no attention of this call could be kept: its own kernel "
+                "computes it, as it does with dropout, a bias of positions, soft-capped scores or sinks. Leave keep_attention_outputs out."
+            )
 
     def run_last(self) -> None:
         """The last chunk, with gradient, where it keeps its graph: it would be the first to run again."""
@@ -143,8 +167,9 @@ class ChunkStream:
         return self._matrix is not None
 
     def stored(self) -> list[Tensor]:
-        """Keys and values, and sums of their gradients, on the device."""
-        return [*self.store.tensors(), *self.owed.tensors(), *self.states.tensors()]
+        """Keys and values, sums of their gradients, and attention that is kept, on the device."""
+        attended = [] if self.kept_attention is None else self.kept_attention.tensors()
+        return [*self.store.tensors(), *attended, *self.owed.tensors(), *self.states.tensors()]
 
     def _chunks_together(self) -> int:
         """Chunks of the context pass that need no more bytes at once than one needs with gradient, up to CONTEXT_TOKENS.
@@ -207,7 +232,9 @@ class ChunkStream:
     def _run(self, number: int, span: Span, stores: bool) -> "Ran":
         """One chunk with gradient."""
         spans = {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span}
-        running = StreamPass(spans, self.store, self.router.places, self.router.kernel_facts, self.owed, stores, self._is_alone)
+        running = StreamPass(
+            spans, self.store, self.router.places, self.router.kernel_facts, self.owed, stores, self._is_alone, self.kept_attention
+        )
         cache = self.states.begin_live(number, self.chunks.bounds(number)[0], running)
         with self.router.running(running, cache), at_positions(self.router.architecture, self.call, spans):
             output = self.call.forward(**self.call.at(spans, running, cache=cache))

@@ -105,6 +105,7 @@ class LayerStream(ChunkStream):
                 for number, around in enumerate(seen):
                     self._layer_forward(layer, number, around, self._input(layer, around.span))
                 self._layer_done(layer)
+        self._require_kept()
 
     def _layer_forward(self, layer: int, number: int, around: Around, hidden: Tensor) -> None:
         self.tape.record((layer, number))
@@ -124,6 +125,12 @@ class LayerStream(ChunkStream):
         self.store.clear()
         if layer < self._first:
             self._kept.pop(layer, None)
+            self._drop_attention(layer)
+
+    def _drop_attention(self, layer: int) -> None:
+        if self.kept_attention is not None:
+            for key in self._attending[layer]:
+                self.kept_attention.drop(key)
 
     # -- backward
 
@@ -141,6 +148,7 @@ class LayerStream(ChunkStream):
                 for number in reversed(range(self.count)):
                     self._layer_backward(layer, number, seen[number], cotangents, arriving)
                 self.store.clear()
+                self._drop_attention(layer)
                 arriving = self._kept.pop(layer, None)  # its inputs no more, but their gradient
 
     def _make_keys(self, layer: int, seen: list[Around]) -> None:
@@ -216,11 +224,15 @@ class LayerStream(ChunkStream):
         return {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": self.rows.chunk(*self.chunks.bounds(number))}
 
     def _context(self, number: int) -> ContextPass:
-        return ContextPass(self._spans(number), self.store, self.router.places, Records({}, wanted=False), self.router.kernel_facts)
+        return ContextPass(
+            self._spans(number), self.store, self.router.places, Records({}, wanted=False), self.router.kernel_facts, self.kept_attention
+        )
 
     def _stream(self, number: int) -> StreamPass:
         stores, facts = number + 1 == self.count, self.router.kernel_facts
-        return StreamPass(self._spans(number), self.store, self.router.places, facts, self.owed, stores, alone=self.count == 1)
+        return StreamPass(
+            self._spans(number), self.store, self.router.places, facts, self.owed, stores, self.count == 1, self.kept_attention
+        )
 
     def _around(self, running: ChunkPass, instead: Tensor | None = None) -> Around:
         """The body on one chunk, with layers that do nothing. instead: what the last of them returns."""
