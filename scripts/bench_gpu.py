@@ -1,7 +1,7 @@
 """Whether it holds on a GPU, and what it gives there, without a network: `python scripts/bench_gpu.py`.
 
-Parts: exactness (the gradient of exact streaming by kernel, dtype and chunk), peak bytes (against the trace), step time, longest row (on
-smaller cards, by limiting the allocator), offload (of keys and values). Weights are random, of true shapes. Writes results/gpu.jsonl, one
+Parts: exactness (the gradient of exact streaming by kernel, dtype and chunk), step (seconds, and peak bytes against the trace), longest row (on
+smaller cards, by limiting the allocator). Weights are random, of true shapes. Writes results/gpu.jsonl, one
 line a measurement with its conditions. What the file has already of this card is not measured again, and what finds no time is left for
 another call: all together take 400 seconds, begun measurements aside, so that 8 minutes do. Exits with 1 where a gradient is wrong or a
 measurement fails.
@@ -23,10 +23,10 @@ from gpu.exactness import Exactness
 from gpu.longest import LongestRow
 from gpu.machine import Machine
 from gpu.sizes import LARGE, TINY
-from gpu.steps import Offload, PeakBytes, StepTime
+from gpu.steps import Steps
 from store import append, missing, read
 
-PARTS = {part.name: part for part in (Exactness, PeakBytes, StepTime, LongestRow, Offload)}
+PARTS = {part.name: part for part in (Exactness, Steps, LongestRow)}
 OUT = Path("results/gpu.jsonl")
 
 
@@ -73,7 +73,7 @@ def _options(given: list[str] | None) -> argparse.Namespace:
 
 def _measure(part, machine: Machine, out: Path, seconds: float) -> tuple[list[dict], list[dict]]:
     """Measure what the file lacks, models with equal parts of the time. Returns what found no time, and what failed."""
-    described = conditions(device=machine.device.type, gpu=machine.name, dtype="bfloat16", rows=1, lora_rank=8, attention="sdpa")
+    described = conditions(device=machine.device.type, gpu=machine.name, **part.described)
     wanted = missing(out, [{"part": part.name, "gpu": machine.name} | run for run in part.runs()])
     groups = [list(runs) for _, runs in groupby(wanted, key=lambda run: run.get("model"))]
     deadline, left, failed = time.perf_counter() + seconds, [], []

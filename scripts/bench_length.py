@@ -8,37 +8,29 @@ memory, and is counted apart. --traced finds the bytes alone, without values.
     make assets NAMES="smollm2 alpaca"
 """
 
-import json
 import time
 from pathlib import Path
 
 import torch
-from options import one, parse, some_of
+from methods import LOGIT_FREE, OFFLOADED, options_of, text_ids
+from options import one, parse, several
 from store import measure
 from torch import Tensor, nn
 
-from hf_memtune import StreamingConfig
 from hf_memtune.memory.trace import CausalLMStep, trace_causal_lm_step
 
 CHUNK, RANK = 1024, 8
 CHECKPOINTED = f"exact streaming {CHUNK} + checkpointing"
-METHODS: dict[str, dict] = {
-    "plain": {},
-    "checkpointing": {"checkpointing": True},
-    "checkpointing + logit-free loss": {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=2**20)},
-    f"exact streaming {CHUNK}": {"strategy": StreamingConfig(sequence_chunk_size=CHUNK)},
-    CHECKPOINTED: {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=CHUNK)},
-    f"{CHECKPOINTED}, offloaded": {"checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=True)},
-}
+METHODS = ("plain", "checkpointing", LOGIT_FREE, f"exact streaming {CHUNK}", CHECKPOINTED, CHECKPOINTED + OFFLOADED)
 
 
 def main(given: list[str] | None = None) -> None:
     options = parse(
         __doc__, "length", given, model=one(Path(".assets/models/smollm2-135m-instruct")), data=one(Path(".assets/data/alpaca/train.jsonl")),
-        tokens=one(16384, "of the one row"), layers=one(0, "of the model, the lowest; 0 is all"), methods=some_of(METHODS),
+        tokens=one(16384, "of the one row"), methods=several(METHODS, "names as in scripts/methods.py"),
         traced={"action": "store_true", "help": "bytes alone, of tensors without values"},
     )  # fmt: skip
-    told = {"model": options.model.name, "tokens": options.tokens, "layers": options.layers, "traced": options.traced}
+    told = {"model": options.model.name, "tokens": options.tokens, "layers": 0, "traced": options.traced}
     wanted = [told | {"method": name} for name in options.methods]
     described = {"dtype": "float32", "lora_rank": RANK, "threads": torch.get_num_threads(), "rows": 1}
     measure(options.out, wanted, (_Traced if options.traced else _Run)(options).measured, **described)
@@ -49,7 +41,7 @@ class _Traced:
         self._config, self._tokens = _config(options), options.tokens
 
     def measured(self, run: dict) -> dict:
-        step = trace_causal_lm_step(self._config, self._tokens, dtype=torch.float32, lora_rank=RANK, **METHODS[run["method"]])
+        step = trace_causal_lm_step(self._config, self._tokens, dtype=torch.float32, lora_rank=RANK, **options_of(run["method"]))
         return {"peak_bytes": step.peak_bytes, "host_bytes": step.host_bytes}
 
 
@@ -57,7 +49,7 @@ class _Run:
     """Steps of one model on one row, and the gradient of the first of them."""
 
     def __init__(self, options):
-        self._model, self._ids = _model(options), _row(options)
+        self._model, self._ids = _model(options), text_ids(options.model, options.data, 1, options.tokens)
         self._first: tuple[str, Tensor] | None = None
 
     def measured(self, run: dict) -> dict:
@@ -65,7 +57,7 @@ class _Run:
         self._model.zero_grad()
         hook = self._model.register_forward_hook(lambda module, args, output: losses.append(float(output.loss.detach())))
         try:
-            with CausalLMStep(self._model, self._ids, **METHODS[run["method"]]) as step:
+            with CausalLMStep(self._model, self._ids, **options_of(run["method"])) as step:
                 began = time.perf_counter()
                 found = step.measure()
                 seconds = time.perf_counter() - began
@@ -83,9 +75,6 @@ def _config(options):
 
     config = AutoConfig.from_pretrained(options.model)
     config.max_position_embeddings = max(config.max_position_embeddings, options.tokens)
-    if options.layers:
-        config.num_hidden_layers = options.layers
-        config.layer_types = config.layer_types[: options.layers] if getattr(config, "layer_types", None) else None
     return config
 
 
@@ -98,16 +87,6 @@ def _model(options) -> nn.Module:
     adapters = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(0)
     return get_peft_model(model, adapters).train()
-
-
-def _row(options) -> Tensor:
-    """The texts of the data, end to end, and from the beginning again where they are too short."""
-    from transformers import AutoTokenizer
-
-    lines = map(json.loads, options.data.read_text().splitlines())
-    text = "\n\n".join("\n".join(str(value) for value in line.values()) for line in lines)
-    ids = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text[: 40 * options.tokens])["input_ids"])
-    return ids.repeat(-(-options.tokens // len(ids)))[None, : options.tokens]
 
 
 if __name__ == "__main__":

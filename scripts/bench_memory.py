@@ -8,46 +8,31 @@ import time
 from itertools import product
 
 from conditions import conditions
+from methods import LOGIT_FREE, options_of
 from options import parse, several, some_of
 from store import measure
 
-from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.memory.trace import trace_causal_lm_step
 
 MODELS = ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B")
-METHODS = {
-    "plain": {},
-    "checkpointing": {"checkpointing": True},
-    "checkpointing + logit-free loss": {"checkpointing": True, "fused_loss": True},
-    "exact streaming 192": {"strategy": StreamingConfig(sequence_chunk_size=192)},
-    "exact streaming 256": {"strategy": StreamingConfig(sequence_chunk_size=256)},
-    "exact streaming 512 + checkpointing": {"strategy": StreamingConfig(sequence_chunk_size=512), "checkpointing": True},
-    "exact streaming 512 + checkpointing, by chunks": {
-        "strategy": StreamingConfig(sequence_chunk_size=512, stream_order="chunks"), "checkpointing": True,
-    },
-}  # fmt: skip
-SEEKING: dict[str, dict] = {f"seeking {ratio:g}": {"token_ratio": ratio} for ratio in (0.1, 0.3, 0.5, 1.0)}
-SEEKING["TokenSeek 0.1"] = {"preset": "tokenseek", "seek_schedule": "step"}
+METHODS = (
+    "plain", "checkpointing", "checkpointing + fused loss", LOGIT_FREE, "exact streaming 192", "exact streaming 256",
+    "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing, by chunks",
+    *(f"seeking {ratio:g} + checkpointing" for ratio in (0.1, 0.3, 0.5, 1.0)), "TokenSeek 0.1 + checkpointing",
+)  # fmt: skip
 
 
 def main(given: list[str] | None = None) -> None:
     options = parse(
         __doc__, "memory", given, models=some_of(SHAPES, f"default: {', '.join(MODELS)}", MODELS), train=some_of(("lora", "full")),
-        tokens=several((512, 2048, 8192), "tokens of the one row of a batch"), methods=some_of((*METHODS, *SEEKING)),
+        tokens=several((512, 2048, 8192), "tokens of the one row of a batch"), methods=several(METHODS, "names as in scripts/methods.py"),
     )  # fmt: skip
     wanted = [
         {"model": model, "tokens": tokens, "train": train, "method": method, "device": "traced"}
         for tokens, model, train, method in product(options.tokens, options.models, options.train, options.methods)
     ]
     measure(options.out, wanted, measured)
-
-
-def options_of(method: str) -> dict:
-    """What `trace_causal_lm_step` is given for a method."""
-    if method in SEEKING:
-        return {"checkpointing": True, "strategy": TokenSeekingConfig(token_seeking=True, **SEEKING[method])}
-    return dict(METHODS[method])
 
 
 def measured(run: dict) -> dict:

@@ -11,9 +11,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from methods import text_ids
 from options import one, parse
-from store import measure, read
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from store import measure
+from transformers import AutoModelForCausalLM
 
 from hf_memtune import Streaming, StreamingConfig
 
@@ -25,8 +26,7 @@ def main(given: list[str] | None = None) -> None:
         tokens=one(1024),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).train()
-    text = "\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in read(options.data))
-    ids = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text[: 20 * options.tokens])["input_ids"][: options.tokens])[None]
+    ids = text_ids(options.model, options.data, 1, options.tokens)
     batch = {"input_ids": ids, "labels": ids}
     exact = gradients(copy.deepcopy(model).float(), batch)
 

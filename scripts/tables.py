@@ -17,6 +17,7 @@ import tables_learning
 import tables_longest
 import tables_reversible
 from gpu.tables import tables as gpu_tables
+from methods import LOGIT_FREE
 from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
 
 PAGES = (
@@ -24,33 +25,29 @@ PAGES = (
     *(f"docs/{name}" for name in ("measurements", "architectures", "results", "reversible", "reversible-glue", "evaluation", "what-fits")),
 )
 METHODS = (
-    "plain", "checkpointing", "checkpointing + logit-free loss", "exact streaming 256", "exact streaming 512 + checkpointing",
-    "exact streaming 512 + checkpointing, by chunks",
-    "seeking 0.1", "seeking 0.3", "seeking 0.5", "seeking 1", "TokenSeek 0.1",
+    "plain", "checkpointing", "checkpointing + fused loss", LOGIT_FREE, "exact streaming 256", "exact streaming 512 + checkpointing",
+    "exact streaming 512 + checkpointing, by chunks", *(f"seeking {ratio} + checkpointing" for ratio in ("0.1", "0.3", "0.5", "1")),
+    "TokenSeek 0.1 + checkpointing",
 )  # fmt: skip
-# Rung, its gradient, its name in the results of memory and of speed. Exact ones first.
+# Rung, its gradient, and its method in the results of memory and of speed. Exact ones first.
 LADDER = (
-    ("plain Trainer", "exact", "plain", "plain"),
-    ("activation checkpointing", "exact", "checkpointing", "checkpointing"),
-    ("checkpointing + logit-free loss", "exact", "checkpointing + logit-free loss", "checkpointing + logit-free loss"),
-    ("`sequence_chunk_size=256`", "exact", "exact streaming 256", "exact streaming, chunks of 256"),
-    ("`sequence_chunk_size=192`", "exact", "exact streaming 192", "exact streaming, chunks of 192"),
-    ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing", "exact streaming 512 + checkpointing"),
-    (
-        "the same, `stream_order=chunks`",
-        "exact",
-        "exact streaming 512 + checkpointing, by chunks",
-        "exact streaming 512 + checkpointing, by chunks",
-    ),
-    ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3", "seeking 30 %"),
-    ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1", "seeking 10 %"),
+    ("plain Trainer", "exact", "plain"),
+    ("activation checkpointing", "exact", "checkpointing"),
+    ("the same, `sequence_chunk_size` as long as the row", "exact", LOGIT_FREE),
+    ("`sequence_chunk_size=256`", "exact", "exact streaming 256"),
+    ("`sequence_chunk_size=192`", "exact", "exact streaming 192"),
+    ("`sequence_chunk_size=512`, checkpointing", "exact", "exact streaming 512 + checkpointing"),
+    ("the same, `stream_order=chunks`", "exact", "exact streaming 512 + checkpointing, by chunks"),
+    ("the same by layers, `keep_attention_outputs`", "exact", "exact streaming 512 + checkpointing, attention kept"),
+    ("`token_seeking`, ratio 0.3", "approximate", "seeking 0.3"),
+    ("`token_seeking`, ratio 0.1", "approximate", "seeking 0.1"),
 )
-LOGIT_FREE = "checkpointing + logit-free loss"
 RATIOS = (
-    ("streaming, chunks of 512", "exact streaming, chunks of 512"),
+    ("streaming, chunks of 512", "exact streaming 512"),
     ("the same with checkpointing, by layers", "exact streaming 512 + checkpointing"),
-    ("the same with checkpointing, by chunks", "exact streaming 512 + checkpointing, by chunks"),
-    ("token seeking, 10 %", "seeking 10 %"),
+    ("the same, `keep_attention_outputs`", "exact streaming 512 + checkpointing, attention kept"),
+    ("with checkpointing, by chunks", "exact streaming 512 + checkpointing, by chunks"),
+    ("token seeking, 10 %", "seeking 0.1"),
 )
 LADDER_SHAPES = (("Llama-3.2-1B", 2048), ("Llama-3.2-1B", 8192), ("Llama-3.1-8B", 8192))
 LADDER_TIMED = {"model": "Llama-3.2-1B", "tokens": 2048, "train": "lora"}
@@ -78,11 +75,10 @@ def memory_table(train: str) -> str:
 def ladder_table() -> str:
     """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time relative to checkpointing."""
     peaks = by(traced(train="lora"), "model tokens method", "peak_bytes")
-    times = {row["method"]: row["more"] for row in reversed(compared(of(rows_of("speed"), **LADDER_TIMED)))}
+    times = by(compared(of(rows_of("speed"), **LADDER_TIMED)), "method", "more")
     lines = [
-        [title, gradient, *(mib(peaks.get((*shape, memory))) for shape in LADDER_SHAPES),
-         f"{times[speed]:.2f} x" if speed in times else "-"]
-        for title, gradient, memory, speed in LADDER
+        [title, gradient, *(mib(peaks.get((*shape, method))) for shape in LADDER_SHAPES), Cell().format("{0:.2f} x", times[method]) if method in times else "-"]
+        for title, gradient, method in LADDER
     ]  # fmt: skip
     return table(["", "gradient", *(f"{model}, {tokens} tokens" for model, tokens in LADDER_SHAPES), "step time"], lines, "ll")
 
@@ -97,14 +93,16 @@ def speed_table() -> str:
 
 
 def ratios_table() -> str:
-    """The newest runs on one long row: seconds as parts of those of checkpointing with the logit-free loss."""
-    rows = [row for row in rows_of("speed") if row["conditions"]["rows"] == 1]
-    groups: dict[tuple, tuple[str, dict[str, float]]] = {}
-    for row in rows:  # the newest run is first
-        commit, seconds = groups.setdefault((row["model"], row["tokens"]), (row["conditions"]["commit"], {}))
-        if commit == row["conditions"]["commit"]:
-            seconds[row["method"]] = row["seconds"]
-    measured = {f"{model}, {tokens}": seconds for (model, tokens), (_, seconds) in sorted(groups.items())}
+    """The last run on each long row: seconds as parts of those of checkpointing with the logit-free loss."""
+    runs: dict[tuple, Rows] = {}
+    for row in rows_of("speed"):
+        if row["conditions"]["rows"] == 1:
+            run = runs.setdefault((row["model"], row["tokens"]), [])
+            if run and run[-1]["conditions"] != row["conditions"]:
+                run.clear()  # a later one follows
+            run.append(row)
+    measured = {f"{model}, {tokens}": by(run, "method", "seconds") for (model, tokens), run in sorted(runs.items())}
+    measured = {shape: seconds for shape, seconds in measured.items() if LOGIT_FREE in seconds}
     lines = [
         [title, *(Cell().format("{0:.2f}", s.get(name) and s[name] / s[LOGIT_FREE]) for s in measured.values())] for title, name in RATIOS
     ]
@@ -116,8 +114,8 @@ def compared(rows: Rows) -> Rows:
     found = []
     for row in rows:
         same = of(rows, **{name: row[name] for name in ("model", "train", "tokens", "conditions")})
-        checkpointing = next(r["seconds"] for r in same if r["method"].startswith("checkpointing"))
-        found.append(row | {"more": row["seconds"] / checkpointing})
+        checkpointing = next((r["seconds"] for r in same if r["method"].startswith("checkpointing")), None)
+        found.append(row | {"more": checkpointing and row["seconds"] / checkpointing})
     return found
 
 

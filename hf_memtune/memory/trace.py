@@ -84,27 +84,6 @@ def trace_causal_lm_step(
         return TracedStep(live.peak_bytes, weight_bytes, gradient_bytes, live.peak_entries, host.live.peak_bytes)
 
 
-def measure_causal_lm_step(
-    config: PreTrainedConfig,
-    tokens: int,
-    device: torch.device,
-    rows: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    lora_rank: int | None = 8,
-    checkpointing: bool = False,
-    fused_loss: bool = False,
-    strategy: StreamingConfig | None = None,
-) -> TracedStep:
-    """The step of `trace_causal_lm_step` with random weights on a device, its bytes told by the allocator, or on a CPU counted.
-
-    Gradients are there from a step before, so that the peak is above weights and gradients.
-    """
-    model = random_causal_lm(config, device, dtype, lora_rank)
-    ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
-    with CausalLMStep(model, ids, checkpointing, fused_loss, strategy) as step:
-        return step.measure()
-
-
 def random_causal_lm(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16, lora_rank: int | None = 8
 ) -> nn.Module:
@@ -160,11 +139,13 @@ class CausalLMStep:
         peak_bytes, host_bytes = measured()
         return TracedStep(peak_bytes, weight_bytes, sum(p.nbytes for p in trained), [], host_bytes)
 
-    def seconds(self) -> float:
-        """The seconds of one step, which is run, until the device has done it."""
+    def seconds(self, then: Callable[[], None] | None = None) -> float:
+        """The seconds of one step, which is run, until the device has done it. then: what belongs to it after backward."""
         self._wait()
         began = time.perf_counter()
         self._run()
+        if then is not None:
+            then()
         self._wait()
         return time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""(d) The longest row on a smaller card, by limiting the allocator: a line through the bytes of two short rows says where to try."""
+"""(c) The longest row on a smaller card, by limiting the allocator: a line through the bytes of two short rows says where to try."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from methods import LOGIT_FREE, OFFLOADED
 
 from gpu.machine import Machine
-from gpu.names import LOGIT_FREE, LONGEST_ROW, OFFLOADED
+from gpu.steps import Steps
 
 MOST_TRIALS, NEAR, FARTHEST, FRAGMENTED = 9, 1.05, 16, 0.9
 
@@ -22,7 +23,8 @@ class Trial:
 
 
 class LongestRow:
-    name, share = LONGEST_ROW, 0.2
+    name, share = "longest row", 0.2
+    described = Steps.described
 
     def __init__(self, machine: Machine):
         self._machine = machine

@@ -3,6 +3,7 @@
 import gc
 
 import torch
+from methods import options_of
 from torch import Tensor, nn
 
 from gpu.sizes import Sizes
@@ -30,7 +31,7 @@ class Machine:
 
     def step(self, name: str, tokens: int, method: str) -> CausalLMStep:
         model = self.model(name)
-        return CausalLMStep(model, self._ids(model.config.vocab_size, tokens), **self.sizes.methods[method])
+        return CausalLMStep(model, self._ids(model.config.vocab_size, tokens), **options_of(method))
 
     def clear(self) -> None:
         """Leave the whole device to what comes next."""

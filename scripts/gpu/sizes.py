@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench_memory import options_of
+from methods import LOGIT_FREE, OFFLOADED
 from transformers import LlamaConfig, PreTrainedConfig
 
-from gpu.names import LOGIT_FREE, OFFLOADED
-from hf_memtune import StreamingConfig
 from hf_memtune.memory.cards import CARDS, CONTEXT_BYTES
 from hf_memtune.memory.shapes import SHAPES
 from hf_memtune.units import GIB
@@ -25,9 +23,7 @@ class Sizes:
     exact_model: PreTrainedConfig
     exact_tokens: int
     exact_chunks: tuple[int, ...]
-    byte_tokens: tuple[int, ...]
     step_tokens: tuple[int, ...]
-    offload_tokens: tuple[int, ...]
     chunks: tuple[int, ...]
     cards: dict[str, int]
     repeats: int = 3
@@ -36,19 +32,15 @@ class Sizes:
     @property
     def streamed(self) -> str:
         """The method that stands for streaming where one must."""
-        return f"streaming {self.chunks[-1]} + checkpointing"
+        return f"exact streaming {self.chunks[-1]} + checkpointing"
 
     @property
-    def methods(self) -> dict[str, dict]:
-        """What a step is made with, by name; first what is to be known first, should time run out."""
-        found: dict[str, dict] = {LOGIT_FREE: options_of(LOGIT_FREE)}
-        chunked = {chunk: StreamingConfig(sequence_chunk_size=chunk) for chunk in reversed(self.chunks)}
-        found |= {f"streaming {n} + checkpointing": {"strategy": config, "checkpointing": True} for n, config in chunked.items()}
-        found |= {name: options_of(name) for name in ("checkpointing", "plain", "seeking 0.1")}
-        found |= {f"streaming {n}": {"strategy": config} for n, config in chunked.items()}
-        offloaded = StreamingConfig(sequence_chunk_size=self.chunks[-1], kv_offload=True)
-        found[self.streamed + OFFLOADED] = {"strategy": offloaded, "checkpointing": True}
-        return {name: options for name, options in found.items() if name not in self.without}
+    def methods(self) -> list[str]:
+        """First what is to be known first, should time run out."""
+        streamed = [f"exact streaming {chunk}" for chunk in reversed(self.chunks)]
+        found = [LOGIT_FREE, *(f"{name} + checkpointing" for name in streamed), "checkpointing", "plain", "seeking 0.1", *streamed]
+        found += [f"{self.streamed}, attention kept", self.streamed + OFFLOADED]
+        return [name for name in found if name not in self.without]
 
 
 def _card(name: str) -> int:
@@ -68,9 +60,7 @@ LARGE = Sizes(
     exact_model=_llama(4, 512, 8, 4096),
     exact_tokens=4096,
     exact_chunks=(256, 1000, 2048),  # one that does not divide the row
-    byte_tokens=(2048, 8192),
     step_tokens=(2048, 8192, 16384, 32768, 65536),
-    offload_tokens=(8192, 16384, 32768),
     chunks=(512, 1024, 2048),
     cards={"24 GiB": _card("rtx4090"), "80 GiB": _card("h100")},
 )
@@ -79,11 +69,9 @@ TINY = Sizes(
     exact_model=_llama(2, 32, 4, 64),
     exact_tokens=24,
     exact_chunks=(7,),
-    byte_tokens=(48,),
     step_tokens=(48,),
-    offload_tokens=(48,),
     chunks=(16,),
     cards={"small": 200_000},
     repeats=1,
-    without=(LOGIT_FREE, "streaming 16"),
+    without=("exact streaming 16",),
 )

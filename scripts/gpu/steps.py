@@ -1,98 +1,52 @@
-"""(b) Peak bytes against the trace, (c) seconds of a step, (e) what offloading keys and values costs. LoRA, bfloat16, one row, no optimizer."""
+"""(b) Seconds and peak bytes of a step, and the bytes of its trace without a device. LoRA, bfloat16, one row, no optimizer."""
 
 import statistics
 import time
 from collections.abc import Iterator
 
+from methods import chunk_of, options_of
+
 from gpu.machine import Machine
-from gpu.names import OFFLOAD, OFFLOADED, PEAK_BYTES, STEP_TIME
 from hf_memtune.memory.trace import trace_causal_lm_step
 
 SHORT = 1.0  # seconds: shorter steps are timed several times
+TRACED_TOKENS, TRACED_CHUNKS = 8192, 4  # at most: a trace takes longer with every chunk
 
 
-class PeakBytes:
-    name, share = PEAK_BYTES, 0.2
+class Steps:
+    name, share = "step", 0.66
+    described = {"dtype": "bfloat16", "rows": 1, "lora_rank": 8, "attention": "sdpa"}
 
     def __init__(self, machine: Machine):
-        self._machine, self._taken = machine, {}
+        self._machine = machine
+        self._taken: dict[tuple[str, str], tuple[int, float]] = {}  # the last row of a model and a method, and its seconds
 
     def runs(self) -> Iterator[dict]:
         sizes = self._machine.sizes
         for model in sizes.models:
-            for tokens in sizes.byte_tokens:
-                for method in sizes.methods:
-                    chunk = next((n for n in sizes.chunks if f"streaming {n}" in method), tokens)
-                    if tokens <= 4 * chunk:  # a trace takes longer with every chunk
-                        yield {"model": model, "tokens": tokens, "method": method}
-
-    def expected_seconds(self, run: dict) -> float:
-        """Of the same on a shorter row, in proportion."""
-        return _as_before(self._taken, run, 1)
-
-    def measured(self, run: dict, seconds: float) -> dict:
-        """Bytes above weights and gradients: of the allocator, and of the trace without a device."""
-        sizes, began = self._machine.sizes, time.perf_counter()
-        with self._machine.step(run["model"], run["tokens"], run["method"]) as step:
-            measured = step.measure()
-        traced = trace_causal_lm_step(sizes.models[run["model"]](), run["tokens"], **sizes.methods[run["method"]])
-        _keep(self._taken, run, time.perf_counter() - began)
-        found = {"peak_bytes": measured.peak_bytes, "traced_bytes": traced.peak_bytes, "ratio": traced.peak_bytes / measured.peak_bytes}
-        return found | {"host_bytes": measured.host_bytes, "traced_host_bytes": traced.host_bytes}
-
-
-class StepTime:
-    name, share = STEP_TIME, 0.36
-
-    def __init__(self, machine: Machine):
-        self._machine, self._taken = machine, {}
-
-    def runs(self) -> Iterator[dict]:
-        sizes = self._machine.sizes
-        for model in sizes.models:
-            for tokens in self._lengths():
-                for method in self._methods():
-                    yield {"model": model, "tokens": tokens, "method": method}
+            for tokens in sizes.step_tokens:
+                yield from ({"model": model, "tokens": tokens, "method": method} for method in sizes.methods)
 
     def expected_seconds(self, run: dict) -> float:
         """Of the same on a shorter row, as if attention were all."""
-        return _as_before(self._taken, run, 2)
+        tokens, seconds = self._taken.get((run["model"], run["method"]), (run["tokens"], 0.0))
+        return seconds * (run["tokens"] / tokens) ** 2
 
     def measured(self, run: dict, seconds: float) -> dict:
-        """Median seconds after an untimed step, whose bytes are counted."""
+        """Bytes above weights and gradients of an untimed step, then median seconds of timed ones; and the bytes of a trace of short rows."""
         began = time.perf_counter()
         with self._machine.step(run["model"], run["tokens"], run["method"]) as step:
             account = step.measure()
             taken = [step.seconds()]
             if taken[0] < SHORT:
                 taken += [step.seconds() for _ in range(self._machine.sizes.repeats - 1)]
-        _keep(self._taken, run, time.perf_counter() - began)
         found = {"seconds": statistics.median(taken), "spread": [min(taken), max(taken)], "repeats": len(taken)}
-        return found | {"peak_bytes": account.peak_bytes, "host_bytes": account.host_bytes}
+        found |= {"peak_bytes": account.peak_bytes, "host_bytes": account.host_bytes} | self._traced(run)
+        self._taken[run["model"], run["method"]] = (run["tokens"], time.perf_counter() - began)
+        return found
 
-    def _lengths(self) -> tuple[int, ...]:
-        return self._machine.sizes.step_tokens
-
-    def _methods(self) -> list[str]:
-        return [name for name in self._machine.sizes.methods if OFFLOADED not in name]
-
-
-class Offload(StepTime):
-    """Both ways one after the other, so that nothing else differs."""
-
-    name, share = OFFLOAD, 0.1
-
-    def _lengths(self) -> tuple[int, ...]:
-        return self._machine.sizes.offload_tokens
-
-    def _methods(self) -> list[str]:
-        return [self._machine.sizes.streamed, self._machine.sizes.streamed + OFFLOADED]
-
-
-def _keep(taken: dict, run: dict, seconds: float) -> None:
-    taken[run["model"], run["method"]] = (run["tokens"], seconds)
-
-
-def _as_before(taken: dict, run: dict, power: int) -> float:
-    tokens, seconds = taken.get((run["model"], run["method"]), (run["tokens"], 0.0))
-    return seconds * (run["tokens"] / tokens) ** power
+    def _traced(self, run: dict) -> dict:
+        if run["tokens"] > min(TRACED_TOKENS, TRACED_CHUNKS * (chunk_of(run["method"]) or TRACED_TOKENS)):
+            return {"traced_bytes": None, "traced_host_bytes": None}
+        traced = trace_causal_lm_step(self._machine.sizes.models[run["model"]](), run["tokens"], **options_of(run["method"]))
+        return {"traced_bytes": traced.peak_bytes, "traced_host_bytes": traced.host_bytes}

@@ -1,11 +1,15 @@
 """The measurements of speed, of precision and of the gradient of chosen tokens, in small: every method acts in them."""
 
 import json
+import re
 
 import pytest
 
+from hf_memtune import StreamingConfig
 from tests.support import scripts
 from tests.support.folders import in_new_process, llama, write_rows
+
+options_of = scripts.load("methods").options_of
 
 CHECKPOINTED = "exact streaming 1024 + checkpointing"
 TEXTS = ["write about the sea and a red sun", "name three colours of the numbers one two", "a good film is a poem about blue sea"]
@@ -40,8 +44,38 @@ def test_speed_of_every_method(assets):
     rows = rows_of("bench_speed", assets, *of_alpaca(assets), "--tokens", "140", "--repeats", "1")
     methods = [row["method"] for row in rows if row["train"] == "full"]
     assert methods == [row["method"] for row in rows if row["train"] == "lora"] and len(set(methods)) == 8
-    assert {"plain", "exact streaming, chunks of 128", "checkpointing + logit-free loss", "TokenSeek 10 %"} <= set(methods)
+    assert {"plain", "exact streaming 128", "checkpointing + logit-free loss", "TokenSeek 0.1"} <= set(methods)
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_methods_that_would_do_nothing_or_are_none_are_refused(assets):
+    """512 tokens are one chunk of 512; and a name that means nothing is no method."""
+    for method, said in (
+        ("exact streaming 512", "rows of 512 tokens are one chunk of exact streaming 512"),
+        ("streaming", "method 'streaming'"),
+    ):
+        done = scripts.run(scripts.FOLDER / "bench_speed.py", *of_alpaca(assets), "--methods", method, cwd=assets)
+        assert done.returncode == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain + checkpointing",
+        "checkpointing, by chunks",
+        "exact streaming",
+        "exact streaming 5, twice",
+        "seeking x",
+        "seeking 0.1, by chunks",
+    ],
+)
+def test_names_of_methods(name):
+    assert options_of("exact streaming 5 + checkpointing, by chunks, offloaded") == {
+        "checkpointing": True, "strategy": StreamingConfig(sequence_chunk_size=5, stream_order="chunks", kv_offload=True),
+    }  # fmt: skip
+    assert options_of("TokenSeek 0.1")["strategy"].preset == "tokenseek" and options_of("plain") == {}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        options_of(name)
 
 
 def test_precision_of_sums(assets):

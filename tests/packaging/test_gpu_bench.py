@@ -8,8 +8,9 @@ import torch
 from tests.support.scripts import load
 
 bench_gpu, tables = load("bench_gpu"), load("tables")
-from gpu import exactness, longest  # noqa: E402  # beside the script, which is loaded first
+from gpu import exactness, longest, machine, sizes, steps  # noqa: E402  # beside the script, which is loaded first
 
+STREAMED = "exact streaming 16 + checkpointing"
 WITHOUT_END = "100000"  # seconds: what is measured must not depend on the machine
 
 
@@ -54,25 +55,32 @@ def test_gradients_are_exact_by_kernel_and_dtype(rows):
 
 
 def test_bytes_are_those_of_the_trace(rows):
-    found = of(rows, "peak bytes")
-    assert {row["ratio"] for row in found if row["method"] in ("plain", "checkpointing", "streaming 16 + checkpointing")} == {1}
+    found = of(rows, "step")
+    same = [row for row in found if row["method"] in ("plain", "checkpointing", STREAMED)]
+    assert len(same) == 3 and all(row["traced_bytes"] == row["peak_bytes"] for row in same)
     # Where the loss is the peak, the trace has the last token in it, which has no label: a row of logits more.
-    assert all(1 <= row["ratio"] < 1 + 1 / row["tokens"] for row in found)
+    assert all(1 <= row["traced_bytes"] / row["peak_bytes"] < 1 + 1 / row["tokens"] for row in found)
     assert [row["host_bytes"] for row in found] == [row["traced_host_bytes"] for row in found]
     peaks = {row["method"]: row["peak_bytes"] for row in found}
-    assert peaks["streaming 16 + checkpointing"] < peaks["checkpointing"] < peaks["plain"]
-    assert peaks == peaks | {row["method"]: row["peak_bytes"] for row in of(rows, "step time")}  # whatever ran before on the same model
+    assert peaks[STREAMED] < peaks[f"{STREAMED}, attention kept"] < peaks["checkpointing"] < peaks["plain"]
+
+
+def test_long_rows_in_many_chunks_are_not_traced(monkeypatch):
+    monkeypatch.setattr(steps, "TRACED_CHUNKS", 2)  # of 16 tokens, where a row has 48
+    part = steps.Steps(machine.Machine(torch.device("cpu"), sizes.TINY))
+    traced = {run["method"]: part.measured(run, 0.0)["traced_bytes"] for run in part.runs()}
+    assert traced[STREAMED] is None and traced["checkpointing"] > 0
 
 
 def test_the_longest_row_is_bracketed_by_memory(rows):
     found = {row["method"]: row for row in of(rows, "longest row")}
     assert all(0 < row["tokens"] < row["too_long"] and row["ended_by"] == "memory" for row in found.values())
     assert all(row["peak_bytes"] <= row["limit_bytes"] for row in found.values())
-    assert found["streaming 16 + checkpointing"]["tokens"] > found["checkpointing"]["tokens"]
+    assert found[STREAMED]["tokens"] > found["checkpointing"]["tokens"]
 
 
 def test_offloaded_bytes_are_in_host_memory(rows):
-    here, offloaded = of(rows, "offload")
+    (here,), (offloaded,) = (of(rows, "step", method=STREAMED + more) for more in ("", ", offloaded"))
     assert here["host_bytes"] == 0 < offloaded["host_bytes"] and here["tokens"] == offloaded["tokens"]
     assert here["seconds"] > 0 < offloaded["seconds"]
 
@@ -85,9 +93,9 @@ def test_tables_of_the_lines(rows):
 
 
 def test_a_table_says_what_ran_out_of_memory(rows):
-    run = {name: of(rows, "step time")[0][name] for name in ("part", "gpu", "model", "tokens", "method")}
+    run = {name: of(rows, "step")[0][name] for name in ("part", "gpu", "model", "tokens", "method")}
     *_, last = tables.gpu_tables([run | {"left_out": "out of memory"}]).splitlines()
-    assert last == f"| none | tiny | 48 | {run['method']} | out of memory | - | - | - |"
+    assert last == f"| none | tiny | 48 | {run['method']} | - | - | - | - | - | out of memory |"
 
 
 # --- what is told
