@@ -19,8 +19,8 @@ from statistics import mean
 
 from learning.arms import EVERY_LABEL, settings_of
 from learning.gradients import gradient, without_dropout
-from options import one, parse, several
-from store import measure
+from options import one, parse, some_of
+from store import measure, missing
 from torch import Tensor, nn
 
 BEGINNING, END = "beginning", "end"
@@ -33,7 +33,7 @@ def main(given: list[str] | None = None) -> None:
     options = parse(
         __doc__, "estimator", given, task=one("smollm2-alpaca", "one of scripts/learning/tasks.py whose loss is one of tokens"),
         rows=one(4, "rows of a batch"), batches=one(16), steps=one(60, "of plain training before the end"),
-        learning_rate=one(5e-4, "of plain training"), points=several((BEGINNING, END)), arms=several(every_arm()), assets=one(Path(".assets")),
+        learning_rate=one(5e-4, "of plain training"), points=some_of((BEGINNING, END)), arms=some_of(every_arm()), assets=one(Path(".assets")),
     )  # fmt: skip
     from learning.tasks import TASKS, Task
     from transformers import set_seed
@@ -41,16 +41,16 @@ def main(given: list[str] | None = None) -> None:
     set_seed(0)
     task = Task(TASKS[options.task], options.assets, held_out_rows=1)
     model, length = without_dropout(task.fresh_model()), task.settings.max_length
-    described = {**task.settings.described, "rows": options.rows, "batches": options.batches, "device": "cpu", "steps": options.steps}
+    described = {name: getattr(options, name) for name in ("rows", "batches", "steps", "learning_rate")}
+    described |= {**task.settings.described, "device": "cpu"}
     for point in (BEGINNING, END):
-        stream = task.batches(options.rows, seed=0)
-        if point == END:
-            train(model, stream, options.steps, options.learning_rate)
-        if point not in options.points:
+        wanted = [{"task": options.task, "point": point, "arm": arm} for arm in options.arms if point in options.points]
+        if not missing(options.out, wanted):
             continue
+        if point == END:
+            train(model, task.batches(options.rows, seed=0), options.steps, options.learning_rate)
         batches = [batch for batch, _ in zip(task.batches(options.rows, seed=1), range(options.batches))]
         exact = [gradient(model, batch) for batch in batches]
-        wanted = [{"task": options.task, "point": point, "arm": arm} for arm in options.arms]
         measure(
             options.out, wanted, lambda run, pair=(batches, exact): measured(model, *pair, run["arm"], length), "Measuring", **described
         )

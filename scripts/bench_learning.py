@@ -19,11 +19,13 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-from learning.plans import PLANS, STAGES, Cell, cells, latest, pending
-from store import append, read
+from learning.plans import PLANS, STAGES, Cell, Run, cells, latest, pending
+from pages import mib
+from store import measure, read
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,11 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         wanted = cells(options.study, options)
-        if options.list:
-            print(listing(wanted, latest(read(options.out))))
-        else:
-            go(options, wanted)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.list:
+        print(listing(wanted, latest(read(options.out))))
+        return 0
+    try:
+        go(options, wanted)
+    except FileNotFoundError as error:  # assets, and the command that fetches them
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -78,28 +84,19 @@ def listing(wanted: list[Cell], done: list[dict]) -> str:
 
 
 def go(options: argparse.Namespace, wanted: list[Cell]) -> None:
-    """Until nothing is left. The file is read again before each run: others write to it too."""
+    """Until nothing is left."""
     import datasets
     import torch
     import transformers
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # that a head is new
     datasets.disable_progress_bars()
     logging.getLogger("hf_memtune").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    bench, ended = import_module(f"learning.{options.study}").Bench(options), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, speed_estimate_period=3600) as progress:
-        bar = progress.add_task("starting")
-        while left := pending(wanted, read(options.out)):
-            progress.update(bar, description=str(left[0]), completed=ended, total=ended + len(left))
-            record = bench.train(left[0])
-            append(options.out, record)
-            ended += 1
-            progress.console.print(f"{left[0]}: {told(record)}")
-        progress.update(bar, description="done", completed=ended, total=ended)
+    bench = import_module(f"learning.{options.study}").Bench(options)
+    left = [asdict(run) for run in pending(wanted, read(options.out))]
+    measure(options.out, left, lambda run: bench.train(Run(**run)), f"{options.study}, {options.stage}", told)
 
 
 def told(record: dict) -> str:
@@ -107,7 +104,8 @@ def told(record: dict) -> str:
     losses = " ".join("-" if loss is None else f"{loss:.3f}" for _, loss in record["losses"])
     scores = " ".join(f"{score:.3f}" for _, score in record["accuracies"] if score is not None)
     learned = "diverged" if record["diverged"] else f"loss {losses}" + (f", accuracy {scores}" if scores else "")
-    return f"{learned}, {record['seconds_per_step'] or 0:.2f} s a step, {record['peak_bytes'] / 2**20:,.0f} MiB"
+    cost = f"{record['seconds_per_step'] or 0:.2f} s a step, {mib(record['peak_bytes'])} MiB"
+    return f"{Run(**{name: record[name] for name in Run.__dataclass_fields__})}: {learned}, {cost}"
 
 
 if __name__ == "__main__":

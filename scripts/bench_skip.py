@@ -15,7 +15,7 @@ from statistics import mean, median
 import torch
 from learning.gradients import gradient, without_dropout
 from options import one, parse
-from store import measure
+from store import measure, missing
 from torch import Tensor, nn
 
 THRESHOLDS = (0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
@@ -28,6 +28,10 @@ def main(given: list[str] | None = None) -> None:
         rows=one(4, "rows of a batch"), batches=one(12), chunk=one(16, "tokens of a chunk of skip; the rows are short"),
         assets=one(Path(".assets")),
     )  # fmt: skip
+    settings = dict(arms(options.chunk))
+    wanted = missing(options.out, [{"task": options.task, "arm": name} for name in settings])
+    if not wanted:
+        return
     from learning.tasks import TASKS, Task
     from transformers import set_seed
 
@@ -36,8 +40,6 @@ def main(given: list[str] | None = None) -> None:
     model = without_dropout(task.fresh_model())
     batches = [batch for batch, _ in zip(task.batches(options.rows, seed=0), range(options.batches))]
     exact = [gradient(model, batch) for batch in batches]
-    settings = dict(arms(options.chunk))
-    wanted = [{"task": options.task, "arm": name} for name in settings]
     described = {**task.settings.described, "rows": options.rows, "batches": options.batches, "device": "cpu"}
     measure(options.out, wanted, lambda run: measured(model, batches, exact, settings[run["arm"]]), **described)
 

@@ -158,7 +158,12 @@ def measured(run: dict, model: torch.nn.Module, batches: list[dict], plain: list
 def spread(values: list[float]) -> dict | None:
     if not values:
         return None
-    return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values), "least": min(values), "most": max(values)}
+    return {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "least": min(values),
+        "most": max(values),
+    }
 
 
 if __name__ == "__main__":

@@ -34,5 +34,5 @@ def _commit() -> str:
         folder = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../hf_memtune")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../hf_memtune", ".")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")

@@ -8,6 +8,7 @@ wrong, crashed, or not built.
     python scripts/coverage.py --kinds causal --types llama qwen3_next
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -69,6 +70,10 @@ def _all_tokens(**settings: Any) -> TokenSeekingConfig:
 
 def main(given: list[str] | None = None) -> None:
     options = parse(__doc__, "coverage", given, kinds=some_of(KINDS), types={"nargs": "+", "help": "types of config"})
+    if unknown := set(options.types or ()) - {name for kind in options.kinds for name in types(kind)}:
+        sys.exit(
+            f"--types: got {', '.join(sorted(unknown))}, expected types of config that transformers has for {', '.join(options.kinds)}."
+        )
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     wanted = [{"kind": kind, "type": name} for kind in options.kinds for name in types(kind) if name in (options.types or [name])]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from options import one, parse, some_of
-from store import measure
+from store import measure, read
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
@@ -151,8 +151,8 @@ def main(given: list[str] | None = None) -> int:
     undisturbed = Undisturbed()
     numbers = [(mode, number) for mode in options.modes for number in range(options.kills)]
     wanted = [{"mode": mode, "number": number, "while": ("anything", "writing")[number % 2]} for mode, number in numbers]
-    rows = measure(options.out, wanted, lambda run: killed(run, undisturbed), "Killing", device="cpu", steps=STEPS)
-    return int(not all(row["equal"] for row in rows))
+    measure(options.out, wanted, lambda run: killed(run, undisturbed), "Killing", device="cpu", steps=STEPS)
+    return int(not all(row["equal"] for row in read(options.out)))
 
 
 if __name__ == "__main__":

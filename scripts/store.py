@@ -55,7 +55,7 @@ def measure(
     said: Callable[[dict], str] | None = None,
     **described,
 ) -> list[dict]:
-    """Measure what the file lacks, one line a run, which is told and returned.
+    """Measure what the file lacks, one line a run, which is told and returned. It is read again before each run: others may write to it too.
 
     measured: what is found for a description of a run, with its conditions or without. said: a line for people. described: in conditions.
     """
@@ -63,6 +63,8 @@ def measure(
 
     rows = []
     for run in track(missing(file, wanted), description=title, disable=not sys.stderr.isatty()):
+        if not missing(file, [run]):
+            continue
         found = run | measured(run)
         met = found.pop("conditions", None) or conditions(**described)
         rows.append(found | {"conditions": met})

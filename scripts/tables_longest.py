@@ -53,4 +53,6 @@ def longest(knots: list[tuple[int, int]], room: int) -> int | None:
         if room < higher:
             return tokens + int((more - tokens) * (room - peak) / (higher - peak))
     (tokens, peak), (more, higher) = knots[-2:]
+    if higher == peak:
+        return MOST + 1  # nothing grows with the row
     return more + int((more - tokens) * (room - higher) / (higher - peak))

@@ -25,6 +25,7 @@ from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
 from hf_memtune.methods.overrides import Override
 from hf_memtune.methods.verify import verify
+from hf_memtune.methods.verify_training import buffers_kept, require_no_dropout_per_call, require_no_trace
 from hf_memtune.settings.streaming import StreamingConfig
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,11 @@ class Method(Generic[Config]):
         repacking = forbid_4bit_repacking(model)
         self._undo.append(partial(allow_4bit_repacking, repacking))
         try:
-            self.facts: Facts = self.probe(check)
-            self.require(self.facts)
+            with buffers_kept(self.architecture.base):
+                self.facts: Facts = self.probe(check)
+                self.require(self.facts)
+            if check and not looks_only and not is_sharded(model):
+                require_no_trace(self.architecture)
             if not looks_only:
                 self._put_on()
         except BaseException:
@@ -95,6 +99,7 @@ class Method(Generic[Config]):
         """Refuse a model that the probe has shown not to suit the settings."""
         if self.config.stream_chunk_size is not None:
             _require_streamable(self.architecture, facts, self.config.streamed_by)
+            require_no_dropout_per_call(self.architecture)
         if self.config.kv_offload and self.router.cache is not None and self.router.cache.by_hand:
             raise UnsupportedModelError(
                 f"{self.architecture.name}: kv_offload: got True, expected False: its attention is written by hand, and keeps what it is given of "

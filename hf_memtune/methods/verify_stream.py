@@ -32,8 +32,8 @@ def verify_stream(router: Router, call: BodyCall) -> None:
     if is_sharded(router.architecture.base):
         return  # FSDP2 lets no part of a model go backward by itself
     make = partial(_by_chunks, router)
-    with _probing(router, call):
-        embedded, expected = _plain(router, call)
+    with _probing(router, call) as foreign:
+        embedded, expected = _plain(router, call, foreign)
         if expected is None:  # this body looks at more than the embeddings of its tokens
             _compare_forward(router, call)
             return
@@ -50,24 +50,32 @@ def verify_stream(router: Router, call: BodyCall) -> None:
 
 def problem_of(router: Router, call: BodyCall, make: Callable[[BodyCall], ChunkStream]) -> str | None:
     """What is wrong with the gradient that the stream which `make` makes of a call finds; None: nothing, or it cannot be told."""
-    with _probing(router, call):
-        embedded, expected = _plain(router, call)
+    with _probing(router, call) as foreign:
+        embedded, expected = _plain(router, call, foreign)
         return None if expected is None else _problem(router, embedded, expected, make)
 
 
+Foreign = list[tuple[Tensor, Tensor | None]]
+"""Tensors that the body learns and does not own, a vector that a hook adds for one, and the gradient that each had."""
+
+
 @contextmanager
-def _probing(router: Router, call: BodyCall) -> Iterator[None]:
-    device = call.decoder.positions.device
-    with _frozen(router.architecture.base), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
+def _probing(router: Router, call: BodyCall) -> Iterator[Foreign]:
+    device, foreign = call.decoder.positions.device, Foreign()
+    try:
+        with _frozen(router.architecture.base), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield foreign
+    finally:
+        for tensor, gradient in foreign:
+            tensor.grad = gradient
 
 
 def _by_chunks(router: Router, call: BodyCall) -> ChunkStream:
     return ChunkStream(Means(router, CHUNK), call)
 
 
-def _plain(router: Router, call: BodyCall) -> tuple[BodyCall, Tensor | None]:
-    """The call on embeddings in place of ids, and its gradient without a stream."""
+def _plain(router: Router, call: BodyCall, foreign: Foreign) -> tuple[BodyCall, Tensor | None]:
+    """The call on embeddings in place of ids, and its gradient without a stream. foreign: what else it learns; without a gradient from here on."""
     architecture = router.architecture
     prefix = "decoder_" if architecture.is_encoder_decoder else ""
     embedded = architecture.base.get_input_embeddings()(call.input_ids("decoder")).detach().requires_grad_()
@@ -75,6 +83,10 @@ def _plain(router: Router, call: BodyCall) -> tuple[BodyCall, Tensor | None]:
     arguments |= {f"{prefix}inputs_embeds": embedded}
     try:
         plain = architecture.base.forward(**arguments | {"use_cache": False}).last_hidden_state
+        for tensor in leaves_of(plain):
+            if tensor is not embedded:
+                foreign.append((tensor, tensor.grad))
+                tensor.grad = None
         (gradient,) = torch.autograd.grad(plain, embedded, _toward(plain))
     except _FAILURES:
         return call, None
@@ -172,3 +184,17 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The tensors that a graph comes from, and that gradients are summed on."""
+    found, seen, todo = [], set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [after for after, _ in node.next_functions]
+    return found

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.support.composition import checkpointed
 from tests.support.packing import packed_batch, unpacked
 from tests.support.scores import column_sums, scores_seen
-from tests.support.stepping import assert_equal_step, has_float32_inside, take_step, token_twin
+from tests.support.stepping import assert_equal_step, has_float32_inside, plain_twin, stream, take_step, token_twin
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, close
 from tests.support.twin import gradients, worst_difference
@@ -73,6 +74,26 @@ def test_positions_beside_a_mask_do_not_pack():
     taken = take_step(model, batch, **SPREAD)
     loss, expected = token_twin(model, batch, taken.kept, "causal_lm")
     assert_equal_step(taken, loss, expected, torch.float64)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("step", [1, 2])
+def test_positions_pack_where_the_model_itself_lets_them(use_cache, step):
+    """Where a body makes a cache, as it does by default, it does not keep sequences apart; nor does a stream. step: 2 leaves positions out."""
+    model, batch = tiny_model("llama"), packed_batch()
+    batch |= {"position_ids": step * batch["position_ids"], "use_cache": use_cache}
+    found = stream(model, batch, 4)
+    loss, expected = plain_twin(model, batch)
+    assert abs(found.loss - loss) <= 1e-9 and worst_difference(found.gradients, expected) <= 1e-9
+    other, _ = plain_twin(model, batch | {"use_cache": use_cache is False})
+    assert abs(other - loss) > 1e-3  # the sibling
+
+
+def test_with_checkpointing_no_cache_is_made():
+    model, batch = checkpointed(tiny_model("llama"), False), packed_batch() | {"use_cache": True}
+    loss, expected = plain_twin(model, batch)
+    found = stream(model, batch, 4)
+    assert abs(found.loss - loss) <= 1e-9 and worst_difference(found.gradients, expected) <= 1e-9
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -1,15 +1,22 @@
 """A model or batch on which ditching would not be exact is refused by name, with the reason and what to do instead."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_memtune import TokenSeeking, TokenSeekingConfig, register_scorer
+from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
 from hf_memtune.errors import ConfigError, MemTuneError, TokenScoreError, UnsupportedModelError
+from hf_memtune.methods.attention import routing
+from tests.support.removal import traces
 from tests.support.stepping import Ear, model_and_batch, seeking_on, take_step
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import ditching, gradients, shifted, worst_difference
@@ -283,3 +290,85 @@ def test_a_second_method_on_one_model_is_refused():
         assert looking.inspect(batch).selection
         looking.remove()
     seeking_on(model).remove()
+
+
+# -- attention that would be another one -----------------------------------------------------------------------------
+
+EVERY_METHOD = pytest.mark.parametrize(
+    "put_on",
+    [
+        seeking_on,
+        *(partial(Streaming, config=StreamingConfig(sequence_chunk_size=5, stream_order=order)) for order in ("chunks", "layers")),
+    ],
+    ids=["seeking", "chunks", "layers"],
+)
+
+
+@EVERY_METHOD
+def test_an_attention_function_that_is_not_known_is_refused(put_on, monkeypatch):
+    """A window that is wider than the probe has tokens would not be seen."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def near(module, query, key, value, mask, **kwargs):
+        apart = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])[None]
+        return sdpa(module, query, key, value, ((apart >= 0) & (apart < 10))[None, None], **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "near", near)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "near", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, batch, _ = model_and_batch("llama")
+    model.set_attn_implementation("near")
+    before = traces(model)
+    with pytest.raises(UnsupportedModelError, match="attn_implementation: got 'near', a function that hf_memtune does not know"):
+        put_on(model)
+    assert traces(model) == before
+    model.set_attn_implementation("sdpa")  # the remedy
+    with put_on(model):
+        model.set_attn_implementation("near")  # too late to be looked at, but not to be noticed
+        with pytest.raises(UnsupportedModelError, match="got 'near'"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("name, is_known", [
+    ("flash_attention_2", True), ("flex_attention", True), ("kernels-community/flash-attn3", True), (None, True),
+    ("flash_attention_mine", False), ("my-org/linear-attention", False), ("paged|sdpa", False),
+])  # fmt: skip
+def test_kernels_that_sdpa_may_stand_for(name, is_known):
+    assert routing._is_exact(name) is is_known
+
+
+@EVERY_METHOD
+def test_a_call_that_is_to_look_ahead_is_refused(put_on):
+    model, batch, _ = model_and_batch("llama")
+    with put_on(model):
+        with pytest.raises(MemTuneError, match="is_causal: got False in a call of LlamaForCausalLM"):
+            model(**batch, is_causal=False)
+        model(**batch, is_causal=True).loss.backward()
+
+
+LOWER = torch.tril(torch.ones(13, 13, dtype=torch.bool))[None, None].expand(2, -1, -1, -1)
+
+
+def added(seen=0.0, hidden=torch.finfo(torch.float64).min):
+    """A mask of numbers that are added to the scores."""
+    return torch.zeros(LOWER.shape, dtype=torch.float64).add_(torch.as_tensor(seen)).masked_fill_(~LOWER, hidden)
+
+
+# and what the message must name
+MORE_THAN_VISIBILITY = {
+    "a bias": (added(torch.linspace(-1, 1, 13)), "neither 0 nor the lowest"),
+    "a number that is not low enough": (added(hidden=-1e9), "neither 0 nor the lowest"),
+    "a mask for each head": (LOWER.expand(-1, 4, -1, -1), "one for each head"),
+    "a learned bias": (added().requires_grad_(), "requires a gradient"),
+}
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("case", MORE_THAN_VISIBILITY)
+def test_a_mask_that_says_more_than_who_looks_at_whom_is_refused(put_on, case):
+    mask, named = MORE_THAN_VISIBILITY[case]
+    model, batch, dtype = model_and_batch("llama", lengths=(13, 13))
+    batch["attention_mask"] = added()
+    with put_on(model):
+        with pytest.raises(MemTuneError, match=rf"attention_mask: got .*{named}"):
+            model(**batch | {"attention_mask": mask})
+        model(**batch).loss.backward()  # and one that does not is not

@@ -18,7 +18,7 @@ from hf_memtune.architectures import Architecture
 from hf_memtune.architectures.positions import check_rope, token_positions
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.model_pass import ModelPass
-from hf_memtune.methods.attention.ready import may_begin, visible
+from hf_memtune.methods.attention.ready import may_begin, require_visibility, visible
 from hf_memtune.methods.attention.spans import Rows, Span
 from hf_memtune.methods.attention.states import ARGUMENTS
 
@@ -88,6 +88,12 @@ class BodyCall:
             raise MemTuneError(
                 "packed rows are told apart by position_ids that restart, got cu_seq_lens_q alone. Put position_ids into the batch."
             )
+        is_causal, usual = self.arguments.get("is_causal"), getattr(self.architecture.base.config, "is_causal", True)
+        if is_causal is not None and bool(is_causal) != bool(usual):
+            raise MemTuneError(
+                f"is_causal: got {is_causal} in a call of {self.architecture.name}, whose attention was looked at with {usual} before training. "
+                "Leave it out, or set it in the model's config before the method (or the trainer) is made."
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if self.arguments.get(name, getattr(self.architecture.base.config, name, False)):
                 raise MemTuneError(
@@ -110,7 +116,7 @@ class BodyCall:
         mask = _real_tokens(self.ready) if is_ready else self.arguments.get(f"{prefix}attention_mask")
         if mask is not None and mask.dim() != 2:
             raise MemTuneError(
-                f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens), or 4 (batch, heads, tokens, tokens). For packed "
+                f"{prefix}attention_mask has {mask.dim()} dimensions, expected 2 (batch, tokens), or 4 (batch, 1, tokens, tokens). For packed "
                 "rows pass position_ids that restart and no mask."
             )
         if mask is not None and mask.shape[0] == 1:
@@ -129,10 +135,18 @@ class BodyCall:
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
         segments = None
         makes_a_mask = is_ready or self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
-        if given is not None and mask is None and not makes_a_mask:  # as transformers: only without a mask do positions pack
+        if given is not None and mask is None and not makes_a_mask and self._packs(like.shape[0]):  # only without a mask do positions pack
             segments = find_packed_sequence_indices(given.expand(like.shape[0], -1))
         check_rope(self.architecture, like.shape[1])
         return Rows(like.shape[0], like.shape[1], _padding(mask), positions, segments)
+
+    def _packs(self, rows: int) -> bool:
+        """Whether positions that restart tell sequences of a row apart: as in transformers, where the body makes no cache, or by flash attention."""
+        base = self.architecture.base
+        if "flash" in base.config._attn_implementation:
+            return rows == 1
+        makes_a_cache = self.arguments.get("use_cache", getattr(base.config, "use_cache", False))
+        return not makes_a_cache or (getattr(base, "gradient_checkpointing", False) and base.training)
 
     def input_ids(self, stack: str) -> Tensor | None:
         """(B, T) int64 of a stack, or None where it was given embeddings."""
@@ -201,9 +215,11 @@ class BodyCall:
 
 def _ready_masks(given: Any) -> dict[str, Tensor | None]:
     """Masks that were made outside of the body, (B or 1, 1, T, T), by the kind of layer that they are for; "" for all. None: causal."""
-    if isinstance(given, dict):
-        return given
-    return {"": given} if isinstance(given, Tensor) and given.dim() == 4 else {}
+    found = given if isinstance(given, dict) else {"": given} if isinstance(given, Tensor) and given.dim() == 4 else {}
+    for name, mask in found.items():
+        if mask is not None:
+            require_visibility(mask, f"attention_mask[{name!r}]" if name else "attention_mask")
+    return found
 
 
 def _real_tokens(ready: dict[str, Tensor | None]) -> Tensor | None:

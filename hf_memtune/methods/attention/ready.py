@@ -8,10 +8,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_memtune._compat import is_fake
+from hf_memtune.errors import MemTuneError
+
 
 def visible(mask: Tensor) -> Tensor:
     """(B, 1, T, T) bool, True where a query may look, of a mask of that kind or one that is added."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def require_visibility(mask: Tensor, name: str) -> None:
+    """Refuse a mask that is more than who may look at whom. Raises MemTuneError.
+
+    One mask for all heads, of booleans, or of numbers that are added: 0, or so low that nothing is seen.
+    """
+    wrong = None
+    if mask.dim() != 4 or mask.shape[1] != 1:
+        wrong = f"got the shape {tuple(mask.shape)}, of which there is one for each head"
+    elif mask.requires_grad:
+        wrong = "got a mask that requires a gradient, which would be lost"
+    elif mask.dtype != torch.bool and not is_fake(mask) and not bool(((mask == 0) | ~visible(mask)).all()):
+        wrong = "got numbers to be added to the scores that are neither 0 nor the lowest"
+    if wrong is not None:
+        raise MemTuneError(
+            f"{name}: {wrong}; passes over a part of the tokens read of a mask with 4 dimensions only who may look at whom. Expected (batch, 1, "
+            "tokens, tokens), of booleans, or of 0 and the lowest number. For other biases train with activation checkpointing alone."
+        )
 
 
 def rule_of(mask: Tensor) -> Callable:

@@ -33,8 +33,11 @@ from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.overrides import forward_as, instance_attribute, not_checkpointing
 
 _numbers = itertools.count()
+OWN = "hf_memtune-"  # how the names begin that this package gives to functions of its own
 # Kernels that take a boolean or an additive mask. Others (flash, flex) know no mask for a subset of the queries.
 _MASKED_KERNELS = ("sdpa", "eager")
+# What the others compute, sdpa computes with a mask. By name of transformers, or of a repository of kernels on the hub.
+_OTHER_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 class Pass(Protocol):
@@ -59,7 +62,7 @@ class Router:
     def __init__(self, architecture: Architecture):
         self.architecture, self.places = architecture, Places(architecture)
         self.calls: weakref.WeakSet = weakref.WeakSet()
-        self.name = f"hf_memtune-{next(_numbers)}"
+        self.name = f"{OWN}{next(_numbers)}"
         self.active: Pass | None = None
         self.makes_masks = False
         self._kernels: dict[int, str] = {}
@@ -153,7 +156,15 @@ class Router:
     def kernel(self, config) -> str:
         """The attention implementation that a pass uses for a model configured with another one."""
         configured = self._kernels.get(id(config), "sdpa") if self.active else config._attn_implementation
-        return configured if configured in _MASKED_KERNELS else "sdpa"
+        if configured in _MASKED_KERNELS:
+            return configured
+        if not _is_exact(configured):
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: attn_implementation: got {configured!r}, a function that hf_memtune does not know, in whose place it "
+                "would run another one. Expected sdpa, eager, or flash or flex attention as transformers has them. Load the model with "
+                "attn_implementation='sdpa', if that is the same attention, or train with activation checkpointing alone."
+            )
+        return "sdpa"
 
     def _attention(self, module, query, key, value, attention_mask=None, **kwargs):  # afmoe gives the mask by its name
         kernel = self.kernel(module.config)
@@ -179,6 +190,13 @@ class Router:
         hidden = -torch.inf if self.kernel(config) == "sdpa" and not self._extended else torch.finfo(dtype).min
         mask = self.active.mask(mask_function, partial(additive, dtype=dtype, hidden=hidden), allow_is_causal_skip)
         return mask.expand(batch_size, -1, -1, -1) if self._extended and mask is not None else mask  # hand-written code looks at its shape
+
+
+def _is_exact(kernel: str | None) -> bool:
+    """Whether a kernel computes plain softmax attention, so that another one may take its place. None: the model has no interface."""
+    if kernel is None or kernel in _OTHER_KERNELS or kernel.startswith(OWN):
+        return True
+    return "/" in kernel and any(word in kernel.lower() for word in ("flash", "sdpa", "flex"))
 
 
 def _checkpointing(module: nn.Module) -> Iterator[str]:
