@@ -18,9 +18,13 @@ from hf_memtune.architectures.stacks import layer_stacks
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
+from hf_memtune.levers.facts import checkpoints
 from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.depth import FEWEST, Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
+from hf_memtune.memory.log import Log
+
+MANY = 0.1  # of all parameters: adapters are fewer, and their gradients too small to decide
 
 
 def estimate(
@@ -97,21 +101,24 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
 def _traced(model: nn.Module, args: Any, scene: Scene, every_layer: bool) -> tuple[MemoryAccount, int, str | None]:
     depths = None if every_layer else _depths(model, args)
     if depths is not None:
-        few, more = (rehearse(model, args, replace(scene, layers=count)) for count in (depths.shorter, depths.longer))
-        account = _extrapolated(few, more, depths)
+        counts = [depths.shorter, depths.longer, *([depths.third] if _is_ambiguous(model, args) else [])]
+        traced = [rehearse(model, args, replace(scene, layers=count)) for count in counts]
+        account = _extrapolated(traced, depths.steps)
         if account is not None:
-            flops = few.step.flops + depths.steps * (more.step.flops - few.step.flops)
-            how = f"{depths.wanted} layers, from traces of {depths.shorter} and {depths.longer}"
-            return account, flops, how
+            few, more = (each.step.flops for each in traced[:2])
+            how = f"{depths.wanted} layers, from traces of {', '.join(map(str, counts[:-1]))} and {counts[-1]}"
+            return account, few + depths.steps * (more - few), how
     whole = rehearse(model, args, scene)
     return _with_evaluation(whole.step.account(), whole.evaluation and whole.evaluation.account()), whole.step.flops, None
 
 
-def _extrapolated(few: Rehearsed, more: Rehearsed, depths: Depths) -> MemoryAccount | None:
-    step = extrapolate(few.step.log, more.step.log, depths.steps)
-    if step is None or few.evaluation is None:
-        return step
-    return _with_evaluation(step, extrapolate(few.evaluation.log, more.evaluation.log, depths.steps))
+def _extrapolated(traced: list[Rehearsed], steps: int) -> MemoryAccount | None:
+    def whole(logs: list[Log]) -> MemoryAccount | None:
+        return extrapolate(logs[0], logs[1], steps, *logs[2:])
+
+    step = whole([each.step.log for each in traced])
+    evaluations = [each.evaluation.log for each in traced if each.evaluation is not None]
+    return step if step is None or not evaluations else _with_evaluation(step, whole(evaluations))
 
 
 def _with_evaluation(step: MemoryAccount, evaluation: MemoryAccount | None) -> MemoryAccount:
@@ -137,7 +144,17 @@ def _depths(model: nn.Module, args: Any) -> Depths | None:
         return None
     kinds = getattr(stacks[0].config, "layer_types", None) or [None] * len(stacks[0].layers)
     fewest = FEWEST + 2 if args.kv_offload else FEWEST  # the keys and values of two layers are on the device at a time
-    return depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)], fewest)
+    fewest += _is_ambiguous(model, args)
+    found = depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)], fewest)
+    is_more = found is not None and _is_ambiguous(model, args) and found.wanted <= found.shorter + found.longer + found.third
+    return None if is_more else found
+
+
+def _is_ambiguous(model: nn.Module, args: Any) -> bool:
+    """Whether two traces may be taken for one another: by layers, the inputs of layers go as the gradients of their parameters come."""
+    by_layers = args.stream_order == "layers" or (args.stream_order is None and checkpoints(args))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return args.streams and not args.token_seeking and by_layers and trained > MANY * sum(p.numel() for p in model.parameters())
 
 
 def _conditions(model: nn.Module, args: Any, scene: Scene, rows: int, tokens: int) -> dict[str, Any]:

@@ -7,6 +7,9 @@ at the last ones, counted from its end. Both are found in two short models, one 
 the one to the other it gains with every further layer. Of each phase the largest of all these moments is its peak, exactly.
 
 Layers need not be equal: a period of them, such as sliding, sliding, full, is taken as one.
+
+A moment counted from the end may be one at the first layers of the shorter model, whose events look alike: what it seems to gain is then no
+gain of a further layer. Where that may decide, a third model, deeper by as much again, says which moments gain the same twice.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ class Depths:
     def steps(self) -> int:
         """How often what the longer model has more than the shorter one is to be added to the shorter one."""
         return (self.wanted - self.shorter) // (self.longer - self.shorter)
+
+    @property
+    def third(self) -> int:
+        """Layers of a model that is deeper than the longer one by as much as that is deeper than the shorter one."""
+        return 2 * self.longer - self.shorter
 
 
 def depths_of(signatures: list[Any], fewest: int = FEWEST) -> Depths | None:
@@ -94,39 +102,46 @@ class _Course:
         return cls(change.cumsum(0), keys, [(phase, start, stop) for (phase, start), stop in zip(starts, stops)])
 
 
-def extrapolate(shorter: Log, longer: Log, steps: int) -> MemoryAccount | None:
+def extrapolate(shorter: Log, longer: Log, steps: int, third: Log | None = None) -> MemoryAccount | None:
     """The account of the model that has `steps` times as many more layers than the shorter one as the longer one has.
 
-    None where the two logs do not go through the same stretches: then there is nothing to conclude.
+    third: of a model with twice as many more. None where the logs do not go through the same stretches: then there is nothing to conclude.
     """
-    few, more = _Course.of(shorter), _Course.of(longer)
-    if [phase for phase, *_ in few.stretches] != [phase for phase, *_ in more.stretches]:
+    courses = [_Course.of(log) for log in (shorter, longer, third) if log is not None]
+    if len({tuple(phase for phase, *_ in course.stretches) for course in courses}) > 1:
         return None
     best: dict[str, np.ndarray] = {}
-    for one, other in zip(few.stretches, more.stretches):
-        for moments in _moments(few, more, one, other, steps):
+    for stretches in zip(*(course.stretches for course in courses)):
+        phase = stretches[0][0]
+        parts = [(c.keys[start:stop], c.totals[start:stop]) for c, (_, start, stop) in zip(courses, stretches)]
+        for moments in _moments(parts, steps):
             top = moments[moments.sum(1).argmax()]
-            if one[0] not in best or top.sum() > best[one[0]].sum():
-                best[one[0]] = top
+            if phase not in best or top.sum() > best[phase].sum():
+                best[phase] = top
     phases = (PhaseBytes(phase, dict(zip(CATEGORIES, best[phase].tolist()))) for phase in PHASES if phase in best)
     return MemoryAccount(tuple(phases))
 
 
-def _moments(few: _Course, more: _Course, one: tuple, other: tuple, steps: int) -> Iterator[np.ndarray]:
-    """(moments, categories): what is alive in the deep model at the moments of one stretch that can be its highest."""
-    (_, start, stop), (_, start_more, stop_more) = one, other
-    length = min(stop - start, stop_more - start_more)
-    from_begin = _common(few.keys[start : start + length], more.keys[start_more : start_more + length])
-    yield _grown(few.totals[start : start + from_begin], more.totals[start_more : start_more + from_begin], steps)
-    from_end = _common(few.keys[stop - length : stop][::-1], more.keys[stop_more - length : stop_more][::-1])
-    if from_end:
-        yield _grown(few.totals[stop - from_end : stop], more.totals[stop_more - from_end : stop_more], steps)
-    tops = (c.totals[a:b][c.totals[a:b].sum(1).argmax()][None] for c, a, b in ((few, start, stop), (more, start_more, stop_more)))
-    yield _grown(*tops, steps)
+def _moments(parts: list[tuple[np.ndarray, np.ndarray]], steps: int) -> Iterator[np.ndarray]:
+    """(moments, categories): what is alive in the deep model at the moments of one stretch that can be its highest.
+
+    parts: keys and totals of that stretch in each model, the shorter ones first.
+    """
+    for ends in (slice(None), slice(None, None, -1)):  # counted from the beginning, and from the end
+        keys, totals = zip(*((keys[ends], totals[ends]) for keys, totals in parts))
+        count = min(_common(one, other) for one, other in zip(keys, keys[1:]))
+        few, more, *third = (each[:count] for each in totals)
+        steady = (third[0] - more == more - few).all(1) if third else slice(None)
+        if len(found := _grown(few, more, steps)[steady]):
+            yield found
+    *_, few, more = (totals[totals.sum(1).argmax()][None] for _, totals in parts)
+    yield _grown(few, more, steps + 2 - len(parts))
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
     """How many events two stretches have in common at their beginning."""
+    length = min(len(one), len(other))
+    one, other = one[:length], other[:length]
     differs = (one != other).any(1)
     return int(differs.argmax()) if differs.any() else len(differs)
 

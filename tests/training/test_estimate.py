@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
+from hf_memtune.forecast import estimate as predicting
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.memory.estimate import MemoryEstimate
 from tests.support.any_type import tiny
@@ -108,15 +109,27 @@ def test_encoders_that_classify_rows(tmp_path):
 BY_LAYERS = {"sequence_chunk_size": TOKENS // 4, "stream_order": "layers"}
 
 
-@pytest.mark.parametrize(
-    "settings", [SEEKING, BY_LAYERS, BY_LAYERS | KEPT | {"lora": True}], ids=["seeking", "by layers", "attention kept"]
-)
+BY_CHUNKS = BY_LAYERS | {"stream_order": "chunks"}
+
+
+@pytest.mark.parametrize("settings", [SEEKING, BY_CHUNKS, BY_CHUNKS | KEPT], ids=["seeking", "by chunks", "attention kept"])
 def test_a_few_layers_tell_what_all_would(tmp_path, settings):
     model, args, _ = setting(tmp_path, "llama", num_hidden_layers=6, **settings)
     short, whole = (estimate(model, args, sequence_length=TOKENS, evaluation=True, every_layer=every) for every in (False, True))
     assert short.account.phases == whole.account.phases and short.flops == whole.flops
     assert short.extrapolated == "6 layers, from traces of 2 and 3" and whole.extrapolated is None
     assert [phase.phase for phase in short.account.phases][-1] == "evaluation"
+
+
+@pytest.mark.parametrize("kept", [{}, KEPT], ids=["", "attention kept"])
+def test_by_layers_a_third_trace_tells_moments_that_look_alike_apart(tmp_path, kept, monkeypatch):
+    """Where all is trained: near the end of backward most gradients are there, and at its beginning the inputs of most layers."""
+    model, args, _ = setting(tmp_path, "llama", num_hidden_layers=16, **BY_LAYERS, **kept)
+    short, whole = (estimate(model, args, sequence_length=TOKENS, every_layer=every) for every in (False, True))
+    assert short.account.phases == whole.account.phases and short.flops == whole.flops
+    assert short.extrapolated == "16 layers, from traces of 3, 4 and 5"
+    monkeypatch.setattr(predicting, "_is_ambiguous", lambda model, args: False)
+    assert estimate(model, args, sequence_length=TOKENS).peak_bytes > whole.peak_bytes  # the sibling
 
 
 def test_a_config_is_as_good_as_its_model(tmp_path):
