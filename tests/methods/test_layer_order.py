@@ -105,9 +105,48 @@ def test_partly_frozen_models(trained, tied):
     assert len(found.gradients) == sum(p.requires_grad for p in model.parameters()) > 0
 
 
-def test_layers_below_the_first_that_learns_keep_no_inputs(monkeypatch):
-    made, init = [], RowTensor.__init__
-    monkeypatch.setattr(RowTensor, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+AROUND = {
+    "last norm alone": ("llama", ("model.norm",)),
+    "upper layers and the last norm": ("llama", ("layers.2", "model.norm")),
+    "last norm and head": ("gpt2", ("ln_f", "lm_head")),
+    "positions before the layers, and the last layer": ("gpt2", ("wpe", "h.2")),
+    "positions before the layers alone": ("opt", ("embed_positions",)),
+    "encoder and the last norm": ("pegasus", ("encoder.layers", "decoder.layer_norm")),
+}
+
+
+@pytest.mark.parametrize("order", ["layers", None])
+@pytest.mark.parametrize("which", AROUND)
+def test_what_is_learned_after_the_layers_and_what_before_them(which, order):
+    name, trained = AROUND[which]
+    model, batch, dtype = model_and_batch(name, lengths=LENGTHS, tie_word_embeddings=False)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in key for part in trained))
+    limit, expected = allowed(name, dtype), plain_twin(model, batch)
+    model = model if order else checkpointed(model, False)
+    if order is None:
+        model.disable_input_require_grads()  # by which transformers lets everything above the embedding learn
+        assert streams_of(model, batch) == [LayerStream]
+    found = assert_streams(model, batch, 5, limit, expected, order=order)
+    assert worst_difference({key: gradient * 0.99 for key, gradient in found.gradients.items()}, expected[1]) > NOTICED
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@REENTRANT
+def test_checkpointed_adapters_of_upper_layers_and_a_trained_norm(reentrant, hooked):
+    """hooked: whether embeddings are made to require grad, as PEFT does for re-entrant checkpoints."""
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
+    model = with_lora(model, ["q_proj", "up_proj"], layers_to_transform=[1, 2])
+    model.get_base_model().model.norm.requires_grad_(True)
+    expected = plain_twin(model, batch)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model.get_base_model(), "enable_input_require_grads" if hooked else "disable_input_require_grads")()
+    assert streams_of(model.get_base_model(), batch) == [LayerStream]
+    assert_streams(model, batch, 5, tolerance(dtype), expected)
+
+
+@pytest.mark.parametrize("also", [(), ("model.norm",)], ids=["layers alone", "and the last norm"])
+def test_layers_below_the_first_that_learns_keep_no_inputs(also, monkeypatch):
     dropped, pop = [], LayerStream._all_go_backward
 
     def counting(self, *args):
@@ -117,7 +156,7 @@ def test_layers_below_the_first_that_learns_keep_no_inputs(monkeypatch):
     monkeypatch.setattr(LayerStream, "_all_go_backward", counting)
     model, batch, _ = model_and_batch("llama", lengths=LENGTHS, num_hidden_layers=4)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.3" in name or "layers.2.mlp" in name)
+        parameter.requires_grad_(any(part in name for part in ("layers.3", "layers.2.mlp", *also)))
     stream(model, batch, 5, "layers")
     assert dropped[-1] == [2, 3]
 

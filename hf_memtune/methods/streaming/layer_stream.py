@@ -33,7 +33,7 @@ from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.overrides import instance_attribute, not_checkpointing
-from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means, layers_with_gradient
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 BY_CHUNKS = "Set stream_order=chunks: activation_checkpointing then works inside of each chunk."
@@ -76,9 +76,8 @@ class LayerStream(ChunkStream):
         architecture = self.router.architecture
         self.layers = architecture.decoder.layers
         self.returns_tuple = returns_tuple
-        self._learns_before = bool(call.inputs) or _learns_outside(architecture)
-        learned = len(self.layers) if self._learns_before else max(1, layers_with_gradient(architecture))
-        self._first = len(self.layers) - learned  # the first layer that goes backward
+        self._learns_around = bool(call.inputs) or _learns_outside(architecture)
+        self._first = 0  # the first layer that goes backward
         self._attending: list[set[int]] = []  # of each layer, its attention modules to its own stack
         self._kept: dict[int, RowTensor] = {}  # inputs of layers, (B, T, D) each, but the first's, which the body makes again
 
@@ -94,6 +93,7 @@ class LayerStream(ChunkStream):
     def run_forward(self, records: Records) -> None:
         """All layers without gradient, each for all chunks."""
         with torch.no_grad(), not_checkpointing(self.router.architecture.base):
+            self._first = self._first_that_learns()
             seen = []
             for number in range(self.count):
                 self.tape.record(("before", number))
@@ -106,6 +106,22 @@ class LayerStream(ChunkStream):
                     self._layer_forward(layer, number, around, self._input(layer, around.span))
                 self._layer_done(layer)
         self._require_kept()
+
+    def _first_that_learns(self) -> int:
+        """The first layer that is trained, or is given something that is learned before it; the last one, if only what follows it learns.
+
+        What is learned around the layers may stand before or after them. Only the graph that the body makes tells which.
+        """
+        trained = (number for number, layer in enumerate(self.layers) if any(p.requires_grad for p in layer.parameters()))
+        first = next(trained, len(self.layers) - 1)
+        if not first or not self._learns_around:
+            return first
+        with torch.enable_grad(), self.tape.replaying("where it learns"):  # what is drawn here is drawn again
+            around = self._around(self._context(0))
+        own = {id(leaf) for leaf in self.call.leaves}
+        given = [(around.hidden, around.calls[0]), *around.calls[1:first]]
+        learned = (number for number, values in enumerate(given) if any(_is_learned(value, own) for value in tree_leaves(values)))
+        return next(learned, first)
 
     def _layer_forward(self, layer: int, number: int, around: Around, hidden: Tensor) -> None:
         self.tape.record((layer, number))
@@ -138,7 +154,7 @@ class LayerStream(ChunkStream):
         with not_checkpointing(self.router.architecture.base), torch.no_grad():
             seen = []
             for number in range(self.count):
-                with self.tape.replaying(("before", number)), torch.set_grad_enabled(self._learns_before):
+                with self.tape.replaying(("before", number)), torch.set_grad_enabled(self._learns_around):
                     seen.append(self._around(self._stream(number)))
                 self._require_constants(seen[-1])
                 seen[-1].entry()  # with its graph: let go of it
@@ -166,7 +182,7 @@ class LayerStream(ChunkStream):
         span = around.span
         leaf = self._input(layer, span).requires_grad_(layer > self._first) if layer else None
         with torch.enable_grad():
-            entry = self._entry(number, self._learns_before) if leaf is None else leaf.view_as(leaf)
+            entry = self._entry(number, self._learns_around) if leaf is None else leaf.view_as(leaf)
             with self.tape.replaying((layer, number)):
                 hidden = self._run_layer(layer, around, entry)
             if layer + 1 == len(self.layers):
@@ -176,7 +192,8 @@ class LayerStream(ChunkStream):
                 self.tokens_run += span.index.shape[1] * self.rows.batch
             else:
                 assert arriving is not None
-                tensors, gradients = [hidden], [arriving.get(span.first, span.index.shape[1])]
+                # of the first layer that goes backward, nothing may have been learned in this call: adapters that are not used
+                tensors, gradients = ([hidden], [arriving.get(span.first, span.index.shape[1])]) if hidden.requires_grad else ([], [])
             del hidden, entry
             if tensors:
                 torch.autograd.backward(tensors, gradients)
@@ -185,7 +202,7 @@ class LayerStream(ChunkStream):
             self._kept[layer].put(leaf.grad, span.first)
 
     def _entry(self, number: int, learns: bool = False) -> Tensor:
-        """What the first layer is given of a chunk, made again by the body. learns: with what is learned before the first layer."""
+        """What the first layer is given of a chunk, made again by the body. learns: with what may be learned before the first layer."""
         with self.tape.replaying(("before", number)), torch.set_grad_enabled(learns):
             hidden = self._around(self._stream(number)).entry()
         return hidden if learns else hidden.detach()
@@ -276,6 +293,11 @@ def _learns_outside(architecture: Architecture) -> bool:
     """Whether anything of the body but the layers of its decoder is trained."""
     inside = {id(p) for layer in architecture.decoder.layers for p in layer.parameters()}
     return any(p.requires_grad and id(p) not in inside for p in architecture.base.parameters())
+
+
+def _is_learned(value: Any, own: set[int]) -> bool:
+    """Whether a gradient is wanted of a value: not of a leaf that a hook has made of a constant (`enable_input_require_grads`)."""
+    return isinstance(value, Tensor) and value.requires_grad and (not value.is_leaf or id(value) in own)
 
 
 def wants_router_logits(call: BodyCall) -> bool:
