@@ -10,51 +10,53 @@ It is not safe where somebody looks at the gradient before it is accumulated (a 
 (torch.autograd.grad).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_memtune._compat import accumulates
+from hf_memtune.core.places import Place, in_place
 
 
 class GradientSums:
-    """The trained parameters of `module`, in a fixed order, their aliases, and the sums.
+    """The trained parameters of `module` (buffers that require grad are some, too), in a fixed order, their aliases, and the sums.
 
-    parameters: what autograd is to be told of.
+    parameters: what autograd is to be told of. Made when the module is called: its parts run on the tensors that it has then.
     """
 
     def __init__(self, module: nn.Module):
-        self._slots = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and p.requires_grad]
-        self.parameters: list[nn.Parameter] = list({id(p): p for _, _, p in self._slots}.values())
+        kinds = (entries for m in module.modules() for entries in (m._parameters, m._buffers))
+        found: list[Place] = [(entries, name, tensor) for entries in kinds for name, tensor in entries.items() if tensor is not None]
+        self.parameters: list[Tensor] = list({id(tensor): tensor for _, _, tensor in found if tensor.requires_grad}.values())
         self._aliases = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in self.parameters}
+        self._found = found
+        self._places: list[Place] = [(entries, name, self._aliases.get(id(tensor), tensor)) for entries, name, tensor in found]
         self._shared: set[int] = set()
 
-    def alias(self, parameter: nn.Parameter) -> nn.Parameter:
+    def alias(self, parameter: Tensor) -> nn.Parameter:
         """What stands for a parameter while parts run."""
         return self._aliases[id(parameter)]
 
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """While open, the module runs on the aliases."""
-        for module, name, parameter in self._slots:
-            module._parameters[name] = self._aliases[id(parameter)]
-        try:
-            yield
-        finally:
-            for module, name, parameter in self._slots:
-                module._parameters[name] = parameter
+    def standing_in(self) -> AbstractContextManager[None]:
+        """While open, the module runs on the aliases, and on what else it had when it was called."""
+        return in_place(self._places)
+
+    def as_called(self) -> AbstractContextManager[None]:
+        """While open, the module runs on what it had when it was called."""
+        return in_place(self._found)
 
     def begin(self, nodes: Sequence[Any]) -> None:
         """Before the first part goes backward. nodes: of each parameter, what autograd will hand its gradient to, or None."""
         for parameter, node in zip(self.parameters, nodes):
-            if parameter.grad is not None and not parameter._backward_hooks and _is_plain(parameter) and accumulates(node):
+            is_alone = parameter.is_leaf and parameter.grad is not None and not parameter._backward_hooks
+            if is_alone and _is_plain(parameter) and accumulates(node):
                 self._aliases[id(parameter)].grad = parameter.grad
                 self._shared.add(id(parameter))
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to a sum what was found elsewhere; the gradient is not used by anyone else from then on, and may have no memory any more."""
         alias, is_expanded = self._aliases[id(parameter)], 0 in gradient.stride()
         if alias.grad is None:
@@ -68,7 +70,7 @@ class GradientSums:
         """When all parts have gone backward: what to hand to autograd, in the order of `parameters`."""
         return [self._taken(parameter) for parameter in self.parameters]
 
-    def _taken(self, parameter: nn.Parameter) -> Tensor | None:
+    def _taken(self, parameter: Tensor) -> Tensor | None:
         alias = self._aliases[id(parameter)]
         found, alias.grad = alias.grad, None
         if id(parameter) not in self._shared:
@@ -77,7 +79,7 @@ class GradientSums:
         return found.new_zeros(()).expand(found.shape)
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
+def _is_plain(parameter: Tensor) -> bool:
     gradient = parameter.grad
     assert gradient is not None
     return gradient.layout == torch.strided and gradient.dtype == parameter.dtype and not gradient.requires_grad

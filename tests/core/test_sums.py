@@ -173,6 +173,32 @@ def test_aliases_stand_in_wherever_a_parameter_stands(module):
     assert all(p is parameters[name] for name, p in module.named_parameters(remove_duplicate=False))
 
 
+def test_what_was_there_on_entry_is_put_back(module):
+    """Between the call and its backward, others may have been put in: these stay, and parts run on what the call had."""
+    module.register_buffer("scale", torch.ones(2, dtype=torch.float64))
+    called = {**dict(module.named_parameters()), "scale": module.scale}
+    sums = GradientSums(module)
+    for layer in (module.first, module.second, module.frozen):
+        layer.weight, layer.bias = (nn.Parameter(2 * p) for p in (layer.weight, layer.bias))
+    module.scale = 2 * module.scale
+    then = {**dict(module.named_parameters(remove_duplicate=False)), "scale": module.scale}
+    with sums.standing_in():
+        assert module.first.weight is module.second.weight is sums.alias(called["first.weight"])
+        assert module.frozen.weight is called["frozen.weight"] and module.scale is called["scale"]
+    with sums.as_called():
+        assert module.first.weight is called["first.weight"] and module.scale is called["scale"]
+    assert all(p is then[name] for name, p in module.named_parameters(remove_duplicate=False)) and module.scale is then["scale"]
+
+
+def test_what_somebody_puts_in_while_parts_run_stays(module):
+    """Offloading puts in weights before a module runs, and takes them out."""
+    sums, weight = GradientSums(module), nn.Parameter(torch.ones(SIZE, SIZE))
+    with sums.standing_in():
+        module.first.weight = weight
+        del module.second.bias
+    assert module.first.weight is weight and "bias" not in module.second._parameters
+
+
 def test_what_was_found_elsewhere_is_added(module):
     weight = module.first.weight
     for given in (torch.ones_like(weight), torch.ones((), dtype=weight.dtype).expand_as(weight)):

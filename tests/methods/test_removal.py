@@ -253,6 +253,46 @@ def test_a_second_method_is_refused_and_the_first_stays(first):
     assert_untouched(model, untouched, batch)
 
 
+# -- weights of others -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_inside", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, "by layers"])
+def test_weights_that_are_put_in_for_one_call(method, tied, loss_inside):
+    """torch.func.functional_call: trained and frozen weights and buffers are those of the call, in its backward too, and then the model's own."""
+    model, batch, _ = model_and_batch("llama", tie_word_embeddings=tied)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("up_proj" not in key)
+    given = {key: (1.1 * value.detach()).requires_grad_(value.requires_grad) for key, value in model.named_parameters()}
+    given |= {key: 1.1 * value for key, value in model.named_buffers()}
+    batch, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    before, own = {**dict(model.named_parameters()), **dict(model.named_buffers())}, registered()
+
+    def step(model, call):
+        torch.manual_seed(0)
+        if loss_inside:
+            return call(model, **batch, labels=labels).loss.backward()
+        model.loss_function(call(model, **batch).logits, labels, vocab_size=model.config.vocab_size).backward()
+
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(given, strict=False)
+    for (key, buffer), other in zip(twin.named_buffers(), model.buffers()):
+        buffer.copy_(given[key])
+        assert not torch.equal(buffer, other)
+    put = METHODS.get(method, lambda model: Streaming(model, StreamingConfig(stream_order="layers", **IN_CHUNKS)))
+    with put(twin), put(model):
+        step(twin, lambda model, **inputs: model(**inputs))
+        step(model, lambda model, **inputs: torch.func.functional_call(model, given, (), inputs))
+        assert all(parameter.grad is None for parameter in model.parameters())
+        expected = {key: value.grad for key, value in twin.named_parameters() if value.grad is not None}
+        found = {key: given[key].grad for key in expected}
+        assert worst_difference(found, expected) <= tolerance(torch.float32)
+        assert worst_difference({key: 0.99 * value for key, value in found.items()}, expected) > NOTICED
+    assert all(value is before[key] for key, value in [*model.named_parameters(), *model.named_buffers()])
+    assert registered() <= own
+
+
 # -- what a call holds -------------------------------------------------------------------------------------------------
 
 

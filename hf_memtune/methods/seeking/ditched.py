@@ -7,7 +7,7 @@ Shape legend: B rows of a batch, T tokens in a row, S kept tokens, D hidden size
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class DitchedCall:
 
     def focus(self, live: bool) -> Any:
         """The body's output for the kept tokens, with gradient. live: to the model's own parameters and inputs, in forward."""
+        with self.sums.as_called() if live else nullcontext():
+            return self._focus(live)
+
+    def _focus(self, live: bool) -> Any:
         if self._store is None:  # one loss has had them: a further one of the same call finds them again
             self._store = KeyValueStore()
             self.outputs = BodyOutputs(self.call)
@@ -133,7 +137,7 @@ class DitchedCall:
     def _choose(self, gradient: Tensor | None) -> None:
         if gradient is None and self.choice.selection is not None:
             return  # a loss of router logits beside the one that chose
-        with self.autocast.restored():
+        with self.autocast.restored(), self.sums.as_called():
             if self.choice.selection is not None:
                 self.choice = chosen_again(self)
             self.choice.by_gradient(gradient)

@@ -35,7 +35,7 @@ class ChoosingHead(Head):
         run, self.run = self.run, None
         if run is None:
             return super().of(forward)
-        return _ChoosingLoss(forward, self.weight, self.there.bias, run, self._body)
+        return _ChoosingLoss(self.bound(forward), self.weight, self.there.bias, run, self._body)
 
 
 def _memory(hidden: Tensor) -> int:

@@ -53,7 +53,7 @@ class ChosenStream(ChunkStream):
         return cotangents
 
     def _chosen_now(self, cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        with self.autocast.restored():
+        with self.autocast.restored(), self.sums.as_called():
             if self.choice.selection is not None:
                 self.choice = chosen_again(self)
             self.choice.by_gradient(cotangents[0])

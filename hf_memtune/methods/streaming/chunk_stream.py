@@ -277,7 +277,7 @@ class ChunkStream:
         return self.rows.kept_of_chunk(selection, start, stop)
 
 
-def _tied_matrix(architecture: Architecture, trained: Sequence[nn.Parameter]) -> nn.Parameter | None:
+def _tied_matrix(architecture: Architecture, trained: Sequence[Tensor]) -> Tensor | None:
     """The matrix that the embedding of one stack and the head share, if it is trained, as a parameter of the body."""
     if not is_tied(architecture):
         return None
