@@ -67,3 +67,20 @@ def accumulates(node) -> bool:
         return node is not None and torch._C._will_engine_execute_node(node)
     except RuntimeError:
         return False
+
+
+def has_hooks(node) -> bool:
+    """Whether anybody has hung a hook of Python's on a node of autograd, before it or after it; not what C++ hangs there, as DDP does.
+
+    torch lists them nowhere. One more of a kind is put where the others are, if there are any, and taken away again.
+    """
+    for register in (node.register_prehook, node.register_hook):
+        handle = register(_nothing)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False
+
+
+def _nothing(*args) -> None: ...

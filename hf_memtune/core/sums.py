@@ -6,8 +6,8 @@ optimizers that step in backward, and the user's own.
 
 ONE SUM. Autograd would add what it is handed to a `.grad` that is there from an earlier micro-batch: two tensors of the size of every
 parameter at once. Where it is safe, the alias therefore takes that `.grad` as its own, and autograd is handed a zero without memory.
-It is not safe where somebody looks at the gradient before it is accumulated (a hook on the parameter), or where nothing is accumulated
-(torch.autograd.grad).
+It is not safe where somebody looks at the gradient before it is accumulated (a hook on the parameter, or on its node in the graph), or
+where nothing is accumulated (torch.autograd.grad, or a parameter that was frozen since the call).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune._compat import accumulates
+from hf_memtune._compat import accumulates, has_hooks
 from hf_memtune.core.places import Place, in_place
 
 
@@ -51,8 +51,7 @@ class GradientSums:
     def begin(self, nodes: Sequence[Any]) -> None:
         """Before the first part goes backward. nodes: of each parameter, what autograd will hand its gradient to, or None."""
         for parameter, node in zip(self.parameters, nodes):
-            is_alone = parameter.is_leaf and parameter.grad is not None and not parameter._backward_hooks
-            if is_alone and _is_plain(parameter) and accumulates(node):
+            if _adds_to_grad(parameter) and accumulates(node) and not has_hooks(node):
                 self._aliases[id(parameter)].grad = parameter.grad
                 self._shared.add(id(parameter))
 
@@ -79,7 +78,8 @@ class GradientSums:
         return found.new_zeros(()).expand(found.shape)
 
 
-def _is_plain(parameter: Tensor) -> bool:
-    gradient = parameter.grad
-    assert gradient is not None
+def _adds_to_grad(parameter: Tensor) -> bool:
+    """Whether autograd would add a gradient to that which is there, of a parameter that is trained still, and nobody sees what is added."""
+    if not parameter.is_leaf or not parameter.requires_grad or parameter._backward_hooks or (gradient := parameter.grad) is None:
+        return False
     return gradient.layout == torch.strided and gradient.dtype == parameter.dtype and not gradient.requires_grad

@@ -139,6 +139,32 @@ def test_a_hook_on_the_parameter_may_change_the_gradient(module, there):
     assert_close([weight.grad], [3 * expected + there])
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_a_hook_on_the_node_of_a_parameter_sees_what_is_added(module, kind, there):
+    """And may change it, before it is accumulated."""
+    expected, weight, seen = plain_gradients(module)[0], module.first.weight, []
+    weight.grad = torch.ones_like(weight) if there else None
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    if kind == "before":
+        node.register_prehook(lambda gradients: (seen.append(gradients[0].clone()), (3 * gradients[0],))[1])
+    else:
+        node.register_hook(lambda inputs, gradients: seen.append(gradients[0].clone()))
+    loss_of(in_parts(module, rows())).backward()
+    assert_close([*seen, weight.grad], [expected, (3 if kind == "before" else 1) * expected + there])
+
+
+def test_a_parameter_that_is_frozen_after_the_call_learns_nothing(module):
+    weight, other = trained(module)[:2]
+    expected = plain_gradients(module)[1]
+    weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
+    loss = loss_of(in_parts(module, rows()))
+    weight.requires_grad_(False)
+    loss.backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert_close([other.grad], [expected + 1])
+
+
 def test_torch_autograd_grad_writes_to_no_gradient(module):
     expected = plain_gradients(module)
     for p in trained(module):
@@ -216,13 +242,14 @@ def test_what_was_found_elsewhere_is_added(module):
 MATRIX = 1000 * 8 * 4
 
 
-def peak(there, hooked=False):
+def peak(there, hooked=None):
     """What backward makes at most: of a matrix of 1000 rows, of which every part needs a gradient of the whole size."""
     torch.manual_seed(0)
     linear = nn.Linear(8, 1000, bias=False)
     linear.weight.grad = torch.zeros_like(linear.weight) if there else None
-    if hooked:
-        linear.weight.register_hook(lambda gradient: None)
+    node = torch.autograd.graph.get_gradient_edge(linear.weight).node
+    if hooked is not None:
+        {"tensor": linear.weight.register_hook, "node": node.register_prehook}[hooked](lambda gradient: None)
     loss = in_parts(linear, torch.randn(3, 8)).sum()
     with LiveBytes() as live:
         loss.backward()
@@ -234,7 +261,7 @@ def test_the_sum_is_never_held_twice():
     rest = 1000 * 4 + 4  # what a part computes, and the gradient of the loss
     assert peak(there=True) == (MATRIX + rest, 0)
     assert peak(there=False) == (2 * MATRIX + rest, MATRIX)
-    assert peak(there=True, hooked=True) == (2 * MATRIX + rest, 0)
+    assert peak(there=True, hooked="tensor") == peak(there=True, hooked="node") == (2 * MATRIX + rest, 0)
 
 
 def test_plain_training_holds_as_many():
