@@ -52,6 +52,7 @@ class Method(Generic[Config]):
         self.listeners = Listeners()
         self._given = model
         self.require_gathered()
+        _require_plain_lookups(self.architecture)
         self.prepare()
         if has_repacked_4bit(model):
             raise UnsupportedModelError(
@@ -217,6 +218,15 @@ def _require_free(architecture: Architecture) -> None:
                 f"{architecture.name}: a method of hf_memtune is on this model already, whose backward pass cannot be changed twice. Call remove() of "
                 "the other one; of a trainer with arguments that turn one on, leave the callback out."
             ]
+        )
+
+
+def _require_plain_lookups(architecture: Architecture) -> None:
+    counting = [name for name, module in architecture.base.named_modules() if getattr(module, "scale_grad_by_freq", False)]
+    if counting:
+        raise UnsupportedModelError(
+            f"{architecture.name}: {', '.join(counting)}: got scale_grad_by_freq=True, expected False: the gradient of a token is divided by how often "
+            "it comes in a lookup, and a pass over a part of the tokens looks up only these. Set scale_grad_by_freq=False on the embedding."
         )
 
 

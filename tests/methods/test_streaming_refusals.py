@@ -13,7 +13,7 @@ from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from tests.support.removal import registered, traces
-from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, stream
+from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, seeking_on, stream
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -62,6 +62,23 @@ def test_layers_left_out_at_random_are_refused(name, setting):
 def test_layers_of_an_encoder_may_be_left_out(name):
     """It runs once, as it is: see test_streaming."""
     streaming_on(tiny_model(name, encoder_layerdrop=0.1, decoder_layerdrop=0.0)).remove()
+
+
+@pytest.mark.parametrize("order", ["chunks", "layers"])
+def test_lookups_that_count_their_tokens_are_refused(order):
+    """The gradient of a token would be divided by how often it comes in its chunk, and not in the batch."""
+    model, batch, dtype = model_and_batch("llama")
+    embedding = model.get_input_embeddings()
+    without = plain_twin(model, batch)
+    embedding.scale_grad_by_freq = True
+    before = traces(model)
+    for make in (lambda: stream(model, batch, 5, order), lambda: seeking_on(model)):
+        with pytest.raises(UnsupportedModelError, match="embed_tokens: got scale_grad_by_freq=True.*Set scale_grad_by_freq=False"):
+            make()
+    assert traces(model) == before
+    assert worst_difference(plain_twin(model, batch)[1], without[1]) > NOTICED
+    embedding.scale_grad_by_freq = False
+    assert worst_difference(stream(model, batch, 5, order).gradients, without[1]) <= tolerance(dtype)
 
 
 def test_a_gap_in_the_store_is_never_read():
