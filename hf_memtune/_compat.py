@@ -83,4 +83,19 @@ def has_hooks(node) -> bool:
     return False
 
 
+def caches_parametrizations(module: torch.nn.Module) -> bool:
+    """Whether weights that parametrizations make in `module` are kept for further runs (`torch.nn.utils.parametrize.cached`)."""
+    from torch.nn.utils import parametrize
+
+    return bool(parametrize._cache_enabled) and any(map(parametrize.is_parametrized, module.modules()))
+
+
+def buffers_are_copied() -> bool:
+    """Whether the call that runs is one of DistributedDataParallel, which writes the first process' buffers into those of the others before each call."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active.forward_sync_buffers
+
+
 def _nothing(*args) -> None: ...

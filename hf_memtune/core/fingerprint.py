@@ -28,6 +28,10 @@ class Fingerprint:
         self._module = module
         self._states, self._versions = _states_of(module)
 
+    def forget(self, changing: set[int]) -> None:
+        """Let frozen weights, by identity, change: those that the call itself changes."""
+        self._versions = {key: version for key, version in self._versions.items() if key not in changing}
+
     def check(self, name: str = "") -> None:
         """Raises InverseError, a MemTuneError, which names the first module that differs now. name: that of the module itself."""
         states, versions = _states_of(self._module)

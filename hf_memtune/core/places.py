@@ -3,10 +3,25 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Place = tuple[dict, str, Tensor]
 """The `_parameters` or `_buffers` of a module, a name among them, and a tensor."""
+
+
+def places_of(module: nn.Module) -> list[Place]:
+    """All tensors of a module and of those within it: parameters and buffers, those that stand in several places several times."""
+    found: list[Place] = []
+    left = [module]
+    while left:  # modules() would take longer than all the rest
+        own = left.pop().__dict__
+        for entries in (own["_parameters"], own["_buffers"]):
+            for name, tensor in entries.items():
+                if tensor is not None:
+                    found.append((entries, name, tensor))
+        if own["_modules"]:
+            left.extend(child for child in reversed(own["_modules"].values()) if child is not None)
+    return found
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune._compat import accumulates, has_hooks
-from hf_memtune.core.places import Place, in_place
+from hf_memtune.core.places import Place, in_place, places_of
 
 
 class GradientSums:
@@ -28,8 +28,7 @@ class GradientSums:
     """
 
     def __init__(self, module: nn.Module):
-        kinds = (entries for m in module.modules() for entries in (m._parameters, m._buffers))
-        found: list[Place] = [(entries, name, tensor) for entries in kinds for name, tensor in entries.items() if tensor is not None]
+        found = places_of(module)
         self.parameters: list[Tensor] = list({id(tensor): tensor for _, _, tensor in found if tensor.requires_grad}.values())
         self._aliases = {id(p): nn.Parameter(p.detach(), requires_grad=True) for p in self.parameters}
         self._found = found

@@ -7,11 +7,14 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize
 
 from hf_memtune import ConfigError, MemTuneError, Streaming, StreamingConfig, UnsupportedModelError
 from hf_memtune.core.store import KeyValueStore
+from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from tests.support.composition import with_lora
 from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, seeking_on, stream
 from tests.support.tiny_models import tiny_model
@@ -111,6 +114,191 @@ def test_a_loss_function_on_the_model_is_learned():
     without = own_step(model, batch)
     model.loss_function = lambda logits, labels, **kwargs: logits.square().mean() + logits[:, -1].sum() / 100
     assert_learns_as_plain(model, batch, without)
+
+
+# -- what changes between a call and its backward ------------------------------------------------------------------------
+
+METHODS = {
+    "chunks": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order="chunks")),
+    "layers": lambda model: Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order="layers")),
+    "cut": lambda model: seeking_on(model, token_scorer="random"),
+    "stream": lambda model: seeking_on(model, token_scorer="random", token_gradient="stream", sequence_chunk_size=5),
+}
+
+
+def adapted(name="llama"):
+    """A model with frozen weights, adapters with dropout, and a buffer; and a batch with all that a call may be given."""
+    model, batch, _ = model_and_batch(name)
+    model.model.norm.register_buffer("scale", torch.full((), 1.5, dtype=torch.float64))
+    model.model.norm.register_forward_hook(lambda module, args, output: module.scale * output)
+    model = with_lora(model, lora_dropout=0.3)
+    mask = batch["attention_mask"].bool()
+    return model, batch | {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def embedded(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    return {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": embeds}
+
+
+@torch.no_grad()
+def double(tensor):
+    tensor.mul_(2)
+
+
+CHANGES = {
+    "evaluation": (lambda model, batch: model.eval(), r"training \(got False, expected True"),
+    "merged": (lambda model, batch: model.merge_adapter(), "merged_adapters"),
+    "hooked": (lambda model, batch: inner(model).layers[1].register_forward_hook(lambda m, args, out: 2 * out), "layers.1: .*hooks"),
+    "ids": (lambda model, batch: batch["input_ids"].copy_(batch["input_ids"].flip(1)), r"input_ids was changed in place.*input_ids.clone\(\)"),
+    "embeddings": (lambda model, batch: double(batch["inputs_embeds"]), "inputs_embeds was changed"),
+    "mask": (lambda model, batch: batch["attention_mask"].narrow(1, 2, 3).fill_(False), "attention_mask was changed"),
+    "positions": (lambda model, batch: batch["position_ids"].narrow(1, 2, 3).add_(3), "position_ids was changed"),
+    "frozen": (lambda model, batch: double(inner(model).layers[1].mlp.up_proj.base_layer.weight), "frozen weights were changed"),
+    "trained": (lambda model, batch: double(inner(model).layers[1].mlp.up_proj.lora_A["default"].weight), "lora_A.default.weight was changed"),
+    "buffer": (lambda model, batch: double(inner(model).norm.scale), "buffer norm.scale was changed"),
+}  # fmt: skip
+
+
+def inner(model):
+    return model.get_base_model().model
+
+
+def step_with(change, method):
+    """The gradients of a call after which something changes. A batch of embeddings where these are what changes."""
+    model, batch = adapted()
+    batch = embedded(model, batch) if change == "embeddings" else batch
+    del batch["labels"]
+    with METHODS[method](model):
+        torch.manual_seed(0)
+        loss = model(**batch).logits.square().mean()  # with "cut", tokens are then chosen in backward
+        if change is not None:
+            CHANGES[change][0](model, batch)
+        return gradients(model, loss)
+
+
+@pytest.mark.parametrize("method", ["chunks", "layers", "cut"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_call_read_must_be_the_same_in_its_backward(change, method):
+    with pytest.raises(MemTuneError, match=CHANGES[change][1]):
+        step_with(change, method)
+
+
+@pytest.mark.parametrize("method", ["chunks", "layers"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_would_be_another_gradient(change, method, monkeypatch):
+    """The sibling: without the refusal."""
+    expected = step_with(None, method)
+    monkeypatch.setattr(Unchanged, "check", lambda self: None)
+    assert worst_difference(step_with(None, method), expected) == 0
+    try:
+        assert worst_difference(step_with(change, method), expected) > NOTICED
+    except RuntimeError as error:  # what the last chunk saved is looked at by autograd
+        assert "modified by an inplace operation" in str(error)
+
+
+def test_tokens_that_run_when_the_loss_is_taken_need_the_model_of_the_call():
+    model, batch = adapted()
+    labels = batch.pop("labels")
+    with METHODS["cut"](model):
+        logits = model(**batch).logits
+        model.eval()
+        with pytest.raises(MemTuneError, match=CHANGES["evaluation"][1]):
+            model.get_base_model().loss_function(logits, labels, vocab_size=logits.shape[-1])
+        model.train()
+        model.get_base_model().loss_function(logits, labels, vocab_size=logits.shape[-1]).backward()
+
+
+def test_the_remedies_help():
+    model, batch = adapted()
+    with METHODS["chunks"](model):
+        torch.manual_seed(0)
+        expected = gradients(model, model(**batch).loss)
+        torch.manual_seed(0)
+        ids, positions = batch["input_ids"].clone(), batch["position_ids"].clone()
+        loss = model(**batch | {"input_ids": ids.clone(), "position_ids": positions.clone()}).loss
+        ids.zero_(), positions.zero_()
+        model.eval()
+        model.train()
+        assert worst_difference(gradients(model, loss), expected) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_may_change_in_between(method):
+    """Passes of other kinds, gradients, statistics that a call counts itself, a buffer and weights between two steps, copies of weights."""
+    model, batch = adapted()
+    norm = inner(model).norm
+    norm.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    norm.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with METHODS[method](model):
+        for _ in range(2):
+            first, second = model(**batch).loss, model(**batch).loss
+            with torch.no_grad():
+                model.generate(**inputs, max_new_tokens=2)
+                model.eval()(**batch)
+                model.train()(**batch)
+            with model.disable_adapter():
+                model(**batch)
+            average.update_parameters(model)
+            (first + second).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            double(norm.scale)
+    assert norm.calls > 4
+
+
+@pytest.mark.parametrize("order", ["chunks", "layers"])
+def test_rows_that_a_lookup_shortens_may_be_frozen(order):
+    """max_norm: the call itself changes the weights."""
+    model, batch, dtype = model_and_batch("llama")
+    embedding = model.get_input_embeddings()
+    embedding.max_norm = 0.5
+    embedding.weight.requires_grad_(False)
+
+    def step():
+        return gradients(model, loss_of(model, batch)[0] + loss_of(model, batch)[0])
+
+    expected = step()
+    with METHODS[order](model):
+        assert worst_difference(step(), expected) <= tolerance(dtype)
+
+
+# -- weights that are made of others -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parametrized_weights_are_made_anew_by_every_pass(method):
+    """torch.nn.utils.parametrize.cached() would keep what a pass without gradient has made of them."""
+    model, batch, dtype = model_and_batch("llama")
+    for layer in model.model.layers:
+        parametrizations.weight_norm(layer.mlp.up_proj)
+    expected = plain_twin(model, batch)[1]
+    with METHODS[method](model):
+        with pytest.raises(MemTuneError, match=r"parametrized.*outside of cached\(\)"), parametrize.cached():
+            model(**batch)
+        loss = loss_of(model, batch)[0]
+        if method != "cut":
+            with pytest.raises(MemTuneError, match=r"parametrized.*outside of cached\(\)"), parametrize.cached():
+                loss.backward()
+        found = gradients(model, loss_of(model, batch)[0])
+        if method in ("chunks", "layers"):
+            assert worst_difference(found, expected) <= tolerance(dtype)
+    with METHODS[method](without := model_and_batch("llama")[0]), parametrize.cached():  # a model without any
+        assert gradients(without, loss_of(without, batch)[0])
+
+
+@pytest.mark.parametrize("order", ["chunks", "layers"])
+def test_weights_that_are_kept_would_learn_nothing(order, monkeypatch):
+    """The sibling: without the refusal."""
+    model, batch, _ = model_and_batch("llama")
+    parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    monkeypatch.setattr(Unchanged, "_require_made_anew", lambda self: None)
+    with METHODS[order](model), parametrize.cached():
+        found = gradients(model, loss_of(model, batch)[0])
+    assert not any("up_proj.parametrizations" in name and "layers.1" in name for name in found)
 
 
 # -- hooks on parameters -------------------------------------------------------------------------------------------------

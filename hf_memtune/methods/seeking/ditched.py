@@ -7,16 +7,17 @@ Shape legend: B rows of a batch, T tokens in a row, S kept tokens, D hidden size
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_memtune.core.recompute import Autocast, Parameters
+from hf_memtune.core.recompute import Autocast
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.core.sums import GradientSums
+from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
 from hf_memtune.methods.attention.outputs import BodyOutputs
@@ -41,6 +42,7 @@ class DitchedCall:
     def __init__(self, router: Router, call: BodyCall, choice: Choice, chunk: int, records: Records):
         self.router, self.call, self.choice, self.chunk, self.records = router, call, choice, chunk, records
         self.router.calls.add(self)
+        self.unchanged = Unchanged(router.architecture.base, router.architecture.name)
         self.sums = GradientSums(router.architecture.base)
         self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
         self.outputs = BodyOutputs(self.call)
@@ -67,14 +69,17 @@ class DitchedCall:
         self.choice.block = LastBlock(self.router, self.call, self.records, self.store, self.chunk)
 
     def take_outputs(self) -> list[Tensor]:
-        self._parameters = Parameters([self.router.architecture.base])  # after forward: looking up rows of max_norm changes them
+        self.unchanged.settle({**self.call.given, "encoder_outputs": self.call.encoder_output})
         encoded, self.outputs.encoded = self.outputs.encoded, None
         self.gives_encoded = encoded is not None
         return self.outputs.take() if encoded is None else [*self.outputs.take(), encoded]
 
     def focus(self, live: bool) -> Any:
         """The body's output for the kept tokens, with gradient. live: to the model's own parameters and inputs, in forward."""
-        with self.sums.as_called() if live else nullcontext():
+        if not live:
+            return self._focus(live)
+        self.unchanged.check()  # the loss may be taken after the call
+        with self.sums.as_called():
             return self._focus(live)
 
     def _focus(self, live: bool) -> Any:
@@ -116,7 +121,7 @@ class DitchedCall:
 
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Gradients of `inputs`, of the kept tokens' part in the loss; chosen now, if they were not before the loss was taken."""
-        self._parameters.check()
+        self.unchanged.check()
         given = list(cotangents)
         of_encoder = given.pop() if self.gives_encoded else None
         self._choose(given[0])

@@ -24,11 +24,12 @@ from hf_memtune.architectures import Architecture
 from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import OwedGradients
-from hf_memtune.core.recompute import Autocast, Parameters
+from hf_memtune.core.recompute import Autocast
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.core.sums import GradientSums
+from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
@@ -94,6 +95,7 @@ class ChunkStream:
         self.chunks = Chunks.of(self.rows.length, self.chunk, bool(self.states), call.may_begin())
         self.router.calls.add(self)
         base = self.router.architecture.base
+        self.unchanged = Unchanged(base, self.router.architecture.name)
         self.store, self.owed = self._new_stores()
         self.tape = RandomTape({p.device for p in self.router.architecture.head_model.parameters()})
         self.sums = self._new_sums(base)
@@ -157,7 +159,7 @@ class ChunkStream:
 
     def take_outputs(self) -> list[Tensor]:
         """Of all tokens, in the shapes of the body's own; and the matrix for the head to use, where it shares its gradient."""
-        self._parameters = Parameters([self.router.architecture.base])  # after forward: looking up rows of max_norm changes them
+        self.unchanged.settle({**self.call.given, "encoder_outputs": self.call.encoder_output})
         found = self.outputs.take()
         return found if self._matrix is None else [*found, self._matrix.view_as(self._matrix)]
 
@@ -190,7 +192,10 @@ class ChunkStream:
 
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Gradients of `inputs`; every chunk runs and goes backward by itself."""
-        self._parameters.check()
+        self.unchanged.check()
+        return self._gradients(cotangents, nodes)
+
+    def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         own = len(self.call.inputs)
         self.sums.begin(nodes[own:])
         given = list(cotangents)

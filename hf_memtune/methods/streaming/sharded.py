@@ -295,9 +295,9 @@ class ShardedStream(ChunkStream):
         with torch.no_grad():
             self._run_missing()
 
-    def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+    def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         with self._units.running_again():
-            found = super().backward(cotangents, nodes)
+            found = super()._gradients(cotangents, nodes)
             with torch.enable_grad(), self.autocast.restored():
                 self._run_missing()
         return found or [None]
