@@ -118,6 +118,14 @@ def views_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.view_as(t) if t.requires_grad else t for t in tensors]
 
 
+def made_by(tensor: Tensor) -> tuple[Any, int]:
+    """The node of autograd that a tensor is an output of, or None, and which one; looking through what FSDP2 puts before a module."""
+    node, number = tensor.grad_fn, tensor.output_nr
+    while type(node).__name__ == "RegisterPostBackwardFunctionBackward":  # it returns what it is given
+        node, number = node.next_functions[number]  # type: ignore[union-attr]
+    return node, number
+
+
 class Outputs:
     """What a layer returns beside its hidden states, as (new tensors, how to put them together again with the caller's own).
 

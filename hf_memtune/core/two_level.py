@@ -2,18 +2,21 @@
 again to find the inputs of its layers, and each layer once more with gradient. After Chen et al. 2016 (arXiv 1604.06174), section 4.
 
 Memory: L / m + m inputs of layers and the activations of one layer, against L inputs with a checkpoint a layer; one forward more.
+
+A layer goes on with the segment of the one before it where it is given the very output of that layer, and begins one of its own otherwise:
+whatever is done to the hidden states between two layers is plain autograd's, for one more input that is kept.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, views_of
+from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, made_by, views_of
 
 
 @dataclass
@@ -77,14 +80,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Passing:
-    """What travels with the hidden states from layer to layer: the segment, its first input and the tensors of its calls so far."""
+    """What a layer leaves for the next one: the segment, its first input, the tensors of its calls so far, and the version of its output."""
 
     segment: Segment
     boundary: Tensor
     tensors: tuple[tuple[Tensor, ...], ...] = ()
-
-    def beyond(self, tensors: Sequence[Tensor]) -> "Passing":
-        return replace(self, tensors=(*self.tensors, tuple(tensors)))
+    version: int = 0
 
 
 class TwoLevelLayer(torch.autograd.Function):
@@ -94,7 +95,7 @@ class TwoLevelLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, passing, hidden, *inputs):
+    def forward(ctx, passing, goes_on, hidden, *inputs):
         segment, index = passing.segment, len(passing.tensors)
         call = segment.calls[index]
         tensors = inputs[: len(inputs) - len(call.parameters.tensors)]
@@ -102,7 +103,9 @@ class TwoLevelLayer(torch.autograd.Function):
             output, extras = call.first(hidden, tensors)
         known = (*passing.tensors, tensors)
         ctx.segment, ctx.index, ctx.counts = segment, index, [len(each) for each in known]
-        ctx.save_for_backward(hidden if index == 0 else passing.boundary, *(tensor for each in known for tensor in each))
+        boundary = hidden if index == 0 else passing.boundary
+        ctx.save_for_backward(boundary, *(tensor for each in known for tensor in each))
+        ctx.passing = Passing(segment, boundary, known, output._version) if goes_on else None
         detached = [extra.detach() for extra in extras]
         ctx.mark_non_differentiable(*(new for new, extra in zip(detached, extras) if not extra.requires_grad))
         if call.extras is not None:
@@ -112,6 +115,7 @@ class TwoLevelLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, *extra_gradients):
+        ctx.passing = None
         boundary, *flat = ctx.saved_tensors
         tensors = [[flat.pop(0) for _ in range(count)] for count in ctx.counts]
         call = ctx.segment.calls[ctx.index]
@@ -124,13 +128,26 @@ class TwoLevelLayer(torch.autograd.Function):
         given = [(output, gradient), *((new, g) for new, g in zip(extras, extra_gradients) if new.requires_grad)]
         outputs, cotangents = zip(*given)
         found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
-        return None, next(found), *(next(found) if t.requires_grad else None for t in leaves), *found
+        return None, None, next(found), *(next(found) if t.requires_grad else None for t in leaves), *found
 
 
-def run_layer(call: LayerCall, passing: Passing, hidden: Tensor) -> tuple[Tensor, Passing, Any]:
-    """One layer with gradient: its output, what is to travel on, and what it returns beside its hidden states, or None."""
+def run_layer(call: LayerCall, hidden: Tensor, begins: bool = False, goes_on: bool = True) -> tuple[Tensor, Any]:
+    """One layer with gradient: its output, and what it returns beside its hidden states, or None.
+
+    begins: a new segment, whatever came before. goes_on: the output may be the input of another layer of the segment.
+    """
+    found = _taken_passing(hidden)
+    passing = Passing(Segment(), hidden) if begins or found is None else found
     tensors = call.arguments.take_tensors()
     passing.segment.calls.append(call)
-    output, *new = TwoLevelLayer.apply(passing, hidden, *tensors, *call.parameters.tensors)
-    extras = None if call.extras is None else call.extras.rebuilt(new, tensors)
-    return output, passing.beyond(tensors), extras
+    output, *new = TwoLevelLayer.apply(passing, goes_on, hidden, *tensors, *call.parameters.tensors)
+    return output, None if call.extras is None else call.extras.rebuilt(new, tensors)
+
+
+def _taken_passing(hidden: Tensor) -> Passing | None:
+    """What the layer before left, where `hidden` is what it returned, as it is. Its node holds that no longer: the next may take its time."""
+    node, number = made_by(hidden)
+    passing = getattr(node, "passing", None) if number == 0 else None
+    if passing is not None:
+        node.passing = None
+    return passing if passing is not None and passing.version == hidden._version else None

@@ -1,7 +1,4 @@
-"""Two-level checkpointing of a model as it is: exact, for one forward more than checkpointing every layer. See core/two_level.py.
-
-Between the layers travels a plain tuple (hidden states, what belongs to their segment) in the place of the hidden states.
-"""
+"""Two-level checkpointing of a model as it is: exact, for one forward more than checkpointing every layer. See core/two_level.py."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_memtune.architectures.stacks import layer_stacks, refuse_what_does_not_run_twice
 from hf_memtune.core.recompute import Arguments, Parameters
-from hf_memtune.core.two_level import LayerCall, Passing, Segment, run_layer
+from hf_memtune.core.two_level import LayerCall, run_layer
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.layer_override import LayerOverride, override_of
 from hf_memtune.methods.overrides import set_on_instance
@@ -68,15 +65,14 @@ class CheckpointedInStack(LayerOverride):
         self.position, self.shape = position, shape
 
     def forward(self, *args, **kwargs):
-        """As the layer's own, but hidden states and the first output may be a tuple of them and their `Passing`."""
+        """As the layer's own."""
         if not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
-        hidden, passing = self._received(hidden)
         call = LayerCall(self._bound(self._whole), Arguments(args, kwargs), Parameters([self.layer]), self._gathered)
-        hidden, passing, extras = run_layer(call, passing, hidden)
-        output = hidden if self.position + 1 == self.shape.layers else (hidden, passing, self.position)
-        return output if extras is None else (output, *extras)
+        begins = self.position % self.shape.segment_layers == 0
+        hidden, extras = run_layer(call, hidden, begins, goes_on=self.position + 1 < self.shape.layers)
+        return hidden if extras is None else (hidden, *extras)
 
     def alone(self, *args, **kwargs):
         """One layer needs no checkpoints."""
@@ -94,11 +90,3 @@ class CheckpointedInStack(LayerOverride):
             yield
         finally:
             unit.reshard()
-
-    def _received(self, hidden: Any) -> tuple[Tensor, Passing]:
-        if self.position:
-            if not isinstance(hidden, tuple) or hidden[-1] != self.position - 1:
-                raise self._interrupted()
-            hidden, passing, _ = hidden
-        begins = self.position % self.shape.segment_layers == 0
-        return hidden, Passing(Segment(), hidden) if begins else passing

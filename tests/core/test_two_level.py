@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from hf_memtune.core.recompute import Arguments, Parameters
-from hf_memtune.core.two_level import LayerCall, Passing, Segment, run_layer
+from hf_memtune.core.two_level import LayerCall, run_layer
 from tests.support.coupling import Block, gradients_of, inputs, stack_of
 
 
 def checkpointed(blocks, hidden, beside, segment_layers):
+    """segment_layers: None for a segment that never ends."""
     for number, block in enumerate(blocks):
-        if number % segment_layers == 0:
-            passing = Passing(Segment(), hidden)
         call = LayerCall(block.layer, Arguments((), {"beside": beside}), Parameters([block]))
-        hidden, passing, extras = run_layer(call, passing, hidden)
+        hidden, extras = run_layer(call, hidden, begins=bool(segment_layers) and number % segment_layers == 0)
         assert extras is None
     return hidden
 
@@ -47,13 +46,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, (hidden, beside, *parameters))
 
 
+def segments_of(output):
+    """The segment of every layer, from the last to the first."""
+    node, found = output.grad_fn, []
+    while node is not None:
+        found += [node.segment] if hasattr(node, "segment") else []
+        node = next((following for following, _ in node.next_functions if following is not None), None)
+    return found
+
+
 def test_no_input_outlives_its_backward():
     blocks, (hidden, beside) = [Block() for _ in range(4)], inputs()
-    segment = Segment()
-    passing = Passing(segment, hidden)
-    state = hidden
-    for block in blocks:
-        state, passing, _ = run_layer(LayerCall(block.layer, Arguments((beside,), {}), Parameters([block])), passing, state)
-    assert not segment.inputs
-    state.sum().backward()
+    output = checkpointed(blocks, hidden, beside, 4)
+    segment, *same = segments_of(output)
+    assert len(same) == 3 and all(each is segment for each in same) and not segment.inputs
+    output.sum().backward()
     assert not segment.inputs and hidden.grad is not None
+
+
+@pytest.mark.parametrize("between, segments", [(lambda x: x, 1), (lambda x: x * 1.5, 2), (lambda x: x.mul_(1.5), 2), (torch.sin, 2)])
+def test_a_layer_that_is_given_something_else_begins_a_segment(between, segments):
+    blocks, (hidden, beside) = stack_of(4, dropout=0.0), inputs()
+    found = []
+    for run in (checkpointed, plain):
+        state = hidden
+        for number, block in enumerate(blocks):
+            state = run([block], state if number != 2 else between(state), beside, None)
+        found.append(gradients_of(state, blocks, hidden, beside))
+        if run is checkpointed:
+            assert len({id(segment) for segment in segments_of(state)}) == segments
+    assert all(map(torch.equal, *found))

@@ -91,6 +91,60 @@ def test_hidden_states_in_the_middle_can_be_used():
     assert torch.equal(gradient(), plain)
 
 
+def bent(module, args, output):
+    return (output[0].sin(), *output[1:]) if isinstance(output, tuple) else output.sin()
+
+
+def bent_in_place(module, args, output):
+    (output[0] if isinstance(output, tuple) else output).sin_()
+
+
+def bent_before(module, args):
+    return args[0].sin(), *args[1:]
+
+
+def doubled(module, gradients, arriving):
+    return tuple(2 * each if each is not None and each.is_floating_point() else each for each in gradients)
+
+
+HOOKS = {
+    "forward": lambda layer: layer.register_forward_hook(bent),
+    "forward, in place": lambda layer: layer.register_forward_hook(bent_in_place),
+    "forward-pre": lambda layer: layer.register_forward_pre_hook(bent_before),
+    "full backward": lambda layer: layer.register_full_backward_hook(doubled),
+    "full backward-pre": lambda layer: layer.register_full_backward_pre_hook(lambda module, gradients: doubled(module, gradients, None)),
+}
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_change_what_goes_from_layer_to_layer(hook, name, number):
+    model, batch = model_and_batch(name, dropout=0.0, **({} if name == "bart" else {"num_hidden_layers": 4}))
+    layers = model.base_model.decoder.layers if name == "bart" else model.base_model.h if name == "gpt2" else model.model.layers
+    without = step(model, batch)
+    HOOKS[hook](layers[number % len(layers)])
+    plain = step(model, batch)
+    handle = checkpoint_in_two_levels(model)
+    assert worst_difference(step(model, batch)[1], plain[1]) <= RELATIVE[torch.float64]
+    assert worst_difference(without[1], plain[1]) > NOTICED  # and a hook that is left out is noticed
+    handle.restore()
+
+
+def test_hooks_that_record_see_what_they_see_in_plain_training_and_cost_nothing():
+    model, batch = model_and_batch("llama", dropout=0.0, num_hidden_layers=9)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+        layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0].detach().clone()), with_kwargs=True)
+    plain = step(model, batch)
+    expected = seen.copy()
+    seen.clear()
+    checkpoint_in_two_levels(model)
+    assert_same_step(step(model, batch), plain)
+    assert len(seen) == 18 and all(map(torch.equal, seen, expected))
+
+
 def test_nothing_is_left():
     model, batch = model_and_batch("t5")
     before = state_of(model)
