@@ -7,6 +7,7 @@ streams themselves; `EnterStreams` makes them, `LeaveStreams` saves the last pai
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_memtune.core.coupling import Coupling, FloatArithmetic, HalfStep
 from hf_memtune.core.fixed_point import FixedPointArithmetic
-from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, views_of
+from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, made_by, views_of
 from hf_memtune.errors import InverseError
 
 Functions = dict[str, Callable[..., tuple[Tensor, tuple | None]]]
@@ -27,6 +28,7 @@ class Tape:
     """The streams of one forward pass at its present place, and then of its backward pass at its.
 
     position: the number of layers that the streams have gone through. entered: the streams at the start, kept where `compares`.
+    given: the values that go to the next layer, known but not held, and the versions they had.
     """
 
     arithmetic: FloatArithmetic | FixedPointArithmetic
@@ -34,6 +36,26 @@ class Tape:
     position: int = 0
     compares: bool = False
     entered: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    given: list[tuple[ref, int]] = field(default_factory=list, repr=False)
+
+    def give(self, newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of the streams, as the layer after the present place must be given them."""
+        self.given = [(ref(value), _version(value)) for value in (newest, older)]
+        return newest, older
+
+    def gave(self, values: Sequence[Tensor]) -> bool:
+        """Whether these are the values that were given last, as they are: whatever else was done to them, the streams know nothing of."""
+        if [_version(value) for value in values] != [version for _, version in self.given]:
+            return False
+        if all(known() is value for (known, _), value in zip(self.given, values)):
+            return True
+        makers = [made_by(value) for value in values]  # of what FSDP2 has put its own node behind
+        return [(getattr(node, "place", None), number) for node, number in makers] == [(self.place, 0), (self.place, 1)]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Of which pass, and where in it."""
+        return id(self), self.position
 
     def enter(self, hidden: Tensor) -> None:
         """Both streams start as the input of the first layer."""
@@ -69,6 +91,7 @@ class EnterStreams(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, tape):
         tape.enter(hidden.detach())
+        ctx.place = tape.place
         return tape.values()
 
     @staticmethod
@@ -198,6 +221,10 @@ class LayerRun:
         return half.update(found, source), extras
 
 
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return part if total is None else total if part is None else total + part
 
@@ -221,6 +248,7 @@ class ReversibleLayer(torch.autograd.Function):
         detached = [extra.detach() for extra in extras]
         ctx.mark_non_differentiable(*(new for new, extra in zip(detached, extras) if not extra.requires_grad))
         run.forget_values()
+        ctx.place = run.tape.place
         return *run.tape.values(), *detached
 
     @staticmethod
@@ -246,4 +274,5 @@ def run_layer(run: LayerRun, newest: Tensor, older: Tensor) -> tuple[Tensor, Ten
     else:
         run.forward(tensors)
         (newest, older), new = run.tape.values(), [] if run.extras is None else run.extras.tensors
+    newest, older = run.tape.give(newest, older)
     return newest, older, None if run.extras is None else run.extras.rebuilt(new, tensors)

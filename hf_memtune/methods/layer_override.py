@@ -86,12 +86,6 @@ class LayerOverride:
     def _parted(self, output: Tensor | tuple) -> tuple[Tensor, tuple | None]:
         return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
 
-    def _interrupted(self) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self.name} was not given what the layer before it returned, as it is: between the layers of this model something happens "
-            "to the hidden states. Train it with activation checkpointing instead (--activation_checkpointing)."
-        )
-
 
 def override_of(layer: nn.Module) -> LayerOverride | None:
     """The override that a layer has at present."""

@@ -6,8 +6,10 @@ from peft import PrefixTuningConfig, get_peft_model
 
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
-from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings
+from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings, step, twin
 from tests.support.reversible_removal import same_state, state_of
+from tests.support.tolerances import NOTICED
+from tests.support.twin import worst_difference
 
 
 def refused(model, coupling="centred", match=None, **changed):
@@ -94,6 +96,50 @@ def test_something_between_the_layers_is_refused():
     model.model.layers[0], model.model.layers[1] = second, first
     with pytest.raises(UnsupportedModelError, match="was not given what the layer before it returned"):
         model(**inputs_of("llama", model))
+
+
+def bent(module, args, output):
+    return output[0].sin(), *output[1:]
+
+
+def bent_in_place(module, args, output):
+    output[0].detach().sin_()
+
+
+HOOKS = {
+    "forward": lambda layers: layers[0].register_forward_hook(bent),
+    "forward, in place": lambda layers: layers[0].register_forward_hook(bent_in_place),
+    "forward-pre": lambda layers: layers[1].register_forward_pre_hook(lambda module, args: ((args[0][0].sin(), *args[0][1:]), *args[1:])),
+    "full backward": lambda layers: layers[2].register_full_backward_hook(lambda module, gradients, arriving: None),
+    "full backward, first": lambda layers: layers[0].register_full_backward_hook(lambda module, gradients, arriving: None),
+}
+
+
+@pytest.mark.parametrize("numerics", ["float", "exact"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_between_the_layers_is_refused(hook, numerics):
+    model, batch = model_of("llama"), inputs_of("llama", model_of("llama"))
+    reversible_of(model, "centred", numerics, adapter_rank=0)
+    HOOKS[hook](model.model.layers)
+    with pytest.raises(UnsupportedModelError, match="Put hooks that do it on modules inside"):
+        model(**batch)
+
+
+def test_hooks_that_record_or_are_inside_of_the_layers_stay():
+    model, batch = model_of("llama"), inputs_of("llama", model_of("llama"))
+    handle = reversible_of(model, "centred", "exact", adapter_rank=0)
+    plain = step(model, batch)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    recorded = step(model, batch)
+    assert len(seen) == 6 and worst_difference(recorded[1], plain[1]) == 0
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+    ours = step(model, batch)
+    with twin(handle):
+        theirs = step(model, batch)
+    assert worst_difference(ours[1], theirs[1]) == 0 and worst_difference(ours[1], plain[1]) > NOTICED
 
 
 def test_a_loss_from_the_middle_is_refused():

@@ -16,6 +16,7 @@ from hf_memtune.core.coupling import Coupling, FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
+from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.layer_override import LayerOverride
 from hf_memtune.methods.overrides import forwards_as
 from hf_memtune.methods.reversible.adapters import Switch, adapters_of
@@ -46,9 +47,9 @@ class ReversibleStack:
             hidden = hidden.detach().requires_grad_()
             self.compared.append((tape, hidden))
         if torch.is_grad_enabled():
-            return *EnterStreams.apply(hidden, tape), tape
+            return *tape.give(*EnterStreams.apply(hidden, tape)), tape
         tape.enter(hidden)
-        return *tape.values(), tape
+        return *tape.give(*tape.values()), tape
 
     def finish(self, newest: Tensor, older: Tensor, tape: Tape) -> Tensor:
         """What the layers after the stack get."""
@@ -86,8 +87,13 @@ class ReversibleInStack(LayerOverride):
         if self.position == 0 and isinstance(hidden, Tensor):
             return self.stack.start(hidden)
         if self.position and isinstance(hidden, tuple) and isinstance(hidden[-1], Tape) and hidden[-1].position == self.position:
-            return hidden
-        raise self._interrupted()
+            if hidden[-1].gave(hidden[:-1]) and not (torch.is_grad_enabled() and self.layer._backward_hooks):
+                return hidden
+        raise UnsupportedModelError(
+            f"{self.name} was not given what the layer before it returned, as it is, or has a full backward hook, which sees no hidden states "
+            "here: something is done to the hidden states between layers that are reversible. Put hooks that do it on modules inside of the "
+            "layers, or train with two-level checkpointing instead (--checkpoint_levels 2)."
+        )
 
     # -- the functions of the coupling
 
