@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hf_memtune.core.fingerprint import Alike
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.overrides import not_checkpointing
 
@@ -40,6 +41,10 @@ class LayerOverride:
     def _bound(self, function: Callable) -> Callable:
         """`function` within the context that is set at present."""
         return partial(_within, self.again_within, function)
+
+    def _alike(self, function: Callable) -> Callable:
+        """`function`, which raises InverseError where it runs again and the layer is not as it was the first time."""
+        return Alike(self.layer, self.name, function) if torch.is_grad_enabled() else function
 
     def _taken_apart(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
         """The hidden states, or what travels in their place, and the other arguments."""

@@ -189,6 +189,49 @@ def test_refusals():
         checkpoint_in_two_levels(model_of("opt", layerdrop=0.1))
 
 
+def lora(name="llama", **changed):
+    model, batch = model_and_batch(name, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **changed))
+    adapted.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    return adapted.train(), batch
+
+
+CHANGES = {
+    "training": lambda model: model.eval(),
+    "_active_adapter": lambda model: model.set_adapter("other"),
+    "merged_adapters": lambda model: model.merge_adapter(),
+    "scaling": lambda model: [m.scale_layer(0.5) for m in model.modules() if hasattr(m, "scale_layer")],
+    "_attn_implementation": lambda model: model.base_model.model.set_attn_implementation("eager"),
+    "forward hooks": lambda model: model.base_model.model.model.layers[1].mlp.register_forward_hook(lambda *given: None),
+}
+
+
+@pytest.mark.parametrize("put_on", [checkpoint_in_two_levels, lambda model: reversible_of(model, "centred", "exact", adapter_rank=0)])
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_layer_that_changes_between_a_call_and_its_backward_is_noticed(named, put_on):
+    model, batch = lora()
+    put_on(model)
+    loss = model(**batch).loss
+    CHANGES[named](model)
+    with pytest.raises(InverseError, match=rf"model\.layers\.\d.*changed: {named} "):
+        loss.backward()
+
+
+def test_a_change_that_is_taken_back_before_backward_changes_nothing():
+    model, batch = lora(lora_dropout=0.1)
+    plain = step(model, batch)
+    checkpoint_in_two_levels(model)
+
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    loss = model(**batch).loss
+    with torch.no_grad(), model.disable_adapter():
+        model.eval()(**batch)
+    model.train()
+    loss.backward()
+    assert_same_step((plain[0], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), plain)
+
+
 def live_bytes(depth, how, dtype=torch.float32):
     """Alive after the forward of the body, and at the peak of a step; and elements of the hidden states."""
     model = model_of("llama", dtype=dtype, num_hidden_layers=depth)

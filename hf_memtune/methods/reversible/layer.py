@@ -74,7 +74,7 @@ class ReversibleInStack(LayerOverride):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         newest, older, tape = self._received(hidden)
-        functions = {name: self._bound(function) for name, function in self.functions.items()}
+        functions = {name: self._bound(self._alike(function)) for name, function in self.functions.items()}
         run = LayerRun(
             self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device
         )
