@@ -100,12 +100,29 @@ class Parameters:
         self._versions = [p._version for p in self.tensors]
 
     def check(self) -> None:
-        """Raises InverseError where one was changed in place since."""
+        """Raises InverseError where one was changed in place, or frozen, since."""
         if [p._version for p in self.tensors] != self._versions:
             raise InverseError(
                 "a parameter was changed in place between forward and backward, so the layer cannot be run again as it was. Take the "
                 "optimizer's step after backward."
             )
+        if not all(p.requires_grad for p in self.tensors):
+            raise InverseError(
+                "a parameter was frozen between forward and backward, as by switching to another adapter, so the layer cannot be run again as "
+                "it was. Freeze or switch after backward."
+            )
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """While open, no tensor hook of theirs fires: they fire where autograd is handed the gradients, and see them whole."""
+        hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.tensors if p._backward_hooks]
+        for own, _ in hooks:
+            own.clear()  # torch holds the dictionary itself
+        try:
+            yield
+        finally:
+            for own, kept in hooks:
+                own.update(kept)
 
 
 def leaves_like(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -196,7 +196,8 @@ class LayerRun:
         for new, cotangent in zip(Outputs(found_extras or (), live).tensors, extras) if extras else ():
             if new.requires_grad:
                 outputs, given = [*outputs, new], [*given, cotangent]
-        found = torch.autograd.grad(outputs, [leaf, *wanted], given, allow_unused=True)
+        with self.parameters.without_hooks():
+            found = torch.autograd.grad(outputs, [leaf, *wanted], given, allow_unused=True)
         cotangents[half.source] = found[0]
         cotangents[half.target] = (gradient * half.scale).to(leaf.dtype)
         return found[1:]

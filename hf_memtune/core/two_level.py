@@ -127,7 +127,8 @@ class TwoLevelLayer(torch.autograd.Function):
         wanted = [leaf, *(t for t in leaves if t.requires_grad), *call.parameters.tensors]
         given = [(output, gradient), *((new, g) for new, g in zip(extras, extra_gradients) if new.requires_grad)]
         outputs, cotangents = zip(*given)
-        found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
+        with call.parameters.without_hooks():
+            found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
         return None, None, next(found), *(next(found) if t.requires_grad else None for t in leaves), *found
 
 

@@ -131,6 +131,25 @@ def test_hooks_that_change_what_goes_from_layer_to_layer(hook, name, number):
     handle.restore()
 
 
+PUT_ON = [checkpoint_in_two_levels, lambda model: reversible_of(model, "centred", "exact", adapter_rank=0)]
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_hooks_of_parameters_fire_once_with_the_whole_gradient(put_on):
+    model, batch = model_and_batch("llama", dropout=0.0)
+    put_on(model)
+    plain, seen, several = step(model, batch)[1], {}, []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.setdefault(name, []).append(gradient.clone()) or 2 * gradient)
+    torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), several.append)
+    doubled = step(model, batch)[1]
+    for name, gradient in plain.items():
+        assert len(seen[name]) == 1 and torch.equal(seen[name][0], gradient) and torch.equal(doubled[name], 2 * gradient)
+    assert len(several) == 1 and worst_difference(doubled, plain) > NOTICED
+    step(model, batch)
+    assert all(len(each) == 2 for each in seen.values())
+
+
 def test_hooks_that_record_see_what_they_see_in_plain_training_and_cost_nothing():
     model, batch = model_and_batch("llama", dropout=0.0, num_hidden_layers=9)
     seen = []
@@ -184,6 +203,10 @@ def test_refusals():
         model.bert.encoder.layer[0].output.dense.weight.mul_(2)
     with pytest.raises(InverseError, match="changed in place"):
         loss.backward()
+    loss = model(**batch).loss
+    model.bert.encoder.layer[0].requires_grad_(False)
+    with pytest.raises(InverseError, match="was frozen between"):
+        loss.backward()
     handle.restore()
     with pytest.raises(UnsupportedModelError, match="layerdrop"):
         checkpoint_in_two_levels(model_of("opt", layerdrop=0.1))
@@ -198,7 +221,8 @@ def lora(name="llama", **changed):
 
 CHANGES = {
     "training": lambda model: model.eval(),
-    "_active_adapter": lambda model: model.set_adapter("other"),
+    "a parameter was frozen": lambda model: model.set_adapter("other"),
+    "_active_adapter": lambda model: [m.set_adapter(["default", "other"]) for m in model.modules() if hasattr(m, "scale_layer")],
     "merged_adapters": lambda model: model.merge_adapter(),
     "scaling": lambda model: [m.scale_layer(0.5) for m in model.modules() if hasattr(m, "scale_layer")],
     "_attn_implementation": lambda model: model.base_model.model.set_attn_implementation("eager"),
@@ -206,14 +230,14 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("put_on", [checkpoint_in_two_levels, lambda model: reversible_of(model, "centred", "exact", adapter_rank=0)])
+@pytest.mark.parametrize("put_on", PUT_ON)
 @pytest.mark.parametrize("named", CHANGES)
 def test_a_layer_that_changes_between_a_call_and_its_backward_is_noticed(named, put_on):
     model, batch = lora()
     put_on(model)
     loss = model(**batch).loss
     CHANGES[named](model)
-    with pytest.raises(InverseError, match=rf"model\.layers\.\d.*changed: {named} "):
+    with pytest.raises(InverseError, match=named):
         loss.backward()
 
 
