@@ -16,6 +16,7 @@ _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling
 _KERNELS = ("_attn_implementation", "_experts_implementation")  # of a module's config
 _FIELDS = ("module", "training", "forward pre-hooks", "forward hooks", *_KERNELS, *_ADAPTERS)
 _RECORDS_ALONE = "transformers.utils.output_capturing"  # puts hooks on at the first call that asks for what they record, for good
+_REQUIRE_GRAD = "make_inputs_require_grad"  # as transformers, peft and trl call such hooks
 
 
 class Fingerprint:
@@ -97,9 +98,16 @@ def _states_of(root: nn.Module) -> tuple[list[tuple], dict[int, int]]:
     return states, versions
 
 
-def _hooks(hooks: dict[int, Any]) -> tuple[int, ...]:
-    """Their keys, which torch uses once. Those that record what a caller asked for may come with a later call."""
-    return tuple(key for key, hook in hooks.items() if getattr(hook, "__module__", None) != _RECORDS_ALONE)
+def _hooks(hooks: dict[int, Any]) -> tuple[int | str, ...]:
+    """Their keys, which torch uses once. Those that record what a caller asked for may come with a later call.
+
+    Of those that let embeddings require grad, however many there are: trl turns checkpointing off and on between a call and its backward.
+    """
+    found: dict[int | str, None] = {}
+    for key, hook in hooks.items():
+        if getattr(hook, "__module__", None) != _RECORDS_ALONE:
+            found[_REQUIRE_GRAD if getattr(hook, "__name__", "").startswith(_REQUIRE_GRAD) else key] = None
+    return tuple(found)
 
 
 def _kernels(config: Any) -> tuple:

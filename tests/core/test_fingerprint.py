@@ -49,6 +49,7 @@ def freeze_and_change(model):
         (lambda model: model.base_model.model.set_attn_implementation("eager"), "_attn_implementation .got eager"),
         (lambda model: attention(model).register_forward_hook(print), r"layers\.1\.self_attn: .*forward hooks"),
         (lambda model: attention(model).register_forward_pre_hook(print), r"layers\.1\.self_attn: .*forward pre-hooks"),
+        (lambda model: model.base_model.model.enable_input_require_grads(), "embed_tokens: .*forward hooks"),
         (freeze_and_change, "frozen weights were changed in place"),
     ],
 )
@@ -66,6 +67,12 @@ def test_what_does_not_decide_is_not(model):
     with model.disable_adapter():
         pass
     inner(torch.arange(4)[None], output_hidden_states=True).logits.sum().backward()  # transformers puts on hooks that record
+    found.check()
+    inner.enable_input_require_grads()
+    found = Fingerprint(model)
+    inner.gradient_checkpointing_disable()
+    inner.gradient_checkpointing_enable()
+    inner.enable_input_require_grads()  # one more, and another one
     attention(model).q_proj.lora_A["default"].weight.data.mul_(2)  # trained: of the values of these others take care
     model.register_forward_hook(print)  # of the module itself: no part of its forward
     found.check()
