@@ -3,10 +3,12 @@
 import gc
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
 from hf_memtune import ConfigError, MemTuneError, Streaming, StreamingConfig, UnsupportedModelError
@@ -248,6 +250,20 @@ def test_what_may_change_in_between(method):
             optimizer.zero_grad()
             double(norm.scale)
     assert norm.calls > 4
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_buffers_that_data_parallelism_copies_may_be_written_over(copies, monkeypatch):
+    """DistributedDataParallel copies those of the first process before every call: a second one comes before the backward of the first."""
+    model, batch, _ = model_and_batch("llama")
+    buffer = model.model.rotary_emb.inv_freq
+    with METHODS["chunks"](model):
+        with monkeypatch.context() as patch:
+            patch.setattr(DistributedDataParallel, "_active_ddp_module", SimpleNamespace(forward_sync_buffers=copies))
+            loss = model(**batch).loss
+        buffer.copy_(buffer.clone())
+        with nullcontext() if copies else pytest.raises(MemTuneError, match="buffer rotary_emb.inv_freq"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("order", ["chunks", "layers"])
