@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_memtune.core.coupling import Coupling, FloatArithmetic, HalfStep
+from hf_memtune.core.first_run import FirstRun
 from hf_memtune.core.fixed_point import FixedPointArithmetic
 from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, made_by, views_of
 from hf_memtune.errors import InverseError
@@ -128,7 +129,7 @@ def blended_output(values: tuple[Tensor, Tensor], weights: tuple[float, float]) 
 class LayerRun:
     """One call of one layer, and all that backward needs to run it again but tensors.
 
-    extras: of the run, what the layer returned beside its hidden states.
+    name: of the layer. extras: of the run, what the layer returned beside its hidden states.
     """
 
     coupling: Coupling
@@ -138,27 +139,33 @@ class LayerRun:
     arguments: Arguments
     parameters: Parameters
     device: torch.device
+    name: str = "a layer"
     surroundings: list[Surroundings] = field(default_factory=list)
     extras: Outputs | None = None
     extras_half: int | None = None
 
-    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """The half steps, on the tape's streams. Returns what each has lost."""
-        lost = [self._advance(number, half, tensors) for number, half in enumerate(self.coupling.halves)]
+    def forward(self, tensors: Sequence[Tensor], newest: Tensor) -> list[Tensor | None]:
+        """The half steps, on the tape's streams. newest: what stands for them in the graph. Returns what each has lost."""
+        lost = [self._advance(number, half, tensors, newest) for number, half in enumerate(self.coupling.halves)]
         self.tape.streams = self.coupling.settled(self.tape.present)
         self.tape.position = self.position + 1
         return lost
 
-    def _advance(self, number: int, half: HalfStep, tensors: Sequence[Tensor]) -> Tensor | None:
+    def _advance(self, number: int, half: HalfStep, tensors: Sequence[Tensor], newest: Tensor) -> Tensor | None:
         """One half step. Returns what it has lost; the graph of its update ends here."""
         streams, surroundings = list(self.tape.present), Surroundings(self.device)
-        leaf = self.tape.arithmetic.value(streams[half.source]).detach().requires_grad_(torch.is_grad_enabled())
-        live = views_of(leaves_like(tensors))
-        update, extras = self._update(half, leaf.view_as(leaf), live)
+        source, live, first = self.tape.arithmetic.value(streams[half.source]), tensors, None
+        if torch.is_grad_enabled():
+            first = FirstRun(self.name, self.parameters.tensors)
+            # the first half's parameters are what the second half's source comes from
+            source, live = first.entry(source, [newest, *self.parameters.tensors]), first.entries(tensors)
+        update, extras = self._update(half, source, live)
         surroundings.settle()
         self.surroundings.append(surroundings)
         if extras is not None:
             self.extras, self.extras_half = Outputs(extras, live), number
+        if first is not None:
+            first.check([update, *(self.extras.tensors if extras is not None and self.extras is not None else ())])
         streams[half.target], lost = self.tape.arithmetic.blend(streams[half.target], half.scale, update.detach())
         self.tape.streams = (streams[0], streams[1])
         return lost
@@ -242,7 +249,7 @@ class ReversibleLayer(torch.autograd.Function):
     def forward(ctx, run, newest, older, *inputs):
         tensors = inputs[: len(inputs) - len(run.parameters.tensors)]
         with torch.enable_grad():  # kernels may be chosen by it, and backward runs with it
-            lost = run.forward(tensors)
+            lost = run.forward(tensors, newest)
         ctx.run, ctx.loses = run, [bits is not None for bits in lost]
         ctx.save_for_backward(*tensors, *(bits for bits in lost if bits is not None))
         extras = [] if run.extras is None else run.extras.tensors
@@ -273,7 +280,7 @@ def run_layer(run: LayerRun, newest: Tensor, older: Tensor) -> tuple[Tensor, Ten
     if torch.is_grad_enabled():
         newest, older, *new = ReversibleLayer.apply(run, newest, older, *tensors, *run.parameters.tensors)
     else:
-        run.forward(tensors)
+        run.forward(tensors, newest)
         (newest, older), new = run.tape.values(), [] if run.extras is None else run.extras.tensors
     newest, older = run.tape.give(newest, older)
     return newest, older, None if run.extras is None else run.extras.rebuilt(new, tensors)

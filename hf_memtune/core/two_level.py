@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_memtune.core.first_run import FirstRun
 from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundings, leaves_like, made_by, views_of
 
 
@@ -23,25 +24,28 @@ from hf_memtune.core.recompute import Arguments, Outputs, Parameters, Surroundin
 class LayerCall:
     """One call of one layer, function(x, *args, **kwargs) -> (output, what else it returns or None), and what another needs but tensors.
 
-    gathered: context in which the layer's parameters are whole, for runs in the backward of another layer.
+    name: of the layer. gathered: context in which the layer's parameters are whole, for runs in the backward of another layer.
     """
 
     function: Callable[..., tuple[Tensor, tuple | None]]
     arguments: Arguments
     parameters: Parameters
+    name: str = "a layer"
     gathered: Callable[[], AbstractContextManager] = nullcontext
     surroundings: Surroundings | None = None
     extras: Outputs | None = None
 
     def first(self, hidden: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Output and new extras, detached; with gradient enabled, since kernels may be chosen by it."""
+        run = FirstRun(self.name, self.parameters.tensors)
+        live = run.entries(tensors)
         self.surroundings = Surroundings(hidden.device)
-        live = views_of(leaves_like(tensors))
-        leaf = hidden.detach().requires_grad_()
-        output, extras = self._run(leaf.view_as(leaf), live)
+        output, extras = self._run(run.entry(hidden, [hidden]), live)
         self.surroundings.settle()
         self.extras = None if extras is None else Outputs(extras, live)
-        return output.detach(), [] if self.extras is None else self.extras.tensors
+        new = [] if self.extras is None else self.extras.tensors
+        run.check([output, *new])
+        return output.detach(), new
 
     def again(self, source: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As the first time, with its graph."""

@@ -56,11 +56,12 @@ class LayerOverride:
         """Where backward may run the layer again: without caches, which it would write to again, found by type."""
         if not torch.is_grad_enabled():
             return args, kwargs
-        if kwargs.get("output_attentions"):
-            raise UnsupportedModelError(
-                f"{self.name}: got output_attentions=True, expected False: attention weights would come from inside "
-                "layers that run twice, without a gradient."
-            )
+        for key, what in (("output_attentions", "attention weights"), ("output_router_logits", "the logits of routers")):
+            if kwargs.get(key):
+                raise UnsupportedModelError(
+                    f"{self.name}: got {key}=True, expected False: {what} would come from inside layers that run twice, without a gradient. "
+                    f"Set {key}=False, or train with activation checkpointing instead (--activation_checkpointing)."
+                )
         kwargs = {name: self._no_cache(value) for name, value in kwargs.items()}
         return tuple(map(self._no_cache, args)), kwargs | ({"use_cache": False} if "use_cache" in kwargs else {})
 

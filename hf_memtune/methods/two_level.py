@@ -69,7 +69,9 @@ class CheckpointedInStack(LayerOverride):
         if not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
-        call = LayerCall(self._bound(self._alike(self._whole)), Arguments(args, kwargs), Parameters([self.layer]), self._gathered)
+        call = LayerCall(
+            self._bound(self._alike(self._whole)), Arguments(args, kwargs), Parameters([self.layer]), self.name, self._gathered
+        )
         begins = self.position % self.shape.segment_layers == 0
         hidden, extras = run_layer(call, hidden, begins, goes_on=self.position + 1 < self.shape.layers)
         return hidden if extras is None else (hidden, *extras)

@@ -164,6 +164,116 @@ def test_hooks_that_record_see_what_they_see_in_plain_training_and_cost_nothing(
     assert len(seen) == 18 and all(map(torch.equal, seen, expected))
 
 
+def with_hook(hook, put_on=None, name="llama", **changed):
+    model, batch = model_and_batch(name, dropout=0.0, **changed)
+    model.kept, layer = [], model.model.layers[1]
+    layer.mlp.register_forward_hook(hook(model, layer))
+    if put_on is not None:
+        put_on(model)
+    return model, batch
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+@pytest.mark.parametrize("asked_for", [None, "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_an_activation_that_a_hook_keeps_is_refused_in_the_loss_and_nowhere_else(asked_for, put_on):
+    model, batch = with_hook(lambda model, layer: lambda module, args, output: model.kept.append(output), put_on)
+    model(**batch).loss.backward()
+    model.kept.clear()
+    loss = model(**batch).loss + model.kept[0].square().mean()
+    with pytest.raises(InverseError, match=r"model\.layers\.1: the loss depends on something from inside of this layer"):
+        loss.backward() if asked_for is None else torch.autograd.grad(loss, [model.get_parameter(asked_for)])
+
+
+# transformers 5.23 has a new name for it; both work
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_the_remedy_for_an_activation_in_the_loss():
+    found = []
+    for put_on in (None, lambda model: model.gradient_checkpointing_enable()):
+        model, batch = with_hook(lambda model, layer: lambda module, args, output: model.kept.append(output), put_on)
+        (model(**batch).loss + model.kept[0].square().mean()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert worst_difference(*found) <= RELATIVE[torch.float64]
+
+
+def test_an_activation_that_nothing_before_it_learns_from_is_right():
+    def frozen(model):
+        for part in (model.model.embed_tokens, model.model.layers[0]):
+            part.requires_grad_(False)
+
+    def put_on(model):
+        frozen(model)
+        checkpoint_in_two_levels(model)
+
+    found = []
+    for put in (frozen, put_on):
+        model, batch = with_hook(lambda model, layer: lambda module, args, output: model.kept.append(output), put)
+        (model(**batch).loss + model.kept[0].square().mean()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert worst_difference(*found) <= RELATIVE[torch.float32]  # norms, which are in float32, are gone through twice
+
+
+def adds(what):
+    return lambda model, layer: lambda module, args, output: output + what(model, layer)
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_something_learned_that_is_no_parameter_of_the_layer_is_refused(put_on):
+    vector = torch.randn(32, dtype=torch.float64, requires_grad=True)
+    for what in (
+        lambda model, layer: vector,
+        lambda model, layer: 2 * vector,
+        lambda model, layer: model.model.layers[0].mlp.down_proj.weight[:, 0],
+    ):
+        model, batch = with_hook(adds(what), put_on)
+        with pytest.raises(
+            UnsupportedModelError, match=r"model\.layers\.1: what it returns depends on a tensor of shape \(32.*nn.Parameter"
+        ):
+            model(**batch)
+    model, batch = with_hook(adds(lambda model, layer: model.kept[0]), put_on)
+    model.model.layers[0].requires_grad_(False).mlp.register_forward_hook(lambda module, args, output: model.kept.append(output))
+    with pytest.raises(UnsupportedModelError, match="what was computed inside of another layer"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_what_a_hook_uses_may_be_a_parameter_of_the_layer_or_a_constant(registered):
+    def vector_of(model, layer):
+        if "vector" not in dict(layer.mlp.named_parameters()) and registered:
+            layer.mlp.register_parameter("vector", torch.nn.Parameter(torch.ones(32, dtype=torch.float64)))
+        return layer.mlp.vector if registered else layer.mlp.down_proj.weight[:, 0] + torch.ones(32)
+
+    def hook(model, layer):
+        vector_of(model, layer)
+        return adds(vector_of)(model, layer)
+
+    steps = [step(*with_hook(hook, put_on)) for put_on in (None, checkpoint_in_two_levels)]
+    assert_same_step(*steps)
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_router_logits_are_refused_in_the_call(put_on):
+    model, batch = model_and_batch("mixtral", dropout=0.0)
+    put_on(model)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0: got output_router_logits=True"):
+        model(**batch, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0: got output_router_logits=True"):
+        model(**batch)
+    model(**batch, output_router_logits=False).loss.backward()
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_attention_weights_that_are_asked_for_later_are_refused_in_a_loss(put_on):
+    model, batch = model_and_batch("llama", dropout=0.0)
+    put_on(model)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    output = model(**batch)
+    output.loss.backward()
+    with pytest.raises(InverseError, match="attention weights"):
+        model(**batch).attentions[1].square().sum().backward()
+
+
 def test_nothing_is_left():
     model, batch = model_and_batch("t5")
     before = state_of(model)

@@ -76,7 +76,7 @@ class ReversibleInStack(LayerOverride):
         newest, older, tape = self._received(hidden)
         functions = {name: self._bound(self._alike(function)) for name, function in self.functions.items()}
         run = LayerRun(
-            self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device
+            self.stack.coupling, functions, tape, self.position, Arguments(args, kwargs), Parameters([self.layer]), newest.device, self.name
         )
         newest, older, extras = run_layer(run, newest, older)
         is_last = self.position + 1 == len(self.stack.names)
