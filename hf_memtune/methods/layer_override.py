@@ -15,20 +15,33 @@ from transformers.cache_utils import Cache
 
 from hf_memtune.core.fingerprint import Alike
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.methods.overrides import not_checkpointing
+from hf_memtune.methods.overrides import not_checkpointing, set_on_instance
 
 
 class LayerOverride:
     """Runs in place of the forward of one layer.
 
     earlier: an override of that forward which was there before, or None. again_within: makes a context around the layer; the one that
-    is set when it runs forward is entered again when it runs for backward.
+    is set when it runs forward is entered again when it runs for backward. is_on: until it is taken off.
     """
 
     def __init__(self, layer: nn.Module, name: str):
         self.layer, self.name = layer, name
         self.earlier = vars(layer).get("forward")
         self.again_within: Callable[[], AbstractContextManager] = nullcontext
+        self.is_on = True
+
+    def put_on(self) -> Callable[[], None]:
+        """Returns what takes it off. Where somebody has put another forward over this one by then, that one stays, and finds the layer
+        itself through this."""
+        put_back = set_on_instance(self.layer, "forward", self.forward)
+
+        def take_off() -> None:
+            self.is_on = False
+            if _own_override(self.layer) is self:
+                put_back()
+
+        return take_off
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the layer's own."""
@@ -94,7 +107,12 @@ class LayerOverride:
 
 
 def override_of(layer: nn.Module) -> LayerOverride | None:
-    """The override that a layer has at present."""
+    """The override that a layer has at present, and that is on."""
+    found = _own_override(layer)
+    return found if found is not None and found.is_on else None
+
+
+def _own_override(layer: nn.Module) -> LayerOverride | None:
     found = getattr(vars(layer).get("forward"), "__self__", None)
     return found if isinstance(found, LayerOverride) else None
 

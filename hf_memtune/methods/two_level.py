@@ -14,7 +14,6 @@ from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.two_level import LayerCall, run_layer
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.layer_override import LayerOverride, override_of
-from hf_memtune.methods.overrides import set_on_instance
 
 
 def checkpoint_in_two_levels(model: nn.Module, segment_layers: int | None = None) -> "TwoLevelHandle":
@@ -42,7 +41,7 @@ class TwoLevelHandle:
             shape = StackShape(len(stack.layers), segment_layers or math.ceil(math.sqrt(len(stack.layers))))
             for position, layer in enumerate(stack.layers):
                 override = CheckpointedInStack(layer, position, f"{stack.name}.{position}", shape)
-                self._changes.callback(set_on_instance(layer, "forward", override.forward))
+                self._changes.callback(override.put_on())
 
     def restore(self) -> None:
         """Take every trace out of the model. May be called twice."""
@@ -66,7 +65,7 @@ class CheckpointedInStack(LayerOverride):
 
     def forward(self, *args, **kwargs):
         """As the layer's own."""
-        if not torch.is_grad_enabled():
+        if not (self.is_on and torch.is_grad_enabled()):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         call = LayerCall(

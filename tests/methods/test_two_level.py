@@ -5,9 +5,11 @@ import gc
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 
 from hf_memtune import InverseError, LiveBytes, UnsupportedModelError
+from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.two_level import checkpoint_in_two_levels
 from tests.support.reversible_models import CLAIMED, inputs_of, model_of, reversible_of, step
 from tests.support.reversible_removal import same_state, state_of
@@ -283,6 +285,32 @@ def test_nothing_is_left():
     handle.restore()
     handle.restore()
     assert same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_a_forward_that_was_put_over_ours_stays_and_ours_does_not_come_back(put_on):
+    model, batch = model_and_batch("llama")
+    plain, layers, seen = step(model, batch), model.model.layers, []
+
+    class Seen(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    handle = put_on(model)
+    for layer in layers:
+        add_hook_to_module(layer, Seen())
+    handle.restore()
+    assert_same_step(step(model, batch), plain)
+    assert seen == list(layers)
+    for layer in layers:
+        remove_hook_from_module(layer)
+    assert_same_step(step(model, batch), plain)
+    assert all(override_of(layer) is None for layer in layers)
+    again = put_on(model)
+    assert override_of(layers[0]) is not None
+    again.restore()
+    assert_same_step(step(model, batch), plain)
 
 
 def test_a_copy_and_a_dropped_handle():

@@ -22,7 +22,6 @@ from hf_memtune.architectures.stacks import (
 from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.methods.layer_override import override_of
-from hf_memtune.methods.overrides import set_on_instance
 from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
 from hf_memtune.methods.reversible.layer import ReversibleInStack, ReversibleStack
 from hf_memtune.methods.reversible.start import StartReport, look_at_start
@@ -181,7 +180,7 @@ class ReversibleHandle:
                 put_adapters(layer, filled_in(shared.layout), self.config, places, self.switch, changes)
             for position in range(len(shared.names)):
                 layer = stack.layers[position]
-                changes.callback(set_on_instance(layer, "forward", ReversibleInStack(layer, position, shared).forward))
+                changes.callback(ReversibleInStack(layer, position, shared).put_on())
         if self.config.adapter_rank:
             freeze_but(self.model, trained_parameters(self.model, self.stacks, self.config), changes)
 

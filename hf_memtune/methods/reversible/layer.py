@@ -70,7 +70,7 @@ class ReversibleInStack(LayerOverride):
 
     def forward(self, *args, **kwargs):
         """As the layer's own, but hidden states and the first output may be the pair and its tape."""
-        if not self.stack.switch.is_on:
+        if not (self.is_on and self.stack.switch.is_on):
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         newest, older, tape = self._received(hidden)
