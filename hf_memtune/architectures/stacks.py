@@ -76,6 +76,12 @@ def refuse_what_does_not_run_twice(model: nn.Module) -> None:
     """Refuse a model whose layers do not all run, once each, or from inside which something is handed out."""
     head_model = unwrapped(model)
     name = type(head_model).__name__
+    kind = str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise UnsupportedModelError(
+            f"{name} with peft_type={kind}: its learned keys and values come in a cache, whose gradient a layer that runs twice by itself would "
+            "lose. Use adapters or LoRA inside the layers."
+        )
     for config in _configs(head_model):
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             if (value := getattr(config, key, 0)) and value > 0:

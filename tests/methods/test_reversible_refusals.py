@@ -1,11 +1,14 @@
 """Reversible layers refuse, before anything is changed, what they cannot do; and raise where they cannot go on."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
+from hf_memtune.methods.two_level import checkpoint_in_two_levels
 from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings, step, twin
 from tests.support.reversible_removal import same_state, state_of
 from tests.support.tolerances import NOTICED
@@ -81,12 +84,23 @@ def test_a_plain_module_and_no_coupling_are_refused():
         make_reversible(model_of("bert"), ReversibleConfig())
 
 
-def test_prefix_tuning_is_refused():
+@pytest.mark.parametrize("put_on", [checkpoint_in_two_levels, partial(make_reversible, config=settings("centred", adapter_rank=0))])
+def test_prefix_tuning_is_refused(put_on):
     adapted = get_peft_model(model_of("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    reversible_of(adapted, "centred", adapter_rank=0)
-    batch = {key: value for key, value in inputs_of("llama", adapted).items() if key != "use_cache"}
+    with pytest.raises(UnsupportedModelError, match="peft_type=PREFIX_TUNING"):
+        put_on(adapted)
+
+
+@pytest.mark.filterwarnings("ignore:reversible_numerics=float")
+@pytest.mark.parametrize("put_on", [checkpoint_in_two_levels, partial(make_reversible, config=settings("centred", adapter_rank=0))])
+def test_a_filled_cache_is_refused(put_on):
+    model = model_of("llama")
+    put_on(model)
+    batch = {key: value for key, value in inputs_of("llama", model).items() if key != "use_cache"}
+    with torch.no_grad():
+        cache = model(batch["input_ids"][:, :3]).past_key_values
     with pytest.raises(UnsupportedModelError, match="cache with 3 tokens"):
-        adapted(**batch)
+        model(batch["input_ids"], past_key_values=cache)
 
 
 def test_something_between_the_layers_is_refused():
