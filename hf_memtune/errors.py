@@ -34,7 +34,7 @@ class StreamOverflowError(MemTuneError, ArithmeticError):
 
 
 class InverseError(MemTuneError, RuntimeError):
-    """A reversible pass that cannot go backward rightly. Names the cause and the remedy."""
+    """A pass that runs again, or back, in backward, and cannot go backward rightly. Names the cause and the remedy."""
 
 
 class LogitsError(MemTuneError, RuntimeError):
