@@ -51,8 +51,8 @@ class Fingerprint:
         now, then = (each[place] if place < len(each) else (None,) for each in (states, self._states))
         where = ".".join(part for part in (name, names.get(now[0] if now[0] in names else then[0], "")) if part)
         what = "the modules within"
-        if now[0] == then[0]:
-            field = next(i for i, (a, b) in enumerate(zip(now, then)) if a != b)
+        field = next((i for i, (a, b) in enumerate(zip(now, then)) if a != b), 0)
+        if field:
             what = f"{_FIELDS[field]} (got {now[field]}, expected {then[field]} as in the call)"
         return (
             f"{where or type(self._module).__name__}: between a call and its backward, which runs the call again, this changed: {what}. "

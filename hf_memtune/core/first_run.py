@@ -7,6 +7,7 @@ returned for those alone.
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hf_memtune.errors import InverseError, UnsupportedModelError
 
 
 class FirstRun:
-    """One first run of what is called `name`: `entry` for each tensor that goes in, then `check` of what came out.
+    """One first run of what is called `name`: `entry` for each tensor that goes in, `look` at what came out, and `check` when that is let go.
 
     learned: parameters whose gradients the second run returns.
     """
@@ -24,6 +25,7 @@ class FirstRun:
         self._name = name
         self._known = {id(parameter) for parameter in learned}
         self._entries: list[Any] = []
+        self._strangers: list[ref[Tensor]] = []
 
     def entry(self, value: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """A tensor of these values that requires grad. sources: what a gradient that comes to it would have to go on to."""
@@ -39,8 +41,8 @@ class FirstRun:
         """In the places of those that require grad, their entries."""
         return [self.entry(tensor, [tensor]) if tensor.requires_grad else tensor for tensor in tensors]
 
-    def check(self, outputs: Sequence[Tensor]) -> None:
-        """Raises UnsupportedModelError where the outputs come from anything learned but the entries and what is `learned`."""
+    def look(self, outputs: Sequence[Tensor]) -> None:
+        """Note what the outputs come from that is learned and is neither an entry nor `learned`."""
         seen = set(self._entries)
         left: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None and output.grad_fn not in seen]
         while left:
@@ -53,7 +55,13 @@ class FirstRun:
                 if type(node).__name__ != "AccumulateGrad":
                     left.append(node)
                 elif id(node.variable) not in self._known:
-                    raise self._stranger(f"a tensor of shape {tuple(node.variable.shape)} that requires grad")
+                    self._strangers.append(ref(node.variable))
+
+    def check(self) -> None:
+        """Raises UnsupportedModelError where what was noted outlives the graph of the run: leaves that the run itself made are gone by now."""
+        for stranger in self._strangers:
+            if (tensor := stranger()) is not None:
+                raise self._stranger(f"a tensor of shape {tuple(tensor.shape)} that requires grad")
 
     def _stranger(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(

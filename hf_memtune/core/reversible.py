@@ -141,6 +141,7 @@ class LayerRun:
     device: torch.device
     name: str = "a layer"
     surroundings: list[Surroundings] = field(default_factory=list)
+    first_runs: list[FirstRun] = field(default_factory=list)
     extras: Outputs | None = None
     extras_half: int | None = None
 
@@ -165,7 +166,8 @@ class LayerRun:
         if extras is not None:
             self.extras, self.extras_half = Outputs(extras, live), number
         if first is not None:
-            first.check([update, *(self.extras.tensors if extras is not None and self.extras is not None else ())])
+            self.first_runs.append(first)
+            first.look([update, *(self.extras.tensors if extras is not None and self.extras is not None else ())])
         streams[half.target], lost = self.tape.arithmetic.blend(streams[half.target], half.scale, update.detach())
         self.tape.streams = (streams[0], streams[1])
         return lost
@@ -222,6 +224,9 @@ class LayerRun:
         """Drop the graph of the first run; what is kept says where outputs go."""
         if self.extras is not None:
             self.extras = self.extras.emptied()
+        for run in self.first_runs:
+            run.check()
+        self.first_runs = []
 
     def _update(self, half: HalfStep, source: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, tuple | None]:
         args, kwargs = self.arguments.call(live)
@@ -255,6 +260,7 @@ class ReversibleLayer(torch.autograd.Function):
         extras = [] if run.extras is None else run.extras.tensors
         detached = [extra.detach() for extra in extras]
         ctx.mark_non_differentiable(*(new for new, extra in zip(detached, extras) if not extra.requires_grad))
+        del extras
         run.forget_values()
         ctx.place = run.tape.place
         return *run.tape.values(), *detached

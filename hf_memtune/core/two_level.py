@@ -35,16 +35,15 @@ class LayerCall:
     surroundings: Surroundings | None = None
     extras: Outputs | None = None
 
-    def first(self, hidden: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def first(self, run: FirstRun, hidden: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Output and new extras, detached; with gradient enabled, since kernels may be chosen by it."""
-        run = FirstRun(self.name, self.parameters.tensors)
         live = run.entries(tensors)
         self.surroundings = Surroundings(hidden.device)
         output, extras = self._run(run.entry(hidden, [hidden]), live)
         self.surroundings.settle()
         self.extras = None if extras is None else Outputs(extras, live)
         new = [] if self.extras is None else self.extras.tensors
-        run.check([output, *new])
+        run.look([output, *new])
         return output.detach(), new
 
     def again(self, source: Tensor, live: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -103,8 +102,9 @@ class TwoLevelLayer(torch.autograd.Function):
         segment, index = passing.segment, len(passing.tensors)
         call = segment.calls[index]
         tensors = inputs[: len(inputs) - len(call.parameters.tensors)]
+        run = FirstRun(call.name, call.parameters.tensors)
         with torch.enable_grad():
-            output, extras = call.first(hidden, tensors)
+            output, extras = call.first(run, hidden, tensors)
         known = (*passing.tensors, tensors)
         ctx.segment, ctx.index, ctx.counts = segment, index, [len(each) for each in known]
         boundary = hidden if index == 0 else passing.boundary
@@ -114,6 +114,8 @@ class TwoLevelLayer(torch.autograd.Function):
         ctx.mark_non_differentiable(*(new for new, extra in zip(detached, extras) if not extra.requires_grad))
         if call.extras is not None:
             call.extras.emptied()
+        del extras
+        run.check()
         return output, *detached
 
     @staticmethod

@@ -253,6 +253,13 @@ def test_what_a_hook_uses_may_be_a_parameter_of_the_layer_or_a_constant(register
 
 
 @pytest.mark.parametrize("put_on", PUT_ON)
+def test_a_leaf_that_the_layer_makes_itself_is_no_such_thing(put_on):
+    """As in the attention of MRA."""
+    model, batch = with_hook(lambda model, layer: lambda module, args, output: output + torch.zeros_like(output).requires_grad_(), put_on)
+    model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
 def test_router_logits_are_refused_in_the_call(put_on):
     model, batch = model_and_batch("mixtral", dropout=0.0)
     put_on(model)
