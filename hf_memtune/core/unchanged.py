@@ -32,16 +32,16 @@ class Unchanged:
     def settle(self, given: Mapping[str, Any]) -> None:
         """After the call. given: its arguments by name. What it changes itself (statistics, rows looked up with max_norm) is let be."""
         own, self._own = self._own, []
-        self._trained = _versions_of((key, tensor) for key, tensor, _ in own if tensor.requires_grad)
-        rest = [each for each in own if not each[1].requires_grad]
-        self._buffers = [each for each in rest if not isinstance(each[1], nn.Parameter) and each[1]._version == each[2]]
+        kept = [each for each in own if each[1]._version == each[2]]
+        self._trained = [each for each in kept if each[1].requires_grad]
+        self._buffers = [each for each in kept if not each[1].requires_grad and not isinstance(each[1], nn.Parameter)]
         if buffers_are_copied():
             self._buffers = []
         self._inputs = _versions_of(
             (name, leaf) for name, value in given.items() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)
         )
         self._fingerprint = Fingerprint(self._module)
-        self._fingerprint.forget({id(tensor) for _, tensor, version in rest if tensor._version != version})
+        self._fingerprint.forget({id(tensor) for _, tensor, version in own if tensor._version != version})
 
     def check(self) -> None:
         """Raises InverseError, a MemTuneError, where anything differs from what it was when the call was over."""

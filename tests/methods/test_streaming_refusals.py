@@ -231,11 +231,11 @@ def test_what_may_change_in_between(method):
     model, batch = adapted()
     norm = inner(model).norm
     norm.register_buffer("calls", torch.zeros((), dtype=torch.long))
-    norm.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with METHODS[method](model):
+        norm.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)  # before, it would be refused
         for _ in range(2):
             first, second = model(**batch).loss, model(**batch).loss
             with torch.no_grad():
