@@ -57,6 +57,8 @@ class MethodCallback(TrainerCallback, Listener, Restorable):
         self.strategy = self.make(model)
         for listener in (self, *self.listeners):
             self.strategy.listeners.add(listener)
+        if isinstance(self, ExportableState):  # of a checkpoint that was made without it transformers would find no place for its state
+            state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.remove()

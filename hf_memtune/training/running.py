@@ -38,6 +38,7 @@ class RunningTrainer(Protocol):
     data_collator: Callable
     callback_handler: CallbackHandler
     compute_metrics: Callable | None
+    compute_loss_func: Callable | None
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
     current_gradient_accumulation_steps: int

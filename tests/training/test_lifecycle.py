@@ -1,6 +1,7 @@
 """Around the steps: evaluation and checkpoints are those of the plain Trainer, runs resume, and nothing is left behind."""
 
 import gc
+import json
 
 import pytest
 import torch
@@ -86,6 +87,10 @@ def test_an_adapter_is_saved_and_loaded_by_peft(tmp_path):
     assert trainer.last_selection is not None
 
 
+PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None}
+STREAMED, SOUGHT = {"sequence_chunk_size": 4}, {"token_seeking": True, "token_ratio": 0.3}
+
+
 @pytest.mark.parametrize("settings", [{}, {"token_scorer": "random"}], ids=["combined", "random"])
 @pytest.mark.parametrize("saved_at", [2, 3])  # in the middle of an epoch of 3 steps, and at its end
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, settings, saved_at):
@@ -103,6 +108,21 @@ def test_restored_callbacks_do_not_replace_ours(tmp_path):
     resumed = train(llama(seed=9), arguments(tmp_path, **settings), ROWS, resume=str(tmp_path / "checkpoint-2"))
     assert same_parameters(resumed, whole)
     assert resumed.trainer.strategy_callback in resumed.trainer.callback_handler.callbacks
+
+
+@pytest.mark.parametrize("first, second, named", [
+    ({}, STREAMED, "StreamingCallback"), (SOUGHT, STREAMED, "StreamingCallback"), (STREAMED, SOUGHT, "TokenSeekingCallback"), (STREAMED, {}, None),
+])  # fmt: skip
+def test_a_run_goes_on_with_a_method_that_its_checkpoint_was_made_without(tmp_path, first, second, named):
+    """As one that ran out of memory may. It saves again, and what it saves can be resumed."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(llama(), arguments(tmp_path, **saving, max_steps=2, **PLAIN | first), ROWS)
+    train(llama(seed=9), arguments(tmp_path, **saving, max_steps=4, **PLAIN | second), ROWS, resume=str(tmp_path / "checkpoint-2"))
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert named is None or saved[named]["args"]
+    again = train(llama(seed=8), arguments(tmp_path, max_steps=6, **PLAIN | second), ROWS, resume=str(tmp_path / "checkpoint-4"))
+    whole = train(llama(seed=9), arguments(tmp_path, max_steps=6, **PLAIN | second), ROWS, resume=str(tmp_path / "checkpoint-2"))
+    assert same_parameters(again, whole)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

@@ -232,6 +232,30 @@ def test_a_loss_that_cannot_be_added_up_is_refused(tmp_path):
         trainer.train()
 
 
+def by_class(outputs, labels, num_items_in_batch=None):
+    """A mean whose weights are those of the tokens' classes: that of two halves is not half their sum."""
+    logits, target = outputs.logits[:, :-1].double(), labels[:, 1:]
+    weight = torch.linspace(0.1, 5, logits.shape[-1], dtype=logits.dtype)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=weight)
+
+
+def summed(outputs, labels, num_items_in_batch=None):
+    logits, target = outputs.logits[:, :-1].double(), labels[:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / num_items_in_batch
+
+
+def test_a_mean_of_ones_own_is_not_halved_and_a_sum_is(tmp_path, monkeypatch):
+    def trained(loss, most=None):
+        model = exact_model() if most is None else small(exact_model(), most)
+        return train(model, arguments(tmp_path, **PLAIN, **SEQUENTIAL), ROWS, compute_loss_func=loss)
+
+    with pytest.raises(MemTuneError, match="compute_loss_func gives a loss that is no sum divided by num_items_in_batch"):
+        trained(by_class, 4)
+    assert worst_step(trained(summed, 4), trained(summed)) <= EXACT
+    monkeypatch.setattr(halving.HalvingSteps, "_adds_up", lambda *args: True)  # the sibling: taken for a sum
+    assert worst_step(trained(by_class, 4), trained(by_class)) > NOTICED
+
+
 def test_a_packed_row_is_not_cut(tmp_path):
     def pack(rows):
         ids = [token for row in rows for token in row["input_ids"]]

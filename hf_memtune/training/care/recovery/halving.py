@@ -138,6 +138,12 @@ class HalvingSteps(TrainerCallback):
         parts, num_items = parts_of(batch.inputs, batch.rows_at_most), batch.num_items
         if num_items is not None and self._adds_up(model, parts[0], num_items):
             weights = [1.0] * len(parts)
+        elif self.trainer.compute_loss_func is not None:
+            raise MemTuneError(
+                "no memory for a micro-batch, and it cannot be halved: compute_loss_func gives a loss that is no sum divided by num_items_in_batch, and "
+                "which mean it is (of weights by class, of pairs in the batch) is not known. Divide a sum over tokens by num_items_in_batch, or "
+                f"{'; '.join(advice(self.trainer, 2))}."
+            )
         else:
             weights = shares(batch.inputs, parts, getattr(self.trainer, "_loss_shifts_labels", False))
         total: Tensor | float = 0.0
