@@ -36,5 +36,7 @@ def make_parser(command: str = "train", data: type = DataArguments, more: tuple[
     parser.set_defaults(output_dir=OUTPUT_DIR, logging_steps=10)
     parser.takes_several("report_to")
     parser.may_stand_alone("resume_from_checkpoint", True, checkpoint)
+    for name in ("checkpointing", "checkpointing_kwargs"):
+        parser.one_setting(f"gradient_{name}", f"activation_{name}")
     parser.unlist({*WITHOUT_MEANING, *OF_METHODS, *UNLISTED})
     return parser

@@ -61,6 +61,7 @@ class Parser(HfArgumentParser):
         self.problems: list[str] = []
         self.given: set[str] = set()
         self.flags: set[str] = set()  # those of `given` that stand on the command line
+        self._twins: dict[str, str] = {}
         self.unlist({action.dest for action in self._actions if action.option_strings[0].startswith("--no_")}, only_negations=True)
 
     def error(self, message: str):
@@ -80,6 +81,10 @@ class Parser(HfArgumentParser):
         """Let a flag be given without a value, which then is `value`. typed: makes a value of a word."""
         action = self._option_string_actions[f"--{name}"]
         action.nargs, action.const, action.type = "?", value, typed
+
+    def one_setting(self, name: str, other: str) -> None:
+        """Two names of one setting: what is given last under either counts."""
+        self._twins |= {name: other, other: name}
 
     def read(self, arguments: list[str], with_recipe: bool) -> Namespace:
         """Values of all settings; `problems`, `given` and `flags` are filled in. `--help-all` prints and exits."""
@@ -143,6 +148,8 @@ class Parser(HfArgumentParser):
         except argparse.ArgumentError as error:
             self.problems.append(f"{piece.dest}: {error.message} ({piece.origin}).")
             return
+        if (twin := self._twins.get(piece.dest)) is not None:
+            setattr(namespace, twin, self.get_default(twin))
         self.given.add(piece.dest)
         if piece.origin == COMMAND_LINE:
             self.flags.add(piece.dest)

@@ -5,6 +5,7 @@ import torch
 
 from hf_memtune.cli import tokens, train
 from hf_memtune.errors import ConfigError
+from hf_memtune.levers.facts import checkpoints
 from tests.support.folders import ROOT
 
 NEEDED = ["--model", "m", "--dataset", "d"]
@@ -39,6 +40,14 @@ def test_a_flag_can_switch_off_what_the_recipe_switched_on(tmp_path):
     file = recipe(tmp_path, "token_seeking: true\nbf16: no\n")
     training = train.parse([file, "--token_seeking", "false", *NEEDED]).training
     assert training.token_seeking is False and training.bf16 is False
+
+
+@pytest.mark.parametrize("in_recipe, flag", [("activation", "gradient"), ("gradient", "activation"), ("activation", "activation")])
+@pytest.mark.parametrize("value", [True, False])
+def test_two_names_of_one_setting_are_one(tmp_path, in_recipe, flag, value):
+    file = recipe(tmp_path, f"{in_recipe}_checkpointing: {not value}\n")
+    training = train.parse([file, f"--{flag}_checkpointing", str(value).lower(), *NEEDED]).training
+    assert checkpoints(training) is value
 
 
 def test_values_of_a_recipe_have_the_types_of_their_flags(tmp_path):
