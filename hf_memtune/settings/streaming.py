@@ -47,8 +47,8 @@ class StreamingConfig(MethodSettings):
     keep_attention_outputs: bool = setting(
         False,
         "With sequence_chunk_size: keep what attention gave in forward, which backward then does not compute again (selective activation "
-        "checkpointing). Of long rows, whose time is mostly attention, a step is shorter by a tenth to a sixth; it needs as many bytes a token as the hidden states of "
-        "all layers take. With kv_offload they are in host memory.",
+        "checkpointing). Of long rows, whose time is mostly attention, a step is shorter, most of all by layers; it needs as many bytes a token more as the hidden "
+        "states of all layers take. With kv_offload they are in host memory.",
     )
 
     def __post_init__(self) -> None:
