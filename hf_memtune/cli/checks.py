@@ -5,7 +5,8 @@ from pathlib import Path
 from hf_memtune.errors import ConfigError
 
 RESUME_WORDS = {"true": True, "latest": True, "false": None, "none": None}
-CONFIGS = ("config.json", "adapter_config.json")
+ADAPTERS = "adapter_config.json"
+CONFIGS = ("config.json", ADAPTERS)
 REVERSIBLE_CONFIG = "reversible_config.json"
 
 
@@ -72,3 +73,16 @@ def problems_of_folder(name: str) -> list[str]:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
         return [f"model_name_or_path: there is no folder {name!r}."]
     return []
+
+
+def problems_of_trained(name: str) -> list[str]:
+    """A folder of LoRA adapters, named as the model to train: what is trained would replace them, or leave them as they are."""
+    folder = Path(name)
+    if not (folder / ADAPTERS).is_file():
+        return []
+    resumed = "go on with the run that wrote them, by its own command and --resume_from_checkpoint"
+    remedy = f"To train from them, merge them first (hf-memtune merge --model {name} --output_dir MERGED), and train MERGED; or {resumed}"
+    if (folder / REVERSIBLE_CONFIG).is_file():  # these cannot be merged
+        remedy = resumed[0].upper() + resumed[1:]
+    wrong = f"the folder {name!r} holds LoRA adapters ({ADAPTERS}), expected a whole model: they would not be trained further"
+    return [f"model_name_or_path: {wrong}. {remedy}."]

@@ -7,12 +7,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_memtune.cli.checks import REVERSIBLE_CONFIG
+from hf_memtune.cli.checks import ADAPTERS, REVERSIBLE_CONFIG
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
 from hf_memtune.files import is_partial, whole_folder
 
-ADAPTERS = "adapter_config.json"
 HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
 

@@ -82,6 +82,10 @@ def check_length(loaded, data: DataSource) -> None:
 def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):
     """The model to train: whole, or frozen (in 4 bits where asked for) with LoRA adapters."""
     loaded = load_model(model, data, tokenizer, classes, **(_four_bits_here(model) if model.load_in_4bit else {}))
+    if getattr(loaded, "_hf_peft_config_loaded", False):  # of the hub, where nothing was seen before
+        wrong = f"{model.model_name_or_path!r} is LoRA adapters, expected a whole model: they would not be trained further"
+        remedy = "Download its folder, and merge it first (hf-memtune merge --model FOLDER --output_dir MERGED)"
+        raise ConfigError([f"model_name_or_path: {wrong}. {remedy}."])
     return with_adapters(loaded, model, data) if model.lora_r else loaded
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
-from hf_memtune.cli.checks import problems_of_folder, problems_of_optimizer, problems_of_reports, problems_of_resuming
+from hf_memtune.cli.checks import problems_of_folder, problems_of_optimizer, problems_of_reports, problems_of_resuming, problems_of_trained
 from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser
 from hf_memtune.errors import ConfigError
 
@@ -77,7 +77,8 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
         built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
         further = [build(kind, values_of(kind, namespace), problems) for kind in more]
     if built.model is not None:
-        problems += problems_of_folder(built.model.model_name_or_path)
+        name = built.model.model_name_or_path
+        problems += problems_of_folder(name) or problems_of_trained(name)
     if built.training is not None:
         problems += [
             *problems_of_reports(built.training),

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_memtune.cli import main, train
+from hf_memtune.errors import ConfigError
 from tests.support.folders import ROOT
 from tests.support.train import REVERSIBLE, arguments, summary
 
@@ -133,6 +134,47 @@ def test_reversible_adapters_are_written_loaded_and_trained_further(model, instr
     assert (tmp_path / "more" / "reversible_adapters.safetensors").exists()
     assert main(["train", *arguments(None, model, instructions, *more, *REVERSIBLE)]) == 2
     assert "Leave out reversible" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", "2"]], ids=["all", "lora"])
+def test_adapters_are_not_trained_on_but_merged_or_resumed(flags, model, instructions, tmp_path, capsys):
+    common = ["--eval_split", "train[:8]", "--learning_rate", "0.05"]
+    run = arguments(None, model, instructions, "--lora_r", "2", *common)
+    assert main(["train", *run, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    trained = summary(tmp_path)["held_out_loss"][1]
+    assert main(["train", *arguments(None, "out", instructions, *flags, *common, "--output_dir", "more")]) == 2
+    shown = capsys.readouterr().err
+    assert "'out' holds LoRA adapters" in shown and "hf-memtune merge --model out" in shown and not (tmp_path / "more").exists()
+    assert main(["merge", "--model", "out", "--output_dir", "merged"]) == 0
+    assert main(["train", *arguments(None, "merged", instructions, *flags, *common, "--output_dir", "more")]) == 0
+    first, last = json.loads((tmp_path / "more" / "summary.json").read_text())["held_out_loss"]
+    assert first == pytest.approx(trained, rel=1e-5) and last != pytest.approx(trained, rel=1e-3)
+    assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
+    assert summary(tmp_path)["held_out_loss"][1] == trained
+
+
+@pytest.mark.parametrize("command", ["train", "glue", "qa"])
+@pytest.mark.parametrize("coupled", [False, True], ids=["plain", "reversible"])
+def test_every_command_that_trains_refuses_adapters_with_what_helps(command, coupled, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_config.json", *(["reversible_config.json"] if coupled else [])):
+        (tmp_path / "out" / name).write_text("{}")
+    assert main([command, "--model", "out"]) == 2
+    shown = capsys.readouterr().err
+    assert "'out' holds LoRA adapters" in shown and "--resume_from_checkpoint" in shown
+    assert ("merge" in shown) != coupled  # what acts between the halves of a layer cannot be merged
+
+
+def test_adapters_that_no_folder_shows_are_refused_once_loaded(model, instructions, tmp_path, monkeypatch):
+    """As those of the hub are."""
+    assert main(["train", *arguments(None, model, instructions, "--lora_r", "2")]) == 0
+    monkeypatch.setattr("hf_memtune.cli.train.problems_of_trained", lambda name: [])
+    for name, works in (("out", False), (model, True)):
+        settings = train.parse(arguments(None, name, instructions))
+        if works:
+            train.make_trainer(settings)
+        else:
+            pytest.raises(ConfigError, train.make_trainer, settings).match("merge it first")
 
 
 def test_a_reversible_run_is_resumed(model, instructions, tmp_path):
