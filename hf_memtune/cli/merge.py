@@ -4,6 +4,7 @@ The arithmetic is peft's `merge_and_unload`. Weights keep the dtype of the base 
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def merged(merging: Merging):
     from hf_memtune.cli.model import first_line
 
     base = load_base(merging)
-    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in base.named_parameters(remove_duplicate=False)}
     try:
         wrapped = PeftModel.from_pretrained(base, merging.model_name_or_path)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that do not match
@@ -97,10 +98,34 @@ def merged(merging: Merging):
     if not hasattr(wrapped.base_model, "merge_and_unload"):
         kind = wrapped.peft_config["default"].peft_type.value
         raise ConfigError([f"model_name_or_path: adapters of the kind {kind} change no weights, so they cannot be merged."])
+    _untie(wrapped)
     model = wrapped.merge_and_unload(safe_merge=True)
     for name, parameter in model.named_parameters():  # peft trains a head in float32, whatever the model is in
-        parameter.data = parameter.data.to(dtypes[name])
+        parameter.data = parameter.data.to(dtypes.get(name, base.dtype))
+    _say_what_is_untied(model)
     return model
+
+
+def _untie(wrapped) -> None:
+    """A weight of its own for every adapted layer that shares its weight, as lm_head does: the others would get what is merged into it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    users = Counter(id(p) for module in wrapped.modules() for p in module._parameters.values() if p is not None)
+    for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is not None and users[id(weight)] > 1:
+            users[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+
+
+def _say_what_is_untied(model) -> None:
+    """In the config, which would else have embedding and head become one again when they are loaded."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def load_base(merging: Merging):

@@ -59,6 +59,57 @@ def test_a_classifier_keeps_its_trained_head(model):
     torch.testing.assert_close(plain(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+EVERY = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "both, as one": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens of both": {"target_modules": ["q_proj"], "trainable_token_indices": [11, 12]},
+    "neither": {"target_modules": ["q_proj"]},
+}
+
+
+def tied_adapters(model, folder, dtype=torch.float32, **kinds):
+    """A folder of adapters, all of them changed, of a model whose embedding and head are one."""
+    config = AutoModelForCausalLM.from_pretrained(model).config
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained("tied")
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained("tied"), LoraConfig(r=2, task_type="CAUSAL_LM", **kinds))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", EVERY)
+def test_embedding_and_head_that_are_one_are_merged_each_for_itself(kind, model, monkeypatch):
+    wrapped = tied_adapters(model, "run", **EVERY[kind])
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained("plain")
+    torch.testing.assert_close(plain(IDS).logits, wrapped(IDS).logits, rtol=1e-4, atol=1e-5)
+    is_one = kind == "neither"
+    assert plain.config.tie_word_embeddings == is_one == (plain.lm_head.weight is plain.model.embed_tokens.weight)
+    if kind == "head":  # merged into what both share
+        monkeypatch.setattr("hf_memtune.cli.merge._untie", lambda wrapped: None)
+        assert main(["merge", "--model", "run", "--output_dir", "shared"]) == 0
+        assert (AutoModelForCausalLM.from_pretrained("shared")(IDS).logits - wrapped(IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["head", "saved both"])
+def test_what_is_untied_keeps_its_dtype(kind, model, tmp_path):
+    tied_adapters(model, "run", torch.bfloat16, **EVERY[kind])
+    assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16} and "lm_head.weight" in stored
+
+
 def test_a_base_model_that_has_moved_is_named_and_can_be_given(model, tmp_path, capsys):
     adapters(model, "run")
     config = tmp_path / "run" / "adapter_config.json"
