@@ -58,10 +58,16 @@ def problems_of_optimizer(training) -> list[str]:
     return [f"optim: got {name!r}, which needs bitsandbytes; pip install 'hf_memtune[quantization]', or leave it out."]
 
 
-def problems_of_folder(name: str) -> list[str]:
-    """A path that is no folder, or is a folder without a model. Other names are the hub's, which is asked later."""
+def problems_of_folder(name: str, reversible_adapters: str | None) -> list[str]:
+    """A path that is no folder, or is a folder without a model, or of another one than is asked for. Other names are the hub's, which is
+    asked later."""
     path = Path(name)
     if path.is_dir():
+        if (path / ADAPTERS).is_file() and (path / REVERSIBLE_CONFIG).is_file() and reversible_adapters is None:
+            wrong = (
+                f"the LoRA adapters in {name!r} were trained inside reversible layers, and fit no others; reversible_adapters is not given"
+            )
+            return [f"model_name_or_path: {wrong}. Name the folder twice: --model {name} --reversible_adapters {name}."]
         if any((path / config).is_file() for config in CONFIGS):
             return []
         if (path / REVERSIBLE_CONFIG).is_file():

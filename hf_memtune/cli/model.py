@@ -13,7 +13,7 @@ def load_tokenizer(model: ModelSource):
     """The tokenizer beside the model, with a padding token."""
     from transformers import AutoTokenizer
 
-    if wrong := problems_of_folder(model.model_name_or_path):
+    if wrong := problems_of_folder(model.model_name_or_path, model.reversible_adapters):
         raise ConfigError(wrong)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)

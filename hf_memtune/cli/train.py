@@ -78,7 +78,7 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
         further = [build(kind, values_of(kind, namespace), problems) for kind in more]
     if built.model is not None:
         name = built.model.model_name_or_path
-        problems += problems_of_folder(name) or problems_of_trained(name)
+        problems += problems_of_trained(name) or problems_of_folder(name, built.model.reversible_adapters)
     if built.training is not None:
         problems += [
             *problems_of_reports(built.training),

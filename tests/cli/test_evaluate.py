@@ -59,6 +59,23 @@ def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
     assert measured(*common, "--reversible_adapters", "out") == expected
 
 
+def test_lora_inside_reversible_layers_is_not_taken_for_that_of_plain_ones(model, instructions, tmp_path, capsys):
+    flags = ["--reversible", "centred", "--adapter_rank", "0", "--lora_r", "2", "--eval_split", "train[:10]", "--learning_rate", "0.05"]
+    assert main(["train", *arguments(None, model, instructions, *flags)]) == 0
+    after = summary(tmp_path)["held_out_loss"][1]
+    data, prompt = ("--dataset", str(instructions), "--dataset_split", "train[:10]"), ("--prompt", "name", "--max_new_tokens", "1")
+    twice = ("--model", "out", "--reversible_adapters", "out")
+    for command, *more in (("evaluate", *data), ("generate", *prompt)):
+        capsys.readouterr()
+        assert main([command, "--model", "out", *more]) == 2
+        assert " ".join(twice) in capsys.readouterr().err
+        assert main([command, *twice, *more]) == 0
+    assert measured(*twice, *data)["loss"] == pytest.approx(after, rel=1e-6)
+    assert main(["merge", "--model", "out", "--output_dir", "plain"]) == 2
+    (tmp_path / "out" / "reversible_config.json").unlink()
+    assert measured("--model", "out", *data)["loss"] != pytest.approx(after, rel=1e-6)  # as plain layers they compute something else
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
