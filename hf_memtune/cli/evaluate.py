@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from hf_memtune.cli.arguments import DataSource, ModelSource
+from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.cli.task_scores import TaskArguments
 from hf_memtune.cli.task_scores import run as run_tasks
@@ -85,6 +85,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     from transformers import Trainer, TrainingArguments
 
     from hf_memtune.cli.data import check_columns, class_names, collator, load_rows, resolved, tokenised
+    from hf_memtune.cli.data.classes import known_classes, relabelled
     from hf_memtune.cli.data.rows import use_template
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
 
@@ -94,6 +95,11 @@ def measured(settings: Settings) -> dict[str, float | int]:
     data = resolved(data, rows.column_names)
     check_columns(data, rows.column_names)
     use_template(data, tokenizer)
+    known = known_classes(model) if data.task == CLASSES else None
+    if data.task == CLASSES and known is None and model.reversible_adapters is None:  # theirs may hold the head
+        wrong = f"{model.model_name_or_path!r} has no head for classes, which rows with {data.label_column!r} are for"
+        raise ConfigError([f"model_name_or_path: {wrong}. Name a trained classifier, or measure the text alone: --task causal_lm."])
+    (rows,) = relabelled(data, known, rows)
     classes = class_names(data, rows)
     rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)
     loaded = load_model(model, data, tokenizer, classes)

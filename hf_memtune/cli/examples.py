@@ -179,6 +179,7 @@ def _text_row(settings: Settings, tokenizer):
 
 def _rows_of_data(settings: Settings, tokenizer):
     from hf_memtune.cli.data import check_columns, class_names, load_rows, resolved, tokenised
+    from hf_memtune.cli.data.classes import known_classes, relabelled
     from hf_memtune.cli.data.rows import use_template
 
     data, examples = settings.data, settings.examples
@@ -188,6 +189,7 @@ def _rows_of_data(settings: Settings, tokenizer):
     _require_token_losses(data, examples)
     use_template(data, tokenizer)
     index = _chosen(examples, len(rows), data)
+    (rows,) = relabelled(data, known_classes(settings.model) if data.task == CLASSES else None, rows)
     classes = class_names(data, rows)
     chosen, dropped = tokenised(rows.select(index), data, tokenizer, classes)
     if dropped and not examples.compare:

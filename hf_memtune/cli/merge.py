@@ -140,7 +140,7 @@ def load_base(merging: Merging):
         raise ConfigError([f"base_model: {ADAPTERS} names no model. Name the one that the adapters were trained on (--base_model M)."])
     if task not in HEADS:
         raise ConfigError([f"model_name_or_path: adapters of task {task}, expected {' or '.join(HEADS)}. Merge them with peft."])
-    options = {"num_labels": _classes(Path(merging.model_name_or_path))} if task == "SEQ_CLS" else {}
+    options = _classes(merging.model_name_or_path, name) if task == "SEQ_CLS" else {}
     try:
         return getattr(transformers, HEADS[task]).from_pretrained(name, dtype="auto", **options)
     except (OSError, ValueError, ImportError) as error:
@@ -148,15 +148,16 @@ def load_base(merging: Merging):
         raise ConfigError([f"base_model: {wrong}. If it has moved, say where it is (--base_model FOLDER)."]) from error
 
 
-def _classes(folder: Path) -> int:
-    """How many classes the trained head has: rows of its weight."""
-    from safetensors import safe_open
+def _classes(folder: str, base: str) -> dict:
+    """Options to load the base model with the classes that were trained."""
+    from hf_memtune.cli.arguments import ModelSource
+    from hf_memtune.cli.data.classes import known_classes
+    from hf_memtune.cli.model import names_of
 
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))]
-        if not heads:
-            raise ConfigError([f"model_name_or_path: {str(folder)!r} holds no trained head of a classifier."])
-        return file.get_slice(heads[-1]).get_shape()[0]
+    known = known_classes(ModelSource(model_name_or_path=folder), base)
+    if known is None:
+        raise ConfigError([f"model_name_or_path: {folder!r} holds no trained head of a classifier."])
+    return names_of(known)
 
 
 def write(model, merging: Merging) -> None:

@@ -58,8 +58,7 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     auto = AutoModelForCausalLM
     if data.task == "sequence_classification":
         auto = AutoModelForSequenceClassification
-        names = {number: str(name) for number, name in enumerate(classes)}
-        options |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        options |= names_of(classes)
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:
@@ -70,6 +69,12 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
     return loaded
+
+
+def names_of(classes: list) -> dict:
+    """Options of a config that name the classes, in the order of their numbers."""
+    names = {number: str(name) for number, name in enumerate(classes)}
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def check_length(loaded, data: DataSource) -> None:

@@ -105,7 +105,7 @@ def make_trainer(settings: Settings):
     from hf_memtune.cli.traps import traps
 
     def prepared(data, tokenizer):
-        rows = prepare(data, tokenizer)
+        rows = prepare(data, tokenizer, settings.model)
         if settings.training.process_index == 0:
             show(rows, tokenizer, data.show_rows)
             for message in () if rows.classes else traps(settings.training, lengths_of(rows.train)):
@@ -160,11 +160,11 @@ def held_out(trainer) -> dict[str, float]:
 
 def fit(trainer, settings: Settings, measure: Callable = held_out):
     """Measure, train and save, measure. Under FSDP2 transformers evaluates no model before its training."""
-    from hf_memtune.cli.saving import BestAfterMove, SaveFirst
+    from hf_memtune.cli.saving import BestAfterMove, SaveFirst, SaveLabels
     from hf_memtune.cli.summary import StepTimes, Summary
 
     times, resumed = StepTimes(), settings.training.resume_from_checkpoint
-    for callback in (times, BestAfterMove(), SaveFirst(trainer)):
+    for callback in (times, BestAfterMove(), SaveFirst(trainer), SaveLabels(trainer)):
         trainer.add_callback(callback)
     before = {} if resumed or trainer.is_fsdp_enabled else measure(trainer)
     result = trainer.train(resume_from_checkpoint=resumed)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_memtune.cli.arguments import DataArguments, DataSource
+from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSource
+from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import check_columns, class_names, kind_of, resolved
 from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
@@ -32,12 +33,15 @@ class Rows:
         return sum(self.reasons.values())
 
 
-def prepare(data: DataArguments, tokenizer) -> Rows:
-    """Rows to train on and rows held out, tokenised; the former packed where that is asked for."""
+def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) -> Rows:
+    """Rows to train on and rows held out, tokenised; the former packed where that is asked for. model: whose classes the rows have."""
     train, held_out = _split(data)
     data = resolved(data, train.column_names)
     check_columns(data, train.column_names)
     use_template(data, tokenizer)
+    if data.task == CLASSES and model is not None:
+        parts = relabelled(data, known_classes(model), *(rows for rows in (train, held_out) if rows is not None))
+        train, held_out = parts[0], parts[-1] if held_out is not None else None
     classes = class_names(data, train)
     train, reasons = tokenised(train, data, tokenizer, classes)
     if held_out is not None:
