@@ -5,6 +5,7 @@ accelerate launch scripts/train_glue.py configs/glue/mrpc.yaml --train_file trai
 """
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean
 
 from hf_memtune.cli import parser, train
@@ -33,7 +34,8 @@ def parse(arguments: list[str]) -> train.Settings:
 
 def make_trainer(settings: train.Settings):
     """The trainer, with model and data loaded, and the rows."""
-    return train.trainer_on(settings, prepare, lambda rows: scores_of(settings.data.resolved, len(rows.classes)))
+    prepared = partial(prepare, model=settings.model)
+    return train.trainer_on(settings, prepared, lambda rows: scores_of(settings.data.resolved, len(rows.classes)))
 
 
 def held_out(trainer, rows: GlueRows) -> dict[str, float]:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hf_memtune.cli.arguments import DataSource
+from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.data import class_names, load_rows
+from hf_memtune.cli.data.classes import SHOWN, is_nameless, known_classes, relabelled
 from hf_memtune.cli.glue_arguments import GlueArguments, part_name
 from hf_memtune.cli.glue_tasks import HUB_NAME, GlueTask
 from hf_memtune.errors import ConfigError
@@ -27,15 +28,36 @@ class GlueRows:
         return next(iter(self.held_outs.values()))
 
 
-def prepare(data: GlueArguments, tokenizer) -> GlueRows:
-    """Rows to train on and rows held out, tokenised. Raises ConfigError with every problem of the columns and labels."""
+def prepare(data: GlueArguments, tokenizer, model: ModelSource | None = None) -> GlueRows:
+    """Rows to train on and rows held out, tokenised. Raises ConfigError with every problem of the columns and labels.
+
+    model: a trained classifier has classes of its own: rows of one's own are labelled by them, those of a task of GLUE must be the same.
+    """
     task, parts = data.resolved, load_parts(data)
     check_columns(data, task, parts)
+    known = None if model is None or task.is_regression else known_classes(model)
+    if task.labels is None:
+        parts = dict(zip(parts, relabelled(data, known, *parts.values())))
+    elif known is not None:
+        _require_same(data, task.labels, known)
     train, *held_out = parts
     classes, numbers = (_regression if task.is_regression else _classes)(data, task, parts)
     options = {"task": task, "label": data.label_column, "numbers": numbers, "tokenizer": tokenizer, "max_length": data.max_length}
     done = {name: _tokenised(rows, options) for name, rows in parts.items()}
     return GlueRows(done[train], {name: done[name] for name in held_out}, classes)
+
+
+def _require_same(data: GlueArguments, labels: tuple[str, ...], known: list[str]) -> None:
+    """Refuse a classifier that has other classes than the task, or has them in another order: what it learned would be taken for another."""
+    if len(known) == len(labels) and (is_nameless(known) or [name.casefold() for name in known] == list(labels)):
+        return
+    wrong = f"the classes of {data.task_name} are {', '.join(labels)}, but the model tells {', '.join(known[:SHOWN])} apart, in this order"
+    remedy = "Name a model without a head for classes, which learns them"
+    if {name.casefold() for name in known} == set(labels):
+        remedy += (
+            "; or give the rows as your own, labelled by name: --train_file, --validation_file and --sentence_column without task_name"
+        )
+    raise ConfigError([f"task_name: {wrong}. {remedy}."])
 
 
 def load_parts(data: GlueArguments) -> dict[str, Any]:

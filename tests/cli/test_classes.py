@@ -5,17 +5,20 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_memtune.cli import main
+from hf_memtune.cli import evaluate, main
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource
 from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.errors import ConfigError
-from tests.cli.test_evaluate import measured
 from tests.support.folders import write_rows
 from tests.support.train import REVERSIBLE, arguments
 
 NAMES = ["positive", "negative", "neutral"]  # in another order than that of their letters
 TEXTS = {"positive": "good film sun", "negative": "bad film sea", "neutral": "the film"}
 LEARNING = "--max_steps 30 --learning_rate 0.02 --per_device_train_batch_size 4 --show_rows 0 --max_length 128".split()
+
+
+def measured(*flags):
+    return evaluate.measured(evaluate.parse([str(flag) for flag in flags]))
 
 
 def rows_of(path, label, names=NAMES):

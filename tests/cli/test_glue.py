@@ -6,10 +6,12 @@ import math
 import datasets
 import numpy
 import pytest
+import transformers
 import yaml
 from transformers import EvalPrediction
 
 from hf_memtune.cli import glue, main
+from hf_memtune.cli.arguments import ModelSource
 from hf_memtune.cli.glue_arguments import GlueArguments
 from hf_memtune.cli.glue_data import prepare
 from hf_memtune.cli.glue_tasks import HUB_NAME, TASKS
@@ -120,6 +122,45 @@ def test_two_texts_are_joined_as_the_tokenizer_joins_them(tmp_path):
     assert rows.train[0]["input_ids"] == words(row["question"], row["sentence"])["input_ids"] != words(row["question"])["input_ids"]
     short = prepare(GlueArguments("qnli", train_file=files[1], validation_file=files[3:], max_length=4), words)
     assert max(map(len, short.train["input_ids"])) == 4
+
+
+# --- trained classifiers
+
+
+def classifier(encoder, folder, names):
+    """A folder of a model with a head for these classes."""
+    labels = dict(enumerate(names))
+    options = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+    transformers.AutoModelForSequenceClassification.from_pretrained(encoder, **options).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return ModelSource(model_name_or_path=str(folder))
+
+
+@pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["ENTAILMENT", "NOT_ENTAILMENT"]])
+def test_a_classifier_of_the_same_classes_is_trained_further(names, encoder, tmp_path):
+    model, files = classifier(encoder, tmp_path / "trained", names), files_of(tmp_path, "rte")
+    settings = GlueArguments("rte", train_file=files[1], validation_file=files[3:])
+    assert prepare(settings, tokenizer(), model).train["labels"] == prepare(settings, tokenizer()).train["labels"]
+
+
+def test_a_classifier_of_other_classes_is_refused_with_what_helps(encoder, tmp_path):
+    own = ["not_entailment", "entailment"]
+    classifier(encoder, tmp_path / "trained", own)
+    classifier(encoder, tmp_path / "three", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    classifier(encoder, tmp_path / "others", ["negative", "positive"])
+    files = files_of(tmp_path, "rte", "name")
+    run = ["--task_name", "rte", *files, *SHORT, "--model"]
+    assert ["--sentence_column" in problem for name in ("trained", "three", "others") for problem in problems([*run, name])] == [
+        True,
+        False,
+        False,
+    ]
+    glue.make_trainer(glue.parse([*run, str(encoder)]))
+    columns = ["--sentence_column", "sentence1", "--second_sentence_column", "sentence2"]
+    _, rows = glue.make_trainer(glue.parse([*files, *SHORT, "--model", "trained", *columns]))
+    assert rows.classes == own and rows.train["labels"][:4] == [1, 0, 1, 0]
+    _, rows = glue.make_trainer(glue.parse([*files, *SHORT, "--model", str(encoder), *columns]))
+    assert rows.classes == own[::-1] and rows.train["labels"][:4] == [0, 1, 0, 1]
 
 
 # --- scores
