@@ -77,6 +77,15 @@ def test_marks_of_a_template_say_the_same(tmp_path):
     assert found["input_ids"] == expected["input_ids"] and found["labels"] == expected["labels"]
 
 
+def test_marks_in_a_prompt_carry_no_label(tmp_path):
+    """The completion alone is learned; of the same messages without a prompt, every answer is."""
+    words = tokenizer(chat=True)
+    words.chat_template = MARKED
+    row = {"prompt": [ASK, ANSWER, MORE], "completion": [LAST]}
+    assert learned(prepared(tmp_path, [row] * 2, words), words) == "blue <eos>"
+    assert learned(prepared(tmp_path, [{"messages": [ASK, ANSWER, MORE, LAST]}] * 2, words), words) == "red green <eos> blue <eos>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_helps(tmp_path):
     words = tokenizer(chat=True)
     words.chat_template = FORGETFUL

@@ -82,7 +82,7 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
         )
     try:
         if assistant_only and _MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
-            return _marked(chat, tokenizer)
+            return _marked(chat, tokenizer, where)
         return _in_pieces(chat, tokenizer, assistant_only, where)
     except ConfigError:
         raise
@@ -90,11 +90,16 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
         raise ConfigError([f"dataset_name: {where}: the chat template refuses the conversation: {error}"]) from error
 
 
-def _marked(chat: Chat, tokenizer) -> tuple[list[int], list[bool]]:
+def _marked(chat: Chat, tokenizer, where: str) -> tuple[list[int], list[bool]]:
     found = tokenizer.apply_chat_template(
         chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+    learned = [bool(mark) for mark in found["assistant_masks"]]
+    if any(message["role"] == "assistant" for message in chat.messages[: chat.learned_from]):  # the template marks these too
+        start = _end_of(chat, tokenizer, chat.learned_from, _text(chat, tokenizer, len(chat.messages)), where)
+        for number, is_learned in enumerate(learned):
+            learned[number] = is_learned and found.token_to_chars(number).start >= start
+    return list(found["input_ids"]), learned
 
 
 def _in_pieces(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
@@ -120,20 +125,26 @@ def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tupl
         if message["role"] != "assistant" or number < chat.learned_from:
             continue
         prompt = _text(chat, tokenizer, number, add_generation_prompt=True)
-        until = _text(chat, tokenizer, number + 1)
-        # some templates open the answer differently when it is known: what both share is the prompt; some end the last message alone
-        start, stop = len(commonprefix([prompt, until])), len(commonprefix([until, whole]))
-        ending = until[stop:].replace(tokenizer.eos_token or "", "").strip()
-        if ending or start > stop:
-            raise ConfigError(
-                [
-                    f"assistant_only_loss: {where}: the chat template writes message {number + 1} in another way when more messages follow, so the "
-                    "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
-                    "--assistant_only_loss false."
-                ]
-            )
-        spans.append((start, stop))
+        # some templates open the answer differently when it is known: what both share is the prompt
+        start = len(commonprefix([prompt, _text(chat, tokenizer, number + 1)]))
+        spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
     return spans
+
+
+def _end_of(chat: Chat, tokenizer, count: int, whole: str, where: str, start: int = 0) -> int:
+    """Where the first `count` messages end in the text of all. Raises ConfigError where it does not begin with theirs, or they before start."""
+    until = _text(chat, tokenizer, count)
+    stop = len(commonprefix([until, whole]))
+    ending = until[stop:].replace(tokenizer.eos_token or "", "").strip()  # some templates end the last message alone
+    if ending or start > stop:
+        raise ConfigError(
+            [
+                f"assistant_only_loss: {where}: the chat template writes message {count} in another way when more messages follow, so the "
+                "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
+                "--assistant_only_loss false."
+            ]
+        )
+    return stop
 
 
 def _text(chat: Chat, tokenizer, count: int, **options: Any) -> str:
