@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
-from hf_memtune.cli.data import class_names, load_rows
+from hf_memtune.cli.data import class_names, load_rows, mapped
 from hf_memtune.cli.data.classes import SHOWN, is_nameless, known_classes, relabelled
 from hf_memtune.cli.glue_arguments import GlueArguments, part_name
 from hf_memtune.cli.glue_tasks import HUB_NAME, GlueTask
@@ -139,7 +139,7 @@ def _classes(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) -> tupl
 
 
 def _tokenised(rows, options: dict):
-    return rows.map(tokenised_batch, batched=True, fn_kwargs=options, remove_columns=rows.column_names, desc="Tokenising")
+    return mapped(rows, tokenised_batch, options, batched=True)
 
 
 def tokenised_batch(batch: dict, task: GlueTask, label: str, numbers: dict | None, tokenizer, max_length: int) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource
-from hf_memtune.cli.data import BUILDERS, IGNORED, load_rows
+from hf_memtune.cli.data import BUILDERS, IGNORED, load_rows, mapped
 from hf_memtune.cli.qa_arguments import QaArguments
 from hf_memtune.cli.qa_tasks import TASKS
 from hf_memtune.errors import ConfigError
@@ -93,7 +93,7 @@ def _check_files(data: QaArguments) -> None:
 def _tokenised(name: str, rows, count: int | None, task, tokenizer, max_length: int) -> tuple[Any, Counter]:
     rows = rows if count is None else rows.select(range(min(count, len(rows))))
     options = {"name": name, "task": task, "tokenizer": tokenizer, "max_length": max_length}
-    done = rows.map(row_of, with_indices=True, fn_kwargs=options, remove_columns=rows.column_names, desc="Tokenising")
+    done = mapped(rows, row_of, options, with_indices=True)
     kept = done.filter(lambda labels: any(label != IGNORED for label in labels[1:]), input_columns="labels", desc="Dropping empty answers")
     if not len(kept):
         raise ConfigError([f"task_name: none of the {name} has a token of the answer."])

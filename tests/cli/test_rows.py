@@ -1,6 +1,8 @@
 """Every kind of rows, known by its columns: chats, completions, instructions, text, classes; what is learned, packed, dropped and shown."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from rich.console import Console
 
 from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.cli.arguments import DataArguments
-from hf_memtune.cli.data import IGNORED, collator, load_rows, prepare
+from hf_memtune.cli.data import IGNORED, collator, load_rows, making, mapping, prepare
 from hf_memtune.cli.data.showing import table_of
 from hf_memtune.errors import ConfigError
 from tests.support.folders import tokenizer, write_rows
@@ -166,6 +168,39 @@ def test_data_that_is_not_there(name, problem, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=problem):
         load_rows(DataArguments(dataset_name=name if name.startswith(".") else str(tmp_path / name)), "train")
+
+
+# -- rows that are kept on disk ----------------------------------------------------------------------------------------
+
+
+def made_by(code, prompt, file, monkeypatch):
+    """Tokenised rows where the files of the package have this digest, and prompts are written like this."""
+    monkeypatch.setattr(mapping, "code_digest", lambda: code)
+    monkeypatch.setattr(making, "PLAIN_PROMPT", prompt)
+    return prepare(DataArguments(dataset_name=str(file), eval_fraction=0), tokenizer()).train
+
+
+def test_rows_that_other_code_made_are_not_taken(tmp_path, monkeypatch):
+    """They are kept under the digest of the code: the same digest gives the same rows again, another one makes them anew."""
+    file = write_rows(tmp_path / "rows.jsonl", [{"instruction": "name", "output": "red"}] * 2)
+    cases = (("1", "{request} a"), ("1", "{request} sun"), ("2", "{request} sun"))
+    first, again, other = (made_by(*case, file, monkeypatch) for case in cases)
+    assert again["input_ids"] == first["input_ids"] and again._fingerprint == first._fingerprint
+    assert other["input_ids"] != first["input_ids"] and other._fingerprint != first._fingerprint
+
+
+def test_the_digest_is_of_the_files_that_make_rows(tmp_path, monkeypatch):
+    source, folder = Path(mapping.__file__).parent, tmp_path / "data"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("qa_data.py", "glue_data.py"):
+        shutil.copy(source.parent / name, tmp_path)
+    here = mapping.code_digest()
+    monkeypatch.setattr(mapping, "__file__", str(folder / "mapping.py"))
+    assert mapping.code_digest() == here
+    for changed in (folder / "chats.py", tmp_path / "qa_data.py", tmp_path / "glue_data.py"):
+        before = mapping.code_digest()
+        changed.write_text(changed.read_text() + "\n")
+        assert mapping.code_digest() != before
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import check_columns, class_names, kind_of, resolved
 from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
+from hf_memtune.cli.data.mapping import mapped
 from hf_memtune.cli.data.reading import load_rows
 from hf_memtune.cli.traps import Lengths
 from hf_memtune.errors import ConfigError
@@ -89,10 +90,10 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None):
     """Rows as tokens, and how many were dropped for what reason, a Counter. At least one remains. data: resolved."""
     if classes:
         options = {"data": data, "tokenizer": tokenizer, "classes": _numbers(rows, data, classes)}
-        done = rows.map(classified_row, fn_kwargs=options, remove_columns=rows.column_names, desc="Tokenising")
+        done = mapped(rows, classified_row, options)
     else:
         options = {"kind": kind_of(data, rows.column_names), "data": data, "tokenizer": tokenizer}
-        done = rows.map(language_row, with_indices=True, fn_kwargs=options, remove_columns=rows.column_names, desc="Tokenising")
+        done = mapped(rows, language_row, options, with_indices=True)
     reasons = Counter(reason for reason in done["dropped"] if reason)
     if reasons:
         done = done.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows that teach nothing")
