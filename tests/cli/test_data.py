@@ -1,9 +1,12 @@
 """From rows to tokens: what is masked, cut, held out and refused."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from hf_memtune.cli import generate
 from hf_memtune.cli.arguments import DataArguments
 from hf_memtune.cli.data import IGNORED, collator, instruction_row, load_rows, prepare, text_row
+from hf_memtune.cli.data.making import PLAIN_PROMPT, completion_row
 from hf_memtune.errors import ConfigError
 from tests.support.folders import tokenizer, write_rows
 
@@ -39,6 +42,25 @@ def test_a_missing_input_leaves_no_trace():
     words = tokenizer(chat=True)
     row = instruction_row({**ROW, "input": None}, DataArguments(), words)
     assert words.decode(row["input_ids"]) == "<bos> user name three colours <eos> <bos> assistant red green <eos>"
+
+
+AROUND = {"OPT": "<eos> $A", "T5": "$A <eos>", "both": "<eos> $A <eos>", "neither": "$A"}
+
+
+@pytest.mark.parametrize("way", AROUND)
+def test_of_a_prompt_only_the_end_that_the_tokenizer_puts_is_left_out(way):
+    """A beginning that is the end token too stays, and so does what the text itself has. `generate` asks with the same tokens."""
+    words = tokenizer()
+    words.bos_token = words.eos_token
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=AROUND[way], special_tokens=[("<eos>", words.eos_token_id)])
+    row = completion_row({"prompt": "name <eos> three <eos>", "completion": "red"}, DataArguments(), words)
+    begins = "<eos> " if AROUND[way].startswith("<eos>") else ""
+    assert words.decode(row["input_ids"]) == begins + "name <eos> three <eos> red <eos>" and labelled(row, words) == "red <eos>"
+    asked, whole = generate._tokens("name three", False, words), words(PLAIN_PROMPT.format(request="name three"))["input_ids"]
+    assert asked == instruction_row({"instruction": "name three", "output": "red"}, DataArguments(), words)["input_ids"][:-2]
+    assert (asked == whole) is not AROUND[way].endswith("<eos>") and asked[:6] == whole[:6]
+    empty = completion_row({"prompt": "", "completion": "red"}, DataArguments(), words)
+    assert words.decode(empty["input_ids"]) == begins + "red <eos>"
 
 
 def test_plain_text_is_labelled_everywhere():
