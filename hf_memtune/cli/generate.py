@@ -88,5 +88,8 @@ def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:
 
     if plain:
         return tokenizer(prompt)["input_ids"]
-    row = instruction_row({"instruction": prompt, "output": "."}, DataSource(max_length=2**31), tokenizer)  # any answer: it is left out
+    # any answer: it is left out; but one may be a token together with the end of the prompt, and has no label then
+    settings = DataSource(max_length=2**31)
+    rows = [instruction_row({"instruction": prompt, "output": answer}, settings, tokenizer) for answer in "A.1"]
+    row = max(rows, key=lambda row: sum(label != IGNORED for label in row["labels"]))
     return row["input_ids"][: next(number for number, label in enumerate(row["labels"]) if label != IGNORED)]

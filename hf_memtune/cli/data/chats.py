@@ -1,7 +1,8 @@
 """Conversations as tokens, through the chat template of the tokenizer, with a label on what the assistant says.
 
 Where the template marks it ({% generation %}), transformers tells which tokens those are. Other templates are rendered turn by turn: what a
-turn of the assistant adds to the text before it carries a label, if the whole conversation begins with it letter by letter.
+turn of the assistant adds to the text before it carries a label, if the whole conversation begins with it letter by letter. The text is tokenised
+as a whole, as apply_chat_template does it.
 """
 
 import json
@@ -83,7 +84,7 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
     try:
         if assistant_only and _MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
             return _marked(chat, tokenizer, where)
-        return _in_pieces(chat, tokenizer, assistant_only, where)
+        return _rendered(chat, tokenizer, assistant_only, where)
     except ConfigError:
         raise
     except Exception as error:  # templates raise errors of their own: roles that do not alternate, a system role they lack
@@ -102,21 +103,40 @@ def _marked(chat: Chat, tokenizer, where: str) -> tuple[list[int], list[bool]]:
     return list(found["input_ids"]), learned
 
 
-def _in_pieces(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
-    """The text cut where labels begin and end, each piece tokenised by itself."""
+def _rendered(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
+    """The tokens that apply_chat_template gives; those of the spans of the assistant carry a label, or all."""
     whole = _text(chat, tokenizer, len(chat.messages))
-    spans = _assistant_spans(chat, tokenizer, whole, where) if assistant_only else [(0, len(whole))]
+    if not assistant_only:
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return ids, [True] * len(ids)
+    spans = _assistant_spans(chat, tokenizer, whole, where)
+    if not getattr(tokenizer, "is_fast", False):  # it does not know where in the text a token is
+        return _in_pieces(whole, spans, tokenizer)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    is_learned = [False] * (len(whole) + 1)  # one more: a token without text may stand at the end
+    for start, stop in spans:
+        is_learned[start:stop] = [True] * (stop - start)
+    return found["input_ids"], [is_learned[_begin(whole, *offsets)] for offsets in found["offset_mapping"]]
+
+
+def _begin(whole: str, start: int, stop: int) -> int:
+    """The first character of a token that is no space, where it has one: the space before a word is the word's, though the prompt ends in it."""
+    text = whole[start:stop]
+    return start + (len(text) - len(text.lstrip()) if text.strip() else 0)
+
+
+def _in_pieces(whole: str, spans: list[tuple[int, int]], tokenizer) -> tuple[list[int], list[bool]]:
+    """The text cut where labels begin and end, each piece tokenised by itself. Some tokenizers put a space before each, that the whole lacks."""
     ids: list[int] = []
     learned: list[bool] = []
     at = 0
-    for start, stop in spans:
+    for start, stop in [*spans, (len(whole), len(whole))]:
         for piece, is_learned in ((whole[at:start], False), (whole[start:stop], True)):
             tokens = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             ids += tokens
             learned += [is_learned] * len(tokens)
         at = stop
-    rest = tokenizer(whole[at:], add_special_tokens=False)["input_ids"] if whole[at:] else []
-    return ids + rest, learned + [False] * len(rest)
+    return ids, learned
 
 
 def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
