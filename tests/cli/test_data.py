@@ -44,6 +44,14 @@ def test_a_missing_input_leaves_no_trace():
     assert words.decode(row["input_ids"]) == "<bos> user name three colours <eos> <bos> assistant red green <eos>"
 
 
+@pytest.mark.parametrize("given, expected", [(0, " 0"), (False, " false"), ("", ""), ([], "")])
+def test_an_input_that_is_nought_is_an_input(given, expected):
+    words = tokenizer(chat=True)
+    row = instruction_row({**ROW, "input": given}, DataArguments(), words)
+    said = f"<bos> user name three colours{expected} <eos> <bos> assistant red green <eos>"
+    assert row["input_ids"] == words(said)["input_ids"] != words(said.replace("colours", "colours <unk>"))["input_ids"]
+
+
 AROUND = {"OPT": "<eos> $A", "T5": "$A <eos>", "both": "<eos> $A <eos>", "neither": "$A"}
 
 

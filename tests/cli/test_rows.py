@@ -108,6 +108,56 @@ def test_chats_need_a_template_which_may_be_named(tmp_path):
         prepared(tmp_path, [{"messages": TALK}], words, chat_template_path=str(tmp_path / "absent"))
 
 
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_an_answer_of_the_weight_0_carries_no_label(template, tmp_path):
+    words = tokenizer(chat=True)
+    words.chat_template = template or words.chat_template
+    for weights, expected in (((0, 1), "blue <eos>"), ((1, 0), "red green <eos>"), ((1, 1), "red green <eos> blue <eos>")):
+        talk = [ASK, ANSWER | {"weight": weights[0]}, MORE, LAST | {"weight": weights[1]}]
+        shared = [{"from": turn["role"], "value": turn["content"], "weight": turn.get("weight", 1)} for turn in talk]
+        for row in ({"messages": talk}, {"conversations": shared}):
+            assert learned(prepared(tmp_path, [row] * 2, words), words) == expected
+    with pytest.raises(ConfigError, match=r"dropped: 2 \(no answer of an assistant\)"):
+        prepared(tmp_path, [{"messages": [ASK, ANSWER | {"weight": 0}]}] * 2, words)
+    with pytest.raises(ConfigError, match="row 0, messages, message 2 has the weight 0.5, expected 1"):
+        prepared(tmp_path, [{"messages": [ASK, ANSWER | {"weight": 0.5}]}] * 2, words)
+
+
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_a_chat_may_begin_with_an_answer(template, tmp_path):
+    words = tokenizer(chat=True)
+    words.chat_template = template or words.chat_template
+    rows = prepared(tmp_path, [{"messages": [ANSWER, MORE, LAST]}] * 2, words)
+    assert learned(rows, words) == "red green <eos> blue <eos>" and words.decode(rows.train[0]["input_ids"]).startswith(
+        "<bos> assistant red"
+    )
+
+
+@pytest.mark.parametrize("name", ["chatgpt", "ChatGPT", "gpt", "GPT", "Assistant", "assistant", "bot"])
+def test_roles_are_known_by_other_names(name, tmp_path):
+    words = tokenizer(chat=True)
+    expected = prepared(tmp_path, [{"messages": [ASK, ANSWER]}] * 2, words).train[0]
+    shared = [{"from": "Human", "value": "name colours"}, {"from": name, "value": "red green"}]
+    for row in ({"conversations": shared}, {"messages": [ASK | {"role": "Human"}, ANSWER | {"role": name}]}):
+        if name == "bot":  # nobody's name for the assistant
+            with pytest.raises(ConfigError, match="no answer of an assistant"):
+                prepared(tmp_path, [row] * 2, words)
+        else:
+            assert prepared(tmp_path, [row] * 2, words).train[0] == expected
+
+
+def test_parts_of_a_message_are_its_text(tmp_path):
+    words = tokenizer(chat=True)
+    text, more, image = {"type": "text", "text": "name "}, {"type": "text", "text": "colours"}, {"type": "image", "image": "sun.png"}
+    rows = [
+        {"messages": [ASK | {"content": parts}, ANSWER | {"content": [{"type": "text", "text": "red green"}]}]}
+        for parts in ([text, more], [image])
+    ]
+    found = prepared(tmp_path, rows, words)
+    assert found.train[0] == prepared(tmp_path, [{"messages": [ASK, ANSWER]}], words).train[0]
+    assert len(found.train) == 1 and found.reasons == {"a message with parts that are no text": 1}
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_tools_go_to_the_template(tmp_path, as_json):
     words = tokenizer(chat=True)

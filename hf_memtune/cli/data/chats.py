@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from hf_memtune.errors import ConfigError
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ROLES = {
+_ROLES = {  # in small letters
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
@@ -24,12 +25,22 @@ _ROLES = {
 }
 
 
+class NotText(Exception):
+    """A message with an image or something else that a language model cannot read; str() is the reason for which its row is dropped."""
+
+
 class Chat(NamedTuple):
-    """learned_from: number of the first message that may carry a label. tools: as the template takes them, or None."""
+    """learned_from: number of the first message that may carry a label; one of the weight 0 carries none. tools: as the template takes them,
+    or None."""
 
     messages: list[dict[str, Any]]
     learned_from: int = 0
     tools: list | None = None
+
+    def learns(self, number: int) -> bool:
+        """Whether what the assistant says in this message carries a label."""
+        message = self.messages[number]
+        return message["role"] == "assistant" and number >= self.learned_from and message.get("weight", 1) != 0
 
 
 def without_nones(value: Any) -> Any:
@@ -40,7 +51,8 @@ def without_nones(value: Any) -> Any:
 
 
 def messages_of(turns: Any, where: str) -> list[dict[str, Any]]:
-    """Messages with role and content, of those of transformers or of ShareGPT (from, value). Raises ConfigError; where: row and column."""
+    """Messages with role and content, of those of transformers or of ShareGPT (from, value). Raises ConfigError, or NotText for messages with
+    parts that are no text; where: row and column."""
     if isinstance(turns, str):
         turns = _parsed(turns, where)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -48,13 +60,41 @@ def messages_of(turns: Any, where: str) -> list[dict[str, Any]]:
     found = []
     for turn in without_nones(turns):
         if "from" in turn and "role" not in turn:
-            turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value", "")}
+            weight = {"weight": turn["weight"]} if "weight" in turn else {}
+            turn = {"role": turn["from"], "content": turn.get("value", ""), **weight}
+            turn["role"] = _ROLES.get(str(turn["role"]).lower(), turn["role"])
         if "role" not in turn:
             raise ConfigError(
                 [f"dataset_name: {where} has a message without a role (its keys: {', '.join(turn)}), expected role and content."]
             )
-        found.append({"content": ""} | turn)
+        if str(turn["role"]).lower() in (
+            "human",
+            "user",
+            "gpt",
+            "chatgpt",
+            "assistant",
+            "system",
+        ):  # templates know other roles of their own
+            turn = turn | {"role": _ROLES[turn["role"].lower()]}
+        if turn.get("weight", 1) not in (0, 1):
+            raise ConfigError(
+                [
+                    f"dataset_name: {where}, message {len(found) + 1} has the weight {turn['weight']!r}, expected 1 (learned) or 0 (not learned). "
+                    "Change it, or leave `weight` out: weights in between are not supported."
+                ]
+            )
+        found.append(turn | {"content": _content(turn.get("content", ""))})
     return found
+
+
+def _content(content: Any) -> Any:
+    """The texts of a list of parts together; templates would write such a list as Python does."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise NotText("a message with parts that are no text")
+    return "".join(texts)
 
 
 def tools_of(row: dict, where: str) -> list | None:
@@ -96,11 +136,19 @@ def _marked(chat: Chat, tokenizer, where: str) -> tuple[list[int], list[bool]]:
         chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     learned = [bool(mark) for mark in found["assistant_masks"]]
-    if any(message["role"] == "assistant" for message in chat.messages[: chat.learned_from]):  # the template marks these too
-        start = _end_of(chat, tokenizer, chat.learned_from, _text(chat, tokenizer, len(chat.messages)), where)
-        for number, is_learned in enumerate(learned):
-            learned[number] = is_learned and found.token_to_chars(number).start >= start
-    return list(found["input_ids"]), learned
+    left_out = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant" and not chat.learns(number)]
+    if not left_out:
+        return list(found["input_ids"]), learned
+    whole = _text(chat, tokenizer, len(chat.messages))
+    spans = []  # what the template marks too
+    if left_out[0] < chat.learned_from:
+        spans.append((0, _end_of(chat, tokenizer, chat.learned_from, whole, where)))
+    for number in left_out:
+        if number >= chat.learned_from:
+            start = _end_of(chat, tokenizer, number, whole, where) if number else 0
+            spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
+    is_left_out = _in_spans(whole, spans, [found.token_to_chars(number) for number in range(len(learned))])
+    return list(found["input_ids"]), [mark and not out for mark, out in zip(learned, is_left_out)]
 
 
 def _rendered(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
@@ -113,10 +161,15 @@ def _rendered(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[
     if not getattr(tokenizer, "is_fast", False):  # it does not know where in the text a token is
         return _in_pieces(whole, spans, tokenizer)
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    is_learned = [False] * (len(whole) + 1)  # one more: a token without text may stand at the end
+    return found["input_ids"], _in_spans(whole, spans, found["offset_mapping"])
+
+
+def _in_spans(whole: str, spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
+    """Whether each token, from where to where in the text it is, begins within one of the spans."""
+    inside = [False] * (len(whole) + 1)  # one more: a token without text may stand at the end
     for start, stop in spans:
-        is_learned[start:stop] = [True] * (stop - start)
-    return found["input_ids"], [is_learned[_begin(whole, *offsets)] for offsets in found["offset_mapping"]]
+        inside[start:stop] = [True] * (stop - start)
+    return [inside[_begin(whole, *each)] for each in offsets]
 
 
 def _begin(whole: str, start: int, stop: int) -> int:
@@ -141,14 +194,23 @@ def _in_pieces(whole: str, spans: list[tuple[int, int]], tokenizer) -> tuple[lis
 
 def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
     spans = []
-    for number, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or number < chat.learned_from:
+    for number in range(len(chat.messages)):
+        if not chat.learns(number):
             continue
-        prompt = _text(chat, tokenizer, number, add_generation_prompt=True)
+        until = _text(chat, tokenizer, number + 1)
         # some templates open the answer differently when it is known: what both share is the prompt
-        start = len(commonprefix([prompt, _text(chat, tokenizer, number + 1)]))
+        prompt = _text(chat, tokenizer, number, add_generation_prompt=True) if number else _opening(chat, tokenizer, until)
+        start = len(commonprefix([prompt, until]))
         spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
     return spans
+
+
+def _opening(chat: Chat, tokenizer, first: str) -> str:
+    """What stands before the answer in the text of a chat that begins with one: no template writes the prompt of no messages, but what it opens
+    the next answer with opens the first one too."""
+    header = _text(chat, tokenizer, 1, add_generation_prompt=True).removeprefix(first)
+    at = first.find(header)
+    return first[: at + len(header)] if at >= 0 else ""
 
 
 def _end_of(chat: Chat, tokenizer, count: int, whole: str, where: str, start: int = 0) -> int:
@@ -160,8 +222,8 @@ def _end_of(chat: Chat, tokenizer, count: int, whole: str, where: str, start: in
         raise ConfigError(
             [
                 f"assistant_only_loss: {where}: the chat template writes message {count} in another way when more messages follow, so the "
-                "tokens of the assistant cannot be told apart. Use a template with {% generation %} marks (--chat_template_path), or "
-                "--assistant_only_loss false."
+                "tokens of the assistant cannot be told apart. Use a template that writes it the same (--chat_template_path; where every answer is "
+                "learned, one with {% generation %} marks will do), or --assistant_only_loss false."
             ]
         )
     return stop

@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource
-from hf_memtune.cli.data.chats import Chat, chat_tokens, messages_of, tools_of, without_nones
+from hf_memtune.cli.data.chats import Chat, NotText, chat_tokens, messages_of, tools_of, without_nones
 from hf_memtune.cli.data.kinds import CHAT, COMPLETION, INSTRUCTION, SHAREGPT, TEXT, text_column
 
 IGNORED = -100
 PLAIN_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"  # for tokenizers without a chat template
-EMPTY, CUT = "empty", "nothing to learn within max_length"
+EMPTY, CUT, NO_ANSWER = "empty", "nothing to learn within max_length", "no answer of an assistant"
 
 
 def as_text(value: Any) -> str:
@@ -26,7 +26,10 @@ def dropped_row(reason: str) -> dict:
 
 def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer) -> dict:
     """A row of a language model, with the reason, if any, for which it is to be dropped."""
-    made = _MAKERS[kind](row, data, tokenizer, f"row {number}")
+    try:
+        made = _MAKERS[kind](row, data, tokenizer, f"row {number}")
+    except NotText as reason:
+        return dropped_row(str(reason))
     if "dropped" in made:
         return made
     has_label = any(label != IGNORED for label in made["labels"][1:])  # nothing predicts the first token
@@ -46,7 +49,8 @@ def text_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
 
 def instruction_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
     """A request and its answer; the request is masked out of the loss."""
-    request = "\n\n".join(as_text(row[name]) for name in (data.instruction_column, data.input_column) if row.get(name))
+    parts = [row.get(name) for name in (data.instruction_column, data.input_column)]
+    request = "\n\n".join(as_text(part) for part in parts if part not in (None, "", [], {}))  # 0 is something
     answer = as_text(row[data.output_column])
     if not answer.strip() or not request.strip():
         return dropped_row(EMPTY)
@@ -73,7 +77,7 @@ def conversation_row(column: str, row: dict, data: DataSource, tokenizer, where:
         return dropped_row(EMPTY)
     messages = messages_of(row[column], f"{where}, {column}")
     if not any(message["role"] == "assistant" and (message["content"] or message.get("tool_calls")) for message in messages):
-        return dropped_row("no answer of an assistant") if data.assistant_only_loss else dropped_row(EMPTY)
+        return dropped_row(NO_ANSWER) if data.assistant_only_loss else dropped_row(EMPTY)
     return _chat(Chat(messages, tools=tools_of(row, f"{where}, tools")), data, tokenizer, where)
 
 
@@ -97,7 +101,7 @@ def classified_row(row: dict, data: DataSource, tokenizer, classes: dict) -> dic
 
 def _chat(chat: Chat, data: DataSource, tokenizer, where: str) -> dict:
     ids, learned = chat_tokens(chat, tokenizer, data.assistant_only_loss, where)
-    return _cut(ids, learned, data.max_length)
+    return _cut(ids, learned, data.max_length) if any(learned) else dropped_row(NO_ANSWER)
 
 
 def _prompted(prompt: str, answer: str, data: DataSource, tokenizer) -> dict:
