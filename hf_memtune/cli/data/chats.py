@@ -23,6 +23,7 @@ _ROLES = {  # in small letters
     "tool": "tool",
     "function": "tool",
 }
+_SPOKEN = ("human", "user", "gpt", "chatgpt", "assistant", "system")  # of messages; templates know other roles of their own
 
 
 class NotText(Exception):
@@ -67,15 +68,8 @@ def messages_of(turns: Any, where: str) -> list[dict[str, Any]]:
             raise ConfigError(
                 [f"dataset_name: {where} has a message without a role (its keys: {', '.join(turn)}), expected role and content."]
             )
-        if str(turn["role"]).lower() in (
-            "human",
-            "user",
-            "gpt",
-            "chatgpt",
-            "assistant",
-            "system",
-        ):  # templates know other roles of their own
-            turn = turn | {"role": _ROLES[turn["role"].lower()]}
+        if (role := str(turn["role"]).lower()) in _SPOKEN:
+            turn = turn | {"role": _ROLES[role]}
         if turn.get("weight", 1) not in (0, 1):
             raise ConfigError(
                 [
