@@ -63,7 +63,7 @@ def require_same_tokens(reference: str, own: str) -> None:
     chats, may differ.
     """
     ours, theirs = (_tokens(name) for name in (own, reference)) if own and own != reference else ({}, {})
-    if wrong := [number for number, token in ours.items() if theirs.get(number, token) != token]:
+    if wrong := sorted(number for number, token in ours.items() if theirs.get(number, token) != token):
         n = wrong[0]
         raise ConfigError(
             [
