@@ -144,9 +144,9 @@ def _depths(model: nn.Module, args: Any) -> Depths | None:
         return None
     kinds = getattr(stacks[0].config, "layer_types", None) or [None] * len(stacks[0].layers)
     fewest = FEWEST + 2 if args.kv_offload else FEWEST  # the keys and values of two layers are on the device at a time
-    fewest += _is_ambiguous(model, args)
-    found = depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)], fewest)
-    is_more = found is not None and _is_ambiguous(model, args) and found.wanted <= found.shorter + found.longer + found.third
+    is_ambiguous = _is_ambiguous(model, args)
+    found = depths_of([signature_of(layer, kind) for layer, kind in zip(stacks[0].layers, kinds)], fewest + is_ambiguous)
+    is_more = found is not None and is_ambiguous and found.wanted <= found.shorter + found.longer + found.third
     return None if is_more else found
 
 

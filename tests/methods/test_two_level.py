@@ -257,6 +257,7 @@ def test_a_leaf_that_the_layer_makes_itself_is_no_such_thing(put_on):
     """As in the attention of MRA."""
     model, batch = with_hook(lambda model, layer: lambda module, args, output: output + torch.zeros_like(output).requires_grad_(), put_on)
     model(**batch).loss.backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in model.model.layers[1].mlp.parameters())
 
 
 @pytest.mark.parametrize("put_on", PUT_ON)

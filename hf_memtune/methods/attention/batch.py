@@ -143,7 +143,7 @@ class BodyCall:
     def _packs(self, rows: int) -> bool:
         """Whether positions that restart tell sequences of a row apart: as in transformers, where the body makes no cache, or by flash attention."""
         base = self.architecture.base
-        if "flash" in base.config._attn_implementation:
+        if "flash" in (base.config._attn_implementation or ""):  # None: a model without the interface
             return rows == 1
         makes_a_cache = self.arguments.get("use_cache", getattr(base.config, "use_cache", False))
         return not makes_a_cache or (getattr(base, "gradient_checkpointing", False) and base.training)
