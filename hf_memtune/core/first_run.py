@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from hf_memtune.core.graph import leaf_of, nodes_behind
 from hf_memtune.errors import InverseError, UnsupportedModelError
 
 
@@ -43,19 +44,12 @@ class FirstRun:
 
     def look(self, outputs: Sequence[Tensor]) -> None:
         """Note what the outputs come from that is learned and is neither an entry nor `learned`."""
-        seen = set(self._entries)
-        left: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None and output.grad_fn not in seen]
-        while left:
-            for node, _ in left.pop().next_functions:
-                if node is None or node in seen:
-                    continue
-                seen.add(node)
-                if isinstance(node, _Entry._backward_cls):
-                    raise self._stranger("what was computed inside of another layer")
-                if type(node).__name__ != "AccumulateGrad":
-                    left.append(node)
-                elif id(node.variable) not in self._known:
-                    self._strangers.append(ref(node.variable))
+        for node in nodes_behind(outputs, known=self._entries):
+            if isinstance(node, _Entry._backward_cls):
+                raise self._stranger("what was computed inside of another layer")
+            leaf = leaf_of(node)
+            if leaf is not None and id(leaf) not in self._known:
+                self._strangers.append(ref(leaf))
 
     def check(self) -> None:
         """Raises UnsupportedModelError where what was noted outlives the graph of the run: leaves that the run itself made are gone by now."""

@@ -38,8 +38,8 @@ class KeptAttention:
         """That of the tokens [start, start + count), a copy that may be changed; None where it was not kept."""
         if start + count > self._written.get(key, 0):
             return None
-        output, lse = (kept.get(start, count) for kept in self._parts[key])
-        return Attended(output.clone().unflatten(2, (lse.shape[2], -1)).transpose(1, 2), lse.transpose(1, 2).contiguous())
+        output, lse = (kept.copy(start, count) for kept in self._parts[key])
+        return Attended(output.unflatten(2, (lse.shape[2], -1)).transpose(1, 2), lse.transpose(1, 2).contiguous())
 
     def drop(self, key: int) -> None:
         """Forget a module, if it is there."""

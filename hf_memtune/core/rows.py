@@ -26,12 +26,19 @@ class RowTensor:
 
     def get(self, start: int, count: int) -> Tensor:
         """Tokens [start, start + count), detached and contiguous: of one row on the device, the memory itself."""
-        part = self._part(start, count) if self._home is None else heads_first(self._home.fetch(start, start + count).ready())[:, 0]
-        return part.contiguous()
+        return self._read(start, count).contiguous()
+
+    def copy(self, start: int, count: int) -> Tensor:
+        """The same, to be changed by whoever takes it."""
+        part = self._read(start, count)
+        return part.clone(memory_format=torch.contiguous_format) if self._home is None else part.contiguous()
 
     def tensors(self) -> list[Tensor]:
         """What is kept on the device."""
         return [] if self._whole is None else [self._whole]
+
+    def _read(self, start: int, count: int) -> Tensor:
+        return self._part(start, count) if self._home is None else heads_first(self._home.fetch(start, start + count).ready())[:, 0]
 
     def _part(self, start: int, count: int) -> Tensor:
         assert self._whole is not None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.architectures import is_sharded, tables
+from hf_memtune.core.graph import leaf_of, nodes_behind
 from hf_memtune.core.replay import replayed
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
@@ -83,8 +84,8 @@ def _plain(router: Router, call: BodyCall, foreign: Foreign) -> tuple[BodyCall, 
     arguments |= {f"{prefix}inputs_embeds": embedded}
     try:
         plain = architecture.base.forward(**arguments | {"use_cache": False}).last_hidden_state
-        for tensor in leaves_of(plain):
-            if tensor is not embedded:
+        for tensor in map(leaf_of, nodes_behind([plain])):
+            if tensor is not None and tensor is not embedded:
                 foreign.append((tensor, tensor.grad))
                 tensor.grad = None
         (gradient,) = torch.autograd.grad(plain, embedded, _toward(plain))
@@ -184,17 +185,3 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def leaves_of(output: Tensor) -> list[Tensor]:
-    """The tensors that a graph comes from, and that gradients are summed on."""
-    found, seen, todo = [], set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        todo += [after for after, _ in node.next_functions]
-    return found
