@@ -4,7 +4,8 @@ A kernel gives, beside its output, the logarithm of the sum of the exponentials 
 and the lse of a query's attention to all keys: the weights of the keys at hand are then exp(score - lse), whatever the other keys are
 (FlashAttention, arXiv 2205.14135, section 3.1 and appendix B).
 
-The fused ones are torch's own, those of `scaled_dot_product_attention`. On CUDA they are not run by the tests.
+The fused ones are torch's own, those of `scaled_dot_product_attention`. Those of CUDA are called in the tests by stand-ins that demand of their
+arguments what the kernels do.
 Shape legend: B rows, H query heads, K key heads (H = G·K), S queries, L keys, C channels of a head.
 """
 
@@ -12,10 +13,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.functional import pad
 
 _aten = torch.ops.aten
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FLASH_CHANNELS = 256  # CUDA's flash kernel knows heads up to this size
+_NO_FLASH_BACKWARD = range(193, 225)  # channels for which cards with compute capability 8.6 and 8.9 have none
+_MASK_STEP = 8  # the efficient kernel reads masks in 16 bytes at most: so many numbers of two bytes
 
 
 class Attended(NamedTuple):
@@ -42,10 +46,18 @@ def kernel_for(query: Tensor, value: Tensor, masked: bool) -> Kernel:
     same_channels = query.shape[-1] == value.shape[-1]
     if query.device.type == "cpu" and same_channels and query.dtype in _CPU_DTYPES:
         return _CPU
-    if query.device.type == "cuda" and same_channels and query.dtype != torch.float64:
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        return _FLASH if is_half and not masked and query.shape[-1] <= _FLASH_CHANNELS else _EFFICIENT
+    if query.device.type == "cuda" and same_channels:
+        return _on_cuda(query, masked)
     return PLAIN
+
+
+def _on_cuda(query: Tensor, masked: bool) -> Kernel:
+    """What torch finds the card, the dtype and the channels fit for, and is allowed to use (`torch.nn.attention.sdpa_kernel`)."""
+    sample = _dense(query[:1, :1, :1].detach())  # one token tells
+    asked = cuda.SDPAParams(sample, sample, sample, None, 0.0, False, False)
+    if not masked and query.shape[-1] not in _NO_FLASH_BACKWARD and cuda.can_use_flash_attention(asked):
+        return _FLASH
+    return _EFFICIENT if cuda.can_use_efficient_attention(asked) else PLAIN
 
 
 class _CPUKernel:
@@ -112,7 +124,7 @@ class _EfficientKernel:
             folded = query
         else:
             folded = query.reshape(rows, key.shape[1], groups * length, channels)
-        bias = None if mask is None else mask.expand(rows, folded.shape[1], folded.shape[2], -1)
+        bias = None if mask is None else _in_steps(mask).expand(rows, folded.shape[1], folded.shape[2], -1)
         return _dense(folded), _dense(key), _dense(value), bias
 
 
@@ -160,6 +172,12 @@ _CPU, _FLASH, _EFFICIENT, PLAIN = _CPUKernel(), _FlashKernel(), _EfficientKernel
 def _dense(part: Tensor) -> Tensor:
     """The fused kernels want the channels of a head side by side."""
     return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _in_steps(mask: Tensor) -> Tensor:
+    """The mask, in memory whose rows begin where the efficient kernel can read."""
+    keys = mask.shape[-1]
+    return pad(mask, (0, -keys % _MASK_STEP))[..., :keys] if keys % _MASK_STEP else mask.contiguous()
 
 
 def _for_all_queries(mask: Tensor | None, query: Tensor) -> Tensor | None:

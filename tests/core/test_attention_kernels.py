@@ -1,10 +1,14 @@
 """Kernels that give attention to a part of the keys: each against the formulas, in float64, with autograd."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.backends import cuda
 
 from hf_memtune.core import attention_kernels
 from hf_memtune.core.attention_kernels import Attended, kernel_for
+from tests.support import cuda_kernels
 from tests.support.tolerances import NOTICED, close, tolerance
 
 ROWS, QUERIES, KEYS, CHANNELS = 2, 5, 7, 8
@@ -106,3 +110,52 @@ def test_values_of_another_size(dtype):
     parts = inputs(dtype=dtype, value_channels=3)
     assert kernel_for(parts[0], parts[2], masked=False) is attention_kernels.PLAIN
     assert worst(check(attention_kernels.PLAIN, *parts, mask_of("square", dtype))) <= tolerance(dtype)
+
+
+# --- CUDA, by stand-ins that are as demanding as its kernels
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    monkeypatch.setattr(attention_kernels, "_aten", SimpleNamespace(**cuda_kernels.ATEN))
+    monkeypatch.setattr(cuda, "can_use_flash_attention", cuda_kernels.can_use_flash)
+    monkeypatch.setattr(cuda, "can_use_efficient_attention", cuda_kernels.can_use_efficient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "by key", "square"])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+def test_the_efficient_kernel_is_called_with_what_it_takes(on_cuda, heads, kind, dtype):
+    """7 keys: rows of a mask of as many do not begin where the kernel can read."""
+    parts = inputs(*heads, dtype=dtype)
+    assert worst(check(attention_kernels._EFFICIENT, *parts, mask_of(kind, dtype))) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("kernel", ["_FLASH", "_EFFICIENT"])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+def test_a_square_on_cuda(on_cuda, heads, kernel):
+    parts = inputs(*heads, keys=QUERIES, dtype=torch.bfloat16)
+    for causal in (True, False):
+        assert worst(check(getattr(attention_kernels, kernel), *parts, None, causal=causal)) <= tolerance(torch.bfloat16)
+
+
+def test_the_stand_in_refuses_what_the_kernel_refuses(on_cuda, monkeypatch):
+    parts, mask = inputs(dtype=torch.float32), mask_of("square", torch.float32)
+    monkeypatch.setattr(attention_kernels, "_in_steps", lambda mask: mask)
+    with pytest.raises(AssertionError, match="not correctly aligned"):
+        attention_kernels._EFFICIENT.forward(*parts, mask, False, 0.3)
+
+
+def test_which_kernel_of_cuda(on_cuda, monkeypatch):
+    def chosen(dtype, channels=64, masked=False):
+        return attention_kernels._on_cuda(torch.zeros(1, 2, 3, channels, dtype=dtype), masked)
+
+    assert chosen(torch.bfloat16) is attention_kernels._FLASH
+    assert chosen(torch.bfloat16, 200) is attention_kernels._EFFICIENT, "cards of desktops have no flash backward for it"
+    assert chosen(torch.bfloat16, masked=True) is attention_kernels._EFFICIENT
+    assert chosen(torch.float32) is attention_kernels._EFFICIENT
+    assert chosen(torch.float32, 6) is chosen(torch.bfloat16, 12) is chosen(torch.float64) is attention_kernels.PLAIN
+    monkeypatch.setattr(cuda, "can_use_flash_attention", lambda asked, debug=False: False)  # a card before Ampere
+    assert chosen(torch.float16) is attention_kernels._EFFICIENT
+    monkeypatch.setattr(cuda, "can_use_efficient_attention", lambda asked, debug=False: False)
+    assert chosen(torch.float16) is attention_kernels.PLAIN
