@@ -1,11 +1,11 @@
-"""Tables and sentences on what whole commands learn, from results/glue.jsonl. All follow from the files."""
+"""Tables and sentences on what whole commands learn, from results/glue.jsonl and results/qa.jsonl. All follow from the files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
-from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL
+from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, QA
 from learning.groups import BESIDE, Group, finals, listed, named, shown
-from learning.plans import latest
+from learning.plans import PLANS, latest
 from pages import UNMEASURED, Rows, conditions_of, of, table, unique
 
 CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
@@ -17,7 +17,12 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     def glue() -> list[Group]:
         return groups_of(latest(rows_of("glue")), FLAGS)
 
+    def qa(task: str) -> list[Group]:
+        return groups_of(of(latest(rows_of("qa")), task=task), QA)
+
     return {
+        **{f"qa-{plan.task}": lambda task=plan.task: section(qa(task), PLAIN) for plan in PLANS["qa"]},
+        "qa-conditions": lambda: conditions_of(of(latest(rows_of("qa")), stage="final"), leave_out=("model", "data")),
         "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue()),
         "glue": lambda: section(glue(), FULL),
         "glue-conditions": lambda: conditions_of(of(latest(rows_of("glue")), stage="final"), leave_out=("model", "data")),

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_memtune.architectures.layouts import LAYOUTS, POST_NORM, Layout
-from hf_memtune.architectures.tables import CROSS_ATTENTION_NAMES, REMEDY
+from hf_memtune.architectures.tables import CROSS_ATTENTION_NAMES, OF_TRL, REMEDY
 from hf_memtune.errors import UnsupportedModelError
 
 
@@ -86,11 +86,14 @@ def refuse_what_does_not_run_twice(model: nn.Module) -> None:
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             if (value := getattr(config, key, 0)) and value > 0:
                 raise UnsupportedModelError(f"{name} with config.{key}={value}: layers are left out at random. Set config.{key} = 0.")
-        for key, what in (("output_router_logits", "the auxiliary loss of its routers"), ("output_attentions", "attention weights")):
+        for key, what, by in (
+            ("output_router_logits", "the auxiliary loss of its routers", OF_TRL),
+            ("output_attentions", "attention weights", ""),
+        ):
             if getattr(config, key, False):
                 raise UnsupportedModelError(
                     f"{name} with config.{key}=True: {what} would come from inside the layers, without a gradient. Set "
-                    f"config.{key} = False."
+                    f"config.{key} = False{by}."
                 )
         if shared := getattr(config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(

@@ -89,7 +89,7 @@ def _from_file(setting: str, file: str):
 
 
 def check_columns(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) -> None:
-    """Raises ConfigError for every column that a part lacks, and every part without rows."""
+    """Raises ConfigError for every column that a part lacks, every part without rows, and texts that are missing."""
     settings = [f"task_name={data.task_name}"] * 2 if data.task_name else ["sentence_column", "second_sentence_column"]
     wanted = [*zip(settings, task.sentences), ("label_column", data.label_column)]
     found = [f"{name}: has no rows." for name, rows in parts.items() if not len(rows)]
@@ -99,8 +99,19 @@ def check_columns(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) ->
         for setting, column in wanted
         if column not in rows.column_names
     ]
+    if not found:
+        nulls = ((name, setting, column, _nulls(rows, column)) for name, rows in parts.items() for setting, column in wanted[:-1])
+        found = [
+            f"{setting}: {name} has {count} rows without a {column!r} (null). Leave them out, or write what is to be read."
+            for name, setting, column, count in nulls
+            if count
+        ]
     if found:
         raise ConfigError(found)
+
+
+def _nulls(rows, column: str) -> int:
+    return rows.select_columns([column]).with_format("arrow")[:][column].null_count
 
 
 def _regression(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) -> tuple[list, None]:
@@ -144,6 +155,6 @@ def _tokenised(rows, options: dict):
 
 def tokenised_batch(batch: dict, task: GlueTask, label: str, numbers: dict | None, tokenizer, max_length: int) -> dict:
     """One text or two a row as the tokenizer joins them; labels: numbers of classes (int), or, numbers None, values (float)."""
-    texts = [[str(text or "") for text in batch[column]] for column in task.sentences]
+    texts = [[str(text) for text in batch[column]] for column in task.sentences]
     labels = [float(value) for value in batch[label]] if numbers is None else [numbers[value] for value in batch[label]]
     return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": labels}

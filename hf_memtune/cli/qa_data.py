@@ -102,6 +102,8 @@ def _tokenised(name: str, rows, count: int | None, task, tokenizer, max_length: 
 
 def row_of(doc: dict, number: int, name: str, task, tokenizer, max_length: int) -> dict:
     """The question and the right answer, as lm-eval writes them for this task; the answer alone carries labels, no end token follows."""
+    if missing := [column for column in TASKS[task.config.task].columns if doc.get(column) is None]:
+        raise ConfigError([f"task_name: row {number} of the {name} has no {', '.join(missing)} (null). Leave it out, or write what it is."])
     try:
         requests = task.construct_requests(doc, ctx=task.fewshot_context(doc, 0))
         prompt, answer = requests[task.doc_to_target(doc)].args
@@ -115,6 +117,6 @@ def answered(prompt: str, answer: str, tokenizer, max_length: int) -> dict:
     """Tokens of both, split as lm-eval splits what it scores: what the tokenizer makes of the whole, after what it makes of the prompt."""
     whole = tokenizer(prompt + answer)["input_ids"]
     start = len(tokenizer(prompt.rstrip())["input_ids"])  # spaces at the end of a prompt belong to the answer
-    labels = [IGNORED] * start + whole[start:]
+    labels = [IGNORED] * start + whole[start:] if answer.strip() else [IGNORED] * len(whole)
     whole, labels = whole[-max_length:], labels[-max_length:]
     return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}

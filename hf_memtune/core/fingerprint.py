@@ -13,6 +13,7 @@ from torch import nn
 from hf_memtune.errors import InverseError
 
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # of PEFT's layers
+_NOT_ADAPTED = (None,) * len(_ADAPTERS)
 _KERNELS = ("_attn_implementation", "_experts_implementation")  # of a module's config
 _FIELDS = ("module", "training", "forward pre-hooks", "forward hooks", *_KERNELS, *_ADAPTERS)
 _RECORDS_ALONE = "transformers.utils.output_capturing"  # puts hooks on at the first call that asks for what they record, for good
@@ -87,8 +88,9 @@ def _states_of(root: nn.Module) -> tuple[list[tuple], dict[int, int]]:
         own = module.__dict__
         before, after = (own["_forward_pre_hooks"], own["_forward_hooks"]) if module is not root else ((), ())
         state: tuple = id(module), own["training"], _hooks(before) if before else (), _hooks(after) if after else ()
-        if (config := own.get("config")) is not None or "_disable_adapters" in own:
-            state = *state, *_kernels(config), *_adapters(own)
+        is_adapted = "_disable_adapters" in own or hasattr(type(module), "_disable_adapters")  # until it is set it may be of the class
+        if (config := own.get("config")) is not None or is_adapted:
+            state = *state, *_kernels(config), *(_adapters(module) if is_adapted else _NOT_ADAPTED)
         states.append(state)
         for parameter in own["_parameters"].values():
             if parameter is not None and not parameter.requires_grad and not parameter.is_inference():
@@ -114,8 +116,8 @@ def _kernels(config: Any) -> tuple:
     return (None, None) if config is None else tuple(_hashable(getattr(config, name, None)) for name in _KERNELS)
 
 
-def _adapters(own: dict[str, Any]) -> tuple:
-    return tuple(_hashable(own[name]) if name in own else None for name in _ADAPTERS)
+def _adapters(module: nn.Module) -> tuple:
+    return tuple(_hashable(getattr(module, name, None)) for name in _ADAPTERS)
 
 
 def _hashable(value: Any) -> Any:

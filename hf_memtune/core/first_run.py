@@ -78,5 +78,5 @@ class _Entry(torch.autograd.Function):
         raise InverseError(
             f"{ctx.name}: the loss depends on something from inside of this layer (router logits, attention weights, or what a hook has kept), "
             "which runs again in backward, so that the gradient would be lost. Take the loss from what the layers return, set "
-            "output_router_logits=False, or train with activation checkpointing instead (--activation_checkpointing)."
+            "output_router_logits=False (with trl: router_aux_loss_coef=0.0), or train with activation checkpointing instead (--activation_checkpointing)."
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hf_memtune.architectures.tables import OF_TRL
 from hf_memtune.core.fingerprint import Alike
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.overrides import not_checkpointing, set_on_instance
@@ -69,11 +70,11 @@ class LayerOverride:
         """Where backward may run the layer again: without caches, which it would write to again, found by type."""
         if not torch.is_grad_enabled():
             return args, kwargs
-        for key, what in (("output_attentions", "attention weights"), ("output_router_logits", "the logits of routers")):
+        for key, what, by in (("output_attentions", "attention weights", ""), ("output_router_logits", "the logits of routers", OF_TRL)):
             if kwargs.get(key):
                 raise UnsupportedModelError(
                     f"{self.name}: got {key}=True, expected False: {what} would come from inside layers that run twice, without a gradient. "
-                    f"Set {key}=False, or train with activation checkpointing instead (--activation_checkpointing)."
+                    f"Set {key}=False{by}, or train with activation checkpointing instead (--activation_checkpointing)."
                 )
         kwargs = {name: self._no_cache(value) for name, value in kwargs.items()}
         return tuple(map(self._no_cache, args)), kwargs | ({"use_cache": False} if "use_cache" in kwargs else {})

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -83,6 +84,26 @@ def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None
                 "learned undisturbed. Name another one, or True for the newest that is whole."
             ]
         )
+
+
+def require_same_model(checkpoint: str | Path, model: nn.Module) -> None:
+    """Raises ConfigError where a checkpoint is of another kind of model: transformers would load what has the same names, and go on.
+
+    Told by the class that its config names, or by the kind of task of its LoRA adapters.
+    """
+    classes = [kind.__name__ for kind in type(model).__mro__]  # FSDP2 makes one of its own of the model's
+    tasks = [config.task_type for config in (getattr(model, "peft_config", None) or {}).values()]
+    for name, key, expected in (("config.json", "architectures", classes), ("adapter_config.json", "task_type", tasks)):
+        file = Path(checkpoint) / name
+        saved = json.loads(file.read_text(encoding="utf-8")).get(key) if file.is_file() else None
+        got = saved[0] if isinstance(saved, list) and saved else saved
+        if got and any(expected) and got not in expected:
+            raise ConfigError(
+                [
+                    f"resume_from_checkpoint: {str(checkpoint)!r} is another run's: of {got}, expected {expected[0]}. Name a checkpoint of this run, "
+                    "or leave it out, with an output_dir of its own."
+                ]
+            )
 
 
 def why_incomplete(checkpoint: Path, weights_only: bool = False) -> str | None:

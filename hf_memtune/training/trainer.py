@@ -19,7 +19,7 @@ from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
-from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete
+from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete, require_same_model
 from hf_memtune.training.guard import FullLossCallback
 from hf_memtune.training.harness import LMEvalCallback
 from hf_memtune.training.method_mixin import MethodMixin
@@ -72,6 +72,8 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             resume_from_checkpoint = newest_complete(self.args.output_dir, self.args.save_only_model)
         elif resume_from_checkpoint:
             require_complete(resume_from_checkpoint, self.args.save_only_model)
+        if resume_from_checkpoint:
+            require_same_model(resume_from_checkpoint, self.model)
         if (wanted := self._method_settings()) != (had := getattr(self.strategy_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:

@@ -276,6 +276,14 @@ def test_columns_that_are_missing_are_all_named(tmp_path):
     assert problem.startswith("task_name=sst2: bad has no column 'sentence'")
 
 
+def test_texts_that_are_missing_are_refused_and_others_read_as_they_are(tmp_path):
+    (problem,) = bad_rows(tmp_path, [{"sentence": "a", "label": 1}, {"sentence": None, "label": 0}])
+    assert problem.startswith("sentence_column: bad has 1 rows without a 'sentence' (null)")
+    numbers = write_rows(tmp_path / "numbers.jsonl", [{"sentence": n, "label": n} for n in (0, 1)])
+    rows = prepare(glue.parse(["--train_file", str(numbers), "--validation_file", str(numbers), *NO_MODEL]).data, tokenizer())
+    assert rows.train["input_ids"][0] == tokenizer()("0")["input_ids"] != tokenizer()("")["input_ids"]
+
+
 @pytest.mark.parametrize("label, flags", [(7, []), ("good", []), (-1, ["--task_name", "sst2"]), ("neutral", ["--task_name", "cola"])])
 def test_labels_that_the_rows_to_train_on_lack(label, flags, tmp_path):
     (problem,) = bad_rows(tmp_path, [{"sentence": "a", "label": label}], *flags)

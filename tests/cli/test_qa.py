@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hf_memtune.cli import main, qa  # noqa: E402
 from hf_memtune.cli.data import IGNORED  # noqa: E402
 from hf_memtune.cli.qa_arguments import QaArguments  # noqa: E402
-from hf_memtune.cli.qa_data import answered, prepare  # noqa: E402
+from hf_memtune.cli.qa_data import NOTHING, answered, prepare  # noqa: E402
 from hf_memtune.cli.qa_tasks import TASKS  # noqa: E402
 from hf_memtune.errors import ConfigError  # noqa: E402
 from tests.support.folders import ROOT, tokenizer, write_rows  # noqa: E402
@@ -182,6 +182,17 @@ def test_files_that_are_not_of_the_task(model, tmp_path):
     ]
     (message,) = problems(["--task_name", "arc_easy", *files, "--model", str(model), "--use_cpu"])
     assert "row 0 of the rows to train on has no right answer" in message
+
+
+def test_answers_that_are_missing(model, tmp_path):
+    """null would be learned as a word; an empty answer has nothing to learn, and is counted."""
+    good, (first, *others) = write_rows(tmp_path / "good.jsonl", questions("sciq", 4)), questions("sciq", 4)
+    for name, answer in (("null", None), ("empty", "")):
+        write_rows(tmp_path / f"{name}.jsonl", [first | {"correct_answer": answer}, *others])
+    with pytest.raises(ConfigError, match="row 0 of the rows to train on has no correct_answer .null."):
+        prepare(QaArguments("sciq", train_file=str(tmp_path / "null.jsonl"), test_file=str(good)), tokenizer())
+    rows = prepare(QaArguments("sciq", train_file=str(tmp_path / "empty.jsonl"), test_file=str(good)), tokenizer())
+    assert len(rows.train) == 3 and rows.reasons == {NOTHING: 1}
 
 
 def test_without_the_hub_the_files_are_named(model):

@@ -78,6 +78,16 @@ def test_what_does_not_decide_is_not(model):
     found.check()
 
 
+def test_an_adapter_that_was_switched_off_for_a_while_is_as_before():
+    """A class of PEFT may say that it is on until it is switched for the first time, as by the reference of DPO."""
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    found = Fingerprint(adapted)
+    with adapted.disable_adapter():
+        with pytest.raises(MemTuneError, match="_disable_adapters .got True"):
+            found.check()
+    found.check()
+
+
 def test_runs_that_are_alike():
     module = torch.nn.Sequential(torch.nn.Dropout(0.1))
     run = Alike(module, "layer", lambda x, factor: x * factor)

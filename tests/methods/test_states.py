@@ -118,6 +118,15 @@ def test_packed_rows_learn_as_plainly(name):
     assert whole_error(streamed(model, batch | {"position_ids": torch.arange(TOKENS)[None].expand(2, -1)}, 7), expected) > NOTICED
 
 
+def test_rows_that_are_packed_by_their_lengths_are_refused():
+    """Kernels of such layers begin anew where the lengths of whole rows say so."""
+    model = tiny("qwen3_5_text")
+    batch = batch_of(model, "causal") | {"cu_seq_lens_q": torch.tensor([0, 9, TOKENS, 2 * TOKENS])}
+    batch["position_ids"] = torch.arange(TOKENS)[None].expand(2, -1)
+    with pytest.raises(MemTuneError, match="cu_seq_lens_q: .*without packing"):
+        streamed(model, batch, 7)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_text", "granitemoehybrid", "falcon_h1"])
 def test_dropout_is_replayed(name):
     """What a chunk draws forward, it draws again: the gradient is that of the loss that was returned."""

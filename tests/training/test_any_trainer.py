@@ -141,3 +141,20 @@ def test_what_is_left_out_lacks_what_is_said(folder):
     name, _, line = LEFT_OUT[folder]
     assert trainers_of_trl()[name] == folder
     assert line in Path(trl.__file__).parent.joinpath("experimental", folder, f"{folder}_trainer.py").read_text()
+
+
+def test_the_remedy_for_losses_of_routers_works_under_trl():
+    """SFTTrainer asks for them whatever the config of the model says."""
+    with pytest.raises(hf_memtune.MemTuneError, match="router_aux_loss_coef=0.0"):
+        run("sft-mixtral", callbacks=[hf_memtune.CheckpointCallback()])
+    ours = run("sft-mixtral", callbacks=[hf_memtune.CheckpointCallback()], router_aux_loss_coef=0.0)
+    assert ours.logs[0]["loss"] == run("sft-mixtral", router_aux_loss_coef=0.0).logs[0]["loss"]
+
+
+def test_a_reference_that_is_kept_by_its_weights_is_refused_under_reversible_layers():
+    """The same weights say something else in them."""
+    reversible = hf_memtune.ReversibleCallback(hf_memtune.ReversibleConfig(reversible="centred", adapter_rank=0))
+    with pytest.raises(hf_memtune.ConfigError, match="precompute_ref_log_probs=False"):
+        run("dpo-precomputed", callbacks=[reversible])
+    ours = run("dpo-lora", callbacks=[hf_memtune.ReversibleCallback(hf_memtune.ReversibleConfig(reversible="centred", adapter_rank=0))])
+    assert abs(ours.logs[0]["loss"] - plain("dpo-lora").logs[0]["loss"]) > 1e-5

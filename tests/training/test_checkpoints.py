@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from hf_memtune.errors import ConfigError, MemTuneError, StaleCacheError
-from hf_memtune.training.checkpoints import UNFINISHED, newest_complete, why_incomplete
+from hf_memtune.training.checkpoints import UNFINISHED, newest_complete, require_same_model, why_incomplete
 from hf_memtune.training.offline import OfflineScores
 from tests.support.runs import arguments, llama, text_rows, trainer_for
 
@@ -69,6 +70,24 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(harm, folder, run, caplog):
     assert trainer.state.global_step == 3
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, run[1][name]), name
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_refused(folder):
+    """What has the same names would be loaded, and the rest left as it is."""
+    trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
+    config = folder / "checkpoint-3" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
+    with pytest.raises(ConfigError, match="checkpoint-3' is another run's: of LlamaForSequenceClassification, expected LlamaForCausalLM"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_lora_of_another_kind_of_task_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    require_same_model(tmp_path, get_peft_model(llama(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])))
+    require_same_model(tmp_path, llama())
+    with pytest.raises(ConfigError, match="of SEQ_CLS, expected CAUSAL_LM"):
+        require_same_model(tmp_path, get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
 
 
 def test_deepspeed_keeps_its_states_in_a_folder_of_its_own(folder):

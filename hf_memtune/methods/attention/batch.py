@@ -19,8 +19,8 @@ from hf_memtune.architectures.positions import check_rope, token_positions
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.model_pass import ModelPass
 from hf_memtune.methods.attention.ready import may_begin, require_visibility, visible
-from hf_memtune.methods.attention.spans import Rows, Span
-from hf_memtune.methods.attention.states import ARGUMENTS
+from hf_memtune.methods.attention.spans import Chunks, Rows, Span
+from hf_memtune.methods.attention.states import ARGUMENTS, CacheTemplate
 
 
 class BodyCall:
@@ -162,10 +162,21 @@ class BodyCall:
         """The arguments of an encoder-decoder model's body that are its encoder's."""
         return {k: v for k, v in self.given.items() if k in ("input_ids", "attention_mask", "inputs_embeds")}
 
-    def may_begin(self) -> Tensor | None:
-        """(T,) bool: where a chunk may begin, no token before it looking beyond; None: anywhere. Told by ready-made masks alone."""
+    def chunks(self, size: int, template: CacheTemplate | None) -> Chunks:
+        """Chunks of `size` tokens, or of more where no token before one may look beyond it, as ready-made masks tell.
+
+        template: of the body's cache, where layers hand something on. Raises MemTuneError for rows that are packed by their lengths, of
+        layers that hand states on: these read the lengths of whole rows.
+        """
+        if template is not None and template.has_states and self.arguments.get("cu_seq_lens_q") is not None:
+            raise MemTuneError(
+                f"cu_seq_lens_q: {self.architecture.name} has layers that hand a state on from token to token, which the lengths of whole rows "
+                "tell where to begin anew, and not in a part of their tokens. Train without packing, or with activation checkpointing instead "
+                "(--activation_checkpointing)."
+            )
         masks = [mask for mask in self.ready.values() if mask is not None]
-        return torch.stack([may_begin(mask) for mask in masks]).all(0) if masks else None
+        anywhere = torch.stack([may_begin(mask) for mask in masks]).all(0) if masks else None
+        return Chunks.of(self.decoder.length, size, template is not None, anywhere)
 
     def at(self, spans: dict[str, Span], running: ModelPass, live: bool = False, cache: Cache | None = None) -> dict[str, Any]:
         """The arguments for these tokens in the pass that runs: ids, embeddings and positions taken, attention masks whole.

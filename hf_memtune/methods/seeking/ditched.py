@@ -25,7 +25,6 @@ from hf_memtune.methods.attention.passes import FocusPass
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
-from hf_memtune.methods.attention.spans import Chunks
 from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.seeking.choice import Choice
 from hf_memtune.methods.seeking.last_block import LastBlock
@@ -64,7 +63,7 @@ class DitchedCall:
     def run_context(self) -> None:
         """The pass over all tokens."""
         states = States(self.router.cache)
-        chunks = Chunks.of(self.call.decoder.length, self.chunk, bool(states), self.call.may_begin())
+        chunks = self.call.chunks(self.chunk, self.router.cache)
         context_pass(self.router, self.call, self.store, self.records, chunks, chunks.count, states, self.outputs)
         self.choice.block = LastBlock(self.router, self.call, self.records, self.store, self.chunk)
 

@@ -38,7 +38,7 @@ from hf_memtune.methods.attention.passes import StreamPass
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
-from hf_memtune.methods.attention.spans import Chunks, Span
+from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.layer_override import override_of
@@ -92,7 +92,7 @@ class ChunkStream:
         self.means, self.call = means, call
         self.router, self.rows, self.chunk = means.router, call.decoder, means.chunk
         self.states = States(self.router.cache, means.host)
-        self.chunks = Chunks.of(self.rows.length, self.chunk, bool(self.states), call.may_begin())
+        self.chunks = call.chunks(self.chunk, self.router.cache)
         self.router.calls.add(self)
         base = self.router.architecture.base
         self.unchanged = Unchanged(base, self.router.architecture.name)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hf_memtune.architectures import Architecture
+from hf_memtune.architectures.tables import OF_TRL
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.rows import RowTensor
 from hf_memtune.core.store import KeyValueStore
@@ -70,7 +71,7 @@ class LayerStream(ChunkStream):
         super().__init__(means, call, keeps_last=False)
         if wants_router_logits(call):
             raise MemTuneError(
-                f"output_router_logits=True with stream_order=layers: they are noted while the body runs, whose layers run by themselves "
+                f"output_router_logits=True with stream_order=layers{OF_TRL}: they are noted while the body runs, whose layers run by themselves "
                 f"here. {BY_CHUNKS}"
             )
         architecture = self.router.architecture

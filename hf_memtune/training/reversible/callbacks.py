@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_memtune.errors import InverseError, MemTuneError
+from hf_memtune.errors import ConfigError, InverseError, MemTuneError
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
 from hf_memtune.methods.reversible.start import StartReport
 from hf_memtune.methods.two_level import TwoLevelHandle, checkpoint_in_two_levels
@@ -37,6 +37,14 @@ class ReversibleCallback(TrainerCallback, Restorable):
         self.report: StartReport | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        if getattr(args, "precompute_ref_log_probs", False):
+            raise ConfigError(
+                [
+                    "precompute_ref_log_probs: got True with reversible layers. trl keeps what the reference says under a hash of the weights, and "
+                    "the same weights say something else in reversible layers: this run might read what the plain model said, and leave a later "
+                    "run what this one says. Set precompute_ref_log_probs=False."
+                ]
+            )
         if self.handle is None:
             self.handle = make_reversible(model, self.config)
 
