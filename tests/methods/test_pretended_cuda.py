@@ -28,7 +28,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     command = [sys.executable, "-m", "tests.support.pretended_run"]
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"')]
     return {line.get("case", "refused"): line for line in lines}
 
 
@@ -40,6 +40,11 @@ def test_a_tensor_on_the_wrong_device_is_refused(found):
 def test_numbers_are_those_of_the_cpu(found, name):
     allowed = TOLERANCE[str(CASES[name][2])]
     assert found[name]["loss"] <= allowed and found[name]["gradients"] <= allowed
+
+
+def test_a_trainer_with_what_is_on_by_itself_on_a_gpu(found):
+    losses = found["trainer"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5) and len(losses["cpu"]) == 2
 
 
 @pytest.mark.parametrize("name", WAITS)

@@ -111,6 +111,20 @@ def pretended() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def chosen() -> Iterator[None]:
+    """While open beside `pretended`, the device is the one that trainers take, and has an allocator. Import what is needed before."""
+    properties = SimpleNamespace(total_memory=2**34, major=8, minor=6, multi_processor_count=1, name="pretended")
+    nothing = {
+        name: lambda *args: None for name in ("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "manual_seed_all")
+    }
+    numbers = {"max_memory_allocated": 2**20, "memory_allocated": 2**20, "memory_reserved": 2**21, "mem_get_info": (2**33, 2**34)}
+    found = {"is_available": True, "current_device": 0, "get_device_properties": properties, "get_device_capability": (8, 6), **numbers}
+    told = {name: lambda *args, value=value: value for name, value in found.items()}
+    with patch.multiple(torch.cuda, **nothing, **told):
+        yield
+
+
 def moved(value):
     """A tensor, or a model in place, on the device; anything else as it is."""
     if isinstance(value, torch.nn.Module):

@@ -3,11 +3,16 @@
 import copy
 import json
 import sys
+from tempfile import TemporaryDirectory
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch._inductor  # which asks for more of CUDA than is pretended
+from accelerate.state import AcceleratorState
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 
 from hf_memtune import (
+    MemEfficientTrainer,
+    MemEfficientTrainingArguments,
     ReversibleConfig,
     Streaming,
     StreamingConfig,
@@ -16,7 +21,8 @@ from hf_memtune import (
     checkpoint_in_two_levels,
     make_reversible,
 )  # fmt: skip
-from tests.support.pretended_cuda import SYNCS, OnCuda, moved, pretended
+from tests.support.pretended_cuda import SYNCS, OnCuda, chosen, moved, pretended
+from tests.support.runs import llama, pad_right, text_rows
 
 TOKENS, CHUNK = 40, 7  # rows of a chunk's mask do not begin where kernels can read
 
@@ -100,6 +106,33 @@ def case(name: str) -> dict:
     return {"case": name, "loss": abs(found.inner - loss).item(), "gradients": max(far), "syncs": dict(SYNCS)}
 
 
+def losses(device: str | None = None) -> list[float]:
+    """Of a MemEfficientTrainer with streaming and all that is on by itself on a GPU, such as a preflight; and of a plain one on the CPU."""
+    settings = {"sequence_chunk_size": 8} if device else {"use_cpu": True}
+    with TemporaryDirectory() as folder:
+        fixed = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "bf16": False,
+            "report_to": [],
+        }
+        arguments = MemEfficientTrainingArguments(folder, disable_tqdm=True, dataloader_pin_memory=False, **fixed, **settings)
+        trainer = MemEfficientTrainer(model=llama(), args=arguments, train_dataset=text_rows(8), data_collator=pad_right)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    assert device is None or arguments.device.type == device and trainer.preflight.report is not None
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainers() -> dict:
+    on_cpu = losses()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pretended(), chosen():
+        return {"case": "trainer", "cpu": on_cpu, "cuda": losses("cuda")}
+
+
 def refused() -> str:
     with pretended():
         try:
@@ -111,5 +144,6 @@ def refused() -> str:
 
 if __name__ == "__main__":
     print(json.dumps({"refused": refused()}))
+    print(json.dumps(trainers()))
     for each in sys.argv[1:] or CASES:
         print(json.dumps(case(each)), flush=True)
