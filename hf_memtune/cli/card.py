@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_memtune.cli.summary import of_kept
 from hf_memtune.files import write_text
 from hf_memtune.levers.table import written_levers
 from hf_memtune.units import format_bytes
@@ -43,7 +44,7 @@ def facts(settings, rows, summary) -> list[tuple[str, str]]:
         ("data", f"{name_of(data_of(settings.data))}: {len(rows.train)} rows to train on, {held_out} held out"),
         ("longest row", f"{settings.data.max_length} tokens at most"),
         ("optimizer steps", str(summary.steps)),
-        ("mean training loss", f"{summary.training_loss:.4f}" + (" (of the kept tokens)" if summary.tokens_kept else "")),
+        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(settings.training)),
     ]
     before, after = summary.held_out_loss
     if after is not None:
@@ -60,7 +61,8 @@ def what_is_trained(settings) -> str:
     model = settings.model
     if model.lora_r:
         return f"{'QLoRA' if model.load_in_4bit else 'LoRA'} of rank {model.lora_r}"
-    return "adapters of reversible layers" if settings.training.is_reversible else "all parameters"
+    is_reversible = settings.training.is_reversible or model.reversible_adapters is not None
+    return "adapters of reversible layers" if is_reversible else "all parameters"
 
 
 def data_of(data) -> str:

@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything is loaded: integrations, checkpoints, the folder of a model."""
 
+import json
 from pathlib import Path
 
 from hf_memtune.errors import ConfigError
@@ -23,13 +24,43 @@ def problems_of_resuming(training) -> list[str]:
     if wanted is True:
         found, passed = look_for(folder, training.save_only_model)
         what = f"no checkpoint that is complete: {'; '.join(passed)}" if passed else "no checkpoint"
-        return [] if found else [f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds {what}. Leave it out to begin anew."]
+        none = f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds {what}. Leave it out to begin anew."
+        return _problems_of_steps(found, training.max_steps) if found else [none]
     try:
         if wanted is not None:
             require_complete(wanted, training.save_only_model)
+            return _problems_of_steps(Path(wanted), training.max_steps)
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _problems_of_steps(found: Path, max_steps: int) -> list[str]:
+    """A checkpoint after which nothing is left to train, such as that of a longer run in the same folder."""
+    done = json.loads((found / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
+    if max_steps <= 0 or done < max_steps:
+        return []
+    wrong = f"{str(found)!r} is of step {done}, and max_steps is {max_steps}, so nothing is left to train"
+    return [f"resume_from_checkpoint: {wrong}. Raise max_steps, or name the checkpoint of another run, or another output_dir."]
+
+
+def warnings_of_other_runs(training) -> list[str]:
+    """Checkpoints of an earlier run, where this one begins anew."""
+    there = sorted(path.name for path in Path(training.output_dir).glob("checkpoint-*") if path.is_dir())
+    if not there or training.resume_from_checkpoint is not None or training.save_strategy == "no":
+        return []
+    return [
+        f"output_dir: {training.output_dir!r} holds {', '.join(there)} of an earlier run, and this one begins anew: it writes its own among them, "
+        "and resume_from_checkpoint without a name would take the one with the most steps. Name another output_dir, or resume."
+    ]
+
+
+def problems_of_scores(data, training) -> list[str]:
+    """Scores made before training are found by row, and of packed rows a batch is one."""
+    if not getattr(data, "packing", False) or not training.token_seeking or training.seek_schedule == "step":
+        return []
+    wrong = f"got {training.seek_schedule!r} with packing, which makes one row of a batch: scores made before training are found by row"
+    return [f"seek_schedule: {wrong}. Set seek_schedule=step, or leave packing out."]
 
 
 def problems_of_reports(training) -> list[str]:

@@ -73,7 +73,7 @@ class GlueArguments:
             found.append(f"{lacking}: got nothing beside {given}, expected a file: both are needed, or none with task_name.")
         named = [("train_file", self.train_file), *(("validation_file", file) for file in self.validation_file)]
         for name, file in named:
-            if file is not None and Path(file).suffix not in BUILDERS:
+            if file is not None and Path(file).suffix.lower() not in BUILDERS:
                 found.append(f"{name}: got {file!r}, expected a name that ends in one of {', '.join(BUILDERS)}.")
             elif file is not None and not Path(file).is_file():
                 found.append(f"{name}: {file!r} is not a file.")

@@ -52,11 +52,11 @@ class QaArguments:
             (lacking,) = {"train_file", "test_file"} - {given}
             found.append(f"{lacking}: got nothing beside {given}, expected a file: both are needed, or none for those of the hub.")
         for name, file in files.items():
-            if Path(file).suffix not in KINDS:
+            if Path(file).suffix.lower() not in KINDS:
                 found.append(f"{name}: got {file!r}, expected a name that ends in one of {', '.join(KINDS)}.")
             elif not Path(file).is_file():
                 found.append(f"{name}: {file!r} is not a file.")
-        kinds = {BUILDERS[Path(file).suffix] for file in files.values() if Path(file).suffix in KINDS}
+        kinds = {BUILDERS[Path(file).suffix.lower()] for file in files.values() if Path(file).suffix.lower() in KINDS}
         if len(kinds) > 1:
             found.append(f"test_file: got {self.test_file!r} beside {self.train_file!r}, expected files of one kind.")
         return found

@@ -56,7 +56,11 @@ def _config_of(data: QaArguments) -> tuple[Any, dict]:
     config = dict(manager.task_index[data.task_name].cfg)
     if data.train_file is not None:
         files = {"train": str(Path(data.train_file).resolve()), "test": str(Path(data.test_file).resolve())}
-        config |= {"dataset_path": BUILDERS[Path(data.train_file).suffix], "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        config |= {
+            "dataset_path": BUILDERS[Path(data.train_file).suffix.lower()],
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files},
+        }
         config |= {"training_split": "train", "validation_split": None, "test_split": "test"}
     if data.scored_split is not None:
         config |= {"test_split": data.scored_split}

@@ -164,7 +164,8 @@ class Parser(HfArgumentParser):
 
 
 def recipe_first(arguments: list[str]) -> list[str]:
-    """`--config FILE` in the place where a recipe stands."""
+    """`--config FILE`, or `--config=FILE`, in the place where a recipe stands."""
+    arguments = [word for given in arguments for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
     if "--config" not in arguments[:-1]:
         return arguments
     at = arguments.index("--config")

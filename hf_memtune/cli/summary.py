@@ -101,7 +101,7 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
         ("trainable parameters", f"{summary.trainable_parameters:,} ({share:.2%})"),
         ("optimizer steps", f"{summary.steps}"),
         ("held-out loss", _before_and_after(summary.held_out_loss)),
-        ("mean training loss", f"{summary.training_loss:.4f}" + (" (of the kept tokens)" if summary.tokens_kept else "")),
+        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(settings.training)),
         ("peak memory", _peak(summary)),
         ("seconds per step", "not measured" if summary.step_seconds is None else f"{summary.step_seconds:.3g} (median)"),
     ]
@@ -110,6 +110,11 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
         lines.append(("tokens kept", f"{summary.tokens_kept:,} of {summary.tokens_seen:,} ({kept:.1%})"))
     lines += [(f"held-out {name.replace('_', ' ')}", _before_and_after(values)) for name, values in summary.held_out_scores.items()]
     return [*lines, ("saved in", str(settings.training.output_dir))]
+
+
+def of_kept(training) -> str:
+    """What a logged loss is, behind it: under `sample` it stands for all labels, under `top` for those of the kept tokens alone."""
+    return " (of the kept tokens)" if training.token_seeking and training.is_mean_of_kept else ""
 
 
 def _before_and_after(values: tuple[float | None, float | None]) -> str:

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
-from hf_memtune.cli.checks import problems_of_folder, problems_of_optimizer, problems_of_reports, problems_of_resuming, problems_of_trained
+from hf_memtune.cli.checks import (
+    problems_of_folder,
+    problems_of_optimizer,
+    problems_of_reports,
+    problems_of_resuming,
+    problems_of_scores,
+    problems_of_trained,
+    warnings_of_other_runs,
+)
 from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser
 from hf_memtune.errors import ConfigError
 
@@ -84,6 +92,7 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
             *problems_of_reports(built.training),
             *problems_of_resuming(built.training),
             *problems_of_optimizer(built.training),
+            *problems_of_scores(built.data, built.training),
         ]
     ineffective = [message for part in (*built, *further) if part is not None for message in part.ineffective()]
     problems += [f"{message}. Leave it out." for message in ineffective if of_user and message.split()[0] in parser.flags]
@@ -92,7 +101,7 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
     if built.model.reversible_adapters is not None and built.training.is_reversible:
         got = f"got {built.model.reversible_adapters!r} with reversible={built.training.reversible}"
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
-    for message in ineffective:
+    for message in (*ineffective, *warnings_of_other_runs(built.training)):
         warnings.warn(message, stacklevel=2)
     return built
 
@@ -108,7 +117,8 @@ def make_trainer(settings: Settings):
         rows = prepare(data, tokenizer, settings.model)
         if settings.training.process_index == 0:
             show(rows, tokenizer, data.show_rows)
-            for message in () if rows.classes else traps(settings.training, lengths_of(rows.train)):
+            together = settings.training.per_device_train_batch_size if data.packing else 1
+            for message in () if rows.classes else traps(settings.training, lengths_of(rows.train, together)):
                 warnings.warn(message, stacklevel=2)
         return rows
 

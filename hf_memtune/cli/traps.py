@@ -13,14 +13,15 @@ SHORT = 512  # tokens: below it streaming saves little and its small chunks cost
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row to train on, and how many of them carry a label."""
+    """Tokens of each row to train on, and how many of them carry a label. together: rows of a batch that become one, as packed ones do."""
 
     tokens: list[int]
     labelled: list[int]
+    together: int = 1
 
     @property
     def longest(self) -> int:
-        return max(self.tokens)
+        return max(self.tokens) * self.together
 
 
 def chunk_beyond_every_row(args: Any, rows: Lengths) -> str | None:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 _aten = torch.ops.aten
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLASH_STEP = 8  # to whose multiples scaled_dot_product_attention fills up channels before it calls the flash kernel
 _NO_FLASH_BACKWARD = range(193, 225)  # channels for which cards with compute capability 8.6 and 8.9 have none
 _MASK_STEP = 8  # the efficient kernel reads masks in 16 bytes at most: so many numbers of two bytes
 
@@ -55,7 +56,9 @@ def _on_cuda(query: Tensor, masked: bool) -> Kernel:
     """What torch finds the card, the dtype and the channels fit for, and is allowed to use (`torch.nn.attention.sdpa_kernel`)."""
     sample = _dense(query[:1, :1, :1].detach())  # one token tells
     asked = cuda.SDPAParams(sample, sample, sample, None, 0.0, False, False)
-    if not masked and query.shape[-1] not in _NO_FLASH_BACKWARD and cuda.can_use_flash_attention(asked):
+    channels = query.shape[-1]
+    takes_channels = channels % _FLASH_STEP == 0 and channels not in _NO_FLASH_BACKWARD
+    if not masked and takes_channels and cuda.can_use_flash_attention(asked):
         return _FLASH
     return _EFFICIENT if cuda.can_use_efficient_attention(asked) else PLAIN
 

@@ -167,7 +167,7 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._resumed_file = _scores_file(state) if state.global_step else None
+        self._resumed_file = _scores_file(state, [args.output_dir, self.config.seek_cache_dir]) if state.global_step else None
         if self.config.seek_schedule == "once":
             self._score_offline()
             self.offline.load_or_score() if self._resumed_file is None else self.offline.resume(self._resumed_file)
@@ -213,10 +213,13 @@ def _saved(state, kind: type) -> dict[str, Any]:
     return saved[0] if isinstance(saved, list) else saved
 
 
-def _scores_file(state) -> Path | None:
-    """The file of scores that a checkpoint names."""
+def _scores_file(state, folders: list[str | None]) -> Path | None:
+    """The file of scores that a checkpoint names, or, where the folder of the run was moved, that of the same name in one of `folders`."""
     file = _saved(state, TokenSeekingCallback).get("attributes", {}).get("scores_file")
-    return None if file is None else Path(file)
+    if file is None or Path(file).exists():
+        return None if file is None else Path(file)
+    moved = (Path(folder) / Path(file).name for folder in folders if folder is not None)
+    return next((found for found in moved if found.exists()), Path(file))
 
 
 def _size_of_checkpoint(state) -> int | None:

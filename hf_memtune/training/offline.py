@@ -134,7 +134,7 @@ class OfflineScores:
         if missing:
             raise StaleCacheError(
                 f"rows {missing} of the batch are not among the {len(self.rows)} that were scored before training: they changed "
-                "since, or the data collator makes them anew each time (random masking, augmentation). Use seek_schedule=step."
+                "since, or the data collator makes them anew each time (random masking, augmentation, rows packed into one). Use seek_schedule=step."
             )
         return {stack: self._padded(stack, batch, [self.rows[key][stack] for key in keys]) for stack in self.stacks}
 

@@ -122,7 +122,7 @@ def test_every_form_of_data_gives_the_same_rows(how, instructions, tmp_path):
         ({"dataset_split": "absent"}, ["absent"]),
         ({"output_column": "a", "instruction_column": "q"}, ["no column 'q', expected one of: instruction", "no column 'a'"]),
         ({"text_column": "body"}, ["no column 'body'"]),
-        ({"max_length": 2}, ["no row has a labelled token"]),
+        ({"max_length": 2}, ["none of the 22 rows to train on has a labelled token"]),
         ({"task": "sequence_classification"}, ["no column 'text'", "no column 'label'"]),
     ],
 )

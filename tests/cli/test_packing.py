@@ -65,6 +65,12 @@ def test_a_step_is_that_of_the_kept_tokens_of_rows_apart(arguments, model):
     assert worst_difference(found, expected_gradients(plain, every, count)) > NOTICED  # all tokens
 
 
+@pytest.mark.parametrize("schedule", ["once", "epoch"])
+def test_scores_made_before_training_are_found_by_row_and_a_batch_is_one(arguments, schedule, capsys):
+    assert main(["train", *arguments, "--seek_schedule", schedule]) == 2
+    assert "with packing, which makes one row of a batch" in capsys.readouterr().err
+
+
 def test_the_command_trains_and_counts(arguments, tmp_path):
     from tests.support.train import summary
 

@@ -207,6 +207,22 @@ def test_classes_are_known_by_text_and_label(tmp_path):
     assert prepared(tmp_path, rows[:2], text_column="text").classes is None
 
 
+@pytest.mark.parametrize("settings", [{"packing": True}, {"assistant_only_loss": False}])
+def test_what_has_no_effect_on_the_rows_that_there_are_is_refused(settings, tmp_path):
+    """Which kind they are shows in their columns."""
+    rows = [{"text": "a good film", "label": "glad"}, {"text": "a bad film", "label": "sad"}]
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} has no effect with task=sequence_classification"):
+        prepared(tmp_path, rows, **settings)
+    prepared(tmp_path, rows)
+
+
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "ROWS.JSONL", "rows *.jsonl"])
+def test_names_of_files_are_taken_as_they_are(name, tmp_path):
+    file = write_rows(tmp_path / name, [{"text": "red green"}])
+    write_rows(tmp_path / "rows1.jsonl", [{"text": "another"}])
+    assert load_rows(DataArguments(dataset_name=str(file)), "train")["text"] == ["red green"]
+
+
 def test_lines_of_a_text_file_are_rows(tmp_path):
     (tmp_path / "lines.txt").write_text("red green\nblue sun\n")
     assert load_rows(DataArguments(dataset_name=str(tmp_path / "lines.txt")), "train")["text"] == ["red green", "blue sun"]

@@ -99,6 +99,19 @@ def test_a_run_folder_can_be_moved_and_resumed(model, instructions, tmp_path):
     assert best == "moved/checkpoint-2"
 
 
+def test_scores_of_a_moved_run_are_found_beside_it(model, instructions, tmp_path, capsys):
+    flags = "--token_seeking --seek_schedule epoch --token_scorer context --save_steps 1 --save_strategy steps".split()
+    assert main(["train", *arguments(model, instructions, *flags, "--output_dir", str(tmp_path / "run"))]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    more = [*flags, "--max_steps", "3", "--output_dir", str(tmp_path / "moved"), "--resume_from_checkpoint"]
+    assert main(["train", *arguments(model, instructions, *more)]) == 0
+    for file in (tmp_path / "moved").glob("seek-epoch-*"):
+        file.unlink()
+    more[more.index("3")] = "4"
+    assert main(["train", *arguments(model, instructions, *more)]) == 2
+    assert "which is gone" in capsys.readouterr().err
+
+
 def test_lora_of_a_relative_base_is_used_from_another_folder(model, instructions, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,7 @@
 """From a recipe and flags to settings: precedence, types, and every problem at once with the name that was meant."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -199,6 +201,28 @@ def test_resuming_without_a_folder_is_from_the_latest(words, tmp_path, monkeypat
     assert train.parse([recipe(tmp_path, "resume_from_checkpoint: true\n"), *NEEDED]).training.resume_from_checkpoint is True
     assert train.parse([*NEEDED, "--resume_from_checkpoint", "out/checkpoint-3"]).training.resume_from_checkpoint == "out/checkpoint-3"
     assert "got 'out/checkpoint-4', which is no folder" in only(*NEEDED, "--resume_from_checkpoint", "out/checkpoint-4")
+
+
+def test_a_run_beside_checkpoints_of_another(tmp_path, monkeypatch):
+    """They would be taken for its own."""
+    monkeypatch.chdir(tmp_path)
+    (checkpoint := tmp_path / "out" / "checkpoint-12").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="holds checkpoint-12 of an earlier run.*Name another output_dir, or resume"):
+        train.parse(NEEDED)
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 12}')
+    for words in (["--resume_from_checkpoint"], ["--resume_from_checkpoint", "out/checkpoint-12"]):
+        assert "is of step 12, and max_steps is 8, so nothing is left" in only(*NEEDED, *words, "--max_steps", "8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train.parse([*NEEDED, *words, "--max_steps", "13"])
+
+
+def test_a_recipe_may_stand_behind_its_name(tmp_path):
+    file = recipe(tmp_path, "learning_rate: 0.25\n")
+    for words in ([file], ["--config", file], [f"--config={file}"]):
+        assert train.parse([*words, *NEEDED]).training.learning_rate == 0.25
 
 
 def test_integrations_are_checked_with_the_other_settings(monkeypatch):

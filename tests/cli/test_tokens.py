@@ -135,7 +135,9 @@ def test_a_text_and_a_data_set_are_one_too_many(tmp_path):
     assert {message.partition(":")[0] for message in found} == {"dataset_name", "index", "output_column"}
 
 
-@pytest.mark.parametrize("flags, expected", [(["--index", "24"], "has 24 rows"), (["--max_length", "3"], "no row has a labelled token")])
+@pytest.mark.parametrize(
+    "flags, expected", [(["--index", "24"], "has 24 rows"), (["--max_length", "3"], "none of the 1 rows has a labelled token")]
+)
 def test_what_only_shows_with_the_data(flags, expected, model, instructions, capsys):
     assert main(["tokens", "--model", str(model), "--dataset", str(instructions), *flags]) == 2
     assert expected in capsys.readouterr().err

@@ -24,6 +24,7 @@ def arguments(tmp_path):
         ({"sequence_chunk_size": 64}, Lengths([40, 300], [20, 20]), "Try sequence_chunk_size=300"),
         (ALL, Lengths([40, 300], [4, 5]), "Set select_from=labels"),
         ({"sequence_chunk_size": 512}, Lengths([40, 3000], [20, 20]), None),
+        ({"sequence_chunk_size": 512}, Lengths([40, 300], [20, 20], together=4), None),
         ({"sequence_chunk_size": 300}, Lengths([40, 300], [20, 20]), None),
         (ALL, Lengths([40, 300], [40, 50]), None),
         (ALL | {"select_from": "labels"}, Lengths([40, 300], [4, 5]), None),

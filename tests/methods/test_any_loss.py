@@ -292,6 +292,21 @@ def test_scaled_for_half_precision(chunk):
     assert worst_difference(found, expected) > NOTICED
 
 
+def test_two_losses_of_one_call_under_autocast():
+    """Backward runs outside of it, where the second loss finds the tokens again that the first has had."""
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+
+    def loss(cast=nullcontext):
+        torch.manual_seed(0)
+        with cast():
+            outputs = model(**batch)
+            return outputs.loss + outputs.logits.float().logsumexp(-1).mean()
+
+    with seeking_on(model, token_ratio=0.5, token_gradient="cut"):
+        wide, narrow = gradients(model, loss()), gradients(model, loss(lambda: torch.autocast("cpu", torch.bfloat16)))
+    assert worst_difference(narrow, wide) < 0.3
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_autograd_grad_leaves_nothing_on_parameters(chunk, tied):

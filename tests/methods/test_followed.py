@@ -158,8 +158,11 @@ def test_scores_of_chunks_that_blocks_made_longer_are_those_of_the_whole_row():
     for chunk in (7, 24):
         settings = {"token_scorer": "gradient", "token_ratio": 0.5, "token_gradient": "stream", "sequence_chunk_size": chunk}
         with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)) as seeking:
-            found.append(seeking.inspect(batch, ("gradient_score",)).scores["decoder"]["gradient_score"])
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+            asked = [seeking.inspect(batch, names).scores["decoder"] for names in (("gradient_score",), ("token_loss", "gradient_score"))]
+            asked += [seeking.inspect(batch, ("gradient_score", "token_loss")).scores["decoder"]]
+            found.append([scores[name] for scores in asked for name in sorted(scores)])
+    for ours, whole in zip(*found):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-8)
 
 
 def test_chunks_that_cut_blocks_are_noticed(monkeypatch):

@@ -131,6 +131,18 @@ def test_what_is_learned_after_the_layers_and_what_before_them(which, order):
     assert worst_difference({key: gradient * 0.99 for key, gradient in found.gradients.items()}, expected[1]) > NOTICED
 
 
+@pytest.mark.parametrize("order", ["layers", "chunks"])
+def test_no_gradient_comes_to_the_body_where_none_is_handed_to_it(order):
+    """A head that reads its input as a constant: of what both share, the head's part alone is learned."""
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS, tie_word_embeddings=True)
+    model.lm_head.register_forward_pre_hook(lambda head, args: (args[0].detach(),))
+    expected = gradients(model, loss_of(model, batch)[0])
+    with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order=order)):
+        found = gradients(model, loss_of(model, batch)[0])
+    assert found.keys() == expected.keys() == {"model.embed_tokens.weight"}
+    assert worst_difference(found, expected) <= allowed("llama", dtype)
+
+
 @pytest.mark.parametrize("hooked", [True, False])
 @REENTRANT
 def test_checkpointed_adapters_of_upper_layers_and_a_trained_norm(reentrant, hooked):

@@ -574,7 +574,7 @@ def test_a_quadratic_score_is_noticed():
 
 @pytest.mark.parametrize("selection", ["top", "sample"])
 @pytest.mark.parametrize("kind", ["llama", "bert", "bart"])
-def test_scorers_that_share_a_pass_choose_as_each_alone(kind, selection):
+def test_scorers_that_share_a_pass_choose_as_each_alone(kind, selection, caplog):
     model, batch, dtype = model_and_batch(kind)
     names = ("gradient", "context", *(["loss"] if kind != "bart" else []), "combined")  # tokens of an encoder predict nothing
     settings = {"token_selection": selection, "select_from": "labels"}
@@ -587,6 +587,7 @@ def test_scorers_that_share_a_pass_choose_as_each_alone(kind, selection):
     with seeking_on(model, token_scorer=names[0], **settings) as seeking:
         others = [TokenSeekingConfig.of(seeking.config, token_scorer=name) for name in names[1:]]
         found = seeking.inspect(batch, others=others)
+    assert "evaluation mode" not in caplog.text, "looking is no call that learns"
     for name, wrong, shared in zip(names[1:], names, found.others):
         values, kept, chances = alone(name)
         torch.testing.assert_close(shared.values["decoder"], values, **close(dtype))

@@ -16,6 +16,7 @@ from hf_memtune.core.store import KeyValueStore
 from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
+from hf_memtune.settings.streaming import STREAM_ORDERS
 from tests.support.composition import with_lora
 from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, seeking_on, stream
@@ -417,13 +418,14 @@ def left_padded(attention):
     return model.to(dtype), batch, dtype
 
 
+@pytest.mark.parametrize("order", STREAM_ORDERS)
 @pytest.mark.parametrize("chunk", [3, 5])
-def test_a_loss_of_padding_that_eager_attention_lets_see_the_whole_row_is_refused(chunk):
+def test_a_loss_of_padding_that_eager_attention_lets_see_the_whole_row_is_refused(chunk, order):
     model, batch, dtype = left_padded("eager")
     with pytest.raises(MemTuneError, match="padding that sees no token.*Pad rows on the right"):
-        stream(model, batch, chunk)
+        stream(model, batch, chunk, order)
     batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = -100
-    assert worst_difference(stream(model, batch, chunk).gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
+    assert worst_difference(stream(model, batch, chunk, order).gradients, plain_twin(model, batch)[1]) <= tolerance(dtype)
 
 
 def test_where_it_would_be_right_it_is_not_refused():

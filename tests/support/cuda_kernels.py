@@ -42,7 +42,7 @@ def efficient_backward(
 
 
 def can_use_flash(asked: cuda.SDPAParams, debug: bool = False) -> bool:
-    return cuda.flash_sdp_enabled() and asked.query.dtype in (torch.bfloat16, torch.float16) and asked.query.shape[-1] % 8 == 0
+    return cuda.flash_sdp_enabled() and asked.query.dtype in (torch.bfloat16, torch.float16)
 
 
 def can_use_efficient(asked: cuda.SDPAParams, debug: bool = False) -> bool:

@@ -1,5 +1,6 @@
 """The rows of a data set as they are stored: in a file, a folder of files, a folder of save_to_disk, or on the hub."""
 
+import glob
 from pathlib import Path
 
 from hf_memtune.cli.arguments import DataSource
@@ -17,7 +18,7 @@ def load_rows(data: DataSource, split: str):
         raise ConfigError([found])
     try:
         if path.is_file():
-            return _not_empty(datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split), data)
+            return _not_empty(datasets.load_dataset(BUILDERS[path.suffix.lower()], data_files=glob.escape(str(path)), split=split), data)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _not_empty(_saved_rows(datasets.load_from_disk(path), split), data)
         return _not_empty(datasets.load_dataset(data.dataset_name, data.dataset_config, split=split), data)
@@ -29,11 +30,11 @@ def _problem_of_path(name: str, path: Path) -> str | None:
     if path.is_dir() and not any(path.iterdir()):
         return f"dataset_name: the folder {name!r} is empty, expected files of one of {', '.join(BUILDERS)}."
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if path.suffix.lower() not in BUILDERS:
             return f"dataset_name: got a {path.suffix or 'nameless'} file, expected one of {', '.join(BUILDERS)}."
         return f"dataset_name: the file {name!r} is empty." if path.stat().st_size == 0 else None
     # a hub name is NAME or OWNER/NAME
-    is_local = path.suffix in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    is_local = path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return f"dataset_name: {name!r} does not exist." if is_local and not path.exists() else None
 
 

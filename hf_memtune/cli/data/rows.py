@@ -37,16 +37,18 @@ class Rows:
 def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) -> Rows:
     """Rows to train on and rows held out, tokenised; the former packed where that is asked for. model: whose classes the rows have."""
     train, held_out = _split(data)
-    data = resolved(data, train.column_names)
+    asked, data = data, resolved(data, train.column_names)
+    if data.task != asked.task and (idle := data.ineffective()):
+        raise ConfigError([f"{message}, which the columns of these rows are for. Leave it out, or name the task." for message in idle])
     check_columns(data, train.column_names)
     use_template(data, tokenizer)
     if data.task == CLASSES and model is not None:
         parts = relabelled(data, known_classes(model), *(rows for rows in (train, held_out) if rows is not None))
         train, held_out = parts[0], parts[-1] if held_out is not None else None
     classes = class_names(data, train)
-    train, reasons = tokenised(train, data, tokenizer, classes)
+    train, reasons = tokenised(train, data, tokenizer, classes, "rows to train on")
     if held_out is not None:
-        held_out, more = tokenised(held_out, data, tokenizer, classes)
+        held_out, more = tokenised(held_out, data, tokenizer, classes, "held-out rows (eval_split, eval_fraction)")
         reasons += more
     return Rows(packed(train, data), held_out, data, dict(reasons), classes)
 
@@ -86,8 +88,8 @@ def _first(rows, count: int | None):
     return rows if count is None or count >= len(rows) else rows.select(range(count))
 
 
-def tokenised(rows, data: DataSource, tokenizer, classes: list | None):
-    """Rows as tokens, and how many were dropped for what reason, a Counter. At least one remains. data: resolved."""
+def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str = "rows"):
+    """Rows as tokens, and how many were dropped for what reason, a Counter. At least one remains. data: resolved. name: of these rows."""
     if classes:
         options = {"data": data, "tokenizer": tokenizer, "classes": _numbers(rows, data, classes)}
         done = mapped(rows, classified_row, options)
@@ -98,21 +100,21 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None):
     if reasons:
         done = done.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows that teach nothing")
     if not len(done):
-        raise ConfigError([_nothing_left(reasons, data)])
+        raise ConfigError([_nothing_left(name, reasons, data)])
     return done.remove_columns("dropped"), reasons
 
 
-def lengths_of(rows) -> Lengths:
-    """Of tokenised rows of a language model."""
+def lengths_of(rows, together: int = 1) -> Lengths:
+    """Of tokenised rows of a language model, so many of which become one row."""
     labelled = [sum(label != IGNORED for label in labels) for labels in rows["labels"]]
-    return Lengths([len(ids) for ids in rows["input_ids"]], labelled)
+    return Lengths([len(ids) for ids in rows["input_ids"]], labelled, together)
 
 
-def _nothing_left(reasons: Counter, data: DataSource) -> str:
+def _nothing_left(name: str, reasons: Counter, data: DataSource) -> str:
     if set(reasons) == {CUT}:
-        return f"max_length: no row has a labelled token within {data.max_length} tokens. Raise it."
+        return f"max_length: none of the {sum(reasons.values())} {name} has a labelled token within {data.max_length} tokens. Raise it."
     told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
-    return f"dataset_name: no row of {data.dataset_name!r} can be learned from; dropped: {told}."
+    return f"dataset_name: none of the {name} of {data.dataset_name!r} can be learned from; dropped: {told}."
 
 
 def _numbers(rows, data: DataSource, classes: list) -> dict:

@@ -86,7 +86,8 @@ class DitchedCall:
             self._store = KeyValueStore()
             self.outputs = BodyOutputs(self.call)
             self.records = Records({}, wanted=False)
-            self.run_context()
+            with self.autocast.restored():  # backward may run outside of it
+                self.run_context()
             self.outputs.tensors, self.outputs.encoded = [], None
         self.let_go_of_scores()
         store, self._store = self.store, None  # the graph alone holds it now, and lets go of it layer by layer

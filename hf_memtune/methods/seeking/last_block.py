@@ -60,6 +60,11 @@ class LastBlock:
         return {"decoder": torch.cat(gradient[::-1], dim=1)}
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of the chunks that the last block runs on, in order."""
+        return [self.call.decoder.length] if self._is_whole else [hidden.shape[1] for hidden in self.records.hidden["decoder"]]
+
+    @property
     def _is_whole(self) -> bool:
         return self.chunk >= self.call.decoder.length
 

@@ -228,7 +228,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         found = Inspection(scores, {name: value for name, value in inputs.items() if value is not None}, choosers)
         take_off = Override(self.architecture.base, partial(self._look, found)).put_on()
         try:
-            with torch.no_grad(), contextlib.suppress(Inspected):
+            with torch.no_grad(), self.aside(), contextlib.suppress(Inspected):
                 self.architecture.head_model(**inputs)
             return found
         finally:

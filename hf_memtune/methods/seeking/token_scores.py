@@ -95,7 +95,7 @@ class TokenScores:
     def _outputs(self) -> Iterator[tuple[int, Tensor]]:
         """Last hidden states (B, S, D), a chunk at a time, and where each begins."""
         start = 0
-        for hidden in self.block.output().split(self.block.chunk, dim=1):
+        for hidden in self.block.output().split(self.block.lengths, dim=1):
             yield start, hidden
             start += hidden.shape[1]
 

@@ -53,6 +53,12 @@ _SEES_NOTHING = (
 CONTEXT_TOKENS = 512  # of a row, for which the context pass may take several chunks at once: small matrix products are slow
 
 
+def require_seeing(blind: Tensor | None, gradients: Sequence[Tensor]) -> None:
+    """Raises MemTuneError where a gradient, (B, S, D) each, comes to tokens that see none. blind: (B, S) bool, these tokens; None: there are none."""
+    if blind is not None and any(bool((g != 0).flatten(2).any(-1).logical_and(blind).any()) for g in gradients):
+        raise MemTuneError(_SEES_NOTHING)
+
+
 @dataclass(frozen=True)
 class Means:
     """What streams of a model run with.
@@ -225,8 +231,7 @@ class ChunkStream:
             with self.tape.replaying(number):
                 ran = self._run(number, span, stores=False)
         tensors, gradients = self.outputs.roots(ran.output, cotangents, span)
-        if self._blind is not None and any(bool((g != 0).flatten(2).any(-1).logical_and(self._blind).any()) for g in gradients):
-            raise MemTuneError(_SEES_NOTHING)
+        require_seeing(self._blind, gradients)
         states, owed = self.states.roots(ran.cache)
         del ran
         self.tokens_run += span.index.shape[1] * self.rows.batch if span.selection is None else sum(span.selection.counts)

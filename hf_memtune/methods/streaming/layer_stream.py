@@ -34,7 +34,7 @@ from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.overrides import instance_attribute, not_checkpointing
-from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
+from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means, require_seeing
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 BY_CHUNKS = "Set stream_order=chunks: activation_checkpointing then works inside of each chunk."
@@ -162,11 +162,12 @@ class LayerStream(ChunkStream):
             arriving: RowTensor | None = None
             for layer in reversed(range(self._first, len(self.layers))):
                 self._make_keys(layer, seen)
-                for number in reversed(range(self.count)):
-                    self._layer_backward(layer, number, seen[number], cotangents, arriving)
+                reached = [self._layer_backward(layer, n, seen[n], cotangents, arriving) for n in reversed(range(self.count))]
                 self.store.clear()
                 self._drop_attention(layer)
                 arriving = self._kept.pop(layer, None)  # its inputs no more, but their gradient
+                if not any(reached):
+                    break
 
     def _make_keys(self, layer: int, seen: list[Around]) -> None:
         """Keys and values of all chunks but the last, which stores its own when it runs."""
@@ -177,8 +178,11 @@ class LayerStream(ChunkStream):
             with self.tape.replaying((layer, number)):
                 self._run_layer(layer, around, hidden, KeysPass(around.running, self._attending[layer]))
 
-    def _layer_backward(self, layer: int, number: int, around: Around, cotangents: list[Tensor | None], arriving: RowTensor | None) -> None:
-        """One chunk of one layer. arriving: dL/d(its output), None for the last layer. dL/d(its input) takes the place of its input."""
+    def _layer_backward(self, layer: int, number: int, around: Around, cotangents: list[Tensor | None], arriving: RowTensor | None) -> bool:
+        """One chunk of one layer. arriving: dL/d(its output), None for the last layer. dL/d(its input) takes the place of its input.
+
+        Returns whether there is any.
+        """
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         span = around.span
         leaf = self._input(layer, span).requires_grad_(layer > self._first) if layer else None
@@ -190,6 +194,8 @@ class LayerStream(ChunkStream):
                 with self.tape.replaying(("after", number)):
                     output = self._around(self._stream(number), instead=hidden).output
                 tensors, gradients = self.outputs.roots(output, cotangents, span)
+                assert isinstance(around.running, StreamPass)  # as in backward
+                require_seeing(around.running.blind, gradients)
                 self.tokens_run += span.index.shape[1] * self.rows.batch
             else:
                 assert arriving is not None
@@ -199,8 +205,10 @@ class LayerStream(ChunkStream):
             if tensors:
                 torch.autograd.backward(tensors, gradients)
         self.means.listeners.tell("chunk_ends")
-        if leaf is not None and leaf.grad is not None:
-            self._kept[layer].put(leaf.grad, span.first)
+        if leaf is None or not leaf.requires_grad:
+            return False
+        self._kept[layer].put(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, span.first)
+        return leaf.grad is not None
 
     def _entry(self, number: int, learns: bool = False) -> Tensor:
         """What the first layer is given of a chunk, made again by the body. learns: with what may be learned before the first layer."""
