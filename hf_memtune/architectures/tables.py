@@ -53,6 +53,6 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 REMEDY = "Train this model with activation checkpointing instead (--activation_checkpointing)."
 OF_TRL = " (trainers of trl turn it on unless their arguments have router_aux_loss_coef=0.0)"  # behind output_router_logits
 NO_ATTENTION_REMEDY = (
-    "Token seeking and streaming need the keys and values of every token in every layer, which state-space, linear-attention, convolution and "
-    f"hand-written attention layers do not hand over. {REMEDY}"
+    "Token seeking and streaming follow what a layer knows of earlier tokens through transformers' attention interface, or a cache: keys and "
+    f"values, or a state. {REMEDY}"
 )
