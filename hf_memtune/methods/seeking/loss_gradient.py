@@ -59,12 +59,14 @@ class OfTargets:
 
     def cotangent(self, hidden: Tensor, start: int) -> Tensor:
         target = self._target[:, start : start + hidden.shape[1]]
-        gradient, losses = torch.zeros_like(hidden), torch.zeros(target.shape, device=hidden.device)
+        if self._is_linear:  # which leaves out tokens without a label by itself
+            flat, loss = self._linear_head(hidden.flatten(0, 1), target.flatten())
+            self._losses[start] = loss.float().view(target.shape)
+            return flat.view(hidden.shape)
         labelled = target != IGNORED
-        of_head = self._linear_head if self._is_linear else self._own_head
-        flat, loss = of_head(take_labelled(hidden, labelled), take_labelled(target, labelled))
-        self._losses[start] = put_labelled(loss.to(losses.dtype), labelled, losses)
-        return put_labelled(flat, labelled, gradient)
+        flat, loss = self._own_head(take_labelled(hidden, labelled), take_labelled(target, labelled))
+        self._losses[start] = put_labelled(loss.float(), labelled, torch.zeros(target.shape, device=hidden.device))
+        return put_labelled(flat, labelled, torch.zeros_like(hidden))
 
     def residuals(self, hidden: Tensor, start: int) -> Tensor:
         """(B, S): norm of softmax - onehot, of the hidden states (B, S, D) of the tokens from `start` on; 0 without a label."""
