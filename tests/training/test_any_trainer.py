@@ -3,6 +3,8 @@
 The parameters after training, the losses and trl's own metrics are those of trl's trainer alone.
 """
 
+import json
+import logging
 import re
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,9 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("peft")
 
 import hf_memtune  # noqa: E402
+from hf_memtune.training.care.preflight.arguments import PreflightArguments  # noqa: E402
+from hf_memtune.training.care.preflight.preflight import Preflight  # noqa: E402
+from tests.support import trl_runs  # noqa: E402
 from tests.support.trl_runs import (  # noqa: E402
     CASES,
     CHUNK,
@@ -119,6 +124,35 @@ def test_token_seeking_changes_the_gradient_alone(name):
     some = with_callback(name, hf_memtune.TokenSeekingCallback(token_ratio=0.3))
     assert some.losses[0] == pytest.approx(theirs.losses[0], rel=RELATIVE[torch.float32], abs=ROUNDING)
     assert some.distance(theirs) > NOTICED
+
+
+MADE_IN_ITS_STEP = r"GRPOTrainer makes its batches in its own step: the data loader gives a list"
+
+
+def test_a_preflight_that_is_on_by_itself_stands_aside_where_batches_are_made_in_the_step(monkeypatch, caplog):
+    """As on a GPU: the run is trl's, and the report is that of its second step, and says why."""
+    monkeypatch.setattr(PreflightArguments, "preflights", property(lambda args: args.memory_preflight is None))
+    caplog.set_level(logging.INFO, "hf_memtune")
+    found = with_mixin("grpo", sequence_chunk_size=None)
+    assert found.distance(plain("grpo")) == 0.0 and found.losses == plain("grpo").losses
+    report = json.loads(Path(trl_runs._FOLDER.name, "memory_report.json").read_text())
+    assert report["batch"].endswith("(step 1)") and report["measured"]["phases"]
+    assert re.match(f"No preflight: Efficient{MADE_IN_ITS_STEP}", report["notes"][0])
+    assert [record.message for record in caplog.records if "No preflight" in record.message] == report["notes"][:1]
+
+
+def test_a_preflight_that_is_asked_for_is_refused_where_batches_are_made_in_the_step(monkeypatch):
+    with pytest.raises(hf_memtune.ConfigError, match=f"memory_preflight: got True, but Efficient{MADE_IN_ITS_STEP}"):
+        with_mixin("grpo", memory_preflight=True)
+    monkeypatch.setattr(Preflight, "_can_fly", lambda self, batch: True)  # the sibling: rows are taken for a batch
+    with pytest.raises(TypeError, match="string indices"):
+        with_mixin("grpo", memory_preflight=True)
+
+
+def test_a_memory_report_of_a_trainer_that_makes_its_batches_in_the_step():
+    with_mixin("rloo", memory_report=True)
+    report = json.loads(Path(trl_runs._FOLDER.name, "memory_report.json").read_text())
+    assert report["measured"]["phases"] and report["notes"] == ["Nothing is predicted: the batch has no input_ids."]
 
 
 def trainers_of_trl() -> dict[str, str]:

@@ -123,6 +123,7 @@ def test_reversible_layers_are_reported_without_a_prediction(tmp_path):
 def test_the_shape_of_a_batch():
     batch = pad_right(ROWS[:3])
     assert BatchShape.of(batch) == BatchShape(3, batch["input_ids"].shape[1], True)
+    assert BatchShape.of(ROWS[:3]) is None, "rows that are yet to be collated"
     assert not BatchShape.of(pad_right(ROWS[:1])).padded and BatchShape.of({"pixel_values": torch.zeros(2)}) is None
 
 

@@ -82,11 +82,17 @@ class MemoryReportCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._taken = None
         if args.reports and not args.preflights:
-            step = state.global_step + (state.max_steps - state.global_step > 1)
-            self._taken = StepAccountCallback(self.trainer, step)
-            self.memory.left_out = {step}  # two traces of one step would have to end in the order they do not
+            self._take(state)
+
+    def _take(self, state) -> None:
+        """The second step, or the only one."""
+        step = state.global_step + (state.max_steps - state.global_step > 1)
+        self._taken = StepAccountCallback(self.trainer, step)
+        self.memory.left_out = {step}  # two traces of one step would have to end in the order they do not
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if args.reports and self._taken is None and self.preflight.why_none is not None:  # known only now, of the first batch
+            self._take(state)
         if self._taken is not None:
             if state.global_step == self._taken.step:
                 self._shape = BatchShape.of(self.trainer.batches_of_step[0])
@@ -130,7 +136,8 @@ class MemoryReportCallback(TrainerCallback):
             return self.preflight.report
         rows = self.trainer.args.per_device_train_batch_size if shape is None else shape.rows
         tokens = None if shape is None else shape.tokens
-        return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account)
+        notes = [why for why in (self.preflight.why_none,) if why is not None]
+        return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account, notes=notes)
 
     def _savings(self, found: PreflightReport, notes: list[str]) -> tuple[Any, list[Lever], Advice | None]:
         savings = savings_of(self.trainer, found.shape, notes, found.predicted)

@@ -34,9 +34,9 @@ class BatchShape:
     padded: bool
 
     @classmethod
-    def of(cls, batch: dict[str, Any]) -> BatchShape | None:
-        """None where there are no input_ids."""
-        if (ids := batch.get("input_ids")) is None:
+    def of(cls, batch: Any) -> BatchShape | None:
+        """None where there are no input_ids, as in a list of rows that the trainer has yet to collate."""
+        if not isinstance(batch, Mapping) or (ids := batch.get("input_ids")) is None:
             return None
         mask = batch.get("attention_mask")
         return cls(*ids.shape[:2], padded=mask is not None and not bool((mask != 0).all()))

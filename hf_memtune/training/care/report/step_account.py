@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import TrainerCallback
 
 from hf_memtune.memory.account import MemoryAccount
@@ -33,7 +35,8 @@ class StepAccountCallback(TrainerCallback):
         if state.global_step != self.step or self._is_open:
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
-        inputs = [value for batch in batches for value in batch.values() if hasattr(value, "untyped_storage")]
+        collated = [batch for batch in batches if isinstance(batch, Mapping)]  # rows that the trainer has yet to collate are no tensors
+        inputs = [value for batch in collated for value in batch.values() if hasattr(value, "untyped_storage")]
         self.ledger = StepLedger(model, optimizer, inputs, names=self.names)
         self.ledger.__enter__()
         self._is_open = True
