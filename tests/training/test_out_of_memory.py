@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer
 
-from hf_memtune import MemTuneError
+from hf_memtune import MemEfficientMixin, MemTuneError
 from hf_memtune.training.care.recovery import halving
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
@@ -162,16 +163,16 @@ def test_micro_batches_that_run_again_draw_what_they_drew(tmp_path):
     model, drawn = exact_model(resid_pdrop=0.2), []
 
     def hook(module, inputs, output):
-        if torch.is_grad_enabled():  # whether the loss of a half adds up is looked at without
-            drawn.append(output.detach().clone())
+        drawn.append(output.detach().clone())
         if [len(values) for values in drawn] == [4, 4]:
             raise torch.OutOfMemoryError(MESSAGE)
 
     model.transformer.h[0].mlp.register_forward_hook(hook)
     sizes = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 1}
     train(model, arguments(tmp_path, **SEQUENTIAL, **(PLAIN | sizes)), ROWS[:8])
-    assert [len(values) for values in drawn] == [4, 4, 4, 2, 2]
-    assert torch.equal(drawn[2], drawn[0]) and not torch.equal(torch.cat(drawn[3:5]), drawn[1])
+    assert [len(values) for values in drawn] == [4, 4, 4, *[2] * 4]  # the first half thrice: twice to see whether its loss adds up
+    assert torch.equal(drawn[2], drawn[0]) and not torch.equal(torch.cat(drawn[5:]), drawn[1])
+    assert all(torch.equal(half, drawn[5]) for half in drawn[3:5])
 
 
 def test_token_counts_of_the_logs_count_no_token_twice(tmp_path):
@@ -180,6 +181,28 @@ def test_token_counts_of_the_logs_count_no_token_twice(tmp_path):
         for found in (run(tmp_path, "seeking"), run(tmp_path, "seeking", 3, "backward"))
     ]
     assert counts[0] == counts[1]
+
+
+def with_room_for_no_logits(model):
+    """Whole logits do not fit: whoever makes some without a method that takes them in parts runs out of memory."""
+
+    def fail(module, inputs, output):
+        if type(output) is Tensor:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    model.lm_head.register_forward_hook(fail)
+    return model
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_whether_a_loss_adds_up_is_seen_without_whole_logits(tmp_path, most):
+    """By a step with its method, which needs no more than the step that follows: also where one row fits, and no more."""
+    settings = arguments(tmp_path, **SEQUENTIAL, **PLAIN, sequence_chunk_size=4)
+    whole = train(exact_model(), settings, ROWS)
+    halved = train(with_room_for_no_logits(small(exact_model(), most)), settings, ROWS)
+    assert halved.trainer.halving.rows_at_most == {3: 2, 1: 1}[most] and worst_step(halved, whole) <= EXACT
+    with pytest.raises(MemTuneError, match="one row at a time is the least"):  # the sibling: no method acts
+        train(with_room_for_no_logits(small(exact_model(), most)), arguments(tmp_path, **PLAIN), ROWS)
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -254,6 +277,39 @@ def test_a_mean_of_ones_own_is_not_halved_and_a_sum_is(tmp_path, monkeypatch):
     assert worst_step(trained(summed, 4), trained(summed)) <= EXACT
     monkeypatch.setattr(halving.HalvingSteps, "_adds_up", lambda *args: True)  # the sibling: taken for a sum
     assert worst_step(trained(by_class, 4), trained(by_class)) > NOTICED
+
+
+def mean_or_nothing(outputs, labels, num_items_in_batch=None):
+    """A mean of one's own that is 0 where nothing has a label."""
+    count = (labels[:, 1:] != -100).sum().clamp(min=1)
+    return summed(outputs, labels, 1) / count
+
+
+def test_a_part_without_labels_does_not_tell_what_a_loss_is(tmp_path):
+    """The first half gives 0 for whatever count: the second one has to be looked at."""
+    rows = [row | {"labels": [-100] * len(row["labels"])} for row in ROWS[:4]] + ROWS[4:]
+    with pytest.raises(MemTuneError, match="compute_loss_func gives a loss that is no sum divided by num_items_in_batch"):
+        train(small(exact_model(), 4), arguments(tmp_path, **PLAIN, **SEQUENTIAL, max_steps=1), rows, compute_loss_func=mean_or_nothing)
+    found, whole = (
+        train(model, arguments(tmp_path, **PLAIN, **SEQUENTIAL), rows, compute_loss_func=summed)
+        for model in (small(exact_model(), 4), exact_model())
+    )
+    assert worst_step(found, whole) <= EXACT
+
+
+def test_a_step_without_compute_loss_is_not_cut(tmp_path):
+    class OwnStep(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Own(MemEfficientMixin, OwnStep):
+        pass
+
+    with pytest.raises(MemTuneError, match="training_step of Own does not call compute_loss"):
+        train(small(exact_model(), 4), arguments(tmp_path, **PLAIN), ROWS, cls=Own)
+    assert train(exact_model(), arguments(tmp_path, **PLAIN), ROWS, cls=Own).trainer.halving.rows_at_most is None
 
 
 def test_a_packed_row_is_not_cut(tmp_path):

@@ -11,12 +11,12 @@ token_selection=top, which is that of each part.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import TrainerCallback
@@ -136,7 +136,7 @@ class HalvingSteps(TrainerCallback):
         multiplied by each part's share of it; a part without a label has none, and is left out.
         """
         parts, num_items = parts_of(batch.inputs, batch.rows_at_most), batch.num_items
-        if num_items is not None and self._adds_up(model, parts[0], num_items):
+        if num_items is not None and self._adds_up(step, model, parts, num_items):
             weights = [1.0] * len(parts)
         elif self.trainer.compute_loss_func is not None:
             raise MemTuneError(
@@ -158,24 +158,51 @@ class HalvingSteps(TrainerCallback):
         with instance_attribute(self.trainer, "compute_loss", partial(_shared, self.trainer.compute_loss, weight)):
             return step(model, part, num_items)
 
-    def _adds_up(self, model: Any, part: dict[str, Any], num_items: Any) -> bool:
+    def _adds_up(self, step: Step, model: Any, parts: list[dict[str, Any]], num_items: Any) -> bool:
         """Whether the loss is divided by the count it is given. Some heads ignore it (regression), which only their loss tells."""
-        if self._is_sum is None:
-            once, twice = (self._loss_at(model, part, count) for count in (num_items, 2 * num_items))
-            if once == 0:
-                return True  # nothing has a label here, which tells nothing
+        for part in parts if self._is_sum is None else ():
+            once, twice = (self._loss_of(step, model, part, count) for count in (num_items, 2 * num_items))
+            if once == 0 or math.isnan(once):
+                continue  # nothing that counts has a label here, which tells nothing
             if not any(abs(twice - wanted) <= 1e-3 * abs(once) for wanted in (once, once / 2)):
                 raise MemTuneError(
                     "no memory for a micro-batch, and it cannot be halved: its loss is neither a mean over it nor a sum divided by "
                     f"num_items_in_batch (got {twice:g} for twice the count, {once:g} for the count). {'; '.join(advice(self.trainer, 2))}."
                 )
             self._is_sum = abs(twice - once / 2) < abs(twice - once)
-        return self._is_sum
+            break
+        return self._is_sum is not False
 
-    def _loss_at(self, model: Any, part: dict[str, Any], num_items: Any) -> float:
-        trainer = self.trainer
-        with torch.no_grad(), preserved_rng(trainer.args.device), trainer.compute_loss_context_manager():
-            return float(trainer.compute_loss(model, trainer._prepare_inputs(part), num_items_in_batch=num_items))
+    def _loss_of(self, step: Step, model: Any, part: dict[str, Any], num_items: Any) -> float:
+        """Of a step that is left where its loss is there: with all that acts in a step, so that it needs no more memory than the step itself."""
+        trainer, take_back, loss = self.trainer, keep_callbacks(self.trainer), None
+        with preserved_rng(trainer.args.device), instance_attribute(trainer, "compute_loss", partial(_left, trainer.compute_loss)):
+            try:
+                step(model, part, num_items)
+            except _Loss as found:
+                loss = found.value
+        take_back()
+        clear_device_cache(garbage_collection=True)  # the graph of a forward without backward is a ring, too
+        if loss is None:
+            raise MemTuneError(
+                f"no memory for a micro-batch, and it cannot be halved: training_step of {type(trainer).__name__} does not call compute_loss, so "
+                f"what its loss is a mean of is not known. Try {'; '.join(advice(trainer, 1))}."
+            )
+        return loss
+
+
+class _Loss(Exception):
+    """The way out of a step whose loss is all that is wanted."""
+
+    def __init__(self, value: float):
+        super().__init__(value)
+        self.value = value
+
+
+def _left(compute_loss: Callable, *args, **kwargs) -> None:
+    found = compute_loss(*args, **kwargs)
+    loss = found[0] if isinstance(found, tuple) else found
+    raise _Loss(float(loss.detach().mean()))
 
 
 def _shared(compute_loss: Callable, share: float, *args, **kwargs) -> Any:
