@@ -42,7 +42,8 @@ class Run:
     """A run, as far as it decides what a lever still has to offer.
 
     rows: of a micro-batch. tokens: of the longest row; None: not known. lora_rank: of its adapters; 0: every parameter is trained.
-    four_bits: its frozen weights have 4 bits. changes_model: whether adapters can be put in.
+    four_bits: its frozen weights have 4 bits. changes_model: whether adapters can be put in. batch_size: rows of a whole micro-batch, where
+    `rows` are those of a part, or of a last one; None: `rows`.
     """
 
     args: Settings
@@ -51,6 +52,7 @@ class Run:
     lora_rank: int = 0
     four_bits: bool = False
     changes_model: bool = True
+    batch_size: int | None = None
 
 
 @dataclass

@@ -38,12 +38,14 @@ def streaming(run: Run) -> Iterator[Offer]:
 
 
 def smaller_micro_batches(run: Run) -> Iterator[Offer]:
-    """Fewer rows at a time, as many in a step."""
-    rows, times = run.rows, run.args.gradient_accumulation_steps
+    """Fewer rows at a time than there are now, as many in a step."""
+    rows, times = run.batch_size or run.rows, run.args.gradient_accumulation_steps
     # the mean over kept tokens is that of each call
     gradient = APPROXIMATE if run.args.is_mean_of_kept and run.args.token_ratio < 1 else EXACT
     while (part := _largest_part(rows)) is not None:
         rows, times = part, times * (rows // part)
+        if rows >= run.rows:
+            continue
         changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": times}
         setting = f"per_device_train_batch_size={rows} with gradient_accumulation_steps={times}"
         yield Offer(f"micro-batch of {rows}, accumulated {times} times", setting, changes, gradient)

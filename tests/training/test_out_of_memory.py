@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_memtune import MemEfficientMixin, MemTuneError
+from hf_memtune import MemEfficientMixin, MemEfficientTrainer, MemTuneError
 from hf_memtune.training.care.recovery import halving
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
@@ -235,6 +235,49 @@ def test_smaller_batches_are_advised_for_what_they_are(tmp_path, settings, kind)
     assert smaller == f"per_device_train_batch_size=4 with gradient_accumulation_steps=2 ({kind})"
 
 
+@pytest.mark.parametrize("rows, expected", [(8, (4, 6)), (7, (4, 6)), (4, (2, 12)), (2, (1, 24)), (1, None)])
+def test_the_advised_batch_has_as_many_rows_in_a_step(tmp_path, rows, expected):
+    """Whatever did not fit: all rows, those of a last batch, or a part of them. Of a single row there is no smaller batch."""
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}
+    found = advice(trainer_for(llama(), arguments(tmp_path, **PLAIN, **settings), ROWS), rows)
+    smaller = [each for each in found if "batch" in each]
+    expected = expected and "per_device_train_batch_size={} with gradient_accumulation_steps={} (exact)".format(*expected)
+    assert smaller == [each for each in (expected,) if each]
+
+
+def test_what_cannot_be_halved_is_advised_a_batch_with_as_many_rows(tmp_path):
+    """The last batch has 3 rows, and a loss of its own: 2 of 8 run at a time then, and not 1 of 3."""
+
+    class Own(MemEfficientTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    with pytest.raises(MemTuneError, match="cannot be halved: Own computes.*batch_size=2 with gradient_accumulation_steps=4 "):
+        train(small(exact_model(), 2), arguments(tmp_path, **PLAIN, per_device_train_batch_size=8), ROWS[:3], cls=Own)
+
+
+def test_rows_that_the_trainer_collates_itself_are_told_by_the_batch_size(tmp_path):
+    def fail(model, inputs, num_items):
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    trainer = trainer_for(llama(), arguments(tmp_path, **PLAIN, per_device_train_batch_size=8), ROWS)
+    with pytest.raises(MemTuneError, match=r"micro-batch of 8 rows .* its inputs \(list\) do not tell .*batch_size=4 with"):
+        trainer.halving.run(fail, trainer.model, ROWS[:8], None)
+
+
+def test_fewer_rows_are_no_remedy_for_a_loss_that_is_no_sum(tmp_path):
+    """As micro-batches of their own they would be halves as well."""
+    with pytest.raises(MemTuneError, match="compute_loss_func gives") as caught:
+        train(small(exact_model(), 4), arguments(tmp_path, **PLAIN), ROWS, compute_loss_func=by_class)
+    assert "activation_checkpointing=True (exact)" in str(caught.value) and "batch_size" not in str(caught.value)
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole, cut = (
+        train(exact_model(), arguments(tmp_path, **PLAIN, **SEQUENTIAL, **sizes), ROWS, compute_loss_func=by_class)
+        for sizes in ({}, halves)
+    )
+    assert worst_step(cut, whole) > NOTICED
+
+
 @pytest.mark.parametrize("argument", ["something else", torch.ops.aten.nonzero.default], ids=["text", "operator"])
 def test_other_errors_pass(tmp_path, argument):
     def fail(*args):
@@ -334,8 +377,9 @@ def test_answers_outside_of_their_rows_are_not_cut(tmp_path):
 
     whole, halved = (train(each, arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(False)) for each in (model(), small(model(), 4)))
     assert worst_step(halved, whole) <= EXACT
-    with pytest.raises(MemTuneError, match="answers lie outside their rows"):
+    with pytest.raises(MemTuneError, match="answers lie outside their rows") as caught:
         train(small(model(), 4), arguments(tmp_path, **SEQUENTIAL, **PLAIN), rows(True))
+    assert "batch_size" not in str(caught.value), "two micro-batches would have two means as well"
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice(trainer: RunningTrainer, rows: int) -> list[str]:
-    """What is not on yet, as settings, in the order in which to try it. rows: of the micro-batch that did not fit."""
+    """What is not on yet, as settings, in the order in which to try it. rows: that ran at a time and did not fit; 1: fewer are no remedy."""
     found = [str(offer) for offer in offers_of(run_of(trainer, rows), one_each=True) if offer.missing is None]
     return found or ["shorter rows, a smaller model, or a larger device"]
 
@@ -29,7 +29,8 @@ def run_of(trainer: RunningTrainer, rows: int, tokens: int | None = None) -> Run
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     ranks = [config.r for config in getattr(model, "peft_config", {}).values() if getattr(config, "r", 0)]
     four_bits = bool(getattr(model, "is_loaded_in_4bit", False))
-    return Run(trainer.args, rows, tokens, max(ranks, default=int(frozen)), four_bits, changes_model=not trainer.args.is_reversible)
+    rank, size, changes_model = max(ranks, default=int(frozen)), trainer.args.per_device_train_batch_size, not trainer.args.is_reversible
+    return Run(trainer.args, rows, tokens, rank, four_bits, changes_model, batch_size=size)
 
 
 def first_line(error: BaseException) -> str:

@@ -100,17 +100,19 @@ class HalvingSteps(TrainerCallback):
         return fitted, failure
 
     def _halve(self, inputs: dict[str, Any], failure: str) -> None:
-        rows, args = row_count(inputs), self.trainer.args
-        at_most = min(rows or 1, self.rows_at_most or rows or 1)
-        why = "one row at a time is the least there is" if at_most == 1 < (rows or 1) else why_not_cut(inputs)
+        args, fewer_differ = self.trainer.args, False
+        rows = row_count(inputs) or args.per_device_train_batch_size  # a trainer that is given rows makes a batch of them itself
+        at_most = min(rows, self.rows_at_most or rows)
+        why = "one row at a time is the least there is" if at_most == 1 < rows else why_not_cut(inputs)
         if args.world_size > 1:
             why = "the other processes wait for its gradient, so it cannot run again alone"
         elif why is None and (kind := _with_own_loss(self.trainer)) is not None:
             why = f"{kind} computes a loss of its own, which need not be a sum over rows (of pairs, say)"
         elif why is None and leaves_out_answers(inputs):
             why = "some of its answers lie outside their rows, so that the means of two halves are not the mean of the whole"
+            fewer_differ = True
         if why is not None:
-            remedies = "; ".join(advice(self.trainer, at_most))
+            remedies = "; ".join(advice(self.trainer, 1 if fewer_differ else at_most))
             raise MemTuneError(
                 f"no memory for a micro-batch of {at_most} rows ({failure}), and it cannot be halved: {why}. Try {remedies}."
             )
@@ -142,7 +144,7 @@ class HalvingSteps(TrainerCallback):
             raise MemTuneError(
                 "no memory for a micro-batch, and it cannot be halved: compute_loss_func gives a loss that is no sum divided by num_items_in_batch, and "
                 "which mean it is (of weights by class, of pairs in the batch) is not known. Divide a sum over tokens by num_items_in_batch, or "
-                f"{'; '.join(advice(self.trainer, 2))}."
+                f"{'; '.join(advice(self.trainer, 1))}."  # in smaller micro-batches its gradient would be another one, too
             )
         else:
             weights = shares(batch.inputs, parts, getattr(self.trainer, "_loss_shifts_labels", False))
@@ -167,7 +169,7 @@ class HalvingSteps(TrainerCallback):
             if not any(abs(twice - wanted) <= 1e-3 * abs(once) for wanted in (once, once / 2)):
                 raise MemTuneError(
                     "no memory for a micro-batch, and it cannot be halved: its loss is neither a mean over it nor a sum divided by "
-                    f"num_items_in_batch (got {twice:g} for twice the count, {once:g} for the count). {'; '.join(advice(self.trainer, 2))}."
+                    f"num_items_in_batch (got {twice:g} for twice the count, {once:g} for the count). Try {'; '.join(advice(self.trainer, 1))}."
                 )
             self._is_sum = abs(twice - once / 2) < abs(twice - once)
             break
