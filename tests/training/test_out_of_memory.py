@@ -9,6 +9,7 @@ from hf_memtune import MemEfficientMixin, MemEfficientTrainer, MemTuneError
 from hf_memtune.training.care.recovery import halving
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.batch_parts import parts_of, row_count, shares, why_not_cut
+from tests.support.little_memory import MESSAGE, FailsInBackward, small
 from tests.support.runs import Run, arguments, exact_model, llama, pad_right, text_rows, train, trainer_for, worst_step
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
@@ -19,42 +20,12 @@ PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None}
 SAMPLE = {"token_selection": "sample", "select_from": "labels"}  # one number is drawn for each row, in their order
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 EIGHT, TWO = ({"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows} for rows in (8, 2))
-MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB\nof statistics, many lines"
 
 
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
     """Collecting the garbage of the whole test session takes longer than the runs."""
     monkeypatch.setattr(halving, "clear_device_cache", lambda garbage_collection: None)
-
-
-class _FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        raise torch.OutOfMemoryError(MESSAGE)
-
-
-def small(model, most: int, where: str = "forward"):
-    """The model with memory for `most` rows in training: more fail before the first layer, or when backward has come to it.
-
-    By then the layers after it have their gradients.
-    """
-
-    def fail(module, inputs, output):
-        rows = output.shape[0]
-        if rows <= most or not torch.is_grad_enabled():
-            return output
-        if where == "forward":
-            raise torch.OutOfMemoryError(MESSAGE)
-        return _FailsInBackward.apply(output)
-
-    layers = [m for name, m in model.named_modules() if name.endswith(("layers.0.mlp", "h.0.mlp", "layer.0.intermediate"))]
-    layers[0].register_forward_hook(fail)
-    return model
 
 
 def classifier_rows(kind: str) -> list[dict]:
@@ -146,7 +117,7 @@ def test_a_later_micro_batch_that_fails_redoes_the_earlier_ones(tmp_path):
 
         def hook(module, inputs, output):
             calls.append(len(output))
-            return _FailsInBackward.apply(output) if len(calls) == 3 else output
+            return FailsInBackward.apply(output) if len(calls) == 3 else output
 
         model.transformer.h[0].mlp.register_forward_hook(hook)
         return model

@@ -1,5 +1,6 @@
 """The worst batch first: found, measured, refused where it does not fit, and taken back bit by bit."""
 
+from argparse import Namespace
 from contextlib import nullcontext
 from types import MethodType
 
@@ -16,6 +17,7 @@ from hf_memtune.memory import CATEGORIES
 from hf_memtune.training.care.preflight import flight, snapshot
 from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.care.preflight.report import PreflightReport
+from hf_memtune.training.restorable import keep_plain
 from tests.support.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
 
@@ -120,6 +122,30 @@ def test_what_is_not_restored_is_noticed(tmp_path, monkeypatch, forgotten):
     name, twin = FORGOTTEN[forgotten]
     monkeypatch.setattr(snapshot, name, twin)
     assert not same(run(make, tmp_path, settings, True), expected)
+
+
+class Uncopied(list):
+    def __deepcopy__(self, memo):
+        raise AssertionError("rows were copied")
+
+
+def test_rows_are_not_copied(tmp_path):
+    """Of a data set that is a list, nothing tells that it is no counter but its name."""
+    args = make_arguments(tmp_path, PLAIN, True, max_steps=1)
+    assert train(llama(), args, Uncopied(ROWS), eval_dataset=Uncopied(ROWS[:4])).trainer.preflight.report is not None
+    with pytest.raises(AssertionError, match="rows were copied"):  # the sibling: under another name
+        keep_plain(Namespace(rows=Uncopied(ROWS)))
+
+
+def test_what_is_put_back_may_change_again():
+    """A step may fail twice: what the second attempt adds to what was put back goes as well."""
+    owner = Namespace(metrics={"loss": [1.0]}, count=1)
+    restore = keep_plain(owner)
+    for _ in range(2):
+        owner.metrics["loss"].append(2.0)
+        owner.count, owner.new = owner.count + 1, 0
+        restore()
+        assert vars(owner) == {"metrics": {"loss": [1.0]}, "count": 1}
 
 
 def test_a_resumed_run_is_the_same(tmp_path):

@@ -5,7 +5,9 @@ import torch
 from datasets import Dataset
 
 from hf_memtune import ConfigError, MemEfficientArgumentsMixin, MemEfficientMixin
-from tests.support.runs import SEEKING, arguments, llama, text_rows, train, worst_step
+from hf_memtune.training.care.recovery import halving
+from tests.support.little_memory import MESSAGE, small
+from tests.support.runs import SEEKING, Run, arguments, llama, text_rows, train, worst_step
 from tests.support.tiny_models import VOCABULARY
 from tests.support.tolerances import NOTICED, RELATIVE
 
@@ -37,11 +39,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), pad_token="w0", eos_token="w2", bos_token="w1")
 
 
-def sft(tmp_path, tokenizer, rows=ROWS, cls=SeekingSFTTrainer, seeking=True, **settings):
+def sft(tmp_path, tokenizer, rows=ROWS, cls=SeekingSFTTrainer, seeking=True, model=None, **settings):
     args_class = Arguments if seeking else trl.SFTConfig
     extra = (SEEKING | {"memory_trace_steps": 1} if seeking else {}) | {"bf16": False}
     args = arguments(tmp_path, seeking=False, cls=args_class, **(extra | settings))
-    return train(llama(), args, rows, cls=cls, data_collator=None, processing_class=tokenizer, eval_dataset=rows.select(range(4)))
+    model = llama() if model is None else model
+    return train(model, args, rows, cls=cls, data_collator=None, processing_class=tokenizer, eval_dataset=rows.select(range(4)))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -142,3 +145,50 @@ def test_a_preflight_leaves_the_counters_of_sft_as_they_were(tmp_path, tokenizer
     names = {"loss", "num_tokens", "entropy", "mean_token_accuracy"}
     counted = [[{k: e[k] for k in e.keys() & names} for e in run.trainer.state.log_history] for run in runs]
     assert runs[0].trainer.preflight.report is not None and counted[0] == counted[1] and counted[0][0]
+
+
+EVEN = Dataset.from_list(text_rows(16, shortest=8, longest=8, prompts=False))
+OFF = {"token_seeking": False, "token_ratio": None, "context_normalize": None, "train_sampling_strategy": "sequential"}
+METRICS = ("num_tokens", "entropy", "mean_token_accuracy", "total_flos")
+
+
+def halved(tmp_path, tokenizer, model=None, **settings) -> Run:
+    return sft(tmp_path, tokenizer, rows=EVEN, model=model, max_steps=1, **(OFF | settings))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_failed_is_not_counted(tmp_path, tokenizer, where):
+    """Of 8 rows of 8 tokens, 3 fit: 8 and 4 are tried, and a loss is looked at twice, before 2 run at a time."""
+    found, whole = (halved(tmp_path, tokenizer, model) for model in (small(llama(), 3, where), llama()))
+    counted, expected = ({k: e[k] for e in run.trainer.state.log_history for k in METRICS if k in e} for run in (found, whole))
+    assert found.trainer.halving.rows_at_most == 2 and counted["num_tokens"] == 64
+    assert counted == pytest.approx(expected, rel=1e-5) and counted.keys() == set(METRICS)
+
+
+def test_earlier_micro_batches_that_run_again_are_counted_once(tmp_path, tokenizer):
+    """The second of two fails. What the loop itself counts of the first one, after its step, stays."""
+
+    def fails_once(model):
+        calls = []
+
+        def hook(module, inputs, output):
+            calls.append(len(output))
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError(MESSAGE)
+
+        model.model.layers[0].mlp.register_forward_hook(hook)
+        return model
+
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    found, whole = (halved(tmp_path, tokenizer, model, **sizes) for model in (fails_once(llama()), llama()))
+    for name in ("num_tokens", "total_flos"):
+        ours, theirs = ([e[name] for e in run.trainer.state.log_history if name in e] for run in (found, whole))
+        assert ours == theirs and len(ours) > 0
+    assert found.trainer.halving.rows_at_most == 2
+
+
+def test_counters_that_are_not_taken_back_are_noticed(tmp_path, tokenizer, monkeypatch):
+    """Sibling: 8 rows, half of them twice to look at their loss, and half of them once more are counted before 2 run at a time."""
+    monkeypatch.setattr(halving, "keep_counters", lambda trainer: lambda: None)
+    found = halved(tmp_path, tokenizer, small(llama(), 3, "backward"))
+    assert next(e["num_tokens"] for e in found.trainer.state.log_history if "num_tokens" in e) == 64 + 2 * 32 + 32 + 64

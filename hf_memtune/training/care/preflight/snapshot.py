@@ -4,7 +4,6 @@ Kept in host memory: trained parameters, buffers, optimizer state. Frozen parame
 """
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune.training.restorable import keep_callbacks
+from hf_memtune.training.restorable import keep_counters, keep_plain
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @contextmanager
@@ -39,8 +36,7 @@ def everything_restored(trainer: RunningTrainer) -> Iterator[None]:
 
 def _kept_of_trainer(trainer: RunningTrainer) -> Iterator[Callable[[], None]]:
     yield keep_module(trainer.model)
-    yield keep_plain(trainer)
-    yield keep_callbacks(trainer)
+    yield keep_counters(trainer)
     optimizer = trainer.optimizer
     yield keep_optimizer(getattr(optimizer, "optimizer", optimizer))
     yield keep_plain(optimizer)
@@ -89,21 +85,6 @@ def keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return restore
 
 
-def keep_plain(owner: Any, containers: bool = True) -> Callable[[], None]:
-    """What puts back the attributes that are numbers, strings or None, and containers of these alone; new ones go."""
-    held = {name: _copied(value) for name, value in vars(owner).items() if _is_plain(value, containers)}
-
-    def restore() -> None:
-        for name in [n for n, value in vars(owner).items() if n not in held and _is_plain(value, containers)]:
-            del vars(owner)[name]
-        for name, value in held.items():
-            now = vars(owner).get(name)
-            if not (type(now) is type(value) and now == value):  # an equal container stays the one that others may hold
-                vars(owner)[name] = value
-
-    return restore
-
-
 def _keep_state_dict(owner: Any) -> Callable[[], None]:
     state = copy.deepcopy(owner.state_dict())
     return lambda: owner.load_state_dict(state)
@@ -143,13 +124,3 @@ def _put_back(place: dict[str, Any], held: dict[str, tuple[Any, Any]], but: tupl
             place[key] = original
         else:
             place[key] = value
-
-
-def _is_plain(value: Any, containers: bool) -> bool:
-    if isinstance(value, _PLAIN):
-        return True
-    if not containers:
-        return False
-    if isinstance(value, dict):
-        return all(_is_plain(item, True) for pair in value.items() for item in pair)
-    return isinstance(value, (list, tuple, set, deque)) and all(_is_plain(item, True) for item in value)

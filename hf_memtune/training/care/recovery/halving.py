@@ -26,7 +26,7 @@ from hf_memtune.levers.facts import steps_in_backward
 from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory
 from hf_memtune.training.care.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
-from hf_memtune.training.restorable import keep_callbacks
+from hf_memtune.training.restorable import keep_counters
 from hf_memtune.training.rng import Generators, preserved_rng
 from hf_memtune.training.running import RunningTrainer
 
@@ -57,25 +57,28 @@ class HalvingSteps(TrainerCallback):
         self.rows_at_most: int | None = None
         self._is_sum: bool | None = None
         self._done: list[_MicroBatch] = []
-        self._take_back: Callable[[], None] = keep_callbacks(trainer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._done = []
-        self._take_back = keep_callbacks(self.trainer)
 
     def run(self, step: Step, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         """The loss of one training step, whose gradient is then there."""
         if not self.is_on:
             return step(model, inputs, num_items)
         now = _MicroBatch(inputs, num_items, Generators.now(self.trainer.args.device), self.rows_at_most)
+        take_back = self._kept()
         fitted, failure = self._try(step, model, now)
         while failure is not None:
             self._halve(inputs, failure)
             now = replace(now, rows_at_most=self.rows_at_most)
             clear_device_cache(garbage_collection=True)  # the graph of a failed forward is a ring of references
-            fitted, failure = self._again(step, model, now)
+            fitted, failure = self._again(step, model, now, take_back)
         self._done.append(now)
         return fitted
+
+    def _kept(self) -> Callable[[], None]:
+        """What takes back what is counted from here on; nothing is, where an attempt that failed is the last."""
+        return keep_counters(self.trainer) if _with_own_loss(self.trainer) is None else lambda: None
 
     def _try(self, step: Step, model: Any, batch: _MicroBatch) -> tuple[Tensor | None, str | None]:
         """The loss, or why there was no room for it. When this returns, the frames that hold the activations are gone."""
@@ -86,12 +89,13 @@ class HalvingSteps(TrainerCallback):
                 raise
             return None, first_line(error)
 
-    def _again(self, step: Step, model: Any, now: _MicroBatch) -> tuple[Tensor | None, str | None]:
-        """From the first micro-batch of the accumulated batch to this one."""
+    def _again(self, step: Step, model: Any, now: _MicroBatch, take_back: Callable[[], None]) -> tuple[Tensor | None, str | None]:
+        """From the first micro-batch of the accumulated batch to this one. What earlier ones counted, as their losses, is that of their first time."""
         model.zero_grad()
-        self._take_back()
         fitted, failure = None, None
         for batch in [*self._done, now]:
+            if batch is now:
+                take_back()
             batch.generators.restore()
             fitted, failure = self._try(step, model, batch)
             if failure is not None:  # also of an earlier one, if it has less room than it had
@@ -177,7 +181,7 @@ class HalvingSteps(TrainerCallback):
 
     def _loss_of(self, step: Step, model: Any, part: dict[str, Any], num_items: Any) -> float:
         """Of a step that is left where its loss is there: with all that acts in a step, so that it needs no more memory than the step itself."""
-        trainer, take_back, loss = self.trainer, keep_callbacks(self.trainer), None
+        trainer, take_back, loss = self.trainer, keep_counters(self.trainer), None
         with preserved_rng(trainer.args.device), instance_attribute(trainer, "compute_loss", partial(_left, trainer.compute_loss)):
             try:
                 step(model, part, num_items)
