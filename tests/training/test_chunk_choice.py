@@ -204,3 +204,8 @@ def test_what_is_free_counts_what_is_held():
     held = available_bytes("cpu", 2**40) - available_bytes("cpu", 0)
     assert abs(held - 2**40) < 2**33  # other programs take and give meanwhile
     assert available_bytes("cpu", 0) > 2**20
+
+
+def test_rows_that_the_trainer_has_yet_to_collate_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="its rows or batches no input_ids"):
+        trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, data_collator=list).train()

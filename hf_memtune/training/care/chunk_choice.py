@@ -36,9 +36,7 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
     Raises ConfigError where nothing is known of the longest batch or of what its step needs, and where no size fits.
     """
-    longest = _longest(trainer)
-    shape = BatchShape.of(longest.batch)
-    assert shape is not None  # of a batch with input_ids
+    longest, shape = _longest(trainer)
     budget = min(gather_object([_budget(trainer, config)]))
     peaks = _peaks(trainer, shape, budget)
     fitting = [size for size, peak in peaks.items() if peak <= budget]
@@ -51,13 +49,13 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
     return chosen[0]
 
 
-def _longest(trainer: RunningTrainer) -> Longest:
+def _longest(trainer: RunningTrainer) -> tuple[Longest, BatchShape]:
     found = longest_batch(trainer.callback_handler.train_dataloader, trainer._train_batch_size)
-    if found is not None and found.tokens is not None:
-        return found
+    if found is not None and found.tokens is not None and (shape := BatchShape.of(found.batch)) is not None:
+        return found, shape
     raise ConfigError(
         [
-            "sequence_chunk_size: got 'auto', but the length of the longest row is not known: the data set has no length, or its rows no input_ids. "
+            "sequence_chunk_size: got 'auto', but the length of the longest row is not known: the data set has no length, or its rows or batches no input_ids. "
             "Give a number of tokens, such as 512."
         ]
     )
