@@ -182,6 +182,11 @@ class DataArguments(DataSource):
     max_eval_rows: int | None = setting(200, "Measure the held-out loss on this many rows at most.")
     show_rows: int = setting(2, "Rows to print before training as they will be learned, with what carries a loss; 0 prints none.")
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out, on which `train` measures before and after training."""
+        return self.eval_split is not None or self.eval_fraction > 0
+
     def problems(self) -> list[str]:
         found = super().problems()
         if not 0 <= self.eval_fraction < 1:

@@ -88,6 +88,10 @@ _OUTPUT = (
         Line("resume_from_checkpoint", "[FOLDER]", "go on from a checkpoint; without a folder, from the latest"),
     ),
 )
+_HELD_OUT = (
+    Line("eval_fraction", "F", "share of the rows held out to measure the loss", 0.05),
+    Line("per_device_eval_batch_size", "ROWS", "rows at a time where it is measured; unless given, no more than in training", 8),
+)
 _DATA = (
     "data",
     (
@@ -98,7 +102,7 @@ _DATA = (
         MAX_LENGTH,
         Line("assistant_only_loss", "true|false", "learn from answers alone", True),
         Line("packing", "", "whole rows together in rows of max_length", False),
-        Line("eval_fraction", "F", "share of the rows held out to measure the loss", 0.05),
+        *_HELD_OUT,
     ),
 )
 _PREDICTED = (
@@ -112,7 +116,8 @@ _PREDICTED = (
 _CHOSEN_MODEL = ("model", (MODEL, DTYPE, REVERSIBLE_ADAPTERS))
 _STEP = (
     "training",
-    tuple(line for line in _TRAINING[1] if line.flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim")),
+    tuple(line for line in _TRAINING[1] if line.flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim"))
+    + _HELD_OUT,
 )
 
 _WITH_BUDGET = (_STRATEGIES[0], (_BUDGET, _GPU, *_STRATEGIES[1]))

@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(found.to_dict() | {"verdict": fits}))
         return
     show(found)
-    print("\n".join(verdict(found.peak_bytes, room, forecast.run_of(settings))))
+    print("\n".join(verdict(found, room, forecast.run_of(settings))))
 
 
 def make_parser():
@@ -56,7 +56,7 @@ def table_of(account):
     from hf_memtune.memory.account import CATEGORIES
     from hf_memtune.units import format_bytes
 
-    table = Table(title="Bytes at the peak of each phase")
+    table = Table(title="Bytes at the peak of each phase", collapse_padding=True)  # five phases in 80 characters
     table.add_column("")
     for phase in account.phases:
         table.add_column(phase.phase.replace("_", " "), justify="right", style="bold" if phase.phase == account.peak_phase else None)

@@ -124,14 +124,18 @@ def _stored_bytes(parameter) -> int:
 
 
 def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = None, blanks: Blanks | None = None):
-    """The estimate of what the settings describe, or of other rows of other lengths. Raises ConfigError and UnsupportedModelError."""
+    """The estimate of what `train` would do with the settings, evaluation of held-out rows included, or with other rows of other lengths.
+
+    Raises ConfigError and UnsupportedModelError.
+    """
+    import copy
     from dataclasses import replace
 
     from hf_memtune.cli.model import check_length
     from hf_memtune.forecast.estimate import estimate
 
-    tokens = forecast.tokens if tokens is None else tokens
-
+    tokens, args = forecast.tokens if tokens is None else tokens, copy.copy(forecast.training)
+    args.per_device_eval_batch_size = training.rows_of_evaluation(args, forecast.given, rows)
     if forecast.model.reversible_adapters is not None:
         got = forecast.model.reversible_adapters
         raise ConfigError(
@@ -139,4 +143,4 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
         )
     made = (blanks or Blanks()).of(forecast)
     check_length(made, replace(forecast.data, max_length=max(2, tokens)))
-    return estimate(made, forecast.training, rows, tokens, padded=forecast.what.padded)
+    return estimate(made, args, rows, tokens, forecast.what.padded, evaluation=forecast.data.holds_out or None)

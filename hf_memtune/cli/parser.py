@@ -16,6 +16,17 @@ WITHOUT_MEANING = {
 UNLISTED = ("torch_compile_backend", "torch_compile_mode", "liger_kernel_config", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 
 
+def rows_of_evaluation(training, given, rows: int | None = None) -> int:
+    """Rows of a batch that `train` evaluates: those that were given, else transformers' default, but no more than it trains on at a time.
+
+    Where a row is all that fits in training, more in evaluation would not. given: names of settings that were given; rows: of a
+    micro-batch of training; None: as the settings say.
+    """
+    rows = training.per_device_train_batch_size if rows is None else rows
+    default = training.per_device_eval_batch_size
+    return default if "per_device_eval_batch_size" in given else min(default, rows)
+
+
 def make_parser(command: str = "train", data: type = DataArguments, more: tuple[type, ...] = ()):
     """`more`, the settings of the model, the data, the strategies and Trainer, in this order."""
     from transformers import TrainingArguments

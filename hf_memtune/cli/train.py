@@ -19,7 +19,7 @@ from hf_memtune.cli.checks import (
     problems_of_trained,
     warnings_of_other_runs,
 )
-from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser
+from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser, rows_of_evaluation
 from hf_memtune.errors import ConfigError
 
 
@@ -52,8 +52,10 @@ def report(trainer, settings: Settings, rows, summary) -> None:
 
 def parse(arguments: list[str], of_user: bool = True) -> Settings:
     """Settings from a recipe and flags. Raises ConfigError with every problem; see `read`."""
-    built = read(arguments, make_parser("train", more=(BudgetArguments,)), DataArguments, BudgetArguments, of_user=of_user)
-    if built.training.eval_strategy != "no" and built.data.eval_split is None and not built.data.eval_fraction:
+    parser = make_parser("train", more=(BudgetArguments,))
+    built = read(arguments, parser, DataArguments, BudgetArguments, of_user=of_user)
+    built.training.per_device_eval_batch_size = rows_of_evaluation(built.training, parser.given)
+    if built.training.eval_strategy != "no" and not built.data.holds_out:
         strategy = str(built.training.eval_strategy.value)
         raise ConfigError([f"eval_strategy: got {strategy!r}, but no rows are held out. Set eval_fraction or eval_split."])
     return built
@@ -158,6 +160,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
         processing_class=tokenizer,
         compute_metrics=metrics_of(rows),
     )
+    trainer.measures_held_out = True  # `fit` does
     trainer.estimate = estimate  # the package hands it to who imports the class from its top
     make_readable(trainer)
     return trainer, rows

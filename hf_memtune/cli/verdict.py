@@ -1,23 +1,31 @@
 """The last lines of an answer: whether it fits, and the next thing to change."""
 
 
-def verdict(peak_bytes: int, room, run) -> list[str]:
-    """room: a Room of memory.cards, or None where nothing was said of the memory. run: a Run of levers."""
-    from hf_memtune.levers.table import offers_of
+def verdict(found, room, run) -> list[str]:
+    """found: a MemoryEstimate. room: a Room of memory.cards, or None where nothing was said of the memory. run: a Run of levers."""
     from hf_memtune.units import format_bytes
 
     if room is None:
         return ["Name the memory there is for a verdict: --budget 24GiB, or --gpu rtx4090."]
-    spare = room.tensor_bytes - peak_bytes
+    spare = room.tensor_bytes - found.peak_bytes
     place = f"{format_bytes(room.tensor_bytes)} of tensors ({room.source})"
     if spare >= 0:
         return [
             f"verdict: fits {place}, with {format_bytes(spare)} to spare.",
             "next: train with these settings; hf-memtune longest says how far rows and batches can grow.",
         ]
-    offers = [offer for offer in offers_of(run, one_each=True) if offer.missing is None]
-    following = str(offers[0]) if offers else "shorter rows, or a smaller model"
     return [
         f"verdict: does not fit {place}: {format_bytes(-spare)} too much.",
-        f"next: {following}; hf-memtune plan tries all ways in order.",
+        f"next: {_remedy(found, run)}; hf-memtune plan tries all ways in order.",
     ]
+
+
+def _remedy(found, run) -> str:
+    """The next thing to change, for the phase that needs most: what makes a step smaller changes no evaluation."""
+    from hf_memtune.levers.table import offers_of
+
+    if found.peak_phase == "evaluation":
+        rows = found.conditions["evaluation_rows"]
+        return f"per_device_eval_batch_size={rows // 2}" if rows > 1 else "shorter rows, or none held out (eval_fraction=0)"
+    offers = [offer for offer in offers_of(run, one_each=True) if offer.missing is None]
+    return str(offers[0]) if offers else "shorter rows, or a smaller model"

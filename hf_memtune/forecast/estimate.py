@@ -47,7 +47,8 @@ def estimate(
         batch_size: rows of a micro-batch; None: args.per_device_train_batch_size.
         sequence_length: tokens of the longest row.
         padded: whether rows of a batch differ in length, so that attention needs a mask; None: if there is more than one row.
-        evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows) too; None: if args evaluate.
+        evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows, whose loss alone is wanted) too;
+            None: if args evaluate during training. Who calls `evaluate` around it says True.
         every_layer: trace all layers, where a few are enough: slower, and the same to the byte.
 
     Raises:
@@ -59,7 +60,7 @@ def estimate(
         raise ConfigError(found)
     model = blank_model(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     padded = rows > 1 if padded is None else padded
-    evaluated = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" if evaluation is None else evaluation
+    evaluated = args.eval_strategy != "no" or args.eval_on_start if evaluation is None else evaluation
     shapes = batch_shapes(model, args.per_device_eval_batch_size, sequence_length) if evaluated else None
     scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
     account, flops, how = _traced(model, args, scene, every_layer)

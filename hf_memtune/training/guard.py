@@ -9,19 +9,18 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from itertools import islice
 from statistics import mean, variance
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_memtune.architectures import Architecture, describe
-from hf_memtune.core.logits import HeadOnDemand, LazyLogits
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.methods.overrides import evaluating, forward_as
+from hf_memtune.methods.overrides import evaluating
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
+from hf_memtune.training.loss_alone import logits_on_demand
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 
@@ -118,24 +117,17 @@ def full_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
     model: a transformers model that makes its own loss, or a PEFT model around one.
     """
     architecture, total, count = describe(model), 0.0, 0
-    head = architecture.output_head
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         stack.enter_context(preserved_rng(next(model.parameters()).device))
-        if head is not None:
-            stack.enter_context(forward_as(head, partial(_on_demand, head)))
+        stack.enter_context(logits_on_demand(model))
         for batch in batches:
             weight = _weight(architecture, batch)
             if weight:
                 total += float(model(**batch | _without_cache(architecture)).loss) * weight
                 count += weight
     return total / count if count else float("nan")
-
-
-def _on_demand(head: nn.Linear, hidden: Tensor) -> Tensor:
-    forward = partial(type(head).forward, head)
-    return LazyLogits.of(hidden, HeadOnDemand(forward, lambda: head.weight, head.bias)) if hidden.dim() == 3 else forward(hidden)
 
 
 def _weight(architecture: Architecture, batch: dict[str, Any]) -> int:

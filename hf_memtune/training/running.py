@@ -23,6 +23,7 @@ class RunningTrainer(Protocol):
 
     batches_of_step: micro-batches of the optimizer step at hand, as the data loader gave them, from before `on_step_begin` on.
     method: what is on the model at present, or None. reversible: the reversible layers in it, or None.
+    evaluates: whether anything is evaluated, in a training or around it.
     estimate: hf_memtune.estimate, or None where no forecast was handed to the class.
     """
 
@@ -62,3 +63,6 @@ class RunningTrainer(Protocol):
     method: Method | None
     reversible: ReversibleHandle | None
     estimate: Callable[..., MemoryEstimate] | None
+
+    @property
+    def evaluates(self) -> bool: ...

@@ -4,6 +4,7 @@ It computes no loss: methods change the backward pass of the model, and the Trai
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete, require_same_model
 from hf_memtune.training.guard import FullLossCallback
 from hf_memtune.training.harness import LMEvalCallback
+from hf_memtune.training.loss_alone import logits_on_demand
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
 
@@ -32,10 +34,11 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
     args: training arguments with the fields of MemEfficientArgumentsMixin. token_scorer: a callable in place of
     `args.token_scorer`; it maps a SeekingContext to scores (batch, tokens), larger is kept.
     reversible: what load_reversible returned for the model, to train it further; `args.reversible` is then left out.
-    Everything else is Trainer's. Evaluation and prediction are plain full forwards, through reversible layers where there are any;
-    checkpoints are plain checkpoints, but those of reversible layers hold adapters and head alone.
+    Everything else is Trainer's. Evaluation and prediction are plain full forwards, through reversible layers where there are any, and
+    without logits where only the loss is wanted; checkpoints are plain checkpoints, but those of reversible layers hold adapters and head alone.
     """
 
+    measures_held_out = False  # whether `eval_dataset` is evaluated around a training too, as the commands do
     estimate: Callable | None = None  # predicts the memory of a step; handed down by the top package, since forecasts run a trainer
 
     def __init__(self, *args, token_scorer: TokenScorer | None = None, reversible: ReversibleHandle | None = None, **kwargs):
@@ -101,6 +104,22 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         if self.strategy_callback is not None:
             self.strategy_callback.takes(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is evaluated, in a training or around it."""
+        during = self.args.eval_strategy != "no" or self.args.eval_on_start
+        return during or (self.measures_held_out and self.eval_dataset is not None)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args, **kwargs) -> tuple:
+        """As in Trainer. Where only the loss is wanted logits are not made, which would be the largest tensor of an evaluation."""
+        with logits_on_demand(self.model) if prediction_loss_only and self._is_whole else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the model that is called has all its weights, as they are, on one device of this process, and is not compiled."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1 or self.args.torch_compile)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

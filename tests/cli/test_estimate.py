@@ -202,6 +202,25 @@ def test_an_estimate_ends_with_a_verdict(capsys):
     assert "rtx4090: 24 GiB less an allowance" in capsys.readouterr().out
 
 
+def test_held_out_rows_are_counted_since_training_measures_them(capsys):
+    one = [*OF_A_TYPE[:-1], 1, "--sequence_length", 256, "--sequence_chunk_size", 16, "--activation_checkpointing", "--lora_r", 2]
+    with_default, given = (estimated(capsys, *one, *more) for more in ([], ["--per_device_eval_batch_size", 8]))
+    none = estimated(capsys, *one, "--eval_fraction", 0)
+    assert with_default["conditions"]["evaluation_rows"] == 1 and given["conditions"]["evaluation_rows"] == 8
+    assert "evaluation_rows" not in none["conditions"]
+    assert given["peak_bytes"] > max(with_default["peak_bytes"], none["peak_bytes"])
+    assert main(["estimate", *map(str, one), "--per_device_eval_batch_size", "8", "--budget", str(given["peak_bytes"] - 1)]) == 0
+    assert "next: per_device_eval_batch_size=4;" in capsys.readouterr().out
+
+
+def test_a_verdict_on_training_names_what_makes_a_step_smaller(capsys):
+    """Sibling: a smaller batch of evaluation would change nothing."""
+    needed = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64)
+    assert main(["estimate", *OF_A_TYPE, "--sequence_length", "64", "--budget", str(needed["peak_bytes"] - 1)]) == 0
+    said = capsys.readouterr().out
+    assert "in evaluation" not in said and "eval" not in said.split("next: ")[1]
+
+
 def test_the_longest_row_and_the_largest_batch(capsys):
     one = [*OF_A_TYPE[:-2], "--per_device_train_batch_size", "1"]
     budget = estimated(capsys, *one, "--sequence_length", 256)["peak_bytes"]

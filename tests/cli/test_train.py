@@ -121,6 +121,27 @@ def test_the_trainer_gets_what_was_asked_for(model, instructions):
     assert str(base.dtype) == "torch.bfloat16" and base.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], 8),
+        (["--per_device_train_batch_size", "2"], 2),
+        (["--per_device_train_batch_size", "16"], 8),
+        (["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "5"], 5),
+    ],
+)
+def test_no_more_rows_are_evaluated_at_a_time_than_are_trained_on_unless_given(flags, expected, model, instructions):
+    words = ["--model", str(model), "--dataset", str(instructions), *flags]
+    assert train.parse(words).training.per_device_eval_batch_size == expected
+
+
+def test_the_commands_trainer_says_that_it_evaluates(model, instructions):
+    """So that a preflight tries it; sibling: without rows that are held out there is nothing to try."""
+    for fraction, expected in (("0.25", True), ("0", False)):
+        trainer, _ = train.make_trainer(train.parse(arguments(None, model, instructions, "--eval_fraction", fraction)))
+        assert trainer.args.eval_strategy == "no" and trainer.evaluates == expected
+
+
 def test_reversible_adapters_are_written_loaded_and_trained_further(model, instructions, tmp_path, capsys):
     assert main(["train", *arguments(None, model, instructions, *REVERSIBLE)]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}

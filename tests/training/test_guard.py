@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_memtune.core.head_call import HeadCall
-from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, _on_demand, first_batches, full_loss, rose, rows_of
+from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, first_batches, full_loss, rose, rows_of
+from hf_memtune.training.loss_alone import on_demand
 from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train
 from tests.support.tiny_models import batch_for, tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE
@@ -120,7 +121,7 @@ def test_a_loss_of_tokens_needs_no_logits(name, monkeypatch):
     assert full_loss(model, [batch]) == expected
     head = model.get_output_embeddings()
     with pytest.raises(pytest.fail.Exception):
-        _on_demand(head, torch.zeros(1, 1, head.in_features, dtype=torch.float64)).sum()
+        on_demand(head, torch.zeros(1, 1, head.in_features, dtype=torch.float64)).sum()
 
 
 def test_it_counts_nothing_where_nothing_is_labelled():

@@ -77,6 +77,14 @@ def test_a_refusal_names_the_nearest_thing():
     assert "allow_approximate" not in str(refusal(make_plan(RUNGS, predict, 10), None))
 
 
+@pytest.mark.parametrize("phase", ["evaluation", "backward"])
+def test_a_refusal_names_held_out_rows_where_they_need_most(phase):
+    account = MemoryAccount((PhaseBytes(phase, dict.fromkeys(CATEGORIES, 0) | {"weights": 60}),))
+    conditions = {"evaluation_rows": 1}
+    said = str(refusal(make_plan(RUNGS[:1], lambda changes: MemoryEstimate(account, conditions, flops=1), 10), None))
+    assert ("--eval_fraction 0" in said) == (phase == "evaluation")
+
+
 @pytest.fixture
 def arguments(tmp_path):
     return partial(MemEfficientTrainingArguments, str(tmp_path), use_cpu=True, report_to=[])

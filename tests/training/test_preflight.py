@@ -256,6 +256,14 @@ def test_evaluation_is_measured(tmp_path):
     assert "evaluation" not in [phase.phase for phase in run(make, tmp_path, PLAIN, True).trainer.preflight.report.account.phases]
 
 
+@pytest.mark.parametrize("around", [True, False])
+def test_evaluation_around_a_training_is_measured_where_somebody_says_it_comes(tmp_path, around):
+    trainer = trainer_for(llama(), make_arguments(tmp_path, PLAIN, True), ROWS, eval_dataset=ROWS[:6])
+    trainer.measures_held_out = around
+    trainer.train()
+    assert ("evaluation" in [phase.phase for phase in trainer.preflight.report.account.phases]) == around
+
+
 @pytest.mark.usefixtures("prediction")
 @pytest.mark.parametrize("case", ["accumulation"])
 def test_what_was_predicted_is_told_beside_it(tmp_path, case):

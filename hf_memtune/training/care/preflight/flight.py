@@ -38,7 +38,7 @@ class Flight:
             with everything_restored(trainer):
                 self._train_twice(watch)
                 watch.require()
-                if args.eval_strategy != "no" or args.eval_on_start:
+                if trainer.evaluates:
                     self._evaluate()
         finally:
             self.halving.is_on = was_on

@@ -150,7 +150,12 @@ def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[
     vars(args).update({"memory_preflight": False, "memory_report": False} | dict(changes or {}))
     with preserved_rng(args.device):  # a trainer that is made sets the seed
         found = trainer.estimate(
-            trainer.model if model is None else model, args, batch_size=shape.rows, sequence_length=shape.tokens, padded=shape.padded
+            trainer.model if model is None else model,
+            args,
+            batch_size=shape.rows,
+            sequence_length=shape.tokens,
+            padded=shape.padded,
+            evaluation=trainer.evaluates,
         )
     _require_untouched(trainer.model)
     return found
