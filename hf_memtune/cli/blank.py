@@ -1,5 +1,7 @@
 """The model that the settings describe, without its weights: from its config alone, a folder's, the hub's, or one spelt out in sizes."""
 
+from pathlib import Path
+
 from hf_memtune.cli.arguments import DataSource, ModelArguments
 from hf_memtune.errors import ConfigError
 
@@ -27,15 +29,15 @@ def blank_trainable(model: ModelArguments, data: DataSource, sizes: str | None =
 
 
 def read_config(name: str, sizes: str | None):
-    """The config of a model: of SHAPES, of a folder or a hub name, or of a model type; with `sizes` (name=value,...) in it."""
+    """The config of a model: of a folder, of SHAPES, of a model type, or of a hub name; with `sizes` (name=value,...) in it."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     from hf_memtune.memory.shapes import SHAPES
 
     try:
-        if name in SHAPES:
+        if is_without_weights(name) and name in SHAPES:
             config = SHAPES[name]()
-        elif name in CONFIG_MAPPING:
+        elif is_without_weights(name):
             return CONFIG_MAPPING[name](**_parsed(sizes, CONFIG_MAPPING[name]()))  # what follows from sizes follows from these
         else:
             config = AutoConfig.from_pretrained(name)
@@ -47,12 +49,12 @@ def read_config(name: str, sizes: str | None):
 
 
 def is_without_weights(name: str) -> bool:
-    """Whether the name stands for sizes alone: nothing could be trained under it."""
+    """Whether the name stands for sizes alone: nothing could be trained under it. A folder of that name goes first, as where models are loaded."""
     from transformers import CONFIG_MAPPING
 
     from hf_memtune.memory.shapes import SHAPES
 
-    return name in SHAPES or name in CONFIG_MAPPING
+    return (name in SHAPES or name in CONFIG_MAPPING) and not Path(name, "config.json").is_file()
 
 
 def _parsed(sizes: str | None, config) -> dict:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_memtune.cli import forecast, main
+from hf_memtune.cli.blank import is_without_weights
 from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.settings import recipe_first
@@ -34,6 +35,21 @@ def test_a_config_is_enough(model, tmp_path, capsys):
     assert of_folder["conditions"]["tokens"] == 64
     longer = estimated(capsys, *OF_A_TYPE, "--sequence_length", 128)
     assert longer["peak_bytes"] > of_type["peak_bytes"]
+
+
+@pytest.mark.parametrize("name", ["llama", "Llama-3.2-1B"])
+def test_a_folder_goes_before_a_built_in_name(name, model, tmp_path, capsys, monkeypatch):
+    """Training would load the folder, so it is what is predicted, and what a plan names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    settings = ["--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2", "--sequence_length", "64"]
+    expected = estimated(capsys, "--model", model, *settings)["peak_bytes"]
+    small = ["--config_overrides", SIZES + ",pad_token_id=0"]  # sibling: a folder without a config is no model
+    assert estimated(capsys, "--model", name, *settings, *small, "--lora_r", 1)["peak_bytes"] != expected and is_without_weights(name)
+    shutil.copy(model / "config.json", tmp_path / name)
+    assert estimated(capsys, "--model", name, *settings)["peak_bytes"] == expected
+    planned(capsys, tmp_path / "plan.yaml", "--budget", "1GiB", "--model", name, *settings)
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["model_name_or_path"] == name
 
 
 def test_a_recipe_and_a_table(tmp_path, capsys):
