@@ -7,12 +7,12 @@ no longer row lies.
 """
 
 import json
+from typing import Any
 
 from hf_memtune.cli import forecast
 from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.errors import ConfigError
 
-UNIT = 64  # tokens; of streams, their chunk: a part of one needs as much as a whole
 MOST_ROWS = 1024
 
 
@@ -26,16 +26,21 @@ class _Needed(RoomArguments):
 
 def run(arguments: list[str]) -> None:
     """Print both answers. Raises ConfigError with all problems of the settings, and where not even the shortest row fits."""
+    from hf_memtune.forecast.longest import largest, longest_row
+
     settings = forecast.parse(arguments, make_parser(), _Needed)
     room, blanks = settings.more.room, forecast.Blanks()
-    longest, rows = _longest_row(settings, blanks)
-    batch = _largest_batch(settings, blanks)
+    rows = settings.training.per_device_train_batch_size if "per_device_train_batch_size" in settings.given else 1
+    traced = Traced(settings, blanks, "tokens", rows=rows)
+    longest = longest_row(traced, room.tensor_bytes, settings.training.stream_chunk_size, _positions(settings))
+    following = _next(settings, traced.estimates[longest.size or min(traced.estimates)])
     if not longest.size:
-        raise ConfigError([_nothing(settings, longest)])
+        raise ConfigError([_nothing(room, traced, following)])
+    batch = largest(Traced(settings, blanks, "rows", tokens=settings.tokens), room.tensor_bytes, 1, MOST_ROWS)
     if settings.what.json:
         print(json.dumps({"budget_bytes": room.tensor_bytes, "rows": rows, "row": longest._asdict(), "batch": batch._asdict()}))
         return
-    print("\n".join([*_said(settings, longest, batch, rows), *_next(settings)]))
+    print("\n".join([*_said(settings, longest, batch, rows), f"next: {following}."]))
 
 
 def make_parser():
@@ -43,34 +48,21 @@ def make_parser():
     return forecast.make_parser("longest", RoomArguments)
 
 
-def _longest_row(settings, blanks):
-    """What was found, and the rows of a micro-batch it holds for."""
-    from hf_memtune.forecast.longest import largest
+class Traced:
+    """Peak bytes by one size, each said on standard error as it is found. estimates: what was found, by size."""
 
-    rows = settings.training.per_device_train_batch_size if "per_device_train_batch_size" in settings.given else 1
-    unit = settings.training.stream_chunk_size or UNIT
-    return largest(_traced(settings, blanks, "tokens", rows=rows), settings.more.room.tensor_bytes, unit, _positions(settings)), rows
+    def __init__(self, settings, blanks, name: str, **fixed: int):
+        from rich.console import Console
 
+        self.estimates: dict[int, Any] = {}
+        self._settings, self._blanks, self._name, self._fixed, self._console = settings, blanks, name, fixed, Console(stderr=True)
 
-def _largest_batch(settings, blanks):
-    from hf_memtune.forecast.longest import largest
-
-    return largest(_traced(settings, blanks, "rows", tokens=settings.tokens), settings.more.room.tensor_bytes, 1, MOST_ROWS)
-
-
-def _traced(settings, blanks, name: str, **fixed):
-    """Peak bytes by one size, each said on standard error as it is found."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-
-    def peak(size: int) -> int:
-        with console.status(f"tracing {_counted(size, name)}"):
-            found = forecast.predict(settings, **{name: size} | fixed, blanks=blanks).peak_bytes
-        console.print(f"  {_counted(size, name)}: {_gib(found)}", style="dim", highlight=False)
-        return found
-
-    return peak
+    def __call__(self, size: int) -> int:
+        with self._console.status(f"tracing {_counted(size, self._name)}"):
+            found = forecast.predict(self._settings, **{self._name: size} | self._fixed, blanks=self._blanks)
+        self.estimates[size] = found
+        self._console.print(f"  {_counted(size, self._name)}: {_gib(found.peak_bytes)}", style="dim", highlight=False)
+        return found.peak_bytes
 
 
 def _positions(settings) -> int:
@@ -96,11 +88,16 @@ def _said(settings, longest, batch, rows: int) -> list[str]:
     return [*lines, f"largest batch: {_counted(batch.size, 'rows')} of {settings.tokens} tokens ({_gib(batch.bytes)}; {beyond})."]
 
 
-def _next(settings) -> list[str]:
+def _next(settings, found) -> str:
+    """What to change. found: the estimate of the longest row, or of the shortest where none fits."""
+    from hf_memtune.cli.verdict import less_evaluation
     from hf_memtune.levers.table import offers_of
 
+    if found.peak_phase == "evaluation":
+        return f"{less_evaluation(found)} makes rows longer"
     offers = [offer for offer in offers_of(forecast.run_of(settings), one_each=True) if offer.missing is None]
-    return [f"next: {offers[0]} makes both larger." if offers else "next: a smaller model, or more memory."]
+    offers = [offer for offer in offers if "per_device_train_batch_size" not in offer.changes]  # which is searched for here
+    return f"{offers[0]} makes both larger" if offers else "a smaller model, or more memory"
 
 
 def _counted(size: int, name: str) -> str:
@@ -113,9 +110,9 @@ def _gib(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.3f} GiB"
 
 
-def _nothing(settings, longest) -> str:
-    room = _gib(settings.more.room.tensor_bytes)
+def _nothing(room, traced: Traced, following: str) -> str:
+    shortest = min(traced.estimates)
+    needed = f"a row of {_counted(shortest, 'tokens')} already needs {_gib(traced.estimates[shortest].peak_bytes)}"
     return (
-        f"budget: got {room} of tensors, of which the shortest row already needs {_gib(longest.bytes_beyond or 0)}. "
-        f"{_next(settings)[0].removeprefix('next: ')} hf-memtune plan tries all ways in order."
+        f"budget: got {_gib(room.tensor_bytes)} of tensors, of which {needed}. Next: {following}. hf-memtune plan tries all ways in order."
     )

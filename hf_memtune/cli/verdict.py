@@ -25,7 +25,12 @@ def _remedy(found, run) -> str:
     from hf_memtune.levers.table import offers_of
 
     if found.peak_phase == "evaluation":
-        rows = found.conditions["evaluation_rows"]
-        return f"per_device_eval_batch_size={rows // 2}" if rows > 1 else "shorter rows, or none held out (eval_fraction=0)"
+        return less_evaluation(found)
     offers = [offer for offer in offers_of(run, one_each=True) if offer.missing is None]
     return str(offers[0]) if offers else "shorter rows, or a smaller model"
+
+
+def less_evaluation(found) -> str:
+    """What makes the evaluation of an estimate need less."""
+    rows = found.conditions["evaluation_rows"]
+    return f"per_device_eval_batch_size={rows // 2}" if rows > 1 else "eval_fraction=0 (no rows are held out)"

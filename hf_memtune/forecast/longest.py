@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+FINE = 64  # tokens: a step of a row that is not run in chunks
 _FIRST_STEPS = (8, 12)  # units, that are traced before a line is trusted: shorter rows may be shorter than a piece
 _GROWTH = 8  # times the largest size that is known to fit, while bytes do not grow at all
 
@@ -35,6 +36,23 @@ def largest(bytes_at: Callable[[int], int], budget: int, unit: int, at_most: int
     while search.low + 1 < search.high:
         search.trace(search.next())
     return search.found()
+
+
+def longest_row(bytes_at: Callable[[int], int], budget: int, chunk: int | None, positions: int) -> Found:
+    """The longest row, in steps of FINE tokens. chunk: of a stream, whose steps are whole chunks, since a part of one needs as much.
+
+    Where not even one chunk fits its parts are tried; and where all whole ones do, as many tokens as there are positions for.
+    """
+    unit = min(chunk or FINE, positions)
+    found = largest(bytes_at, budget, unit, positions)
+    if not found.size and unit > FINE:
+        part = largest(bytes_at, budget, FINE, unit - 1)
+        beyond = found.bytes_beyond if part.bytes_beyond is None else part.bytes_beyond
+        return part._replace(bytes_beyond=beyond, sizes=found.sizes + part.sizes)
+    if found.bytes_beyond is not None or found.size == positions:
+        return found
+    needed, sizes = bytes_at(positions), (*found.sizes, positions)
+    return Found(positions, needed, None, sizes) if needed <= budget else found._replace(bytes_beyond=needed, sizes=sizes)
 
 
 class _Search:

@@ -7,12 +7,13 @@ import shutil
 import pytest
 import yaml
 
-from hf_memtune.cli import forecast, main
+from hf_memtune.cli import forecast, longest, main
 from hf_memtune.cli.blank import is_without_weights
 from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
+from hf_memtune.levers.table import offers_of
 from hf_memtune.units import parse_bytes
 from tests.support.folders import ROOT, llama, write_rows
 
@@ -219,7 +220,7 @@ def test_an_estimate_ends_with_a_verdict(capsys):
 
 
 def test_held_out_rows_are_counted_since_training_measures_them(capsys):
-    one = [*OF_A_TYPE[:-1], 1, "--sequence_length", 256, "--sequence_chunk_size", 16, "--activation_checkpointing", "--lora_r", 2]
+    one = [*OF_A_TYPE[:-1], 1, "--sequence_length", 64, "--sequence_chunk_size", 16, "--activation_checkpointing", "--lora_r", 2]
     with_default, given = (estimated(capsys, *one, *more) for more in ([], ["--per_device_eval_batch_size", 8]))
     none = estimated(capsys, *one, "--eval_fraction", 0)
     assert with_default["conditions"]["evaluation_rows"] == 1 and given["conditions"]["evaluation_rows"] == 8
@@ -248,11 +249,59 @@ def test_the_longest_row_and_the_largest_batch(capsys):
     assert fits <= budget < beyond
 
 
+def short_of(positions: int) -> list[str]:
+    """A model with few positions: the traces of its longest rows are short."""
+    return [*OF_A_TYPE[:3], f"{SIZES},max_position_embeddings={positions}", *OF_A_TYPE[4:-2], "--max_length", "32"]
+
+
+@pytest.fixture
+def two_rows_at_most(monkeypatch):
+    monkeypatch.setattr(longest, "MOST_ROWS", 2)
+
+
+@pytest.mark.usefixtures("two_rows_at_most")
+def test_rows_shorter_than_a_chunk_are_found_too(capsys):
+    """A chunk of more tokens than the model has positions for; and one of which a part alone fits."""
+    few = [*short_of(192), "--sequence_chunk_size", "512"]
+    fits = estimated(capsys, *few, "--per_device_train_batch_size", 1, "--sequence_length", 128)["peak_bytes"]
+    for budget, size in ((2**30, 192), (fits, 128)):
+        assert main(["longest", *few, "--budget", str(budget), "--json"]) == 0
+        row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["row"]
+        assert row["size"] == size and (row["bytes_beyond"] is None if size == 192 else row["bytes"] == fits < row["bytes_beyond"])
+
+
+LEAST = ["--sequence_chunk_size", "16", "--activation_checkpointing", "--lora_r", "2"]
+
+
+@pytest.mark.usefixtures("two_rows_at_most")
+def test_the_batch_that_is_searched_for_is_not_what_makes_it_larger(capsys):
+    """Where it is the next thing to change, as the sibling shows, of an estimate, whose batch is fixed."""
+    settings = [*short_of(32), *LEAST, "--eval_fraction", "0"]
+    run = forecast.run_of(forecast.parse(settings, forecast.make_parser("longest", RoomArguments), RoomArguments))
+    assert "per_device_train_batch_size" in str(next(offer for offer in offers_of(run, one_each=True) if offer.missing is None))
+    assert main(["longest", *settings, "--budget", "1GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "next: " in said and "per_device_train_batch_size" not in said
+
+
+@pytest.mark.usefixtures("two_rows_at_most")
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--per_device_eval_batch_size", "8"], "next: per_device_eval_batch_size=4 makes rows longer"),
+        (["--eval_fraction", "0"], " makes both larger"),
+    ],
+)
+def test_where_evaluation_needs_most_it_is_what_makes_rows_longer(flags, words, capsys):
+    assert main(["longest", *short_of(64), *LEAST, *flags, "--budget", "1GiB"]) == 0
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, problem",
     [
         (["longest", *OF_A_TYPE], "memory_budget: got nothing"),
-        (["longest", *OF_A_TYPE, "--budget", "1KiB"], "of which the shortest row already needs"),
+        (["longest", *OF_A_TYPE, "--budget", "1KiB"], "of which a row of 64 tokens already needs"),
         (["estimate", *OF_A_TYPE, "--gpu", "abacus"], "gpu: got 'abacus', expected one of"),
         (["estimate", *OF_A_TYPE, "--gpu", "t4", "--budget", "8GiB"], "gpu: got t4 with memory_budget=8GiB"),
     ],

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from hf_memtune import MemEfficientTrainingArguments, estimate
 from hf_memtune.forecast.ladder import Rung
-from hf_memtune.forecast.longest import largest
+from hf_memtune.forecast.longest import FINE, Found, largest, longest_row
 from hf_memtune.forecast.plan import make_plan
 from hf_memtune.memory.cards import ALLOCATOR_SHARE, CARDS, CONTEXT_BYTES, Room
 from hf_memtune.units import GIB
@@ -49,6 +49,28 @@ def test_a_line_through_rows_shorter_than_a_piece_is_not_trusted():
     """They grow faster than longer ones do: that line would end the search too early."""
     found = largest(LINES["pieces that are full at first"], 2000, 1, 1000)
     assert found.size == 71 and LINES["pieces that are full at first"](8) / 8 * 71 > 2000
+
+
+@pytest.mark.parametrize("chunk, positions", [(None, 1000), (None, 40), (16, 1000), (300, 1000), (512, 1024), (2048, 1000), (2048, 2048)])
+@pytest.mark.parametrize("budget", [1007, 1500, 4000, 7900, 7999, 10**6])
+def test_the_longest_row_with_whatever_chunk(chunk, positions, budget):
+    """In whole chunks, in parts where no whole one fits, and up to the last position; never is less said to fit than does."""
+    steps = range(min(chunk or FINE, positions), positions + 1, min(chunk or FINE, positions))
+    fitting = [size for size in [*steps, positions] if LINES["one line"](size) <= budget]
+    parts = [size for size in range(FINE, steps[0], FINE) if LINES["one line"](size) <= budget]
+    found = longest_row(LINES["one line"], budget, chunk, positions)
+    assert found.size == max(fitting or parts, default=0)
+    assert (found.bytes_beyond is None) == (found.size == positions)
+    if found.size:
+        assert found.bytes == LINES["one line"](found.size) <= budget
+    if found.bytes_beyond is not None:
+        assert found.bytes_beyond > budget
+
+
+def test_whole_chunks_alone_would_miss_both():
+    """Sibling: of a chunk longer than the model has positions there is no multiple, and of none it cannot be said what it needs."""
+    assert largest(LINES["one line"], 8000, 2048, 1000) == Found(0, None, None, ())
+    assert largest(LINES["one line"], 8000, 300, 1000).size == 900 and longest_row(LINES["one line"], 8000, 300, 1000).size == 1000
 
 
 CONFIG = LlamaConfig(
