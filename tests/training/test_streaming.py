@@ -213,7 +213,7 @@ def test_evaluation_in_between_is_plain_and_changes_nothing(tmp_path):
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 5}
     ours, expected = both(tmp_path, with_dropout, settings={"learning_rate": 0.0, **evaluated}, eval_dataset=ROWS)
     found, wanted = ([e["eval_loss"] for e in r.trainer.state.log_history if "eval_loss" in e] for r in (ours, expected))
-    assert found == wanted and len(found) == 2  # bit for bit, with the same weights
+    assert found == pytest.approx(wanted, rel=FLOAT32_INSIDE) and len(found) == 2  # with the same weights; taken without logits
     ours = stream(tmp_path, exact_model(), settings=evaluated, eval_dataset=ROWS)
     without = stream(tmp_path, exact_model())
     assert same_parameters(ours, without) and ours.losses == without.losses
