@@ -25,7 +25,10 @@ class Measuring:
 
     max_eval_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Rows at a time; the loss is the mean over batches, as with transformers."}
+        default=8,
+        metadata={
+            "help": "Rows at a time; the loss is the mean over batches, as with transformers: that of `train` is of its own per_device_eval_batch_size."
+        },
     )
 
     def problems(self) -> list[str]:

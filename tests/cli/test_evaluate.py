@@ -14,8 +14,11 @@ def measured(*flags):
     return evaluate.measured(evaluate.parse([str(flag) for flag in flags]))
 
 
+AT_A_TIME = ["--per_device_eval_batch_size", "8"]  # as `evaluate` does by itself: the loss is a mean over batches
+
+
 def test_the_loss_is_that_of_training(model, instructions, tmp_path, capsys):
-    held_out = ["--eval_split", "train[:10]", "--learning_rate", "0.05"]
+    held_out = ["--eval_split", "train[:10]", "--learning_rate", "0.05", *AT_A_TIME]
     assert main(["train", *arguments(None, model, instructions, *REVERSIBLE, *held_out)]) == 0
     before, after = summary(tmp_path)["held_out_loss"]
     common = ("--model", model, "--dataset", instructions, "--dataset_split", "train[:10]")
@@ -61,6 +64,7 @@ def test_a_classifier_has_its_head(encoder, reviews, tmp_path):
 
 def test_lora_inside_reversible_layers_is_not_taken_for_that_of_plain_ones(model, instructions, tmp_path, capsys):
     flags = ["--reversible", "centred", "--adapter_rank", "0", "--lora_r", "2", "--eval_split", "train[:10]", "--learning_rate", "0.05"]
+    flags += AT_A_TIME
     assert main(["train", *arguments(None, model, instructions, *flags)]) == 0
     after = summary(tmp_path)["held_out_loss"][1]
     data, prompt = ("--dataset", str(instructions), "--dataset_split", "train[:10]"), ("--prompt", "name", "--max_new_tokens", "1")
