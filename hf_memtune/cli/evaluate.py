@@ -6,6 +6,7 @@ hf-memtune evaluate --model M --tasks sciq,piqa
 With tasks in place of a data set, lm-eval scores them: see task_scores.py.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -91,6 +92,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     from hf_memtune.cli.data.classes import known_classes, relabelled
     from hf_memtune.cli.data.rows import use_template
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.training.loss_alone import logits_on_demand
 
     model, data, measuring, _ = settings
     tokenizer = load_tokenizer(model)
@@ -110,7 +112,9 @@ def measured(settings: Settings) -> dict[str, float | int]:
     with TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=measuring.per_device_eval_batch_size, report_to=[])
         trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=_accuracy if classes else None)
-        found = trainer.evaluate()
+        whole = classes or args.n_gpu > 1  # of classes logits are looked at; several devices in one process run copies of the model
+        with nullcontext() if whole else logits_on_demand(loaded):
+            found = trainer.evaluate()
     return {"rows": len(rows), "loss": found["eval_loss"]} | ({"accuracy": found["eval_accuracy"]} if classes else {})
 
 

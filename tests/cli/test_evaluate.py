@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hf_memtune.cli import evaluate, main
+from hf_memtune.core.head_call import HeadCall
 from hf_memtune.errors import ConfigError
 from tests.support.questions import question_files, questions, task_folder
 from tests.support.train import REVERSIBLE, arguments, summary
@@ -17,7 +18,8 @@ def measured(*flags):
 AT_A_TIME = ["--per_device_eval_batch_size", "8"]  # as `evaluate` does by itself: the loss is a mean over batches
 
 
-def test_the_loss_is_that_of_training(model, instructions, tmp_path, capsys):
+def test_the_loss_is_that_of_training_and_needs_no_logits(model, instructions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(HeadCall, "logits", lambda *args: pytest.fail("logits were made"))
     held_out = ["--eval_split", "train[:10]", "--learning_rate", "0.05", *AT_A_TIME]
     assert main(["train", *arguments(None, model, instructions, *REVERSIBLE, *held_out)]) == 0
     before, after = summary(tmp_path)["held_out_loss"]
