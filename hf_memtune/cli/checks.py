@@ -1,6 +1,5 @@
 """What can be known to be wrong before anything is loaded: integrations, checkpoints, the folder of a model."""
 
-import json
 from pathlib import Path
 
 from hf_memtune.errors import ConfigError
@@ -37,7 +36,9 @@ def problems_of_resuming(training) -> list[str]:
 
 def _problems_of_steps(found: Path, max_steps: int) -> list[str]:
     """A checkpoint after which nothing is left to train, such as that of a longer run in the same folder."""
-    done = json.loads((found / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
+    from hf_memtune.training.checkpoints import steps_of
+
+    done = steps_of(found)
     if max_steps <= 0 or done < max_steps:
         return []
     wrong = f"{str(found)!r} is of step {done}, and max_steps is {max_steps}, so nothing is left to train"
@@ -46,7 +47,9 @@ def _problems_of_steps(found: Path, max_steps: int) -> list[str]:
 
 def warnings_of_other_runs(training) -> list[str]:
     """Checkpoints of an earlier run, where this one begins anew."""
-    there = sorted(path.name for path in Path(training.output_dir).glob("checkpoint-*") if path.is_dir())
+    from hf_memtune.training.checkpoints import checkpoints_in
+
+    there = [checkpoint.name for checkpoint in checkpoints_in(training.output_dir)]
     if not there or training.resume_from_checkpoint is not None or training.save_strategy == "no":
         return []
     return [

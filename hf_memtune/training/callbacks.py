@@ -216,10 +216,10 @@ def _saved(state, kind: type) -> dict[str, Any]:
 def _scores_file(state, folders: list[str | None]) -> Path | None:
     """The file of scores that a checkpoint names, or, where the folder of the run was moved, that of the same name in one of `folders`."""
     file = _saved(state, TokenSeekingCallback).get("attributes", {}).get("scores_file")
-    if file is None or Path(file).exists():
-        return None if file is None else Path(file)
-    moved = (Path(folder) / Path(file).name for folder in folders if folder is not None)
-    return next((found for found in moved if found.exists()), Path(file))
+    if file is None:
+        return None
+    places = [Path(file), *(Path(folder) / Path(file).name for folder in folders if folder is not None)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _size_of_checkpoint(state) -> int | None:

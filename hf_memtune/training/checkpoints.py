@@ -56,7 +56,7 @@ def newest_complete(folder: str | Path, weights_only: bool = False) -> str:
 def look_for(folder: str | Path, weights_only: bool = False) -> tuple[Path | None, list[str]]:
     """The complete checkpoint with the most steps, or None, and what is wrong with each that has more."""
     passed: list[str] = []
-    for checkpoint in sorted(_checkpoints(Path(folder)), key=_steps, reverse=True):
+    for checkpoint in reversed(checkpoints_in(folder)):
         why = why_incomplete(checkpoint, weights_only)
         if why is None:
             return checkpoint, passed
@@ -64,13 +64,16 @@ def look_for(folder: str | Path, weights_only: bool = False) -> tuple[Path | Non
     return None, passed
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    named = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [path for path in named if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, complete or not, the one with the fewest steps first."""
+    named = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    found = [path for path in named if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _steps(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def steps_of(checkpoint: Path) -> int:
+    """Optimizer steps that were done when a complete checkpoint was written."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step", 0)
 
 
 def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:

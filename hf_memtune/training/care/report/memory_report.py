@@ -136,7 +136,7 @@ class MemoryReportCallback(TrainerCallback):
             return self.preflight.report
         rows = self.trainer.args.per_device_train_batch_size if shape is None else shape.rows
         tokens = None if shape is None else shape.tokens
-        notes = [why for why in (self.preflight.why_none,) if why is not None]
+        notes = [] if self.preflight.why_none is None else [self.preflight.why_none]
         return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account, notes=notes)
 
     def _savings(self, found: PreflightReport, notes: list[str]) -> tuple[Any, list[Lever], Advice | None]:
