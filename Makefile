@@ -33,7 +33,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: assets ## fine-tune a small real model with and without token seeking, and compare
-	$(PY) scripts/demo.py $(ARGS)
+	$(PY) scripts/demo.py --model $(ASSETS)/models/smollm2-135m-instruct --data $(ASSETS)/data/alpaca/train.jsonl $(ARGS)
 
 lint: $(STAMP) ## check the code with ruff: rules and format
 	$(PY) -m ruff check $(SOURCES)
@@ -56,7 +56,7 @@ assets: $(STAMP) ## fetch weights and data into .assets (NAMES="smollm2 alpaca .
 
 bench: assets ## measure memory and time, write the result files and the tables of docs/measurements.md
 	$(PY) scripts/bench_memory.py
-	$(PY) scripts/bench_speed.py
+	$(PY) scripts/bench_speed.py --model $(ASSETS)/models/smollm2-135m-instruct --data $(ASSETS)/data/alpaca/train.jsonl
 	$(PY) scripts/tables.py
 
 clean: ## remove build outputs and caches (keeps .venv, .assets and out)

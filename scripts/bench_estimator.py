@@ -77,7 +77,7 @@ def train(model: nn.Module, batches: Iterator[dict], steps: int, learning_rate: 
 
 
 def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: str, max_length: int) -> dict:
-    """Of one arm, on rows of so many tokens. learned: labels that were kept, of all labels."""
+    """Of one arm, on rows of so many tokens."""
     from learning.quality import Counts
 
     from hf_memtune import TokenSeeking, TokenSeekingConfig
@@ -94,9 +94,8 @@ def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: st
             products.append(float(errors[0] @ errors[-1]) / size)
             cosines.append(float(found[0] @ g / (found[0].norm() * g.norm())) if float(found[0].norm()) else 0.0)
         forget()
-    told = counts.by_name
-    kept = {"kept": told["kept"] / told["seen"], "learned": told["learned"] / told["seen"]}
-    result = {"rms": mean(squares) ** 0.5, "bias": max(0.0, mean(products)) ** 0.5, "cosine": mean(cosines)} | kept
+    kept = counts.by_name["kept"] / counts.by_name["seen"]
+    result = {"rms": mean(squares) ** 0.5, "bias": max(0.0, mean(products)) ** 0.5, "cosine": mean(cosines), "kept": kept}
     return {name: round(value, 4) for name, value in result.items()}
 
 

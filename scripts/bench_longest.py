@@ -2,7 +2,8 @@
 
 Each line is a model, what is trained, and a method, with the predicted peak of a step for one row of several lengths. What the file has
 already is not predicted again. scripts/tables.py reads lengths for cards off these lines: between two lengths the bytes lie on or below the
-straight line, for they are the largest of several straight lines; beyond the last one the line goes on, where the last three lie on one.
+straight line, for they are the largest of several straight lines; beyond the last one the line goes on, where the last three lie on one, and
+where they do not it is said how far was predicted.
 """
 
 from options import parse, several

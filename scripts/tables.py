@@ -75,7 +75,8 @@ def memory_table(train: str) -> str:
 def ladder_table() -> str:
     """Every rung: whether its gradient is exact, its peak at the shapes of LADDER_SHAPES, and its time relative to checkpointing."""
     peaks = by(traced(train="lora"), "model tokens method", "peak_bytes")
-    times = by(compared(of(rows_of("speed"), **LADDER_TIMED)), "method", "more")
+    (run,) = (run for run in timed_runs() if LADDER_TIMED.items() <= run[0].items())
+    times = by(compared(run), "method", "more")
     lines = [
         [title, gradient, *(mib(peaks.get((*shape, method))) for shape in LADDER_SHAPES), Cell().format("{0:.2f} x", times[method]) if method in times else "-"]
         for title, gradient, method in LADDER
@@ -86,37 +87,40 @@ def ladder_table() -> str:
 STEP = {"model": "{model}, {conditions[dtype]}", "tokens": "{conditions[rows]} x {tokens}"}
 
 
+def timed_runs() -> list[Rows]:
+    """The last run of each step: methods that were timed in turns."""
+    runs: dict[tuple, Rows] = {}
+    for row in rows_of("speed"):
+        run = runs.setdefault((row["model"], row["train"], row["conditions"]["rows"], row["tokens"]), [])
+        if run and run[-1]["conditions"] != row["conditions"]:
+            run.clear()  # a later one follows
+        run.append(row)
+    return [runs[step] for step in sorted(runs)]
+
+
 def speed_table() -> str:
-    """Median seconds of a step and its ratio to plain training and to checkpointing, measured in turns."""
+    """Median seconds of a step, and as parts of those of plain training and of checkpointing, where the run had them."""
     columns = STEP | {"training": "{train}", "method": "{method}", "seconds a step": "{seconds:.2f}", "x plain": "{relative:.2f}"}
-    return listing(compared(rows_of("speed")), columns | {"x checkpointing": "{more:.2f}"}, "llll")
+    columns |= {"x checkpointing": "{more:.2f}", "x the same, logit-free": "{logit_free:.2f}"}
+    return listing([row for run in timed_runs() for row in compared(run)], columns, "llll")
 
 
 def ratios_table() -> str:
     """The last run on each long row: seconds as parts of those of checkpointing with the logit-free loss."""
-    runs: dict[tuple, Rows] = {}
-    for row in rows_of("speed"):
-        if row["conditions"]["rows"] == 1:
-            run = runs.setdefault((row["model"], row["tokens"]), [])
-            if run and run[-1]["conditions"] != row["conditions"]:
-                run.clear()  # a later one follows
-            run.append(row)
-    measured = {f"{model}, {tokens}": by(run, "method", "seconds") for (model, tokens), run in sorted(runs.items())}
-    measured = {shape: seconds for shape, seconds in measured.items() if LOGIT_FREE in seconds}
+    runs = [run for run in timed_runs() if run[0]["conditions"]["rows"] == 1]
+    found = {f"{run[0]['model']}, {run[0]['tokens']}": by(run, "method", "seconds") for run in runs}
+    measured = {shape: seconds for shape, seconds in found.items() if LOGIT_FREE in seconds}
     lines = [
         [title, *(Cell().format("{0:.2f}", s.get(name) and s[name] / s[LOGIT_FREE]) for s in measured.values())] for title, name in RATIOS
     ]
     return table(["", *measured], lines)
 
 
-def compared(rows: Rows) -> Rows:
-    """With `more`: seconds over those of checkpointing, with the loss without logits where there is no other, in the same run."""
-    found = []
-    for row in rows:
-        same = of(rows, **{name: row[name] for name in ("model", "train", "tokens", "conditions")})
-        checkpointing = next((r["seconds"] for r in same if r["method"].startswith("checkpointing")), None)
-        found.append(row | {"more": checkpointing and row["seconds"] / checkpointing})
-    return found
+def compared(run: Rows) -> Rows:
+    """With `more` and `logit_free`: seconds over those of checkpointing, and of checkpointing with the loss without logits, in the same run."""
+    seconds = by(run, "method", "seconds")
+    bases = {name: seconds.get(method) for name, method in (("more", "checkpointing"), ("logit_free", LOGIT_FREE))}
+    return [row | {name: base and row["seconds"] / base for name, base in bases.items()} for row in run]
 
 
 def length_table() -> str:

@@ -7,6 +7,7 @@ from pages import GIB, UNMEASURED, Rows, conditions_of, table
 from hf_memtune.memory.cards import Room
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GiB
+BENT = 0.02  # of a slope: lines that differ by less are one
 MOST = 1_000_000  # tokens that are still told apart: far beyond what was predicted
 
 
@@ -38,14 +39,22 @@ def cell(row: dict, card: int) -> str:
     tokens = longest(knots, Room.of_device(card * GIB, "card").tensor_bytes)
     if tokens is None:
         return f"< {knots[0][0] / 1000:.0f}K"
+    if tokens > knots[-1][0] and not is_straight(knots):
+        return f"> {knots[-1][0] // 1000:,}K"
     return f"{tokens // 1000:,}K" if tokens <= MOST else f"> {MOST // 1000:,}K"
+
+
+def is_straight(knots: list[tuple[int, int]]) -> bool:
+    """Whether the last three knots lie on one line, along which the peak then goes on."""
+    before, last = ((higher - peak) / (more - tokens) for (tokens, peak), (more, higher) in zip(knots[-3:], knots[-2:]))
+    return abs(last - before) <= BENT * last
 
 
 def longest(knots: list[tuple[int, int]], room: int) -> int | None:
     """Tokens of the longest row whose step fits; None: not even the shortest of `knots`, which are (tokens, peak bytes).
 
     The peak is the largest of several straight lines of the length: between two knots it lies on or below the line through them. Beyond the
-    last one it goes on along the line through the last two, as it has between the three before.
+    last one it goes on along the line through the last two, where `is_straight`.
     """
     if room < knots[0][1]:
         return None

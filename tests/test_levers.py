@@ -88,6 +88,23 @@ def test_short_rows_are_told_apart(arguments):
     assert idle.is_short
 
 
+def test_rows_of_one_chunk_have_nothing_to_offload(arguments):
+    """The first batch may be short: training goes on. Sibling: longer rows of which nothing was moved."""
+    args = changed(arguments(sequence_chunk_size=8), {"kv_offload": True})
+    short = replace(WORKED, is_longest=False, chunks=1, row_length=6, longest_row=6, host_bytes=0)
+    assert all(idle.is_short for idle in idle_levers(args, short)) and list(idle_levers(args, short))
+    assert [idle.is_short for idle in idle_levers(args, replace(WORKED, host_bytes=0))] == [False]
+
+
+def test_a_chunk_of_the_longest_row_is_meant_so(arguments):
+    """It is the loss without logits. A longer chunk, or that of a first batch, is told."""
+    row = replace(WORKED, chunks=1, row_length=8, longest_row=8)
+    assert not list(idle_levers(arguments(sequence_chunk_size=8), row))
+    assert list(idle_levers(arguments(sequence_chunk_size=9), row)) and list(
+        idle_levers(arguments(sequence_chunk_size=8), replace(row, is_longest=False))
+    )
+
+
 def test_adapters_are_judged_by_what_is_in_the_model(arguments):
     whole = replace(WORKED, has_adapters=True, trained=10, total=10)
     assert [idle.message[:5] for idle in idle_levers(arguments(), whole)] == ["peft:"]

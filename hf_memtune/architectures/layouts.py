@@ -153,8 +153,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }  # fmt: skip
 
-# Layers that end in a norm, by config.model_type; OPT says itself. All others add to a residual stream that no norm has touched.
+# Layers of BART's kind that end in a norm, by config.model_type: their modules are those of the ones that do not.
 POST_NORM = frozenset({
-    "bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "distilbert", "mpnet", "layoutlm", "roformer", "data2vec-text",
-    "bart", "plbart", "marian", "blenderbot-small",
+    "bart", "plbart", "marian", "blenderbot-small", "mvp", "led", "prophetnet", "trocr", "informer", "autoformer", "time_series_transformer",
 })  # fmt: skip

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_memtune.architectures.layouts import LAYOUTS, POST_NORM, Layout
+from hf_memtune.architectures.layouts import LAYOUTS, POST_NORM, Layout, has
 from hf_memtune.architectures.tables import CROSS_ATTENTION_NAMES, OF_TRL, REMEDY
 from hf_memtune.errors import UnsupportedModelError
 
@@ -148,5 +148,9 @@ def _owner(head_model: nn.Module, name: str) -> Any:
 
 
 def _is_post_norm(config: Any, layer: nn.Module) -> bool:
-    before = getattr(layer, "do_layer_norm_before", None)
-    return not before if before is not None else config.model_type in POST_NORM
+    """Whether a layer ends in a norm. All others add to a residual stream that no norm has touched."""
+    if (before := getattr(layer, "do_layer_norm_before", None)) is not None:  # OPT
+        return not before
+    if has(layer, "output.LayerNorm") or has(layer, "output_layer_norm"):  # BERT's kind, where X-MOD says which; DistilBERT
+        return not getattr(layer, "pre_norm", False)
+    return config.model_type in POST_NORM

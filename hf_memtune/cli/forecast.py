@@ -112,11 +112,12 @@ class Blanks:
 
 def least(forecast: Forecast, blanks: Blanks | None = None) -> int:
     """Bytes that are there in any case: of weights, and of the gradients of what is trained. Takes no trace."""
+    from hf_memtune.forecast.estimate import trained_bytes
     from hf_memtune.levers.facts import steps_in_backward
 
-    parameters = list((blanks or Blanks()).of(forecast).parameters())
-    trained = 0 if steps_in_backward(forecast.training) else sum(p.nbytes for p in parameters if p.requires_grad)
-    return sum(_stored_bytes(p) for p in parameters) + trained
+    made = (blanks or Blanks()).of(forecast)
+    trained = 0 if steps_in_backward(forecast.training) else trained_bytes(made, forecast.training)
+    return sum(_stored_bytes(p) for p in made.parameters()) + trained
 
 
 def _stored_bytes(parameter) -> int:
@@ -143,4 +144,9 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
         )
     made = (blanks or Blanks()).of(forecast)
     check_length(made, replace(forecast.data, max_length=max(2, tokens)))
-    return estimate(made, args, rows, tokens, forecast.what.padded, evaluation=forecast.data.holds_out or None)
+    padded = forecast.what.padded
+    if forecast.data.packing:  # all rows of a batch are one, whose parts do not see one another
+        rows = args.per_device_train_batch_size if rows is None else rows
+        args.per_device_eval_batch_size = -(-args.per_device_eval_batch_size // rows)
+        rows, tokens, padded = 1, rows * tokens, True
+    return estimate(made, args, rows, tokens, padded, evaluation=forecast.data.holds_out or None)

@@ -56,10 +56,15 @@ def write_recipe(plan, given) -> Path:
     """The settings that were given, with the changes of the chosen rung, as YAML. A model of which there are sizes alone is not in it."""
     import yaml
 
+    from hf_memtune.levers.facts import checkpoint_names
+
     values = {name: value for name, value in given.given.items() if name not in OF_THE_COMMAND}
     if is_without_weights(given.model.model_name_or_path):
         values.pop("model_name_or_path", None)
-    values |= {"max_length": max(2, given.tokens)} | plan.chosen.rung.changes
+    changes, names = plan.chosen.rung.changes, {*checkpoint_names(given.training)}
+    if names & changes.keys():  # of one setting: what was given under its other name would go over the change
+        values = {name: value for name, value in values.items() if name not in names}
+    values |= {"max_length": max(2, given.tokens)} | changes
     said = f"# Predicted peak of tensors: {plan.chosen.estimate.peak_bytes} bytes, of a budget of {plan.budget_bytes}.\n"
     path = Path(given.more.out)
     try:

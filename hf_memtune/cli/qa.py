@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> None:
     summary = train.fit(trainer, settings, lambda trainer: held_out(trainer, rows, results))
     train.report(trainer, settings, rows, summary)
     if trainer.is_world_process_zero():
-        write(results, settings)
+        write(results, settings, trainer.state.epoch)
 
 
 def make_parser():
@@ -56,12 +56,12 @@ def held_out(trainer, rows: QaRows, results: list[dict[str, Any]]) -> dict[str, 
     return found | logged(scores_of(scored), by_task=False)
 
 
-def write(results: list[dict[str, Any]], settings: train.Settings) -> None:
-    """scores.json, what lm-eval returned after training, and scores.png, with what was before."""
+def write(results: list[dict[str, Any]], settings: train.Settings, epochs: float) -> None:
+    """scores.json, what lm-eval returned after training, and scores.png, with what was before. epochs: that were trained."""
     from hf_memtune.cli.task_scores import write_picture
     from hf_memtune.evaluation.harness import table_of, write_results
 
     print(table_of(results[-1]))
     written = write_results(results[-1], Path(settings.training.output_dir, "scores.json"))
     when = {"": results[0]} if len(results) == 1 else {" before training": results[0], " after": results[-1]}
-    write_picture(when, written, f"{settings.data.task_name}, {settings.training.num_train_epochs:g} epochs")
+    write_picture(when, written, f"{settings.data.task_name}, {epochs:.3g} epochs")

@@ -16,21 +16,23 @@ def verdict(found, room, run) -> list[str]:
         ]
     return [
         f"verdict: does not fit {place}: {format_bytes(-spare)} too much.",
-        f"next: {_remedy(found, run)}; hf-memtune plan tries all ways in order.",
+        f"next: {_remedy(found, room, run)}; hf-memtune plan tries all ways in order.",
     ]
 
 
-def _remedy(found, run) -> str:
+def _remedy(found, room, run) -> str:
     """The next thing to change, for the phase that needs most: what makes a step smaller changes no evaluation."""
     from hf_memtune.levers.table import offers_of
 
     if found.peak_phase == "evaluation":
         return less_evaluation(found)
     offers = [offer for offer in offers_of(run, one_each=True) if offer.missing is None]
+    if sum(found.by_category[name] for name in ("weights", "gradients", "optimizer_state")) > room.tensor_bytes:
+        offers = [offer for offer in offers if offer.changes.keys() & {"optim", "lora_r", "load_in_4bit"}]  # no other makes these smaller
     return str(offers[0]) if offers else "shorter rows, or a smaller model"
 
 
 def less_evaluation(found) -> str:
     """What makes the evaluation of an estimate need less."""
     rows = found.conditions["evaluation_rows"]
-    return f"per_device_eval_batch_size={rows // 2}" if rows > 1 else "eval_fraction=0 (no rows are held out)"
+    return f"per_device_eval_batch_size={rows // 2}" if rows > 1 else "eval_fraction=0, or no eval_split (no rows are held out)"

@@ -15,6 +15,7 @@ from hf_memtune.errors import LogitsError
 
 IGNORED = -100  # the label that transformers and torch give to a token without loss
 LOGIT_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
+RESIDUAL_BYTES = 128 * 2**20  # residuals in half precision, of the tokens whose part of a head's gradient is rounded once
 
 
 def logit_rows(classes: int) -> int:
@@ -55,6 +56,11 @@ class LinearLoss(torch.autograd.Function):
     f works on each logit alone (nothing is done to them where `pointwise` is None). The w_n are constants: nothing flows to them.
     All are formed in forward, a chunk of tokens at a time, dL/dW in place: logits are made once, and there is one buffer of the
     size of W, where autograd over chunks would have two. Backward scales them in place, so it can run once.
+
+    dL/dW has the dtype of W. Where W is of half precision each addition rounds it, and under autocast each reads and writes all of a
+    float32 buffer. There the residuals of RESIDUAL_BYTES are kept, and added with one product that accumulates in float32 (512 tokens of
+    128K classes). Autocast to bfloat16 takes part in these products as it does in those of autograd; that to float16 does not, for sums
+    over tokens, which no gradient scaler has scaled yet, may be too large for it.
     """
 
     @staticmethod
@@ -108,17 +114,58 @@ def linear_loss_gradient(
     have gradient 0 and loss 0. All gradients are of the sum weighted by `token_weight_N`; the token losses are not weighted.
     """
     gradient, losses, cast_VD = torch.zeros_like(hidden_ND), _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
-    for part in _labelled_parts(target_N, weight_VD.shape[0]):
-        hidden, factor = hidden_ND[part].to(weight_VD.dtype), None if token_weight_N is None else token_weight_N[part]
-        residual, loss = _residual(F.linear(hidden, cast_VD, bias_V), pointwise, target_N[part], label_smoothing, factor)
-        residual, losses[part] = residual.to(weight_VD.dtype), loss.to(losses.dtype)
+    dtype = cast_VD.dtype if cast_VD.dtype == torch.bfloat16 else weight_VD.dtype
+    rows = logit_rows(weight_VD.shape[0]) if weight_gradient_VD is None else _summed_rows(weight_VD.shape[0], dtype)
+    for part in _labelled_parts(target_N, rows):
+        hidden, factor = hidden_ND[part].to(dtype), None if token_weight_N is None else token_weight_N[part]
+        residual, loss = _residuals(hidden, cast_VD, bias_V, target_N[part], label_smoothing, factor, pointwise)
+        losses[part] = loss.to(losses.dtype)
         gradient[part] = (residual @ cast_VD).to(gradient.dtype)
         if weight_gradient_VD is not None:
-            weight_gradient_VD.addmm_(residual.T, hidden)
+            _add_product(weight_gradient_VD, residual, hidden)
         if bias_gradient_V is not None:
-            bias_gradient_V.add_(residual.sum(0))
+            bias_gradient_V.add_(residual.sum(0, dtype=bias_gradient_V.dtype))
         del residual  # or it would live on beside that of the next chunk
     return gradient, losses
+
+
+def _summed_rows(classes: int, dtype: torch.dtype) -> int:
+    """Tokens whose residuals are alive at a time, for a trained weight: more than whose logits are, where `dtype` rounds the sum."""
+    rows = logit_rows(classes)
+    return max(rows, RESIDUAL_BYTES // (dtype.itemsize * classes)) if dtype.itemsize < 4 else rows
+
+
+def _residuals(
+    hidden_ND: Tensor,
+    cast_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    factor_N: Tensor | None,
+    pointwise: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Residuals (N, V) in the dtype of the hidden states, and the loss of each token, (N,). No more logits are alive than LOGIT_CHUNK_BYTES."""
+    rows, count = logit_rows(cast_VD.shape[0]), len(target_N)
+    if count <= rows:
+        residual, loss = _residual(F.linear(hidden_ND, cast_VD, bias_V), pointwise, target_N, label_smoothing, factor_N)
+        return residual.to(hidden_ND.dtype), loss
+    residuals_NV, losses = hidden_ND.new_empty(count, cast_VD.shape[0]), []
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        factor = None if factor_N is None else factor_N[part]
+        residuals_NV[part], loss = _residuals(hidden_ND[part], cast_VD, bias_V, target_N[part], label_smoothing, factor, pointwise)
+        losses.append(loss)
+    return residuals_NV, torch.cat(losses)
+
+
+def _add_product(sum_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
+    """sum += residual^T hidden, in place; of another dtype than theirs, which it is under autocast, for some classes at a time."""
+    if sum_VD.dtype == hidden_ND.dtype:
+        sum_VD.addmm_(residual_NV.T, hidden_ND)
+        return
+    classes = max(1, LOGIT_CHUNK_BYTES // (4 * sum_VD.shape[1]))
+    for sums, residual in zip(sum_VD.split(classes), residual_NV.split(classes, dim=1)):
+        sums.add_(residual.T @ hidden_ND)
 
 
 @torch.no_grad()
@@ -132,7 +179,7 @@ def _token_losses(
 ) -> Tensor:
     """The loss of each token, (N,), where nothing learns."""
     losses, cast_VD = _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
-    for part in _labelled_parts(target_N, weight_VD.shape[0]):
+    for part in _labelled_parts(target_N, logit_rows(weight_VD.shape[0])):
         logits = F.linear(hidden_ND[part].to(weight_VD.dtype), cast_VD, bias_V)
         logits = logits if pointwise is None else pointwise(logits)
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -141,12 +188,12 @@ def _token_losses(
     return losses
 
 
-def _labelled_parts(target_N: Tensor, classes: int) -> Iterator[slice | Tensor]:
-    """Which tokens go through the head at once, of those that have a label: slices of them where all have one, and places where not.
+def _labelled_parts(target_N: Tensor, rows: int) -> Iterator[slice | Tensor]:
+    """Which `rows` tokens are taken at once, of those that have a label: slices of them where all have one, and places where not.
 
     Traced tensors have no values: of them every token counts as labelled, and is looked up, which is the most there can be.
     """
-    rows, count = logit_rows(classes), len(target_N)
+    count = len(target_N)
     places = torch.zeros_like(target_N) if is_fake(target_N) else (target_N != IGNORED).nonzero()[:, 0]
     if len(places) == count and not is_fake(target_N):
         yield from (slice(start, min(start + rows, count)) for start in range(0, count, rows))

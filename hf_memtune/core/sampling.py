@@ -45,7 +45,6 @@ def sample(
     real: Tensor | None = None,
     candidates: Tensor | None = None,
     forced: Tensor | None = None,
-    generator: torch.Generator | None = None,
     how: Draw = HALF,
 ) -> Selection:
     """Draw tokens of each row without replacement, a fixed number, the likelier the larger their score, and weigh them.
@@ -57,13 +56,13 @@ def sample(
     those is drawn beyond it: left out for good, they would bias the estimate.
     Unless `how` is by size, only the place of a score between lowest and highest of the row counts. -inf and NaN make a token as unlikely,
     +inf as likely as a score can; what must never be drawn is left out of `candidates`.
-    generator: draws one number a row; None: torch's own, of the device of the scores.
+    torch's generator of the device of the scores draws one number a row.
 
     With k draws from n tokens no weight exceeds n / (k floor) (but by the 2**-32 that probabilities are rounded to): with a floor of 1/2
     2 / ratio at most without forced tokens, and 2 n in a row that falls back on its real ones. At ratio 1 all weights are 1.
     """
     counts, units = _planned(scores, ratio, real, candidates, forced, how)
-    taken = systematic(units, generator)
+    taken = systematic(units)
     priority = 2 * taken.to(torch.int8) + (0 if real is None else real.to(torch.int8))
     chosen = first_of(priority.argsort(dim=1, descending=True, stable=True), counts)
     weight = (CERTAIN / units.gather(1, chosen.index).double()).clamp(max=torch.inf if how.cap is None else how.cap)
@@ -165,7 +164,7 @@ def in_units(probability: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
     return units + missing.sign() * (adjustable & (adjustable.cumsum(1) <= missing.abs()))
 
 
-def systematic(units: Tensor, generator: torch.Generator | None) -> Tensor:
+def systematic(units: Tensor) -> Tensor:
     """Systematic sampling with unequal probabilities (Madow 1949, Ann. Math. Statist. 20:333): (B, T) bool, True where taken.
 
     Laid end to end in token order, the probabilities cover a row of unit intervals; points one unit apart, with one start by
@@ -173,7 +172,6 @@ def systematic(units: Tensor, generator: torch.Generator | None) -> Tensor:
     as its probabilities sum to. The tokens are spread along the row, whose neighbours resemble each other: as a rule that
     makes the estimate better than independent draws would. Neighbours may exclude each other; that biases no sum of tokens.
     """
-    device = units.device if generator is None else generator.device
-    start = torch.randint(CERTAIN, (units.shape[0], 1), generator=generator, device=device).to(units.device)
+    start = torch.randint(CERTAIN, (units.shape[0], 1), device=units.device)
     points = (units.cumsum(1) + start) // CERTAIN
     return points.diff(dim=1, prepend=torch.zeros_like(start)) > 0

@@ -5,8 +5,8 @@ So no hook of a parameter fires before its gradient is whole, and then every hoo
 optimizers that step in backward, and the user's own.
 
 ONE SUM. Autograd would add what it is handed to a `.grad` that is there from an earlier micro-batch: two tensors of the size of every
-parameter at once. Where it is safe, the alias therefore takes that `.grad` as its own, and autograd is handed a zero without memory.
-It is not safe where somebody looks at the gradient before it is accumulated (a hook on the parameter, or on its node in the graph), or
+parameter at once. Where it is safe, the alias therefore takes that `.grad` as its own, and autograd is handed nothing; or a zero without
+memory, where a hook waits for the accumulation (two such zeros, of two calls in one backward pass, autograd adds to one with memory). It is not safe where somebody looks at the gradient before it is accumulated (a hook on the parameter, or on its node in the graph), or
 where nothing is accumulated (torch.autograd.grad, or a parameter that was frozen since the call).
 """
 
@@ -74,7 +74,7 @@ class GradientSums:
         if id(parameter) not in self._shared:
             return found
         assert found is not None  # a shared sum is that of a parameter with a gradient
-        return found.new_zeros(()).expand(found.shape)
+        return found.new_zeros(()).expand(found.shape) if parameter._post_accumulate_grad_hooks else None
 
 
 def _adds_to_grad(parameter: Tensor) -> bool:

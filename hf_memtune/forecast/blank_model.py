@@ -31,6 +31,9 @@ def blank_model(config: PreTrainedConfig, dtype: torch.dtype | None = None, auto
     with torch.device("meta"):
         try:
             return auto.from_config(config, dtype=dtype or getattr(config, "dtype", None) or torch.float32)
+        except ImportError as error:  # of a kernel
+            what = f"got {config._attn_implementation!r}, which is not installed here ({error})"
+            raise ConfigError([f"attn_implementation: {what}. Expected sdpa, whose bytes are the same but for masks."]) from error
         except ValueError as error:
             raise ConfigError([f"model: no model can be made of a {type(config).__name__}: {error}"]) from error
 

@@ -38,7 +38,7 @@ def estimate(
 ) -> MemoryEstimate:
     """The bytes of one optimizer step of MemEfficientTrainer, by phase and category, on the longest batch.
 
-    Of one process; each of several needs as much, and DistributedDataParallel the gradients once more, in its buckets.
+    Of one process; where args are of several, with the gradients once more that DistributedDataParallel has in its buckets.
 
     Args:
         model_or_config: a model, or a PEFT model around one, on any device ("meta" has no weights); or a config, whose model is trained
@@ -64,11 +64,24 @@ def estimate(
     shapes = batch_shapes(model, args.per_device_eval_batch_size, sequence_length) if evaluated else None
     scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
     account, flops, how = _traced(model, args, scene, every_layer)
+    if args.world_size > 1:
+        account = _with_buckets(account, trained_bytes(model, args))
     flops = flops * args.gradient_accumulation_steps // min(args.gradient_accumulation_steps, MICRO_BATCHES)
     conditions = _conditions(model, args, scene, rows, sequence_length)
     if evaluated:
         conditions["evaluation_rows"] = args.per_device_eval_batch_size
     return MemoryEstimate(account, conditions, flops, how)
+
+
+def trained_bytes(model: nn.Module, args: Any) -> int:
+    """Of what a model that is not in a trainer yet will have trained; of adapters in reversible layers, which the trainer puts in, 0."""
+    has_adapters = args.is_reversible and args.adapter_rank != 0
+    return 0 if has_adapters else sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _with_buckets(account: MemoryAccount, n_bytes: int) -> MemoryAccount:
+    phases = [replace(p, by_category=p.by_category | {"gradients": p.by_category["gradients"] + n_bytes}) for p in account.phases]
+    return replace(account, phases=tuple(phases))
 
 
 def _problems(args: Any, rows: int, tokens: int) -> list[str]:

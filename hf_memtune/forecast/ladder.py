@@ -14,6 +14,8 @@ from hf_memtune.levers.facts import Run
 from hf_memtune.levers.lever import APPROXIMATE, EXACT
 from hf_memtune.levers.table import offers_of
 
+OF_STREAMING = {"kv_offload": False, "keep_attention_outputs": False}  # settings that streaming alone has, switched off
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -39,7 +41,7 @@ def ladder(run: Run) -> list[Rung]:
         there = [rung for rung in rungs if rung.missing is None]  # what cannot be had is no step to others
         last, below = there[-1], there[-1].changes
         if not offer.is_exact and rungs[0].is_exact:
-            below = _without_streaming(there)
+            below = _without_streaming(there) | {name: off for name, off in OF_STREAMING.items() if getattr(run.args, name) != off}
         kind = last.gradient if offer.gradient == EXACT or not last.is_exact else offer.gradient
         rungs.append(Rung(offer.name, kind, {**below, **offer.changes}, offer.missing))
     return rungs

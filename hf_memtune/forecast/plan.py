@@ -143,7 +143,7 @@ def refusal(plan: Plan, shorter: tuple[int, MemoryEstimate] | None) -> ConfigErr
     if shorter is not None:
         advice.append(f"or shorten rows to {shorter[0]} tokens, which needs {format_bytes(shorter[1].peak_bytes)}")
     if need and need.estimate.peak_phase == "evaluation":
-        advice.append("or hold out no rows (--eval_fraction 0), whose evaluation needs most")
+        advice.append("or hold out no rows (--eval_fraction 0, or no --eval_split), whose evaluation needs most")
     if not any(not step.rung.is_exact for step in plan.steps):
         advice.append("or allow approximate gradients (--allow_approximate true)")
     return ConfigError([f"budget: got {format_bytes(plan.budget_bytes)}, and nothing fits: {nearest}. {', '.join(advice)}."])

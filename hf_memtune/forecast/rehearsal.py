@@ -44,6 +44,7 @@ class Rehearsal(MemEfficientTrainer):
 
     batches: list[dict[str, Tensor]]
     waiting: list[dict[str, Tensor]]  # micro-batches that are there, as all of a step are, and do not run
+    is_for_cpu: bool  # where the real run takes place
 
     def get_batch_samples(self, *args, **kwargs):
         found = super().get_batch_samples(*args, **kwargs)
@@ -57,7 +58,12 @@ class Rehearsal(MemEfficientTrainer):
         if self.optimizer is None:
             groups = self._parameter_groups()
             self.optimizer = laid_out(self.model, groups, str(getattr(self.args.optim, "value", self.args.optim)))
-        return super().create_optimizer(model)
+        made = super().create_optimizer(model)
+        for group in self.optimizer.param_groups:
+            # off a CPU torch's optimizers take all parameters at once, unless they are told not to, or are fused
+            if not self.is_for_cpu and group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = True
+        return made
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
@@ -165,6 +171,7 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
             use_sdpa(copied, attention)
         first = None if scene.layers is None else shorten(copied, scene.layers)
         trainer = _trainer(copied, _quiet(args, folder))
+        trainer.is_for_cpu = args.use_cpu
         batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
         trainer.batches, trainer.waiting = batches[:MICRO_BATCHES], batches[MICRO_BATCHES:]
         taken = _Take(trainer, scene, first)

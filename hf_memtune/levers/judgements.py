@@ -31,6 +31,8 @@ def ran_in_chunks(args: Settings, seen: Seen) -> Iterator[Idle]:
     if not seen.row_length or args.token_gradient == "skip" and args.token_seeking or seen.chunks > 1:
         return
     chunk, which = args.stream_chunk_size, "all" if seen.is_longest else "the first batch"
+    if seen.is_longest and chunk == seen.row_length:  # asked for: the loss without logits
+        return
     message = (
         f"{args.streamed_by}: the longest row of {which} has {seen.row_length} tokens, which ran in {seen.chunks} chunk with "
         f"sequence_chunk_size={chunk}. Set sequence_chunk_size below the length of the rows, or leave it out."
@@ -59,7 +61,8 @@ def left_tokens_out(args: Settings, seen: Seen) -> Iterator[Idle]:
 
 def moved_to_host(args: Settings, seen: Seen) -> Iterator[Idle]:
     if seen.row_length and not seen.host_bytes:
-        yield Idle("kv_offload: it is on, but no key or value was moved to host memory. Leave it out, or use longer rows.", False)
+        is_short = args.stream_chunk_size is not None and seen.row_length <= args.stream_chunk_size
+        yield Idle("kv_offload: it is on, but no key or value was moved to host memory. Leave it out, or use longer rows.", is_short)
 
 
 def kept_state_in_8_bits(args: Settings, seen: Seen) -> Iterator[Idle]:

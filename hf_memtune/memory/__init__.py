@@ -6,13 +6,14 @@ read what an allocator or the operating system says.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from .account import CATEGORIES, PHASES, LiveTensor, MemoryAccount, PhaseBytes, TimelinePoint
 from .cards import ALLOCATOR_SHARE
-from .ledger import Entry, SavedBytes, ShapeTotal
+from .ledger import Entry, SavedBytes
 from .live import LiveBytes
 from .step_ledger import StepLedger
 
@@ -25,7 +26,6 @@ __all__ = [
     "MemoryAccount",
     "PhaseBytes",
     "SavedBytes",
-    "ShapeTotal",
     "StepLedger",
     "TimelinePoint",
     "available_bytes",
@@ -33,6 +33,8 @@ __all__ = [
     "reset_peak_device_bytes",
     "resident_bytes",
 ]
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this process, as a container shows it
 
 
 def peak_device_bytes(device: torch.device | str | int) -> int | None:
@@ -68,9 +70,19 @@ def available_bytes(device: torch.device | str | int, held_bytes: int) -> int:
     if allocator is None:
         import psutil
 
-        return psutil.virtual_memory().available + held_bytes
+        return min([psutil.virtual_memory().available, *_left_of_control_group()]) + held_bytes
     free, _ = allocator.mem_get_info(device)
     return int((free + allocator.memory_reserved(device)) / (1 + ALLOCATOR_SHARE))
+
+
+def _left_of_control_group() -> list[int]:
+    """Bytes that the limit of a container leaves, in a list; empty where there is none. What a file cache holds can be had."""
+    try:
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        held = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such file, or a limit of "max"
+        return []
+    return [max(0, limit - used + int(held.get("inactive_file", 0)))]
 
 
 def _allocator(device: torch.device) -> ModuleType | None:

@@ -26,15 +26,6 @@ class Entry(NamedTuple):
     op: str | None  # the op that made the tensor, where known
 
 
-class ShapeTotal(NamedTuple):
-    """All storages of a ledger with one shape and dtype."""
-
-    total_bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    count: int
-
-
 Trackable = Tensor | nn.Module | Iterable["Tensor | nn.Module"]
 
 
@@ -54,17 +45,6 @@ def tensors_of(tree: Trackable) -> Iterator[Tensor]:
             yield from tensors_of(member)
     else:
         raise TypeError(f"expected a tensor, a module or an iterable of them, got {type(tree).__name__}")
-
-
-def totals_by_shape(entries: Iterable[Entry]) -> list[ShapeTotal]:
-    """``entries`` summed by shape and dtype, most bytes first."""
-    totals: dict[tuple, list[int]] = {}
-    for entry in entries:
-        total = totals.setdefault((entry.shape, entry.dtype), [0, 0])
-        total[0] += entry.storage_bytes
-        total[1] += 1
-    rows = [ShapeTotal(n_bytes, shape, dtype, count) for (shape, dtype), (n_bytes, count) in totals.items()]
-    return sorted(rows, key=lambda row: row.total_bytes, reverse=True)
 
 
 class _Record(weakref.ref):
@@ -104,7 +84,7 @@ class SavedBytes:
 
     >>> with SavedBytes(exclude=model) as saved:
     ...     loss = model(**batch).loss
-    >>> saved.total_bytes, saved.by_shape()[:5]
+    >>> saved.total_bytes, saved.entries[:5]
 
     A saved tensor is charged with its whole storage (``untyped_storage().nbytes()``), not with the bytes of the view: a
     saved ``x[:1]`` keeps all of ``x``. Two saved views of one storage count once. Works on real and on fake tensors.
@@ -148,10 +128,6 @@ class SavedBytes:
     def entries(self) -> list[Entry]:
         """Every distinct storage saved so far, largest first; the bytes add up to ``total_bytes``."""
         return sorted(self._entries, key=lambda entry: entry.storage_bytes, reverse=True)
-
-    def by_shape(self) -> list[ShapeTotal]:
-        """``entries`` summed by shape and dtype, most bytes first."""
-        return totals_by_shape(self._entries)
 
     def __enter__(self) -> SavedBytes:
         if self._hooks is not None:

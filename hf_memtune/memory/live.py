@@ -107,18 +107,6 @@ class LiveBytes(TorchDispatchMode):
             if tensor.is_leaf and tensor.grad is not None:
                 self._count(tensor.grad)
 
-    def forget(self, tree: Trackable) -> None:
-        """Count storages no longer, until they grow: of gradients, say, where those of the optimizer are counted apart.
-
-        Raises:
-            TypeError: ``tree`` holds something else.
-        """
-        for tensor in tensors_of(tree):
-            known = self._known.get(id(tensor.untyped_storage()))
-            if known is not None:
-                self.current_bytes -= known.counted_bytes
-                self._enter_storage(tensor.untyped_storage(), tensor, known.op, known.size_bytes)
-
     @property
     def live_entries(self) -> list[Entry]:
         """The counted storages alive now, largest first; the bytes add up to ``current_bytes``."""

@@ -81,7 +81,7 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
-        probing = _ProbingPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, records, router.kernel_facts)
+        probing = _ProbingPass(call.spans(), store, router.places, records, router.kernel_facts)
         with explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans, probing)))
         with explained(architecture):

@@ -24,7 +24,7 @@ def problem_of_parts(router: Router, call: BodyCall, store: KeyValueStore, full:
     """What is wrong with the hidden states of a pass over some tokens, against those of the full forward (1, T, D); None: nothing."""
     index = torch.tensor([KEPT], device=call.rows["decoder"].positions.device)
     selection = Selection(index, torch.ones_like(index, dtype=torch.bool), (len(KEPT),), call.decoder.length)
-    spans = {name: rows.kept(selection) if name in router.architecture.stacks else rows.whole() for name, rows in call.rows.items()}
+    spans = call.spans_of(dict.fromkeys(router.architecture.stacks, selection))
     focus = FocusPass(spans, store, router.places)
     try:
         with router.running(focus), at_positions(router.architecture, call, spans):

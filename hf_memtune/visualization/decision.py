@@ -71,7 +71,7 @@ class Decision:
             return f"The tokens with the highest {score} were kept."
         return (
             f"Tokens were drawn by chance, the likelier the higher their {score}. "
-            f"{_share(self.floor)} of the weight in the draw goes evenly to all tokens that may be drawn, so that none is left out for good."
+            f"{share_in_words(self.floor)} of the weight in the draw goes evenly to all tokens that may be drawn, so that none is left out for good."
         )
 
     def _counted(self) -> str:
@@ -95,7 +95,8 @@ class Decision:
         )
 
 
-def _share(part: float) -> str:
+def share_in_words(part: float) -> str:
+    """At the beginning of a sentence."""
     return {0.5: "Half", 0.25: "A quarter"}.get(part, f"{100 * part:.4g} %")
 
 

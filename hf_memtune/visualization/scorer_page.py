@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_memtune.files import write_text
 from hf_memtune.visualization.comparison import COLOURS
-from hf_memtune.visualization.decision import EXPLANATIONS, Decision
+from hf_memtune.visualization.decision import EXPLANATIONS, Decision, share_in_words
 from hf_memtune.visualization.html import settings_list, write_page
 from hf_memtune.visualization.scorer_shares import ALL, LABELLED, PLACES, ScorerShares
 from hf_memtune.visualization.token_class import CLASSES
@@ -25,8 +25,7 @@ _INTRODUCTION = """<p>Token seeking lets a language model <em>learn</em> from a 
 what says which. This page compares scorers: of the tokens that each of them keeps, how many stand early or late, in the prompt or in the
 answer, and of what kind they are; and how far two scorers keep the same ones.</p>"""
 _SAMPLED = """<p>Tokens are drawn by chance, so these numbers are averages over all draws: every token counts with its chance of being
-kept. Half of the weight in a draw goes evenly to all tokens that may be drawn, whatever the scorer, so what is kept differs less than the
-scores do.</p>"""
+kept. {} of the weight in a draw goes evenly to all tokens that may be drawn, so what is kept differs less than the scores do.</p>"""
 _TOP = "<p>Each scorer keeps the tokens with the highest scores, without chance. Random picks are one draw, from a fixed seed.</p>"
 _READING = """<p>A column says where the tokens that a scorer keeps are, and sums to 100 %. Compare it with the column of all tokens, or of
 those with a label if only they may be kept: where its share is higher, the scorer favours such tokens. The fairest to compare with is
@@ -43,7 +42,7 @@ def write_scorer_comparison(shares: ScorerShares, decisions: list[Decision], pat
     common = _common(decisions[0]) | {"rows": shares.rows, "tokens": int(shares.kept(ALL))}
     parts = [
         f"<h1>What each score keeps</h1>{_INTRODUCTION}{settings_list(settings | common)}",
-        _SAMPLED if decisions[0].samples else _TOP,
+        _SAMPLED.format(_evenly(decisions)) if decisions[0].samples else _TOP,
         _scorers(shares, decisions),
         f"<h2>Where in the text</h2>{_READING}{_lines(shares)}{_table(shares, 'position', {})}",
         f"<h2>Prompt or answer</h2>{_table(shares, 'role', {})}" if "role" in shares.kinds else _NO_LABELS,
@@ -54,6 +53,16 @@ def write_scorer_comparison(shares: ScorerShares, decisions: list[Decision], pat
     listed = {each.scorer: each.listed() for each in decisions}
     numbers = {"settings": {name: str(value) for name, value in settings.items()}, "scorers": listed, **shares.to_dict()}
     return page, write_text(page.with_suffix(".json"), json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", errors="replace")
+
+
+def _evenly(decisions: list[Decision]) -> str:
+    """How much of a draw is even, by scorer where they differ."""
+    by_share: dict[str, list[str]] = {}
+    for each in decisions:
+        by_share.setdefault(share_in_words(each.floor), []).append(each.scorer)
+    if len(by_share) == 1:
+        return next(iter(by_share))
+    return ", ".join(f"{share} ({escape(', '.join(scorers))})" for share, scorers in by_share.items())
 
 
 _NO_LABELS = "<h2>Prompt or answer</h2><p>No token of these rows carries a label of its own, so none is told apart as prompt or answer.</p>"

@@ -99,6 +99,7 @@ def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
     groups, found = [], of(found, task=task)
     for arm, rows in unique(of(found, stage=stage), "arm rows"):
         own = of(found, stage=stage, arm=arm, rows=rows)
+        own = of(own, **{name: own[-1][name] for name in ("learning_rate", "steps")})  # those of another tuning, or timing, are others
         timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
         seconds, size = (median(run[name] for run in timed or own) for name in ("seconds_per_step", "peak_bytes"))
         groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, size, bool(timed)))

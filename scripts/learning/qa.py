@@ -93,7 +93,7 @@ class Bench(CommandBench):
         return {"model": f"{Path(MODEL).name}, float32", "data": f"{data}; {commonest}"}
 
     def measure(self, run: Run, rows):
-        """Of the finals the score, too. Before training it is the same for all seeds, and one of them takes it."""
+        """Of the finals the score, too; before training that of one seed, for it takes as long as training: others have other random adapters."""
         from hf_memtune.cli import qa
         from hf_memtune.cli.train import held_out
 

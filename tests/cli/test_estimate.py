@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -151,6 +152,55 @@ def test_a_plan_is_a_recipe_that_trains(wordy, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_plan_goes_over_what_was_given_under_another_name(tmp_path, capsys):
+    """One setting has two names, of which a recipe would read the older one last."""
+    given = tmp_path / "given.yaml"
+    given.write_text("gradient_checkpointing: false\nsequence_chunk_size: 64\n")
+    common = ["--config", given, *OF_A_TYPE, "--sequence_length", 64, "--max_length", 64]
+    needed = [estimated(capsys, *common, *more)["peak_bytes"] for more in ([], ["--activation_checkpointing"])]
+    plan = planned(capsys, tmp_path / "plan.yaml", "--budget", needed[1], "--eval_fraction", 0, *common)
+    assert needed[1] < needed[0] and plan["chosen"] == "activation checkpointing"
+    flags = ["--model", "llama", "--config_overrides", SIZES, "--sequence_length", 64]
+    assert estimated(capsys, "--config", tmp_path / "plan.yaml", *flags)["peak_bytes"] <= needed[1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_packed_rows_are_one(rows, capsys):
+    """All rows of a batch follow one another in one, with a mask that keeps their parts apart."""
+    common = [*OF_A_TYPE[:-1], rows, "--sequence_length", 64]
+    packed = estimated(capsys, *common, "--packing")
+    one = estimated(capsys, *OF_A_TYPE[:-1], 1, "--sequence_length", 64 * rows, "--padded", "true")
+    assert packed["peak_bytes"] == one["peak_bytes"] and packed["conditions"]["tokens"] == 64 * rows
+    assert packed["peak_bytes"] > estimated(capsys, *common, "--padded", "false")["peak_bytes"]
+
+
+def test_optimizers_take_all_parameters_at_once_off_a_cpu(capsys):
+    """Unless they are fused, as the default is."""
+    common = [*OF_A_TYPE, "--sequence_length", 4, "--eval_fraction", 0]
+    on_cpu = [word for word in common if word != "--use_cpu"], common
+    for optim, differs in (("adamw_torch", True), ("adamw_torch_fused", False)):
+        off, on = (estimated(capsys, *flags, "--optim", optim)["account"]["phases"][-1] for flags in on_cpu)
+        assert off["phase"] == on["phase"] == "optimizer"
+        assert (sum(off["by_category"].values()) > sum(on["by_category"].values())) is differs
+
+
+def test_a_kernel_that_is_not_installed_is_said(capsys):
+    if find_spec("flash_attn"):
+        pytest.skip("it is installed here")
+    assert main(["estimate", *OF_A_TYPE, "--attn_implementation", "flash_attention_2"]) == 2
+    assert "attn_implementation: got 'flash_attention_2', which is not installed here" in capsys.readouterr().err
+    assert main(["estimate", *OF_A_TYPE, "--attn_implementation", "sdpa"]) == 0
+
+
+def test_of_reversible_layers_adapters_alone_are_trained(tmp_path, capsys):
+    """A budget below weights and gradients of the whole model, which is never trained, leaves the settings as given in."""
+    common = [*OF_A_TYPE[:-1], 1, "--sequence_length", 8, "--eval_fraction", 0, "--reversible", "centred"]
+    needed = estimated(capsys, *common)
+    weights = needed["account"]["phases"][0]["by_category"]["weights"]
+    assert needed["peak_bytes"] < 2 * weights
+    assert planned(capsys, tmp_path / "plan.yaml", "--budget", needed["peak_bytes"], *common)["chosen"] == "as given"
+
+
 def test_what_the_commands_share_has_one_meaning():
     """Every setting of train is one of plan, with the same default, so that a plan predicts what train will do."""
     train, plan = ({action.dest: action.default for action in make()._actions} for make in (train_parser, make_parser))
@@ -236,6 +286,16 @@ def test_a_verdict_on_training_names_what_makes_a_step_smaller(capsys):
     assert main(["estimate", *OF_A_TYPE, "--sequence_length", "64", "--budget", str(needed["peak_bytes"] - 1)]) == 0
     said = capsys.readouterr().out
     assert "in evaluation" not in said and "eval" not in said.split("next: ")[1]
+
+
+def test_where_what_is_there_in_any_case_is_too_much_a_verdict_makes_that_smaller(capsys):
+    """Whatever is done about activations, weights, gradients and the optimizer's state stay."""
+    needed = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64)
+    static = sum(needed["account"]["phases"][-1]["by_category"][name] for name in ("weights", "gradients", "optimizer_state"))
+    for budget, is_static in ((static - 1, True), (needed["peak_bytes"] - 1, False)):
+        assert main(["estimate", *OF_A_TYPE, "--sequence_length", "64", "--eval_fraction", "0", "--budget", str(budget)]) == 0
+        said = capsys.readouterr().out.split("next: ")[1]
+        assert ("LoRA" in said or "optim" in said) is is_static
 
 
 def test_the_longest_row_and_the_largest_batch(capsys):

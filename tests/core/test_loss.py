@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_memtune.core import loss as loss_module
 from hf_memtune.core.loss import IGNORED, LinearLoss, linear_loss, linear_loss_gradient
@@ -279,6 +280,59 @@ def test_weights_work_under_autocast(chunked):
         assert (ours - theirs).norm() <= RELATIVE[torch.bfloat16] * theirs.norm()
 
 
+def test_a_head_of_half_precision_is_rounded_once_for_many_tokens(monkeypatch):
+    """As near to float64 as the plain loss. The sibling: rounded for each of as many tokens as have logits at a time, it is not."""
+    monkeypatch.setattr(loss_module, "logit_rows", lambda classes: 16)
+    half = problem(tokens=1024, dtype=torch.bfloat16)
+    exact = with_gradients(plain, *[t.detach().double().requires_grad_() for t in half[:3]], half[3])
+
+    def error(function):
+        return [(ours.double() - true).norm() / true.norm() for ours, true in zip(with_gradients(function, *half)[2:], exact[2:])]
+
+    theirs, ours = error(plain), error(linear_loss)
+    monkeypatch.setattr(loss_module, "RESIDUAL_BYTES", 0)
+    coarse = error(linear_loss)
+    assert all(our <= 1.05 * their + 1e-3 for our, their in zip(ours, theirs))
+    assert coarse[0] > 3 * theirs[0]
+
+
+class Products(TorchDispatchMode):
+    """Dtypes and sizes of the matrix products that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, given=(), options=None):
+        out = function(*given, **(options or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.found.append((out.dtype, out.shape))
+        return out
+
+
+def test_autocast_takes_part_in_the_gradient_of_a_float32_head(monkeypatch, chunked):
+    """As it does in that of autograd. No product in float32, none of all classes, and the sum is float32."""
+    monkeypatch.setattr(loss_module, "LOGIT_CHUNK_BYTES", 20 * 16 * 4)
+    *tensors, target = problem(dtype=torch.float32)
+    with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
+        _, _, weight, bias = with_gradients(linear_loss, *tensors, target)
+    assert weight.dtype == bias.dtype == torch.float32
+    assert {dtype for dtype, _ in products.found} == {torch.bfloat16}
+    assert {shape for _, shape in products.found if shape[1] == 16 and shape[0] != 37} >= {(20, 16), (13, 16)}
+    with Products() as products:  # the sibling
+        with_gradients(linear_loss, *tensors, target)
+    assert {dtype for dtype, _ in products.found} == {torch.float32}
+
+
+def test_autocast_to_float16_sums_tokens_in_float32():
+    """No scaler has scaled what is summed yet; in float16 it would be infinite, and stay so whatever the scale."""
+    torch.manual_seed(0)
+    hidden, weight = torch.full((1024, 4), 200.0), torch.randn(3, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        (found,) = torch.autograd.grad(linear_loss(hidden, weight, None, torch.ones(1024, dtype=torch.int64)), [weight])
+    assert torch.isfinite(found).all() and found.abs().max() > torch.finfo(torch.float16).max
+
+
 # -- the gradient without autograd -----------------------------------------------------------------------------------
 
 
@@ -325,6 +379,16 @@ def test_large_logits_do_not_overflow():
     assert losses[1] == pytest.approx(2 * 60 * 60 * 4)
 
 
+def test_logits_that_are_made_wider_first(chunked):
+    """A loss of float64, of a float32 head, with tokens that have no label."""
+    hidden, weight, bias, target = problem(dtype=torch.float32)
+    value, *gradients = with_gradients(linear_loss, hidden, weight, bias, target, pointwise=lambda logits: logits.double() / 2)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias).double() / 2, target, reduction="sum")
+    torch.testing.assert_close(value.double(), expected.detach(), **close(torch.float32))
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [hidden, weight, bias])):
+        assert (ours - theirs).norm() <= RELATIVE[torch.float32] * theirs.norm()
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +397,22 @@ def peak_bytes(function):
     with LiveBytes() as live:
         function(hidden, weight, None, target).backward()
     return live.peak_bytes
+
+
+def test_residuals_of_a_head_of_half_precision_are_bounded(monkeypatch):
+    """Logits in float32 of LOGIT_CHUNK_BYTES, residuals in half precision of RESIDUAL_BYTES."""
+    monkeypatch.setattr(loss_module, "LOGIT_CHUNK_BYTES", 64 * 512 * 4)
+    hidden, weight, _, target = problem(tokens=2048, size=8, classes=512, dtype=torch.bfloat16)
+
+    def peak(tokens):
+        monkeypatch.setattr(loss_module, "RESIDUAL_BYTES", tokens * 512 * 2)
+        with LiveBytes() as live:
+            linear_loss(hidden, weight, None, target)
+        return live.peak_bytes
+
+    small, large = peak(256), peak(1024)
+    assert 0.9 <= (large - small) / (768 * 512 * 2) <= 1.1
+    assert large < 2048 * 512 * 2  # all of the logits in half precision
 
 
 def test_logits_never_exist_all_at_once(monkeypatch):

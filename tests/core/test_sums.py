@@ -264,6 +264,22 @@ def test_the_sum_is_never_held_twice():
     assert peak(there=True, hooked="tensor") == peak(there=True, hooked="node") == (2 * MATRIX + rest, 0)
 
 
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_two_calls_in_one_backward_pass_hold_no_more(is_waited_for):
+    """Unless a hook waits for the accumulation of each parameter: autograd adds what both calls hand to it."""
+    torch.manual_seed(0)
+    stack, accumulated = nn.Sequential(*(nn.Linear(*size, bias=False) for size in ((8, 1000), (1000, 8)) * 2)), []
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+        if is_waited_for:
+            p.register_post_accumulate_grad_hook(accumulated.append)
+    loss = in_parts(stack, torch.randn(3, 8)).sum() + in_parts(stack, torch.randn(3, 8)).sum()
+    with LiveBytes() as live:
+        loss.backward()
+    assert live.current_bytes == 0 and len(accumulated) == 4 * is_waited_for
+    assert (MATRIX <= live.peak_bytes < 2 * MATRIX) if not is_waited_for else live.peak_bytes > 3 * MATRIX
+
+
 def test_plain_training_holds_as_many():
     """What is compared with: autograd adds a whole gradient to the one that is there."""
     torch.manual_seed(0)

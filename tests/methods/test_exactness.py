@@ -120,7 +120,7 @@ def test_labels_that_a_loss_of_ones_own_has_no_use_for_change_nothing(name, kind
     model, batch, dtype = model_and_batch(name)
     torch.manual_seed(2)
     for _ in range((2 if name == "bart" and not kind else 1) if settings else 0):
-        systematic(torch.full((2, 1), CERTAIN), None)  # the draw of a stack that is not used
+        systematic(torch.full((2, 1), CERTAIN))  # the draw of a stack that is not used
     _, expected, without = chosen_in_backward(model, batch, **kind, **settings, **scores)
     torch.manual_seed(2)
     _, found, beside = chosen_in_backward(model, batch, True, **kind, **settings, **scores)

@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
+from hf_memtune.methods.reversible.adapters import ADAPTERS
 from tests.support.reversible_exactness import FLOAT32_NORMS, assert_equal_steps, both_steps, model_and_batch
 from tests.support.reversible_models import (
     COUPLINGS,
@@ -52,6 +53,16 @@ def test_adapters_beside_lora_leave_it_trainable():
     ours, theirs = both_steps(adapted, batch, handle)
     assert_equal_steps(ours, theirs)
     assert {"lora_" in key for key in ours[1]} == {True, False}
+
+
+@pytest.mark.parametrize("coupling", ["centred", "meft1", "meft3"])
+def test_adapters_beside_experts(coupling):
+    """An MLP of experts returns what its router found, too (gpt-oss)."""
+    model, batch = model_and_batch("gpt-oss")
+    handle = reversible_of(model, coupling, "exact")
+    found = step(model, batch)[1]
+    assert found and all(ADAPTERS in name and gradient.norm() > 0 for name, gradient in found.items())
+    handle.restore()
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

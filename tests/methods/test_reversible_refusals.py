@@ -9,6 +9,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
 from hf_memtune.methods.two_level import checkpoint_in_two_levels
+from tests.support.any_type import batch_of, tiny
 from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings, step, twin
 from tests.support.reversible_removal import same_state, state_of
 from tests.support.tolerances import NOTICED
@@ -43,6 +44,18 @@ def test_attention_weights_are_refused():
 def test_parallel_blocks_are_refused_for_meft3_alone(name):
     refused(model_of(name), "meft3", match="beside each other")
     reversible_of(model_of(name), "meft1")
+
+
+@pytest.mark.parametrize("name, kind, problem", [("afmoe", "causal", "is off by"), ("esm", "masked", "fails")])
+def test_a_layer_that_holds_more_than_its_halves_is_refused(name, kind, problem):
+    """AFMoE's layers have Llama's modules, and more norms: apart they would be other layers. Sibling: Llama's own are taken."""
+    model = tiny(name, kind)
+    reversible_of(model, "meft3")
+    with pytest.raises(UnsupportedModelError, match=f"is not its attention and then its MLP.*that {problem}.*Use centred"):
+        model(**batch_of(model, kind))
+    for other in (tiny(name, kind), tiny("llama", "causal")):
+        reversible_of(other, "meft3" if other.config.model_type == "llama" else "meft1")
+        other(**batch_of(other, kind))
 
 
 @pytest.mark.parametrize("changed, match", [({"num_hidden_layers": 1}, "no stack of two"), ({"reversible_layers": 4}, "expected 2 to 3")])

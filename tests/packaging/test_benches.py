@@ -136,6 +136,26 @@ def test_killed_runs_resume_to_the_same_bits(assets):
     assert [row["while"] for row in rows] == ["anything", "writing"] and all(row["equal"] for row in rows)
 
 
+def test_seconds_are_compared_within_the_last_run(monkeypatch):
+    """Of checkpointing by itself and with the loss without logits; where a run has not both, one column is empty."""
+    tables = scripts.load("tables")
+
+    def run(when, **seconds):
+        step = {"model": "m", "train": "lora", "tokens": 64, "conditions": {"rows": 1, "dtype": "float32", "commit": when}}
+        return [step | {"method": name, "seconds": value, "relative": None} for name, value in seconds.items()]
+
+    logit_free = "checkpointing + logit-free loss"
+    rows = run("old", **{"checkpointing": 5.0, logit_free: 1.0}) + run("new", **{logit_free: 4.0, "exact streaming 512": 3.0})
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
+    assert [line.split("|")[-4:-1] for line in tables.speed_table().splitlines()[2:]] == [
+        [" - ", " - ", " 1.00 "],
+        [" - ", " - ", " 0.75 "],
+    ]
+    assert "| streaming, chunks of 512 | 0.75 |" in tables.ratios_table()
+    rows += run("newest", **{"checkpointing": 6.0, logit_free: 4.0, "exact streaming 512": 3.0})
+    assert "| 3.00 | - | 0.50 | 0.75 |" in tables.speed_table()
+
+
 def test_the_longest_row_is_read_off_between_predictions():
     """Bytes grow as the largest of several straight lines: what is read off is no longer than what fits."""
     from tables_longest import cell, longest
@@ -146,5 +166,7 @@ def test_the_longest_row_is_read_off_between_predictions():
         found = longest(knots, room)
         assert found is not None and peak(found) <= room < peak(found + 200)
     assert longest(knots, peak(100) - 1) is None
+    for last, said in ((peak(6400), "> 1,000K"), (2 * peak(6400), "> 6K")):  # sibling: what bends at its end is not extended
+        assert cell({"peak_bytes": {str(n): each for n, each in knots[:-1]} | {"6400": last}}, 24) == said
     huge = {"peak_bytes": {"4096": 2**40, "8192": 2**41}}
     assert cell(huge, 24) == "< 4K" and cell({"left_out": "experts"}, 24) == "-"

@@ -153,6 +153,10 @@ made = tables_learning.sections(lambda name: rows)
 Path("page.md").write_text(made["quality-stories-imdb"]() + made["quality-conditions"]())
 Path("empty.md").write_text(made["quality-minilm-reviews"]())
 pictures.draw_finals(finals(rows, "stories-imdb"), Path("picture.png"))
+(*_, last) = (row for row in rows if row["stage"] == "final")
+retuned = [{{**last, "learning_rate": 9.0}}]
+(group,) = (group for group in finals(rows + retuned, "stories-imdb") if group.arm == last["arm"])
+assert [*group.runs.values()] == retuned, "finals at a rate that was chosen before are others"
 """
 
 

@@ -172,15 +172,15 @@ def chunks_chosen(folder: Path) -> dict[str, list]:
             trainer.train()
         return trainer.args.sequence_chunk_size
 
-    predicted: dict[int, int] = {}
+    predicted: dict = {}
 
-    def once(trainer, shape, size, peak=chunk_choice._peak):
-        return predicted[size] if size in predicted else predicted.setdefault(size, peak(trainer, shape, size))
+    def once(trainer, shape, size, predict=chunk_choice._predicted):
+        return predicted[size] if size in predicted else predicted.setdefault(size, predict(trainer, shape, size))
 
     def budget(trainer, config):
-        return 2**40 if rank == 0 or not predicted else predicted[128] + chunk_choice._bucket_bytes(trainer) - 1
+        return 2**40 if rank == 0 or not predicted else predicted[128].peak_bytes - 1
 
-    with patch.object(chunk_choice, "_peak", once), patch.object(chunk_choice, "_budget", budget):
+    with patch.object(chunk_choice, "_predicted", once), patch.object(chunk_choice, "_budget", budget):
         return {"clocks": gather_object([fastest[rank]]), "sizes": gather_object([chosen()]), "tight": gather_object([chosen()])}
 
 

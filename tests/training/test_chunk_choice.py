@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from hf_memtune import ConfigError, MemEfficientTrainingArguments, Streaming, StreamingCallback, StreamingConfig, estimate
+from hf_memtune import ConfigError, MemEfficientTrainingArguments, Streaming, StreamingCallback, StreamingConfig, estimate, memory
 from hf_memtune.memory import available_bytes
+from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.training.care import chunk_choice
 from tests.support.runs import arguments, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
@@ -25,19 +26,20 @@ def settings(folder, size="auto", **more):
     return arguments(folder, False, MemEfficientTrainingArguments, sequence_chunk_size=size, per_device_train_batch_size=2, **more)
 
 
-PREDICTED: dict[tuple, int] = {}
+PREDICT = chunk_choice._predicted
+PREDICTED: dict[tuple, MemoryEstimate] = {}
 
 
-def predicted_once(trainer, shape, size, peak=chunk_choice._peak):
+def predicted_once(trainer, shape, size, predict=chunk_choice._predicted):
     """The same model and settings in most tests: each prediction is made once."""
     key = shape, size, bool(trainer.args.gradient_checkpointing), type(trainer)
-    return PREDICTED[key] if key in PREDICTED else PREDICTED.setdefault(key, peak(trainer, shape, size))
+    return PREDICTED[key] if key in PREDICTED else PREDICTED.setdefault(key, predict(trainer, shape, size))
 
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     monkeypatch.setattr(chunk_choice, "SIZES", (2048, 1024, 128))
-    monkeypatch.setattr(chunk_choice, "_peak", predicted_once)
+    monkeypatch.setattr(chunk_choice, "_predicted", predicted_once)
 
 
 def clocked(monkeypatch, **seconds):
@@ -68,7 +70,7 @@ def test_the_fastest_by_the_clock_is_taken(monkeypatch, tmp_path, fastest):
 
 def peaks(folder):
     sizes = {size: settings(folder, size) for size in SIZES}
-    return {size: estimate(model(), args, sequence_length=TOKENS, padded=False).peak_bytes for size, args in sizes.items()}
+    return {size: estimate(model(), args, sequence_length=TOKENS, padded=True).peak_bytes for size, args in sizes.items()}
 
 
 def test_what_does_not_fit_is_not_taken_however_fast(monkeypatch, tmp_path):
@@ -160,15 +162,35 @@ def test_a_step_of_ones_own_is_refused(tmp_path):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    with pytest.raises(ConfigError, match="Own has a step of its own.*Give a number of tokens"):
+    with pytest.raises(ConfigError, match="Own has a step or a loss of its own.*Give a number of tokens"):
         trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, Own).train()
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path):
+    """It may read all of the logits, of which a prediction knows nothing."""
+    with pytest.raises(ConfigError, match="compute_loss_func has a step or a loss of its own.*Give a number of tokens"):
+        loss = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.float().logsumexp(-1).mean()}
+        trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, **loss).train()
+
+
+def test_where_evaluation_needs_most_it_is_what_to_change(monkeypatch, tmp_path):
+    """And in no case are chunks offered, of which none fits."""
+    clocked(monkeypatch)
+    more = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
+    for settled, words in ((more, "a smaller per_device_eval_batch_size"), ({}, "activation_checkpointing=True")):
+        trainer = trainer_for(model(), settings(tmp_path, chunk_budget="1MB", max_steps=1, **settled), ROWS, eval_dataset=ROWS)
+        monkeypatch.setattr(chunk_choice, "_predicted", PREDICT)
+        with pytest.raises(ConfigError) as refused:
+            trainer.train()
+        remedies = str(refused.value).partition("Try, one at a time: ")[2]
+        assert words in remedies and "sequence_chunk_size=" not in remedies
 
 
 def test_sharded_parameters_are_refused(monkeypatch, tmp_path):
     trainer = trainer_for(model(), settings(tmp_path, max_steps=1), ROWS)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ConfigError, match=r"spread over processes \(FSDP\).*Give a number of tokens"):
-        chunk_choice._peaks(trainer, chunk_choice.BatchShape(2, TOKENS, False), 2**30)
+        chunk_choice._estimates(trainer, chunk_choice.BatchShape(2, TOKENS, False), 2**30)
 
 
 def test_where_no_trainer_chooses_a_number_is_wanted(tmp_path):
@@ -204,6 +226,18 @@ def test_what_is_free_counts_what_is_held():
     held = available_bytes("cpu", 2**40) - available_bytes("cpu", 0)
     assert abs(held - 2**40) < 2**33  # other programs take and give meanwhile
     assert available_bytes("cpu", 0) > 2**20
+
+
+@pytest.mark.parametrize("limit, left", [("1000", 500), ("max\n", None), (None, None)])
+def test_a_container_has_its_own_limit(tmp_path, monkeypatch, limit, left):
+    """Of which a cache of files can be had again."""
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("700\n")
+        (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 200\n")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    found = available_bytes("cpu", 8)
+    assert found == left + 8 if left is not None else found > 2**20
 
 
 def test_rows_that_the_trainer_has_yet_to_collate_are_refused(tmp_path):

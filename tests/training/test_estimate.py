@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from hf_memtune import ConfigError, StepAccountCallback, UnsupportedModelError, estimate
+from hf_memtune import ConfigError, MemEfficientTrainingArguments, StepAccountCallback, UnsupportedModelError, estimate
 from hf_memtune.forecast import estimate as predicting
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.memory.estimate import MemoryEstimate
@@ -63,6 +63,24 @@ def test_never_under_and_within_five_percent(case, tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
     for phase in found.phases:
         assert phase.peak_bytes <= predicted.account.phase(phase.phase).peak_bytes
+
+
+class OfTwo(MemEfficientTrainingArguments):
+    @property
+    def world_size(self):
+        return 2
+
+
+def test_of_several_processes_the_buckets_are_counted(tmp_path):
+    """The gradients of what is trained once more, in every phase."""
+    model, args, _ = setting(tmp_path, "llama", lora=True, **STREAMED)
+    alone = estimate(model, args, sequence_length=TOKENS, evaluation=True).account
+    args.__class__ = OfTwo
+    of_two = estimate(model, args, sequence_length=TOKENS, evaluation=True).account
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert trained and {phase.phase for phase in alone.phases} >= {"backward", "evaluation"}
+    for phase in alone.phases:
+        assert of_two.phase(phase.phase).peak_bytes == phase.peak_bytes + trained
 
 
 @pytest.mark.parametrize("settings", [{}, {"sequence_chunk_size": 16}], ids=["plain", "streamed"])

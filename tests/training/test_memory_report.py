@@ -98,8 +98,17 @@ def test_a_trainer_with_a_loss_of_its_own_is_not_predicted(tmp_path):
 
     run = train(llama(), arguments(tmp_path, memory_report=True, **PLAIN), ROWS, cls=Own)
     assert run.trainer.report_callback.report.notes == [
-        "Nothing is predicted: estimates are of MemEfficientTrainer, and Own has a step of its own."
+        "Nothing is predicted: estimates are of MemEfficientTrainer, and Own has a step or a loss of its own."
     ]
+
+
+def test_adapters_that_transformers_put_in_cost_no_report(tmp_path):
+    """Such a model has a peft_config and is no PeftModel."""
+    model = llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    run = train(model, arguments(tmp_path, memory_report=True, **PLAIN), ROWS)
+    (lever,) = (lever for lever in run.trainer.report_callback.report.levers if lever.setting == "adapters (peft)")
+    assert lever.without_bytes > lever.with_bytes
 
 
 def test_a_forward_that_cannot_be_copied_leaves_nothing_on_the_model(tmp_path):

@@ -105,6 +105,16 @@ def test_the_ladder_from_plain_training(arguments):
     assert {rung.gradient for rung in rungs} == {"exact", "exact (8-bit optimizer)", "exact (LoRA)", "exact (QLoRA)", "approximate"}
 
 
+def test_what_streaming_alone_has_is_off_where_tokens_are_sought_in_its_place(arguments):
+    """On a CPU the setting is refused; the rungs are those of a card."""
+    args = arguments(sequence_chunk_size=512, keep_attention_outputs=True)
+    args.kv_offload = True
+    rungs = ladder(Run(args, 1, 2048, lora_rank=4, four_bits=True))
+    sought = [rung for rung in rungs if not rung.is_exact]
+    assert sought and all(rung.changes["kv_offload"] is rung.changes["keep_attention_outputs"] is False for rung in sought)
+    assert not any("kv_offload" in rung.changes for rung in rungs if rung.is_exact)
+
+
 def test_no_rung_builds_on_one_that_is_missing(arguments, monkeypatch):
     run = Run(arguments(per_device_train_batch_size=2), 2, 2048)
     assert any("8bit" in str(rung.changes) for rung in ladder(run)) and ladder(run)[-1].changes["load_in_4bit"]

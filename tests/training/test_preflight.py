@@ -201,6 +201,31 @@ def test_the_longest_rows_are_collated_as_in_training(tmp_path):
     assert found.batch["attention_mask"].sum(1).tolist() == lengths[:3]
 
 
+def test_of_equal_rows_one_is_shorter_for_attention_needs_more_with_a_mask():
+    """Where some row is; of one row at a time, and of rows that a collator does not pad, none is exchanged."""
+    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (8, 5, 8, 7, 8, 3)]
+    found = longest_batch(torch.utils.data.DataLoader(rows, collate_fn=pad_right), 2)
+    assert found.tokens == 8 and found.batch["attention_mask"].sum(1).tolist() == [8, 7]
+    for given, count in ((rows[::2], 2), (rows, 1)):
+        assert bool(longest_batch(torch.utils.data.DataLoader(given[:3], collate_fn=pad_right), count).batch["attention_mask"].all())
+    together = longest_batch(torch.utils.data.DataLoader(rows, collate_fn=lambda rows: {"input_ids": [r["input_ids"] for r in rows]}), 2)
+    assert [len(ids) for ids in together.batch["input_ids"]] == [8, 8]
+
+
+def test_a_collator_that_draws_draws_the_same(tmp_path):
+    """The longest batch is collated beside those of training, once."""
+    drawn = {}
+    for flies in (False, True):
+
+        def masking(rows, found=drawn.setdefault(flies, [])):
+            found.append(torch.rand(()).item())
+            return pad_right(rows)
+
+        train(llama(), make_arguments(tmp_path / str(flies), PLAIN, flies), ROWS, data_collator=masking)
+    without, beside = drawn[False], drawn[True]
+    assert any(beside[:n] + beside[n + 1 :] == without for n in range(len(beside)))
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_lengths_of_a_stored_data_set(shuffled):
     data = Dataset.from_list(ROWS)

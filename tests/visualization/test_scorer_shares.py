@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,17 @@ def test_the_page_and_the_json_show_the_numbers(tmp_path):
     assert f">{shares.overlap('context', 'gradient'):.3f}</td>" in text
     other, _ = write_scorer_comparison(counted(rows(1)), decisions(), tmp_path / "other.html", {})
     assert [float(value) for value in re.findall(r">([\d.]+) %</td>", other.read_text())] != shown
+
+
+def test_how_much_of_a_draw_is_even_is_said_of_each_scorer(tmp_path):
+    one, *others = decisions()
+    for floors, words in (
+        ((0.5, 0.5), "Half of the weight"),
+        ((0.25, 0.5), f"A quarter ({one.scorer}), Half ({others[0].scorer}) of the weight"),
+    ):
+        told = [replace(each, floor=floor, selection="sample") for each, floor in zip((one, others[0]), floors)]
+        page, _ = write_scorer_comparison(counted(), told, tmp_path / "scorers.html", {})
+        assert words in " ".join(page.read_text().split())
 
 
 def test_the_page_stands_alone_and_is_the_same_each_time(tmp_path):

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures import Architecture
 from hf_memtune.architectures.positions import check_rope, token_positions
+from hf_memtune.core.selection import Selection
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.model_pass import ModelPass
 from hf_memtune.methods.attention.ready import may_begin, require_visibility, visible
@@ -157,6 +158,15 @@ class BodyCall:
     def decoder(self) -> Rows:
         """The rows whose tokens have outputs."""
         return self.rows["decoder"]
+
+    def spans(self, decoder: Span | None = None) -> dict[str, Span]:
+        """By stack, whole rows; of the decoder's, the tokens of the span that is given."""
+        whole = {name: rows.whole() for name, rows in self.rows.items()}
+        return whole if decoder is None else whole | {"decoder": decoder}
+
+    def spans_of(self, chosen: dict[str, Selection]) -> dict[str, Span]:
+        """By stack, the tokens that are chosen; whole rows where none are."""
+        return {name: rows.kept(chosen[name]) if name in chosen else rows.whole() for name, rows in self.rows.items()}
 
     def encoder_arguments(self) -> dict[str, Any]:
         """The arguments of an encoder-decoder model's body that are its encoder's."""

@@ -46,9 +46,8 @@ def context_pass(
         while number < until:
             if tape is not None:
                 tape.record(number)
-            spans = {name: rows.whole() for name, rows in call.rows.items()}
             start, stop = chunks.bounds(number, count)
-            spans["decoder"] = call.decoder.chunk(start, stop)
+            spans = call.spans(call.decoder.chunk(start, stop))
             running = ContextPass(spans, store, router.places, records, router.kernel_facts, kept_attention)
             cache = states.begin(number, start, running)
             with router.running(running, cache), at_positions(router.architecture, call, spans):

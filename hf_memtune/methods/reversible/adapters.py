@@ -65,9 +65,13 @@ class BesideBlock:
         if self.acts:
             self._seen = args[0] if args else kwargs["hidden_states"]
 
-    def add_seen(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def add_seen(self, module: nn.Module, args: tuple, output: Any) -> Any:
         seen, self._seen = self._seen, None
-        return output + self.adapter(seen) if self.acts else output
+        if not self.acts:
+            return output
+        if isinstance(output, tuple):  # what routers of experts found comes beside it
+            return output[0] + self.adapter(seen), *output[1:]
+        return output + self.adapter(seen)
 
     def add_own(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output + self.adapter(output) if self.acts else output

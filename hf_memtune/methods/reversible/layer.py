@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_memtune._compat import is_fake
 from hf_memtune.architectures.layouts import Layout
 from hf_memtune.core.coupling import Coupling, FloatArithmetic
 from hf_memtune.core.fixed_point import FixedPointArithmetic
@@ -18,8 +19,10 @@ from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.reversible import EnterStreams, Functions, LayerRun, LeaveStreams, Tape, blended_output, run_layer
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.layer_override import LayerOverride
-from hf_memtune.methods.overrides import forwards_as
+from hf_memtune.methods.overrides import evaluating, forwards_as
 from hf_memtune.methods.reversible.adapters import Switch, adapters_of
+
+HALVES_ALLOWED = 0.05  # of what a layer adds: rounding; both halves do what the layer does, in its order
 
 
 @dataclass
@@ -67,6 +70,7 @@ class ReversibleInStack(LayerOverride):
     def __init__(self, layer: nn.Module, position: int, stack: ReversibleStack):
         super().__init__(layer, stack.names[position])
         self.position, self.stack = position, stack
+        self._is_in_halves = False  # not looked at yet
 
     def forward(self, *args, **kwargs):
         """As the layer's own, but hidden states and the first output may be the pair and its tape."""
@@ -113,6 +117,12 @@ class ReversibleInStack(LayerOverride):
 
     def _attention(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
         """The layer up to its MLP, which does nothing."""
+        if not (self._is_in_halves or is_fake(x)):
+            self._require_halves(x, args, kwargs)
+            self._is_in_halves = True
+        return self._first_half(x, *args, **kwargs)
+
+    def _first_half(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
         quiet = self._layout.quieted(self.layer, self._layout.without_mlp)
         with self.stack.switch.only("attention"), forwards_as(quiet):
             return self._whole(x, *args, **kwargs)
@@ -122,3 +132,21 @@ class ReversibleInStack(LayerOverride):
         quiet = self._layout.quieted(self.layer, self._layout.without_attention)
         with self.stack.switch.only("mlp"), forwards_as(quiet):
             return self._whole(x, *args, **kwargs)[0], None
+
+    @torch.no_grad()
+    def _require_halves(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise UnsupportedModelError where the MLP after the attention is not the layer: it has modules that its layout does not know of."""
+        with evaluating(self.layer), self.stack.switch.only("attention", "mlp"):
+            expected = self._whole(x, *args, **kwargs)[0]
+            try:
+                found = self._mlp(self._first_half(x, *args, **kwargs)[0], *args, **kwargs)[0]
+            except (TypeError, AttributeError, ValueError, IndexError) as error:
+                problem = f"fails: {error}"
+            else:
+                off, change = ((a - b).double().norm().item() for a, b in ((found, expected), (expected, x)))
+                problem = f"is off by {off / change:.0%} of what the layer adds" if off > HALVES_ALLOWED * change else ""
+        if problem:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(self.layer).__name__} is not its attention and then its MLP, as reversible=meft3 takes it apart: that "
+                f"{problem}. Use centred, meft1 or meft2."
+            )

@@ -91,8 +91,7 @@ class DitchedCall:
             self.outputs.tensors, self.outputs.encoded = [], None
         self.let_go_of_scores()
         store, self._store = self.store, None  # the graph alone holds it now, and lets go of it layer by layer
-        chosen = self.choice.made
-        spans = {name: rows.kept(chosen[name]) if name in chosen else rows.whole() for name, rows in self.call.rows.items()}
+        spans = self.call.spans_of(self.choice.made)
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         running = FocusPass(spans, store, self.router.places)
         with ExitStack() as stack:

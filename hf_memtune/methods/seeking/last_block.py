@@ -76,7 +76,7 @@ class LastBlock:
 
     def _chunk(self, span: Span, hidden: Tensor, owed: OwedGradients) -> Tensor:
         """(B, S, D): the last block's output for a chunk, differentiable where its input is."""
-        spans = {name: rows.whole() for name, rows in self.call.rows.items()} | {"decoder": span}
+        spans = self.call.spans(span)
         tail = StreamPass(spans, self.store, self.router.places, self.router.kernel_facts, owed)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
@@ -101,8 +101,7 @@ class LastBlock:
             return stack.module(**self.call.encoder_arguments()).last_hidden_state
 
     def _whole_pass(self) -> WholePass:
-        spans = {name: rows.whole() for name, rows in self.call.rows.items()}
-        return WholePass(spans, self.store, self.router.places, self.router.kernel_facts)
+        return WholePass(self.call.spans(), self.store, self.router.places, self.router.kernel_facts)
 
 
 def _hand_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:

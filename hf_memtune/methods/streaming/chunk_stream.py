@@ -241,7 +241,7 @@ class ChunkStream:
 
     def _run(self, number: int, span: Span, stores: bool) -> "Ran":
         """One chunk with gradient."""
-        spans = {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": span}
+        spans = self.call.spans(span)
         running = StreamPass(
             spans, self.store, self.router.places, self.router.kernel_facts, self.owed, stores, self._is_alone, self.kept_attention
         )

@@ -101,7 +101,7 @@ def _require_own_layers(router: Router) -> None:
 def _noted(router: Router, call: BodyCall) -> Layers:
     """Of a run of the body. Raises UnsupportedModelError where its layers return tensors beside the hidden states."""
     architecture, store = router.architecture, KeyValueStore()
-    running = ContextPass({n: r.whole() for n, r in call.rows.items()}, store, router.places, Records({}), router.kernel_facts)
+    running = ContextPass(call.spans(), store, router.places, Records({}), router.kernel_facts)
     found, widths = [], []
 
     def noting(forward: Callable, *args, **kwargs):

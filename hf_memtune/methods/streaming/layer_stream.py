@@ -247,7 +247,7 @@ class LayerStream(ChunkStream):
         return output[0] if isinstance(output, tuple) else output
 
     def _spans(self, number: int) -> dict[str, Span]:
-        return {**{name: rows.whole() for name, rows in self.call.rows.items()}, "decoder": self.rows.chunk(*self.chunks.bounds(number))}
+        return self.call.spans(self.rows.chunk(*self.chunks.bounds(number)))
 
     def _context(self, number: int) -> ContextPass:
         return ContextPass(

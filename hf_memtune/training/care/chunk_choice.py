@@ -21,6 +21,7 @@ from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.report.savings import BatchShape, own_steps, predicted_step
+from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes, parse_bytes
 
@@ -38,10 +39,11 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
     """
     longest, shape = _longest(trainer)
     budget = min(gather_object([_budget(trainer, config)]))
-    peaks = _peaks(trainer, shape, budget)
+    found = _estimates(trainer, shape, budget)
+    peaks = {size: estimate.peak_bytes for size, estimate in found.items()}
     fitting = [size for size, peak in peaks.items() if peak <= budget]
     if not fitting:
-        raise ConfigError([_no_room(trainer, peaks, budget, longest)])
+        raise ConfigError([_no_room(trainer, found, budget, longest)])
     seconds = _timed(trainer, config, fitting, shape, longest.batch)
     chosen = [min(seconds, key=seconds.__getitem__)]
     broadcast_object_list(chosen)
@@ -50,7 +52,8 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 
 def _longest(trainer: RunningTrainer) -> tuple[Longest, BatchShape]:
-    found = longest_batch(trainer.callback_handler.train_dataloader, trainer._train_batch_size)
+    with preserved_rng(trainer.args.device):  # a collator may draw
+        found = longest_batch(trainer.callback_handler.train_dataloader, trainer._train_batch_size)
     if found is not None and found.tokens is not None and (shape := BatchShape.of(found.batch)) is not None:
         return found, shape
     raise ConfigError(
@@ -70,35 +73,32 @@ def _budget(trainer: RunningTrainer, config: StreamingConfig) -> int:
     return found // trainer.args.world_size if device.type == "cpu" else found
 
 
-def _peaks(trainer: RunningTrainer, shape: BatchShape, budget: int) -> dict[int, int]:
-    """Predicted bytes of the step by size, from the whole row down, until enough fit to be timed."""
-    own = own_steps(trainer)
-    why = f"{own} has a step of its own" if own else "parameters are spread over processes (FSDP)" if trainer.is_fsdp_enabled else None
+def _estimates(trainer: RunningTrainer, shape: BatchShape, budget: int) -> dict[int, Any]:
+    """The estimate of the step by size, from the whole row down, until enough fit to be timed."""
+    why = None if (own := own_steps(trainer)) is None else f"{own} has a step or a loss of its own"
+    if trainer.is_fsdp_enabled:
+        why = "parameters are spread over processes (FSDP)"
     if why is not None:
         raise ConfigError(
             [f"sequence_chunk_size: got 'auto', but {why}, and its memory is not predicted. Give a number of tokens, such as 512."]
         )
-    found: dict[int, int] = {}
+    found: dict[int, Any] = {}
     for size in (shape.tokens, *(size for size in SIZES if size < shape.tokens)):
-        if sum(peak <= budget for peak in found.values()) == TIMED:
+        if sum(estimate.peak_bytes <= budget for estimate in found.values()) == TIMED:
             break
-        found[size] = _peak(trainer, shape, size) + _bucket_bytes(trainer)
+        found[size] = _predicted(trainer, shape, size)
     return found
 
 
-def _peak(trainer: RunningTrainer, shape: BatchShape, size: int) -> int:
+def _predicted(trainer: RunningTrainer, shape: BatchShape, size: int) -> Any:
+    """The estimate of a step in chunks of a size."""
     try:
-        return predicted_step(trainer, shape, {"sequence_chunk_size": size, "chunk_budget": None}).peak_bytes
+        return predicted_step(trainer, shape, {"sequence_chunk_size": size, "chunk_budget": None})
     except MemTuneError as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             [f"sequence_chunk_size: got 'auto', but no step can be predicted: {why}. Give a number of tokens, such as 512."]
         ) from error
-
-
-def _bucket_bytes(trainer: RunningTrainer) -> int:
-    """Of DistributedDataParallel: every gradient once more."""
-    return sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad) if trainer.args.world_size > 1 else 0
 
 
 def _timed(trainer, config: StreamingConfig, sizes: list[int], shape: BatchShape, batch: dict[str, Any]) -> dict[int, float]:
@@ -141,12 +141,15 @@ def _synchronise(device: torch.device) -> None:
         torch.get_device_module(device.type).synchronize(device)
 
 
-def _no_room(trainer: RunningTrainer, peaks: dict[int, int], budget: int, longest: Longest) -> str:
-    least = min(peaks, key=peaks.__getitem__)
+def _no_room(trainer: RunningTrainer, found: dict[int, Any], budget: int, longest: Longest) -> str:
+    least = min(found, key=lambda size: found[size].peak_bytes)
+    remedies = [said for said in advice(trainer, longest.rows) if not said.startswith("sequence_chunk_size=")]  # none of them fits
+    if found[least].peak_phase == "evaluation":
+        remedies = ["a smaller per_device_eval_batch_size: it is evaluation that needs most"]
     return (
         f"sequence_chunk_size: got 'auto', but no size fits {format_bytes(budget)} with {longest.rows} row{'s' * (longest.rows != 1)} of up to "
-        f"{longest.tokens} tokens: chunks of {least} are predicted to need {format_bytes(peaks[least])}. "
-        f"Try, one at a time: {'; '.join(advice(trainer, longest.rows))}."
+        f"{longest.tokens} tokens: chunks of {least} are predicted to need {format_bytes(found[least].peak_bytes)}. "
+        f"Try, one at a time: {'; '.join(remedies)}."
     )
 
 

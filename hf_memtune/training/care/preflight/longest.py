@@ -38,8 +38,17 @@ def longest_batch(loader: DataLoader, rows: int) -> Longest | None:
         why = f"the first {rows} of {len(data)} rows: they have no input_ids, so that none is known to be the longest"
         return Longest(_collated(collate, data, range(rows)), rows, None, why)
     chosen = longest_rows(lengths, rows)
-    tokens = max(lengths[next(iter(lengths))][number] for number in chosen)
-    return Longest(_collated(collate, data, chosen), rows, tokens, f"the longest {rows} of {len(data)} rows")
+    column = lengths["input_ids"]
+    tokens, batch = max(column[number] for number in chosen), _collated(collate, data, chosen)
+    shorter = max((number for number in range(len(column)) if column[number] < tokens), key=column.__getitem__, default=None)
+    if rows > 1 and shorter is not None and _is_unpadded(batch):  # attention needs more where it needs a mask
+        batch = _collated(collate, data, [*chosen[:-1], shorter])
+    return Longest(batch, rows, tokens, f"the longest {rows} of {len(data)} rows")
+
+
+def _is_unpadded(batch: Any) -> bool:
+    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+    return mask is not None and bool((mask != 0).all())
 
 
 def longest_rows(lengths: dict[str, Sequence[int]], count: int) -> list[int]:

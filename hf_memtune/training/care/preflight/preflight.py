@@ -19,6 +19,7 @@ from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.care.recovery.advice import first_line, is_out_of_memory
 from hf_memtune.training.care.recovery.halving import HalvingSteps
+from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class Preflight(TrainerCallback):
         return False
 
     def _fly(self, batches: list[dict[str, Any]]) -> PreflightReport:
-        found = longest_batch(self.trainer.callback_handler.train_dataloader, self.trainer._train_batch_size)
+        with preserved_rng(self.trainer.args.device):  # a collator may draw
+            found = longest_batch(self.trainer.callback_handler.train_dataloader, self.trainer._train_batch_size)
         if found is None:
             why = "the first batch: a data set without length cannot be looked through, so its longest row is not known"
             found = Longest(batches[0], _rows(batches[0]), None, why)

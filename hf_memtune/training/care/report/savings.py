@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from hf_memtune._compat import is_fake
+from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import MemTuneError
 from hf_memtune.levers.facts import checkpoint_names
 from hf_memtune.levers.table import LEVERS, offers_of
@@ -83,7 +84,7 @@ class Savings:
             found = self._try(changes, around=around)
             yield Lever(setting, found if isinstance(found, int) else None, with_bytes, None if isinstance(found, int) else found)
         if hasattr(self.trainer.model, "peft_config"):
-            found = self._try({}, model=self.trainer.model.get_base_model().config)
+            found = self._try({}, model=unwrapped(self.trainer.model).config)
             note = "without: every parameter trained" if isinstance(found, int) else found
             yield Lever("adapters (peft)", found if isinstance(found, int) else None, with_bytes, note)
 
@@ -147,7 +148,8 @@ def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[
     if trainer.estimate is None:
         raise MemTuneError("no forecast was handed to this trainer: import its class from hf_memtune")
     args = copy.copy(trainer.args)
-    vars(args).update({"memory_preflight": False, "memory_report": False} | dict(changes or {}))
+    at_home = {"memory_preflight": False, "memory_report": False, "use_cpu": args.device.type == "cpu"}
+    vars(args).update(at_home | dict(changes or {}))
     with preserved_rng(args.device):  # a trainer that is made sets the seed
         found = trainer.estimate(
             trainer.model if model is None else model,
@@ -181,7 +183,7 @@ def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[st
     if shape is None:
         why = "the batch has no input_ids"
     elif own is not None:
-        why = f"estimates are of MemEfficientTrainer, and {own} has a step of its own"
+        why = f"estimates are of MemEfficientTrainer, and {own} has a step or a loss of its own"
     elif trainer.args.world_size > 1:
         why = "estimates are made of one process"
     elif trainer.reversible is not None:
@@ -197,7 +199,9 @@ def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[st
 
 
 def own_steps(trainer: RunningTrainer) -> str | None:
-    """The class, if any, that is neither ours nor transformers' and has a hand in what a step computes."""
+    """What has a hand in what a step computes, and is neither ours nor transformers': a class, or a loss; None: nothing."""
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "compute_loss_func"
     for kind in type(trainer).__mro__:
         is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")
         if not is_known and {"training_step", "compute_loss"} & vars(kind).keys():
