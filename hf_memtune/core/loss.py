@@ -15,7 +15,7 @@ from hf_memtune.errors import LogitsError
 
 IGNORED = -100  # the label that transformers and torch give to a token without loss
 LOGIT_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
-RESIDUAL_BYTES = 128 * 2**20  # residuals in half precision, of the tokens whose part of a head's gradient is rounded once
+RESIDUAL_BYTES = 64 * 2**20  # residuals in half precision, of the tokens whose part of a head's gradient is rounded once
 
 
 def logit_rows(classes: int) -> int:
@@ -58,7 +58,7 @@ class LinearLoss(torch.autograd.Function):
     size of W, where autograd over chunks would have two. Backward scales them in place, so it can run once.
 
     dL/dW has the dtype of W. Where W is of half precision each addition rounds it, and under autocast each reads and writes all of a
-    float32 buffer. There the residuals of RESIDUAL_BYTES are kept, and added with one product that accumulates in float32 (512 tokens of
+    float32 buffer. There the residuals of RESIDUAL_BYTES are kept, and added with one product that accumulates in float32 (256 tokens of
     128K classes). Autocast to bfloat16 takes part in these products as it does in those of autograd; that to float16 does not, for sums
     over tokens, which no gradient scaler has scaled yet, may be too large for it.
     """

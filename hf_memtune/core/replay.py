@@ -61,4 +61,6 @@ class _Replayed(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * (1 + len(replay.inputs))
         nodes = [node for node, _ in ctx.next_functions]  # of tensors alone, so the replay has none
+        if any(cotangent is not None and cotangent.requires_grad for cotangent in cotangents):
+            nodes = [None] * len(nodes)  # create_graph: whatever is found must come back from here, where it is refused to differentiate twice
         return None, *replay.backward(cotangents, nodes)

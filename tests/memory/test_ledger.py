@@ -67,10 +67,6 @@ def test_linear_gelu_net_saves_what_the_hand_says():
         (X, (3, 4), torch.float32),
     ]
     assert [e.op for e in saved.entries] == ["AddmmBackward0", "GeluBackward0", None]
-    assert [tuple(row) for row in saved.by_shape()] == [
-        (2 * HIDDEN, (3, 8), torch.float32, 2),
-        (X, (3, 4), torch.float32, 1),
-    ]
     loss.backward()
     assert saved.current_bytes == 0  # released, after the context was left
     assert saved.total_bytes == saved.peak_bytes == X + 2 * HIDDEN

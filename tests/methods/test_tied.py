@@ -172,7 +172,7 @@ def test_a_large_vocabulary_costs_one_matrix_where_it_cost_three(strategy, monke
     def peak():
         return trace_causal_lm_step(config, 2048, lora_rank=None, checkpointing=True, strategy=strategy).peak_bytes
 
-    assert matrix < peak() < matrix + 80 * MIB  # logits of a chunk in two precisions are 46 MiB
+    assert matrix < peak() < matrix + 130 * MIB  # logits of a chunk in two precisions are 46 MiB, the residuals of several 64
     monkeypatch.setattr("hf_memtune.methods.seeking.ditched.tied_matrix", _unlinked)
     monkeypatch.setattr(chunk_stream, "_tied_matrix", lambda *args: None)
     monkeypatch.setattr(chunk_stream, "rows_summed_in_place", lambda embedding: nullcontext())
