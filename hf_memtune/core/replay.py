@@ -62,5 +62,5 @@ class _Replayed(torch.autograd.Function):
             return (None,) * (1 + len(replay.inputs))
         nodes = [node for node, _ in ctx.next_functions]  # of tensors alone, so the replay has none
         if any(cotangent is not None and cotangent.requires_grad for cotangent in cotangents):
-            nodes = [None] * len(nodes)  # create_graph: whatever is found must come back from here, where it is refused to differentiate twice
+            nodes = [None] * len(nodes)  # create_graph: all must be handed out from here, for nobody may differentiate it again
         return None, *replay.backward(cotangents, nodes)

@@ -117,7 +117,8 @@ class ReversibleInStack(LayerOverride):
 
     def _attention(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, tuple | None]:
         """The layer up to its MLP, which does nothing."""
-        if torch.is_grad_enabled() and not (self._is_in_halves or is_fake(x)):  # without gradient there may be a cache, to be written to once
+        # without gradient nothing is learned, and there may be a cache, to be written to once
+        if torch.is_grad_enabled() and not (self._is_in_halves or is_fake(x)):
             self._require_halves(x, args, kwargs)
             self._is_in_halves = True
         return self._first_half(x, *args, **kwargs)
