@@ -68,7 +68,7 @@ PLANS = {
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined-mean/top/cut/10%", "random/sample/cut/10%",
              "combined/sample/cut/10%", "random/sample/stream/10%", "combined/sample/stream/10%", "random/sample/cut/30%",
              "random/sample/stream/30%", "true_gradient/sample/cut/30%", "true_gradient/sample/stream/30%"),
-            rows=4, steps=(50, 100), learning_rates=(8e-5, 2e-4, 5e-4), timed=AT_A_TIME,
+            rows=4, steps=(50, 100), learning_rates=(3e-5, 8e-5, 2e-4, 5e-4), timed=AT_A_TIME,
             raced=(STREAMING, "random/sample/cut/30%", "random/sample/stream/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
         ),
         Plan(
