@@ -29,6 +29,7 @@ class Settings(Protocol):
     streams: bool
     streamed_by: str | None
     stream_chunk_size: int | None
+    chunk_is_open: bool
     is_mean_of_kept: bool
     kept_always: str
     keeps_all: bool

@@ -28,7 +28,7 @@ def activation_checkpointing(run: Run) -> Iterator[Offer]:
 
 def streaming(run: Run) -> Iterator[Offer]:
     args = run.args
-    if args.token_seeking or args.is_reversible:
+    if args.token_seeking or args.is_reversible or args.chunk_is_open:  # open: the trainer tries sizes itself
         return
     limits = [size for size in (run.tokens, args.stream_chunk_size) if size]
     if shorter := [chunk for chunk in CHUNKS if not limits or chunk < min(limits)]:

@@ -143,7 +143,7 @@ def _synchronise(device: torch.device) -> None:
 
 def _no_room(trainer: RunningTrainer, found: dict[int, Any], budget: int, longest: Longest) -> str:
     least = min(found, key=lambda size: found[size].peak_bytes)
-    remedies = [said for said in advice(trainer, longest.rows) if not said.startswith("sequence_chunk_size=")]  # none of them fits
+    remedies = advice(trainer, longest.rows)
     if found[least].peak_phase == "evaluation":
         remedies = ["a smaller per_device_eval_batch_size: it is evaluation that needs most"]
     return (

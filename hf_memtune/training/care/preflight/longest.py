@@ -40,9 +40,9 @@ def longest_batch(loader: DataLoader, rows: int) -> Longest | None:
     chosen = longest_rows(lengths, rows)
     column = lengths["input_ids"]
     tokens, batch = max(column[number] for number in chosen), _collated(collate, data, chosen)
-    shorter = max((number for number in range(len(column)) if column[number] < tokens), key=column.__getitem__, default=None)
-    if rows > 1 and shorter is not None and _is_unpadded(batch):  # attention needs more where it needs a mask
-        batch = _collated(collate, data, [*chosen[:-1], shorter])
+    if rows > 1 and _is_unpadded(batch):  # attention needs more where it needs a mask
+        shorter = max((number for number in range(len(column)) if column[number] < tokens), key=column.__getitem__, default=None)
+        batch = batch if shorter is None else _collated(collate, data, [*chosen[:-1], shorter])
     return Longest(batch, rows, tokens, f"the longest {rows} of {len(data)} rows")
 
 
