@@ -403,7 +403,8 @@ def test_a_reference_is_loaded_only_where_its_score_is_read(changes):
 
     model, batch, _ = model_and_batch("llama")
     given = {"token_scorer": "excess_loss", "reference_model": "nowhere"} | changes
-    take_step(model, batch, excess_loss if "token_scorer" in changes else None, **given)
+    taken = take_step(model, batch, excess_loss if "token_scorer" in changes else None, **given)
+    assert any(gradient.any() for gradient in taken.gradients.values())  # sibling: below, "nowhere" where it is read
 
 
 def test_a_reference_that_cannot_serve_is_refused(tmp_path):
