@@ -67,7 +67,7 @@ def quality_table(groups: list[Group]) -> str:
         plain = baseline(groups, group)
         learned = [cell for field in fields for cell in (shown(group.at(-1, field)), shown(group.minus(plain, field), "+"))]
         shares = ["-" if share is None else f"{100 * share:.1f} %" for share in map(group.mean_of, ("kept_share", "learned_share"))]
-        lines.append([group.label, f"{group.any_run['learning_rate']:g}", *learned, *shares, *group.costs])
+        lines.append([group.label, group.rate, *learned, *shares, *group.costs])
     heads = [head for field in fields.values() for head in (field, "minus plain")]
     return table(["arm", "rate", *heads, "kept", "learned", "peak MiB", "s a step"], lines)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pages import Rows, mib, of, unique
 
-from learning.arms import PLAIN
+from learning.arms import PLAIN, is_exact
 
 CONFIDENCE = 0.95
 BESIDE = "Seconds marked * were measured while other work ran."
@@ -44,7 +44,10 @@ def interval(values: Iterable[float]) -> Interval | None:
 
 @dataclass
 class Group:
-    """All seeds of one arm in the finals, with batches of one size. seconds, peak_bytes: of a step; alone: with the machine to itself."""
+    """All seeds of one arm in the finals, with batches of one size.
+
+    seconds, peak_bytes: of a step; alone: with the machine to itself. tried: the learning rates that its own was chosen among.
+    """
 
     arm: str
     rows: int
@@ -52,6 +55,14 @@ class Group:
     seconds: float
     peak_bytes: float
     alone: bool
+    tried: tuple[float, ...] = ()
+
+    @property
+    def rate(self) -> str:
+        """The learning rate; beside it, where no lower or no higher one was tried."""
+        rate = self.any_run["learning_rate"]
+        ends = {min(self.tried): " (lowest)", max(self.tried): " (highest)"} if len(set(self.tried)) > 1 else {}
+        return f"{rate:g}{ends.get(rate, '')}"
 
     @property
     def any_run(self) -> dict:
@@ -102,7 +113,8 @@ def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
         own = of(own, **{name: own[-1][name] for name in ("learning_rate", "steps")})  # those of another tuning, or timing, are others
         timed = [run for run in of(found, timed=True, arm=arm, rows=rows) if run["seconds_per_step"]]
         seconds, size = (median(run[name] for run in timed or own) for name in ("seconds_per_step", "peak_bytes"))
-        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, size, bool(timed)))
+        tried = tuple(run["learning_rate"] for run in of(found, stage="tune", arm=PLAIN if is_exact(arm) else arm, rows=rows))
+        groups.append(Group(arm, rows, {run["seed"]: run for run in own}, seconds, size, bool(timed), tried))
     return groups
 
 
