@@ -15,7 +15,7 @@ from hf_memtune.cli.verdict import verdict
 
 def run(arguments: list[str]) -> None:
     """Print the estimate. Raises ConfigError with all problems of the settings."""
-    settings = forecast.parse(arguments, make_parser(), RoomArguments)
+    settings = forecast.parse(arguments, make_parser(), RoomArguments, as_given=True)
     found, room = forecast.predict(settings), settings.more.room
     if settings.what.json:
         fits = None if room is None else {"budget_bytes": room.tensor_bytes, "fits": found.peak_bytes <= room.tensor_bytes}

@@ -61,10 +61,8 @@ def run(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings from flags. Raises ConfigError with every problem; warns of settings without effect."""
-    import warnings
-
-    from hf_memtune.cli.settings import Parser, build, values_of
+    """Settings from flags. Raises ConfigError with every problem."""
+    from hf_memtune.cli.settings import Parser, build, idle_flags, values_of
 
     kinds = (ModelSource, DataSource, Measuring, TaskArguments)
     page = PAGES["evaluate"]
@@ -76,11 +74,10 @@ def parse(arguments: list[str]) -> Settings:
         problems += [f"{name}: has no effect with tasks, which have rows of their own. Leave it out." for name in sorted(idle)]
     wanted = [kind for kind in kinds if kind is not DataSource or not namespace.tasks]
     built = {kind: build(kind, values_of(kind, namespace), problems) for kind in wanted}
+    data = built.get(DataSource)
+    problems += idle_flags([data], parser)[0]
     if problems:
         raise ConfigError(problems)
-    data = built.get(DataSource)
-    for message in [] if data is None else data.ineffective():
-        warnings.warn(message, stacklevel=2)
     return Settings(built[ModelSource], data, built[Measuring], built[TaskArguments])
 
 

@@ -123,9 +123,10 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
 
 
 def without_effect(settings: Settings) -> list[str]:
-    """Settings that are read by nothing, to warn of. What is of a score is on every map, and a problem where none compared reads it."""
+    """Settings that are read by nothing. What is of a score is on every map, and a problem of its own where none compared reads it."""
     found = [message for message in settings.seeking.ineffective() if message.split()[0] not in OF_SCORES]
-    return found + (settings.data.ineffective() if settings.examples.text is None else [])
+    found += settings.data.ineffective() if settings.examples.text is None else []
+    return [f"{message}. Leave it out." for message in found]
 
 
 # -- the model and the rows

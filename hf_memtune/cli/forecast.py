@@ -65,9 +65,12 @@ def make_parser(command: str, more: type | None = None):
     return training.make_parser(command, more=kinds)
 
 
-def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
-    """Settings from a recipe and flags. Raises ConfigError with every problem."""
-    from hf_memtune.cli.settings import build, values_of
+def parse(arguments: list[str], parser, more: type | None = None, *, as_given: bool = False) -> Forecast:
+    """Settings from a recipe and flags. Raises ConfigError with every problem.
+
+    as_given: nothing else will be tried, so a flag without effect is a problem.
+    """
+    from hf_memtune.cli.settings import build, idle_flags, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
     namespace = parser.read(arguments, with_recipe=True)
@@ -76,6 +79,7 @@ def parse(arguments: list[str], parser, more: type | None = None) -> Forecast:
     values = {kind: values_of(kind, namespace) for kind in kinds}
     offloads = values[MemEfficientTrainingArguments].pop("kv_offload", False)  # refused on a CPU, which need not be where training will run
     built = [build(kind, values[kind], problems) for kind in kinds]
+    problems += idle_flags(built[:3], parser)[0] if as_given else []
     if offloads and built[2] is not None:
         problems += [] if built[2].streams else ["kv_offload: has no effect without sequence_chunk_size. Leave it out."]
         built[2].kv_offload = True

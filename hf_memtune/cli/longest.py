@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     """Print both answers. Raises ConfigError with all problems of the settings, and where not even the shortest row fits."""
     from hf_memtune.forecast.longest import largest, longest_row
 
-    settings = forecast.parse(arguments, make_parser(), _Needed)
+    settings = forecast.parse(arguments, make_parser(), _Needed, as_given=True)
     room, blanks = settings.more.room, forecast.Blanks()
     rows = settings.training.per_device_train_batch_size if "per_device_train_batch_size" in settings.given else 1
     traced = Traced(settings, blanks, "tokens", rows=rows)

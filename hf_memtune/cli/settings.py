@@ -7,7 +7,7 @@ import argparse
 import difflib
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +192,12 @@ def build(kind: type, values: dict, problems: list[str]):
         found = [str(error)]
     problems += [message for message in found if message not in problems]
     return settings if not found else None
+
+
+def idle_flags(built: Iterable, parser: Parser) -> tuple[list[str], list[str]]:
+    """What settings say has no effect: that of flags as problems, and all of it as it was said. None among `built` could not be built."""
+    said = [message for part in built if part is not None for message in part.ineffective()]
+    return [f"{message}. Leave it out." for message in said if message.split()[0] in parser.flags], said
 
 
 def values_of(kind: type, namespace: Namespace) -> dict:

@@ -46,8 +46,6 @@ def make_parser():
 
 def parse(arguments: list[str]) -> Settings:
     """Settings from flags. Raises ConfigError with every problem."""
-    import warnings
-
     from hf_memtune.cli.settings import build, values_of
 
     parser = make_parser()
@@ -59,11 +57,12 @@ def parse(arguments: list[str]) -> Settings:
     problems += problems_of_request(data, namespace, parser.given)
     if "compare" in parser.given:
         problems += problems_of_comparison(namespace.compare, seeking, parser.given)
+    settings = Settings(model, data, examples, seeking)
+    if None not in (examples, seeking):
+        told = {problem.partition(":")[0] for problem in problems}
+        problems += [problem for problem in without_effect(settings) if problem.split()[0] not in told]
     if problems:
         raise ConfigError(problems)
-    settings = Settings(model, data, examples, seeking)
-    for message in without_effect(settings):
-        warnings.warn(message, stacklevel=2)
     return settings
 
 

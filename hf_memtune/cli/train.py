@@ -74,13 +74,13 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
     more: classes of further settings, whose problems and warnings are told as well. A flag without effect is a problem: it was meant to
     do something. A line of a recipe without effect is warned of: recipes are shared. of_user: whether all flags come from the user.
     """
-    from hf_memtune.cli.settings import build, values_of
+    from hf_memtune.cli.settings import build, idle_flags, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
     namespace = parser.read(arguments, with_recipe=True)
     problems = parser.problems
-    idle = parser.given & WITHOUT_MEANING.keys()
-    problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(idle)]
+    meaningless = parser.given & WITHOUT_MEANING.keys()
+    problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(meaningless)]
     kinds = (ModelArguments, data, MemEfficientTrainingArguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* has no effect ", UserWarning)  # told below
@@ -96,8 +96,8 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
             *problems_of_optimizer(built.training),
             *problems_of_scores(built.data, built.training),
         ]
-    ineffective = [message for part in (*built, *further) if part is not None for message in part.ineffective()]
-    problems += [f"{message}. Leave it out." for message in ineffective if of_user and message.split()[0] in parser.flags]
+    idle, ineffective = idle_flags((*built, *further), parser)
+    problems += idle if of_user else []
     if problems:
         raise ConfigError(problems)
     if built.model.reversible_adapters is not None and built.training.is_reversible:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_memtune._compat import with_values
+from hf_memtune.core.rng import RandomTape
 from hf_memtune.errors import InverseError
+
+_RUN = "run"
 
 
 def _is_no_container(value: Any) -> bool:
@@ -65,30 +67,17 @@ class Surroundings:
     """Random numbers and autocast of one run. Made before it; `settle` after it; `restored` around the second run."""
 
     def __init__(self, device: torch.device):
-        self._device, self._autocast = device, Autocast(device)
-        self._states: tuple[Tensor, ...] | None = self._now()
+        self._autocast, self._tape = Autocast(device), RandomTape([device])
+        self._tape.record(_RUN)
 
     def settle(self) -> None:
         """Keep no states (5 KB of the CPU's) where the run drew nothing."""
-        with with_values():  # generators have values, also while memory is being traced
-            if self._states is not None and all(map(torch.equal, self._now(), self._states)):
-                self._states = None
+        self._tape.forget_if_still(_RUN)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self._autocast.restored())
-            if self._states is not None:
-                devices = [self._device] if len(self._states) > 1 else []
-                stack.enter_context(torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"))
-                torch.set_rng_state(self._states[0])
-                if devices:
-                    torch.get_device_module(self._device).set_rng_state(self._states[1], self._device)
+        with self._autocast.restored(), self._tape.replaying(_RUN):
             yield
-
-    def _now(self) -> tuple[Tensor, ...]:
-        own = () if self._device.type in ("cpu", "meta") else (torch.get_device_module(self._device).get_rng_state(self._device),)
-        return (torch.get_rng_state(), *own)
 
 
 class Parameters:

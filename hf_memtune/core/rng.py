@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from hf_memtune._compat import with_values
 
@@ -39,7 +40,10 @@ class RandomTape:
 
     @contextmanager
     def replaying(self, name: object) -> Iterator[None]:
-        """While open, the numbers that were drawn from a state that was kept come again; those drawn afterwards are new ones."""
+        """While open, the numbers that were drawn from a state that was kept come again; those drawn afterwards are new ones.
+
+        Under a name without a state, what is drawn comes again afterwards.
+        """
         present = self._present()
         self.replay(name)
         try:
@@ -48,13 +52,22 @@ class RandomTape:
             self._go_to(present)
 
     def _present(self) -> tuple:
-        return torch.get_rng_state(), [torch.get_device_module(d).get_rng_state(*_which(d)) for d in self._devices]
+        return torch.get_rng_state(), [device_state(device) for device in self._devices]
 
     def _go_to(self, state: tuple) -> None:
         on_cpu, on_devices = state
         torch.set_rng_state(on_cpu)
         for device, found in zip(self._devices, on_devices):
-            torch.get_device_module(device).set_rng_state(found, *_which(device))
+            set_device_state(device, found)
+
+
+def device_state(device: torch.device) -> Tensor:
+    """The state of the generator of a device that has one of its own."""
+    return torch.get_device_module(device).get_rng_state(*_which(device))
+
+
+def set_device_state(device: torch.device, state: Tensor) -> None:
+    torch.get_device_module(device).set_rng_state(state, *_which(device))
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:

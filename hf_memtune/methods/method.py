@@ -7,6 +7,7 @@ to the same outputs, and backward another way to the gradient. All else, evaluat
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
-from hf_memtune.methods.overrides import Override
+from hf_memtune.methods.overrides import Override, runs_its_own
 from hf_memtune.methods.verify import verify
 from hf_memtune.methods.verify_training import buffers_kept, require_no_dropout_per_call, require_no_trace
 from hf_memtune.settings.streaming import StreamingConfig
@@ -46,7 +47,7 @@ class Method(Generic[Config]):
     scores_last_block: bool | None = None  # whether scores run the last block alone, which then must be able to; None: nothing scores
 
     def __init__(self, model: nn.Module, config: Config, check: bool = True, looks_only: bool = False):
-        self.config, self.architecture, self.host = config, describe(model), HostMemory()
+        self.config, self.architecture, self.host = config, _described(model), HostMemory()
         if not looks_only:
             _require_free(self.architecture)
         self.listeners = Listeners()
@@ -101,6 +102,12 @@ class Method(Generic[Config]):
         if self.config.stream_chunk_size is not None:
             _require_streamable(self.architecture, facts, self.config.streamed_by)
             require_no_dropout_per_call(self.architecture)
+        if self.config.keeps_attention and not self.router.kernel_facts.in_pieces:
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: keep_attention_outputs: got True, expected False: its attention is computed by its own kernel "
+                f"({self.architecture.base.config._attn_implementation}), of which only the output is known. Load the model with "
+                "attn_implementation='sdpa', if it can be, or leave keep_attention_outputs out."
+            )
         if self.config.kv_offload and self.router.cache is not None and self.router.cache.by_hand:
             raise UnsupportedModelError(
                 f"{self.architecture.name}: kv_offload: got True, expected False: its attention is written by hand, and keeps what it is given of "
@@ -182,6 +189,7 @@ class Method(Generic[Config]):
             self._notice_evaluation_mode(args, kwargs)
             return forward(*args, **kwargs)
         self.require_gathered()
+        self.router.call_begins()
         call = BodyCall(self.architecture, forward, args, kwargs)
         found = self.run(call, self._heads[-1] if self._heads else None)
         if found is None:
@@ -208,6 +216,12 @@ class Method(Generic[Config]):
         if not self._heads or not torch.is_grad_enabled() or hidden.dim() != 3:
             return forward(hidden)
         return self._heads[-1].logits(forward, hidden)
+
+
+def _described(model: nn.Module) -> Architecture:
+    """Without a plain head where somebody runs another forward in it, which may not be that of its weight and bias alone."""
+    found = describe(model)
+    return found if found.output_head is None or runs_its_own(found.output_head) else replace(found, output_head=None)
 
 
 def _require_free(architecture: Architecture) -> None:

@@ -64,6 +64,12 @@ class Override:
         return _forward_of, (self.module, self.earlier if self.had_own else None)
 
 
+def runs_its_own(module: nn.Module) -> bool:
+    """Whether the forward of a module is that of its class, whatever this package has put in its place."""
+    own = vars(module).get("forward")
+    return own is None or (isinstance(own, Override) and not own.had_own)
+
+
 def _forward_of(module: nn.Module, earlier: Callable | None) -> Callable:
     return MethodType(type(module).forward, module) if earlier is None else earlier
 

@@ -68,7 +68,7 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
     try:
         return _verified(router, check, scores_last_block, streams)
     except MemTuneError:
-        if not router.kernel_facts.in_pieces:
+        if not router.kernel_facts.stands_in:
             raise
     router.makes_masks = True  # its layers may read the masks that they are given, or change them
     router.follow_by(None)
@@ -86,7 +86,8 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
             body_output = type(base(**call.at(probing.spans, probing)))
         with explained(architecture):
             router.follow_by(cache_template(architecture, call, probing.attended))
-        full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
+        with router.plain():
+            full = base(**call.arguments | {"use_cache": False}).last_hidden_state if check else None
         if full is not None and streams and not probing.looks_ahead:
             with explained(architecture):
                 verify_stream(router, call)

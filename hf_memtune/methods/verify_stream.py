@@ -83,7 +83,8 @@ def _plain(router: Router, call: BodyCall, foreign: Foreign) -> tuple[BodyCall, 
     arguments = {name: value for name, value in call.arguments.items() if name != f"{prefix}input_ids"}
     arguments |= {f"{prefix}inputs_embeds": embedded}
     try:
-        plain = architecture.base.forward(**arguments | {"use_cache": False}).last_hidden_state
+        with router.plain():
+            plain = architecture.base.forward(**arguments | {"use_cache": False}).last_hidden_state
         for tensor in map(leaf_of, nodes_behind([plain])):
             if tensor is not None and tensor is not embedded:
                 foreign.append((tensor, tensor.grad))
@@ -123,7 +124,8 @@ def _problem(router: Router, call: BodyCall, expected: Tensor, make: Callable[[B
 def _compare_forward(router: Router, call: BodyCall) -> None:
     """The hidden states alone, by chunks and plain."""
     with torch.no_grad():
-        expected = router.architecture.base.forward(**call.arguments | {"use_cache": False}).last_hidden_state
+        with router.plain():
+            expected = router.architecture.base.forward(**call.arguments | {"use_cache": False}).last_hidden_state
         stream = ChunkStream(Means(router, CHUNK), encode(call), keeps_last=False)
         try:
             stream.run_forward(Records({}, wanted=False))

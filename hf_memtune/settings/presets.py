@@ -50,7 +50,7 @@ ROW_LOSS: dict[str, Any] = {"token_scorer": "context", "token_selection": "top"}
 _IN_WORDS = {
     "token_scorer": "random, or context where the loss is one for a row, such as a class",
     "always_keep": "first_last for token_selection=top with token_scorer=random, as in TokenTune, else none",
-    "token_selection": "sample, or top where the loss is one for a row or a function of one's own",
+    "token_selection": "sample, or top where the loss is one for a row",
 }
 PRESET_NAMES = tuple(name for name in PRESETS if name is not None)
 

@@ -84,7 +84,8 @@ class TokenSeekingConfig(StreamingConfig):
     )
     select_from: str | None = _filled(
         "select_from",
-        "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens are then never chosen).",
+        "Which tokens may be chosen: all, or labels (only those whose prediction carries a label; prompt tokens are then never chosen). "
+        "Where the loss is one for a row, such as a class, all.",
         SELECTION_POOLS,
     )
     token_selection: str | None = _filled(
@@ -183,6 +184,11 @@ class TokenSeekingConfig(StreamingConfig):
         if not self.streams or self.sequence_chunk_size is not None:
             return super().stream_chunk_size
         return STREAM_CHUNKS[self.token_gradient]
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Not of chunks of which some tokens are skipped."""
+        return super().keeps_attention and not (self.token_seeking and self.token_gradient == "skip")
 
     @property
     def switch(self) -> str | None:
@@ -332,5 +338,7 @@ class TokenSeekingConfig(StreamingConfig):
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":
             found["skip_threshold"] = "token_gradient"
+        if self.token_gradient != "stream":
+            found["keep_attention_outputs"] = "token_gradient"
         unread = ("context_chunk_size",) if self.streams else ("sequence_chunk_size", "kv_offload")
-        return found | dict.fromkeys((*unread, "chunk_budget", "stream_order", "keep_attention_outputs"), "token_gradient")
+        return found | dict.fromkeys((*unread, "chunk_budget", "stream_order"), "token_gradient")

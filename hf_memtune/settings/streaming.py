@@ -41,12 +41,12 @@ class StreamingConfig(MethodSettings):
         "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
         "gradients summed for them, in pinned host memory, with two blocks of 2048 tokens of a layer on the GPU. Memory of the GPU then hardly "
         "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus. By layers (stream_order): the "
-        "inputs of the layers, each of which is copied three times; keys and values of one layer stay on the GPU.",
+        "inputs of the layers, each of which is copied there once and back three times; keys and values of one layer stay on the GPU.",
     )
 
     keep_attention_outputs: bool = setting(
         False,
-        "With sequence_chunk_size: keep what attention gave in forward, which backward then does not compute again (selective activation "
+        "With sequence_chunk_size, or token_gradient=stream: keep what attention gave in forward, which backward then does not compute again (selective activation "
         "checkpointing). Of long rows, whose time is mostly attention, a step is shorter, most of all by layers; it needs as many bytes a token more as the hidden "
         "states of all layers take. With kv_offload they are in host memory.",
     )
@@ -74,6 +74,11 @@ class StreamingConfig(MethodSettings):
     def stream_chunk_size(self) -> int | None:
         """Tokens of each row in a chunk of streaming, or None where nothing streams, or the size is still open."""
         return self.sequence_chunk_size if self.streams and isinstance(self.sequence_chunk_size, int) else None
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether what attention gave in forward is kept for backward."""
+        return self.keep_attention_outputs and self.streams
 
     @property
     def switch(self) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_memtune.architectures import describe
 from hf_memtune.core.logits import HeadOnDemand, LazyLogits
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.methods.overrides import Override, forward_as
+from hf_memtune.methods.overrides import forward_as, runs_its_own
 
 
 @contextmanager
@@ -39,6 +39,4 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
         head = describe(model).output_head
     except UnsupportedModelError:
         return None
-    own = None if head is None else vars(head).get("forward")
-    is_others = own is not None and not (isinstance(own, Override) and not own.had_own)
-    return None if is_others else head
+    return head if head is not None and runs_its_own(head) else None

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_memtune.core.rng import device_state, set_device_state
+
 
 @dataclass(frozen=True)
 class Generators:
@@ -24,7 +26,7 @@ class Generators:
     @classmethod
     def now(cls, device: torch.device) -> "Generators":
         """As they are."""
-        on_device = None if device.type == "cpu" else torch.get_device_module(device.type).get_rng_state(device)
+        on_device = None if device.type == "cpu" else device_state(device)
         return cls(device, random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device)
 
     def restore(self) -> None:
@@ -33,7 +35,7 @@ class Generators:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.host)
         if self.on_device is not None:
-            torch.get_device_module(self.device.type).set_rng_state(self.on_device, self.device)
+            set_device_state(self.device, self.on_device)
 
 
 @contextmanager

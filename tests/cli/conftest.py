@@ -6,8 +6,6 @@ import pytest
 
 from tests.support.folders import WORDS, bert, llama, write_rows
 
-WORDS += ["is", "are"]
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:

@@ -71,6 +71,8 @@ def test_a_recipe_and_a_table(tmp_path, capsys):
         ([*OF_A_TYPE, "--sequence_length", "0"], "sequence_length: got 0"),
         ([*OF_A_TYPE, "--sequence_length", "5000"], "the model has positions for 2048"),
         ([*OF_A_TYPE, "--token_seeking", "--token_gradient", "skip"], "token_gradient: got 'skip'"),
+        ([*OF_A_TYPE, "--lora_alpha", "4"], "lora_alpha has no effect with lora_r=0 (full fine-tuning). Leave it out."),
+        ([*OF_A_TYPE, "--token_ratio", "0.2"], "token_ratio has no effect without token_seeking. Leave it out."),
     ],
 )
 def test_what_cannot_be_estimated_is_said(arguments, problem, capsys):

@@ -126,6 +126,12 @@ def test_tasks_are_scored_on_every_kind_of_folder(way, model, tmp_path, capsys, 
     assert "|mine" in capsys.readouterr().out
 
 
+def test_a_flag_without_effect_is_an_error():
+    with pytest.raises(ConfigError, match=r"label_column has no effect with task=causal_lm.*Leave it out\."):
+        evaluate.parse(["--model", "m", "--dataset", "d", "--task", "causal_lm", "--label_column", "y"])
+    assert evaluate.parse(["--model", "m", "--dataset", "d", "--label_column", "y"]).data.label_column == "y"
+
+
 def test_a_folder_of_reversible_adapters_is_no_model(tmp_path, capsys):
     pytest.importorskip("lm_eval")
     (tmp_path / "out").mkdir()

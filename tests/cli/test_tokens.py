@@ -129,6 +129,11 @@ def test_settings_that_cannot_work(flags, named):
     assert {message.partition(":")[0] for message in problems(*flags)} == named
 
 
+def test_a_flag_without_effect_is_an_error():
+    (found,) = problems("--model", "m", "--dataset", "d", "--task", "causal_lm", "--label_column", "y")
+    assert found.startswith("label_column has no effect with task=causal_lm") and found.endswith("Leave it out.")
+
+
 def test_a_text_and_a_data_set_are_one_too_many(tmp_path):
     (tmp_path / "poem.txt").write_text("the sun")
     found = problems("--model", "m", "--text", "poem.txt", "--dataset", "d", "--index", "3", "--output_column", "o")

@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from hf_memtune import MemEfficientTrainer
 from hf_memtune.cli import main, train
 from hf_memtune.errors import ConfigError
 from tests.support.folders import ROOT
@@ -82,11 +83,21 @@ def test_nothing_held_out_is_said(model, instructions, tmp_path, capsys):
     assert summary(tmp_path)["held_out_loss"] == [None, None]
 
 
-def test_a_run_is_resumed(model, instructions, tmp_path):
+@pytest.fixture
+def steps(monkeypatch):
+    """One for each step of a training; of a run that was resumed those that were left."""
+    taken, step = [], MemEfficientTrainer.training_step
+    monkeypatch.setattr(MemEfficientTrainer, "training_step", lambda *given: taken.append(1) or step(*given))
+    return taken
+
+
+def test_a_run_is_resumed(model, instructions, tmp_path, steps):
     run = arguments(None, model, instructions, "--token_seeking", "--save_strategy", "steps", "--save_steps", "1")
     assert main(["train", *run]) == 0
+    ended = summary(tmp_path)["held_out_loss"][1]
     assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
-    assert summary(tmp_path)["held_out_loss"][0] is None  # the model before is not that of the checkpoint
+    assert summary(tmp_path)["held_out_loss"] == [None, ended]  # the model before is not that of the checkpoint
+    assert len(steps) == 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,7 @@ def test_reversible_adapters_are_written_loaded_and_trained_further(model, instr
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora_r", "2"]], ids=["all", "lora"])
-def test_adapters_are_not_trained_on_but_merged_or_resumed(flags, model, instructions, tmp_path, capsys):
+def test_adapters_are_not_trained_on_but_merged_or_resumed(flags, model, instructions, tmp_path, capsys, steps):
     common = ["--eval_split", "train[:8]", "--learning_rate", "0.05"]
     run = arguments(None, model, instructions, "--lora_r", "2", *common)
     assert main(["train", *run, "--save_strategy", "steps", "--save_steps", "1"]) == 0
@@ -170,8 +181,9 @@ def test_adapters_are_not_trained_on_but_merged_or_resumed(flags, model, instruc
     assert main(["train", *arguments(None, "merged", instructions, *flags, *common, "--output_dir", "more")]) == 0
     first, last = json.loads((tmp_path / "more" / "summary.json").read_text())["held_out_loss"]
     assert first == pytest.approx(trained, rel=1e-5) and last != pytest.approx(trained, rel=1e-3)
+    steps.clear()
     assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
-    assert summary(tmp_path)["held_out_loss"][1] == trained
+    assert summary(tmp_path)["held_out_loss"][1] == trained and len(steps) == 1
 
 
 @pytest.mark.parametrize("command", ["train", "glue", "qa"])
@@ -198,12 +210,12 @@ def test_adapters_that_no_folder_shows_are_refused_once_loaded(model, instructio
             pytest.raises(ConfigError, train.make_trainer, settings).match("merge it first")
 
 
-def test_a_reversible_run_is_resumed(model, instructions, tmp_path):
+def test_a_reversible_run_is_resumed(model, instructions, tmp_path, steps):
     run = arguments(None, model, instructions, *REVERSIBLE, "--save_strategy", "steps", "--save_steps", "1")
     assert main(["train", *run]) == 0
     ended = summary(tmp_path)["held_out_loss"][1]
     assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1"]) == 0
-    assert summary(tmp_path)["held_out_loss"][1] == ended
+    assert summary(tmp_path)["held_out_loss"][1] == ended and len(steps) == 2 + 1
 
 
 def test_qlora_inside_reversible_layers(model, instructions, tmp_path, capsys):

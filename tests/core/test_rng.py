@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from hf_memtune.core.recompute import Autocast, Surroundings
 from hf_memtune.core.rng import RandomTape
+from hf_memtune.training.rng import Generators, preserved_rng
 
 
 @pytest.fixture
@@ -27,8 +29,8 @@ def test_a_name_without_a_state_changes_nothing(tape):
     before = torch.get_rng_state()
     tape.replay("unknown")
     with tape.replaying("unknown"):
-        pass
-    assert torch.equal(torch.get_rng_state(), before)
+        drawn = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(torch.rand(4), drawn)
 
 
 def test_a_state_may_be_recorded_anew(tape):
@@ -62,15 +64,75 @@ def test_a_replay_that_fails_goes_back_all_the_same(tape):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_device_has_a_state_of_its_own():
-    device = torch.device("cuda")
-    tape = RandomTape([device])
-    tape.record("a")
-    drawn = torch.rand(4, device=device)
-    assert not torch.equal(torch.rand(4, device=device), drawn)
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+class DeviceModule:
+    """What torch.cuda or torch.mps is to a generator. names: of devices that it asks for; of mps there is one, and no name is taken."""
+
+    def __init__(self, *names: torch.device):
+        self.names, self.generator = names, torch.Generator().manual_seed(0)
+
+    def get_rng_state(self, *names):
+        assert names == self.names
+        return self.generator.get_state()
+
+    def set_rng_state(self, state, *names):
+        assert names == self.names
+        self.generator.set_state(state)
+
+    def draw(self):
+        return torch.rand(4, generator=self.generator)
+
+
+@pytest.fixture(params=["cuda:1", "mps"])
+def device(request, monkeypatch):
+    """A device, and the module that its generator belongs to."""
+    named = torch.device(request.param)
+    module = DeviceModule(*(() if named.type == "mps" else (named,)))
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: module if torch.device(asked).type == named.type else torch.cpu)
+    return named, module
+
+
+def test_a_device_has_a_state_of_its_own(device):
+    named, module = device
+    tape, without = RandomTape([torch.device("cpu"), named]), RandomTape([torch.device("cpu")])
+    for each in (tape, without):
+        each.record("a")
+    drawn = module.draw()
+    assert tape.has_moved("a") and not without.has_moved("a")
+    with tape.replaying("a"):
+        assert torch.equal(module.draw(), drawn)
+    following = module.draw()
+    assert not torch.equal(following, drawn)
+    without.replay("a")
+    assert not torch.equal(module.draw(), drawn)
     tape.replay("a")
-    assert torch.equal(torch.rand(4, device=device), drawn)
+    assert torch.equal(module.draw(), drawn) and torch.equal(module.draw(), following)
+
+
+def test_a_layer_that_runs_again_draws_on_its_device_what_it_drew(device):
+    named, module = device
+    with pytest.MonkeyPatch.context() as patch:  # of a device that torch was not built for it knows no autocast
+        patch.setattr("hf_memtune.core.recompute.Autocast", lambda device: Autocast(torch.device("cpu")))
+        surroundings = Surroundings(named)
+    drawn = module.draw()
+    surroundings.settle()
+    after = module.generator.get_state()
+    with surroundings.restored():
+        assert torch.equal(module.draw(), drawn)
+    assert torch.equal(module.generator.get_state(), after)
+
+
+def test_generators_of_a_training_are_put_back_on_its_device(device):
+    named, module = device
+    before = Generators.now(named)
+    drawn, on_cpu = module.draw(), torch.rand(4)
+    before.restore()
+    assert torch.equal(module.draw(), drawn) and torch.equal(torch.rand(4), on_cpu)
+    with preserved_rng(named):
+        module.draw()
+    assert not torch.equal(module.draw(), drawn)
 
 
 def test_a_tape_tells_whether_numbers_were_drawn(tape):

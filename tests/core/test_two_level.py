@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_memtune.core.recompute import Arguments, Parameters
-from hf_memtune.core.two_level import LayerCall, run_layer
+from hf_memtune.core.two_level import LayerCall, Segment, run_layer
 from tests.support.coupling import Block, gradients_of, inputs, stack_of
 
 
@@ -34,6 +34,33 @@ def test_gradients_are_equal(segment_layers):
     torch.manual_seed(6)
     other = gradients_of(plain(blocks, hidden, beside, segment_layers), blocks, hidden, beside)
     assert not all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("segment_layers", [1, 2, 3, 7])
+def test_a_layer_runs_once_more_than_under_checkpointing(segment_layers):
+    """Forward, to find the inputs of its segment, and with gradient; the last layer of a segment has no one behind it to find an input for."""
+    blocks, (hidden, beside) = stack_of(7, dropout=0.0), inputs()
+    runs = []
+    for block in blocks:
+        block.layer = lambda *args, layer=block.layer, **kwargs: runs.append(layer) or layer(*args, **kwargs)
+
+    def counted():
+        runs.clear()
+        checkpointed(blocks, hidden, beside, segment_layers).sum().backward()
+        return len(runs)
+
+    last_ones = -(-7 // segment_layers)
+    assert counted() == 3 * 7 - last_ones
+    find = Segment.input_of
+
+    def forgets(segment, index, boundary, tensors):
+        found = find(segment, index, boundary, tensors)
+        segment.inputs.clear()
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Segment, "input_of", forgets)
+        assert (counted() > 3 * 7 - last_ones) is (segment_layers > 2)
 
 
 def test_gradcheck():

@@ -88,6 +88,7 @@ def most_keys(model, batch, chunk):
 @pytest.mark.parametrize("name, side", [("llama", "right"), ("llama", "left"), ("qwen2-sliding", "right"), ("mistral-sliding", "left")])
 def test_no_tensor_of_queries_times_keys_is_made(monkeypatch, name, side):
     monkeypatch.setattr(masks, "SQUARE", 13)
+    monkeypatch.setattr(masks, "GROUP", 2)
     chunk, tokens = 13, 156  # numbers that are no size of the model
     model, batch, _ = model_and_batch(name, side, lengths=(tokens, tokens - 20))
     widest = max(parameter.shape[-1] for parameter in model.parameters())

@@ -1,13 +1,16 @@
 """Token seeking together with what people train with: adapters, quantised weights, checkpointing, autocast, dropout."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.memory import SavedBytes
 from hf_memtune.methods.attention import passes
+from hf_memtune.methods.events import Listener
 from tests.support.composition import REENTRANT, checkpointed, whole_error, with_lora
 from tests.support.stepping import (
     Ear,
@@ -25,6 +28,12 @@ from tests.support.tolerances import NOTICED, RELATIVE, tolerance
 from tests.support.twin import ditching, gradients, twin_loss, worst_difference
 
 SPREAD = {"context_normalize": "mean", "gradient_weight": 4.0}
+
+
+def streaming_on(model, **settings):
+    return Streaming(model, StreamingConfig(sequence_chunk_size=4, **settings))
+
+
 NAMES = ["llama", "gemma2", "mixtral", "gpt2", "opt", "bert", "bart"]
 
 
@@ -141,14 +150,16 @@ def test_gradients_pass_through_4bit_weights(quantised_llama, evaluated):
 
 
 def test_weights_that_an_evaluation_has_repacked_are_refused(quantised_llama):
+    """As bitsandbytes does on CPUs with AVX512-BF16; here on all of them, by what it leaves on a layer."""
     model = quantised_llama(torch.bfloat16)
-    layers = [module for module in model.modules() if vars(module).get("support_avx512bf16_for_cpu")]
-    if not layers:
-        pytest.skip("bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only")
-    seeking_on(model).remove()
+    layers = [module for module in model.modules() if "support_avx512bf16_for_cpu" in vars(module)]
+    for module in layers:
+        module.support_avx512bf16_for_cpu = True
+    seeking = seeking_on(model)
+    assert layers and not any(module.support_avx512bf16_for_cpu for module in layers)
+    seeking.remove()
     assert all(module.support_avx512bf16_for_cpu for module in layers)  # removed without a trace
-    with torch.no_grad():
-        model.eval()(**batch_for(model))
+    layers[-1].weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UnsupportedModelError, match="repacked"):
         seeking_on(model)
 
@@ -325,9 +336,17 @@ def test_autocast_is_as_near_to_float32_as_bfloat16_allows(name, checkpointing):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
 def test_scoring_runs_under_autocast(name, chunk, scorer):
     model, batch, _ = model_and_batch(name, dtype=torch.float32)
+    real = batch["attention_mask"].bool()
+
+    def scores():
+        with seeking_on(model, token_scorer=scorer, context_chunk_size=chunk, **SPREAD) as seeking:
+            return seeking.inspect(dict(batch)).values["decoder"][real].double()
+
+    expected = scores()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        taken = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, **SPREAD)
+        taken, found = take_step(model, batch, token_scorer=scorer, context_chunk_size=chunk, **SPREAD), scores()
     assert all(torch.isfinite(g).all() for g in taken.gradients.values())
+    assert 0 < (found - expected).norm() <= RELATIVE[torch.bfloat16] * expected.norm()
 
 
 # -- batches without anything to learn -------------------------------------------------------------------------------
@@ -381,6 +400,27 @@ def test_casts_made_without_gradient_are_not_reused():
         torch.clear_autocast_cache = original
     assert cleared
     assert taken.gradients.keys() == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [partial(seeking_on, token_scorer="gradient"), streaming_on, partial(streaming_on, stream_order="layers")])
+def test_casts_are_gone_before_what_follows_the_pass_without_gradient(make, monkeypatch):
+    """A head that runs with gradient, or another call of the model in the same autocast, finds no weights that were cast without one."""
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+    happened, original = [], torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (happened.append("cleared"), original()))
+    with make(model) as method, torch.autocast("cpu", torch.bfloat16):
+        method.listeners.add(Casting(happened))
+        model.model(**{name: value for name, value in batch.items() if name != "labels"})
+        before = list(happened)  # autocast clears them at its end, too
+    assert before[-2:] == ["cleared", "context ended"]
+
+
+class Casting(Listener):
+    def __init__(self, happened):
+        self.happened = happened
+
+    def context_ends(self):
+        self.happened.append("context ended")
 
 
 @pytest.mark.parametrize("scorer", ["combined", "context", "gradient", "random", "loss", "true_gradient"])

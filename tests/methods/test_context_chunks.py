@@ -176,9 +176,19 @@ def test_the_peak_is_what_it_was(monkeypatch):
     config = SHAPES["Llama-3.2-1B"]()
     config.num_hidden_layers = 8
 
+    widths = []
+
+    def noted(spans, *args):
+        widths.append(spans["decoder"].index.shape[1])
+        return ContextPass(spans, *args)
+
+    monkeypatch.setattr(context, "ContextPass", noted)
+
     def peak():
-        return trace_causal_lm_step(config, 160, strategy=StreamingConfig(sequence_chunk_size=32)).peak_bytes
+        widths.clear()
+        return trace_causal_lm_step(config, 160, strategy=StreamingConfig(sequence_chunk_size=32)).peak_bytes, max(widths)
 
     together = peak()
     monkeypatch.setattr(chunk_stream, "CONTEXT_TOKENS", 1)
-    assert peak() == together
+    one_by_one = peak()
+    assert together[0] == one_by_one[0] and (together[1], one_by_one[1]) == (64, 32)

@@ -121,6 +121,20 @@ def test_the_pooled_position_is_kept_whatever_its_score(name, side):
     assert_equal_step(taken, loss, expected, dtype)
 
 
+@pytest.mark.parametrize("pool", ["labels", "all"])
+@pytest.mark.parametrize("scorer", ["gradient", "combined", "context", "random"])
+@pytest.mark.parametrize(
+    "head, name", [("sequence_classification", "bert"), ("sequence_classification", "llama"), ("question_answering", "bert")]
+)
+def test_a_loss_of_rows_chooses_among_all_tokens(head, name, scorer, pool):
+    """Its label is that of the row: no token has one of its own, whatever the pool, and whenever the choice is made."""
+    model, batch, _ = model_and_batch(name, head=head)
+    taken = take_step(model, batch, token_scorer=scorer, select_from=pool)
+    assert taken.selection["decoder"].counts == (5, 4)
+    with seeking_on(model, token_scorer=scorer, select_from=pool) as seeking:
+        assert seeking.inspect(dict(batch)).selection["decoder"].counts == (5, 4)
+
+
 @pytest.mark.parametrize("name, side", QUESTION)
 def test_start_and_end_are_kept_whatever_their_score(name, side):
     model, batch, dtype = model_and_batch(name, side, "question_answering")

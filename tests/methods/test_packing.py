@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hf_memtune.architectures import describe
+from hf_memtune.methods.attention.batch import BodyCall
 from tests.support.composition import checkpointed
 from tests.support.packing import packed_batch, unpacked
 from tests.support.scores import column_sums, scores_seen
@@ -24,6 +26,43 @@ def test_all_tokens_kept_is_plain_training(name, chunk, ratio):
     expected = gradients(model, loss)
     taken = take_step(model, batch, token_ratio=ratio, context_chunk_size=chunk)
     assert_equal_step(taken, loss.detach(), expected, torch.float64, float32_inside=True)  # transformers' loss is in float32
+
+
+LENGTHS = {
+    "cu_seq_lens_q": torch.tensor([0, 5, 8], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 5, 8]),
+    "max_length_q": 5,
+    "max_length_k": 5,
+}
+RESTARTING, COUNTING, JUMPING = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]), torch.arange(8), torch.tensor([0, 1, 2, 3, 100, 101, 102, 103])
+ONE, TWO = None, [0] * 5 + [1] * 3
+
+
+@pytest.mark.parametrize(
+    "kernel, positions, more, expected",
+    [
+        ("flash_attention_2", RESTARTING, {}, TWO),
+        ("flash_attention_2", RESTARTING, {"attention_mask": torch.ones(1, 8)}, TWO),  # which its mask function makes None of
+        ("flash_attention_2", JUMPING, {}, ONE),  # a sequence begins at the lowest position, and nowhere else
+        ("flash_attention_2", COUNTING, LENGTHS, TWO),
+        ("flash_attention_2", COUNTING, LENGTHS | {"max_length_k": None}, ONE),  # lengths count where all of them are given
+        ("flash_attention_2", COUNTING, {}, ONE),
+        ("sdpa", RESTARTING, {}, TWO),
+        ("sdpa", RESTARTING, {"attention_mask": torch.ones(1, 8)}, ONE),
+        ("sdpa", JUMPING, {}, [0] * 4 + [1] * 4),
+        ("sdpa", COUNTING, LENGTHS, ONE),
+    ],
+)
+def test_sequences_are_told_apart_as_the_kernel_of_the_model_does(kernel, positions, more, expected):
+    """transformers 5.23: `_flash_attention_forward` and `flash_attention_mask` for flash, `_preprocess_mask_arguments` for the others."""
+    model = tiny_model("llama")
+    model.config._attn_implementation_internal = kernel
+    inputs = {"input_ids": torch.arange(8)[None], "position_ids": positions[None], "use_cache": False, **more}
+    segments = BodyCall(describe(model), model.model.forward, (), inputs).decoder.segments
+    if expected is None:
+        assert segments is None or len(segments.unique()) == 1
+    else:
+        assert (segments - segments.min()).tolist() == [expected]
 
 
 @pytest.mark.parametrize("scorer", ["combined", "random"])

@@ -1,9 +1,12 @@
 """Llama 4 scales queries by their positions, which it counts from the first token it is given: here, from the first of the row."""
 
+import copy
+
 import pytest
 import torch
 
 from hf_memtune.methods.attention import routing
+from tests.support.scores import column_sums, scores_seen
 from tests.support.stepping import (
     assert_equal_step,
     has_float32_inside,
@@ -14,7 +17,7 @@ from tests.support.stepping import (
     take_step,
     token_twin,
 )
-from tests.support.tolerances import NOTICED, RELATIVE
+from tests.support.tolerances import NOTICED, RELATIVE, tolerance
 from tests.support.twin import worst_difference
 
 LENGTHS = (24, 19)
@@ -50,10 +53,19 @@ def test_token_seeking_equals_its_twin(chunk):
     assert_equal_step(taken, loss, expected, dtype, has_float32_inside("llama4"))
 
 
-def test_scores_are_those_of_whole_rows():
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_scores_are_those_of_the_models_own_attention(chunk):
     model, batch, _ = scaled(2)
-    whole, chunked = (take_step(model, batch, context_chunk_size=chunk).kept["decoder"] for chunk in (512, 5))
-    assert torch.equal(whole, chunked)
+    real = batch["attention_mask"].bool()
+    eager = copy.deepcopy(model).eval()
+    eager.set_attn_implementation("eager")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        attentions = eager(**inputs, output_attentions=True).attentions
+    expected = column_sums(attentions[-1], real)[real]
+    found = scores_seen(model, batch, "context_score", context_chunk_size=chunk)["decoder"]["context_score"][real]
+    assert ((found - expected).norm() / expected.norm()).item() <= tolerance(torch.float64, float32_inside=True)
+    assert ((column_sums(attentions[0], real)[real] - expected).norm() / expected.norm()).item() > NOTICED  # of another layer
 
 
 @pytest.mark.parametrize("token_gradient", ["stream", "skip"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import pretended_cuda
+from tests.support.patience import PROGRAM
 from tests.support.pretended_run import CASES
 
 TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 3e-2}
@@ -26,7 +27,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     except RuntimeError as error:
         pytest.skip(f"no device can be pretended here: {error}")
     command = [sys.executable, "-m", "tests.support.pretended_run"]
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PROGRAM)
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"')]
     return {line.get("case", "refused"): line for line in lines}

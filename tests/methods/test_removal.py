@@ -246,7 +246,7 @@ def test_a_second_method_is_refused_and_the_first_stays(first):
         for second in METHODS:
             with pytest.raises(ConfigError, match="is on this model already"):
                 METHODS[second](model)
-        assert traces(model) == on and registered() == known
+        assert traces(model) == on and registered() <= known
         step_on(model, installed, batch)
     assert traces(model) == before and registered() <= names
     METHODS["streaming"](model).remove()
@@ -347,7 +347,7 @@ def test_a_call_whose_output_is_dropped_leaves_nothing(name, method, use):
         stored = Stored()
         installed.listeners.add(stored)
         held = take()
-        assert stored.tensors and stored.alive or use == "own loss"
+        assert stored.tensors and (stored.alive or use == "own loss")
         del held
         assert not stored.alive
 

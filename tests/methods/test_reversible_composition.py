@@ -17,7 +17,7 @@ from tests.support.reversible_models import (
     step,
     twin,
 )
-from tests.support.tolerances import NOTICED, RELATIVE, tolerance
+from tests.support.tolerances import NOTICED, close, tolerance
 from tests.support.twin import worst_difference
 
 
@@ -60,9 +60,9 @@ def test_adapters_beside_experts(coupling):
     """An MLP of experts returns what its router found, too (gpt-oss)."""
     model, batch = model_and_batch("gpt-oss")
     handle = reversible_of(model, coupling, "exact")
-    found = step(model, batch)[1]
-    assert found and all(ADAPTERS in name and gradient.norm() > 0 for name, gradient in found.items())
-    handle.restore()
+    ours, theirs = both_steps(model, batch, handle)
+    assert_equal_steps(ours, theirs)
+    assert ours[1] and all(ADAPTERS in name and gradient.norm() > 0 for name, gradient in ours[1].items())
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -164,9 +164,26 @@ def test_checkpointing_that_is_on_stays_out_of_the_way(name):
 
 def test_hidden_states_are_the_newest_stream():
     model, batch = model_and_batch("llama", dropout=0.0)
-    reversible_of(model, "centred", "float")
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    handle = reversible_of(model, "centred", "float", adapter_rank=0, reversible_scale=0.25)
     hidden = model(**batch, output_hidden_states=True).hidden_states
-    assert len(hidden) == 4 and all(isinstance(state, torch.Tensor) and state.shape == hidden[0].shape for state in hidden)
+    assert len(hidden) == 4 and torch.equal(hidden[0], embedded)
+    handle.restore()
+    layers, newest, older = model.model.layers, embedded, embedded
+    seen = {"position_embeddings": model.model.rotary_emb(embedded, torch.arange(embedded.shape[1])[None])}
+    seen["attention_mask"] = causal_and_padded(batch["attention_mask"], embedded.dtype)
+    for layer, state in zip(layers[:-1], hidden[1:-1]):  # the last one is what the norm makes of it
+        newest, older = 0.25 * older + 1.25 * layer(newest, **seen) - 0.5 * newest, newest
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(state[real], newest[real], **close(torch.float64))
+        assert (state[real] - older[real]).abs().max() > NOTICED
+
+
+def causal_and_padded(mask, dtype):
+    """(B, 1, T, T): -inf where a key comes later, or is padding."""
+    length = mask.shape[1]
+    sees = torch.ones(length, length).tril().bool() & mask[:, None, None, :].bool()
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -202,8 +219,8 @@ def test_a_copy_is_reversible_by_itself():
     before = step(twice, batch)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()
+            parameter.mul_(0.5)
     assert_equal_steps(step(twice, batch), before)
+    assert worst_difference(step(model, batch)[1], before[1]) > NOTICED
     handle.restore()
     assert_equal_steps(step(twice, batch), before)
-    assert RELATIVE[torch.float64] < NOTICED

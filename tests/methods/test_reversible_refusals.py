@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from hf_memtune import ConfigError, InverseError, ReversibleConfig, StreamOverflowError, UnsupportedModelError
 from hf_memtune.methods.reversible.handle import make_reversible
@@ -26,6 +26,19 @@ def refused(model, coupling="centred", match=None, **changed):
 @pytest.mark.parametrize("name, key", [("opt", "layerdrop"), ("bart", "encoder_layerdrop"), ("bart", "decoder_layerdrop")])
 def test_layerdrop_is_refused(name, key):
     refused(model_of(name, **{key: 0.1}), match=f"{key}=0.1: layers are left out at random")
+
+
+def test_adapters_that_peft_put_in_without_a_wrapper_are_refused():
+    """They would be frozen without a word. Siblings: without adapters of ours, and with a wrapper, they learn."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = model_of("llama")
+    model.add_adapter(lora)
+    refused(model, match="put in by add_adapter.*get_peft_model")
+    reversible_of(model, "centred", adapter_rank=0)
+    wrapped = get_peft_model(model_of("llama"), lora)
+    reversible_of(wrapped, "centred")
+    for each in (model, wrapped):
+        assert any(p.requires_grad for name, p in each.named_parameters() if "lora_" in name)
 
 
 def test_router_losses_are_refused():

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -10,16 +11,18 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
+from transformers import AttentionInterface
 
 from hf_memtune import ConfigError, MemTuneError, Streaming, StreamingConfig, UnsupportedModelError
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.methods.attention.passes import ChunkPass, StreamPass
+from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from hf_memtune.settings.streaming import STREAM_ORDERS
 from tests.support.composition import with_lora
 from tests.support.removal import registered, traces
-from tests.support.stepping import loss_of, model_and_batch, plain_twin, seek_in_stream, seeking_on, stream
+from tests.support.stepping import assert_equal_step, loss_of, model_and_batch, plain_twin, seek_in_stream, seeking_on, stream
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -404,11 +407,59 @@ def test_a_batch_without_labels_has_logits_and_no_loss():
 
 
 def test_positions_without_a_batch_dimension_are_those_of_every_row():
-    model, batch, _ = model_and_batch("gpt2", lengths=(13, 13))
-    positions = torch.arange(13)
+    model, batch, dtype = model_and_batch("gpt2", lengths=(13, 13))
+    positions = torch.arange(13).flip(0)
     with_mask = {k: v for k, v in batch.items() if k != "position_ids"}
-    flat, shaped = (stream(model, with_mask | {"position_ids": given}, 5) for given in (positions, positions[None]))
-    assert flat.loss == shaped.loss
+    loss, expected = plain_twin(model, with_mask | {"position_ids": positions[None]})
+    for given in (positions, positions[None]):
+        assert_equal_step(stream(model, with_mask | {"position_ids": given}, 5), loss, expected, dtype)
+    assert worst_difference(stream(model, with_mask, 5).gradients, expected) > NOTICED  # without any, they count up
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_3"])
+@pytest.mark.parametrize("method", [streaming_on, seeking_on])
+def test_sinks_that_the_kernel_in_place_does_not_know_are_refused(method, kernel):
+    """sdpa, which runs in place of flash and flex, would leave them out without a word. Eager attention has them."""
+    model, _, _ = model_and_batch("gpt-oss")
+    method(model).remove()
+    model.config._attn_implementation_internal = kernel
+    before = traces(model)
+    with pytest.raises(UnsupportedModelError, match=f"got '{kernel}' on a model with attention sinks.*attn_implementation='eager'"):
+        method(model)
+    assert traces(model) == before
+
+
+def test_flash_attention_on_float32_weights_is_probed_without_it(monkeypatch):
+    """It takes them under autocast alone, as training does and the probe does not."""
+
+    def flash(module, query, *args, **kwargs):
+        if query.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = stream(model, batch, 5)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stream(model, batch, 5)
+    assert worst_difference(found.gradients, expected.gradients) == 0 and model.config._attn_implementation == "flash_attention_2"
+    with pytest.raises(RuntimeError, match="fp16 and bf16"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "plain", lambda self: nullcontext())
+        streaming_on(model)
+
+
+def test_a_head_that_somebody_runs_another_forward_in(monkeypatch):
+    """Its logits are not those of its weight and bias, by which losses are taken of a plain one."""
+    model, batch, _ = model_and_batch("llama")
+    plain = own_step(model, batch)
+    model.lm_head.forward = lambda hidden: 3 * torch.nn.functional.linear(hidden, model.lm_head.weight)
+    loss, expected = own_step(model, batch)
+    for on in (streaming_on, partial(seeking_on, token_ratio=0.999)):
+        with on(model):
+            found_loss, found = own_step(model, batch)
+        assert worst_difference(found, expected) <= 1e-5 and abs(found_loss - loss) <= 1e-5 * loss
+    assert worst_difference(plain[1], expected) > NOTICED and abs(plain[0] - loss) > NOTICED
 
 
 # -- padding that sees nothing -------------------------------------------------------------------------------------------

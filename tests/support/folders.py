@@ -15,7 +15,7 @@ from tests.support import patience
 ROOT = Path(__file__).resolve().parents[2]
 
 
-WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem".split()
+WORDS = "add name list the a of three colours red green blue numbers one two good bad film sun sea write about short poem is are".split()
 
 
 CHAT = (

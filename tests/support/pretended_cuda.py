@@ -33,15 +33,14 @@ SYNCS: Counter = Counter()
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Variables to start a process with. Raises RuntimeError where the device cannot be made: no compiler, or another torch."""
+    """Variables to start a process with. Raises RuntimeError where the device cannot be made: no compiler, or a torch with CUDA."""
     compiler, torch_folder, made = shutil.which("g++"), Path(torch.__file__).parent, folder / "pretended_cuda.so"
     if compiler is None or sys.platform != "linux" or torch.version.cuda is not None:
         raise RuntimeError("needs g++, Linux, and a torch without CUDA of its own")
     include, libraries = torch_folder / "include", torch_folder / "lib"
     command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O0", Path(__file__).with_suffix(".cpp"), f"-I{include}", f"-L{libraries}"]
     built = subprocess.run([*command, "-lc10", "-ltorch_cpu", "-o", made], capture_output=True, text=True)
-    if built.returncode:
-        raise RuntimeError(f"does not compile against torch {torch.__version__}: {built.stderr[-500:]}")
+    assert not built.returncode, f"does not compile against torch {torch.__version__}: {built.stderr[-500:]}"
     return os.environ | {"LD_PRELOAD": str(made), "LD_LIBRARY_PATH": str(libraries)}
 
 

@@ -106,7 +106,7 @@ def test_the_tolerance_is_that_of_another_order_of_summation(name, make):
     model = make()
     model.set_attn_implementation("eager")
     limit = ROUGHER.get(name, OF_THE_UPDATE)
-    assert limit / 30 < run(name, model=model).distance(plain(name)) <= limit
+    assert run(name, model=model).distance(plain(name)) <= limit
 
 
 @pytest.mark.parametrize("name", ["sft", "sft-saving", "dpo-lora", "grpo", "reward", "distillation"])

@@ -179,7 +179,7 @@ def test_logs_count_the_tokens(tmp_path):
     assert entry["tokens_kept"] == sum(budget(length, 0.35) for length in lengths)
     assert 0 < entry["tokens_learned"] <= entry["tokens_kept"]
     assert entry.keys() >= KEYS
-    assert entry["resident_bytes"] > 2**26 and 0 < entry["step_seconds"] < 60
+    assert entry["resident_bytes"] > 2**26 and entry["step_seconds"] > 0
 
 
 def test_a_plain_trainer_logs_memory_too(tmp_path):
@@ -204,9 +204,23 @@ def test_fewer_tokens_take_less_memory(tmp_path):
     assert peak(token_ratio=0.1) < 0.6 * peak(**off)
 
 
+class Draws(TrainerCallback):
+    """What a callback does that changes a run."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.rand(1)
+
+
 def test_tracing_does_not_change_a_run(tmp_path):
-    traced, untraced = (train(llama(), arguments(tmp_path, memory_trace_steps=n), ROWS) for n in (1, 0))
+    """Of a model with dropout, whose masks any number that is drawn would change."""
+
+    def run(traced, *callbacks):
+        model = llama(attention_dropout=0.2)
+        return train(model, arguments(tmp_path, memory_trace_steps=traced), ROWS, callbacks=list(callbacks))
+
+    traced, untraced = run(1), run(0)
     assert same_parameters(traced, untraced)
+    assert not same_parameters(run(0, Draws()), untraced)
 
 
 def test_logging_outside_training_works(tmp_path):

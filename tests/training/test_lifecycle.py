@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Trainer, Trai
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_memtune import MemEfficientTrainer
+from hf_memtune.core.selection import budget
 from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
@@ -49,7 +50,7 @@ def test_evaluation_and_prediction_are_plain_forwards(tmp_path):
     twin = PlainTwin(tmp_path)
     trainer = trainer_for(
         llama(),
-        arguments(tmp_path, per_device_eval_batch_size=5),
+        arguments(tmp_path, per_device_eval_batch_size=5, train_sampling_strategy="sequential"),
         ROWS,
         callbacks=[twin],
         compute_metrics=token_accuracy,
@@ -58,7 +59,9 @@ def test_evaluation_and_prediction_are_plain_forwards(tmp_path):
     twin.trainer = trainer
     trainer.train()
     assert twin.compared == 2
-    assert trainer.last_selection.counts != tuple([16] * 8)  # the steps between did drop tokens
+    real = [len(row["input_ids"]) for row in ROWS[8:16]]
+    assert trainer.last_selection.counts == tuple(budget(length, 0.35) for length in real)  # the steps between did drop tokens
+    assert all(count < length for count, length in zip(trainer.last_selection.counts, real))
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

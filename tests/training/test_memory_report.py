@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from hf_memtune import MemEfficientTrainer, MemTuneError
 from hf_memtune.forecast.estimate import estimate
@@ -19,25 +20,32 @@ PLAIN = {"token_seeking": False, "token_ratio": None, "context_normalize": None,
 
 
 def with_lora():
-    return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    """With dropout, whose masks any number that is drawn would change."""
+    return get_peft_model(llama(attention_dropout=0.2), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+class Draws(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.rand(1)
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     """A run with LoRA and checkpointing, its report, and the same run without one."""
-    runs = []
-    for reports in (True, False):
-        torch.manual_seed(0)
-        folder = tmp_path_factory.mktemp("run")
-        args = arguments(folder, memory_report=reports, gradient_checkpointing=True, memory_trace_steps=1, **PLAIN)
-        runs.append(train(with_lora(), args, ROWS))
-    return runs
+    return [report_or_not(tmp_path_factory.mktemp("run"), reports) for reports in (True, False)]
 
 
-def test_it_is_written_and_changes_nothing(reported):
+def report_or_not(folder, reports, **more):
+    torch.manual_seed(0)
+    args = arguments(folder, memory_report=reports, gradient_checkpointing=True, memory_trace_steps=1, **PLAIN)
+    return train(with_lora(), args, ROWS, **more)
+
+
+def test_it_is_written_and_changes_nothing(reported, tmp_path):
     """Tracing and estimating leave the run as it was, and without the setting there are no files."""
     with_report, without = reported
     assert same_parameters(with_report, without) and with_report.losses == without.losses
+    assert not same_parameters(report_or_not(tmp_path, False, callbacks=[Draws()]), without)
     folders = [run.trainer.args.output_dir for run in reported]
     plain = json.loads(open(f"{folders[0]}/{FILES[0]}").read())
     assert MemoryAccount.from_dict(plain["measured"]) == with_report.trainer.report_callback.report.measured

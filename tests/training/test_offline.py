@@ -43,7 +43,8 @@ class Recording(MemEfficientTrainer):
 
     def training_step(self, model, inputs, *args):
         if not hasattr(self, "compared"):
-            self.compared = []
+            self.compared, self.batches = [], []
+        self.batches.append(inputs)
         self.compared.append((self.strategy_callback.offline.lookup(inputs), self.strategy_callback.strategy.inspect(dict(inputs)).values))
         return super().training_step(model, inputs, *args)
 
@@ -126,9 +127,8 @@ def test_scores_are_those_the_step_would_take_with_the_first_weights(tmp_path, n
     rows = ROWS if head != "sequence_classification" else [row | {"labels": n % 3} for n, row in enumerate(ROWS)]
     model = tiny_model(name, head, dtype=torch.float64)
     run = once(tmp_path, rows=rows, model=model, cls=Recording, learning_rate=0.0, per_device_eval_batch_size=3)
-    for ours, theirs in run.trainer.compared:  # batches of 3 were scored, batches of 8 are trained on: other padding
-        real = ours["decoder"] != 0
-        torch.testing.assert_close(ours["decoder"][real], theirs["decoder"][real].float(), **close(torch.float32))
+    for (ours, theirs), batch in zip(run.trainer.compared, run.trainer.batches):  # 3 rows were scored, 8 are trained on: other padding
+        assert_same_scores(ours["decoder"], theirs["decoder"], batch["attention_mask"].bool())
     assert len(run.trainer.compared) == 2
 
 
@@ -136,9 +136,16 @@ def test_pairs_are_found_again_under_other_padding(tmp_path):
     """Rows of the encoder and of the decoder are padded apart, and a decoder without a mask shows its padding in the labels alone."""
     rows = [a | {"labels": b["input_ids"]} for a, b in zip(ROWS, text_rows(16, seed=4))]
     run = once(tmp_path, rows=rows, model=tiny_model("bart", "seq2seq"), cls=Recording, learning_rate=0.0, per_device_eval_batch_size=3)
-    for ours, theirs in run.trainer.compared:
-        real = ours["encoder"] != 0
-        torch.testing.assert_close(ours["encoder"][real], theirs["encoder"][real].float(), **close(torch.float32))
+    for (ours, theirs), batch in zip(run.trainer.compared, run.trainer.batches):
+        assert_same_scores(ours["encoder"], theirs["encoder"], batch["attention_mask"].bool())
+        assert_same_scores(ours["decoder"], theirs["decoder"], batch["labels"] != -100)
+    assert len(run.trainer.compared) == 2
+
+
+def assert_same_scores(found, expected, real):
+    """Of real tokens; and that they are no constant, which any order of tokens would pass for."""
+    assert found.shape == real.shape and found[real].std() > 0
+    torch.testing.assert_close(found[real], expected[real].float(), **close(torch.float32))
 
 
 def test_scores_are_taken_in_the_precision_of_training(tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer
 
 from hf_memtune import MemEfficientMixin, MemEfficientTrainer, MemTuneError
@@ -91,6 +93,29 @@ def test_halves_of_the_best_tokens_learn_what_as_many_rows_at_a_time_learn(tmp_p
     assert halved.trainer.halving.rows_at_most == 2
     assert worst_step(halved, cut) <= EXACT < NOTICED < worst_step(halved, whole)
     assert halved.losses == pytest.approx(cut.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "streaming", "seeking"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("holds", [False, True])
+def test_what_failed_is_gone_before_the_halves_run(tmp_path, monkeypatch, case, where, holds):
+    """Sibling: an error that is held holds its frames, and they the activations of the whole beside those of a half."""
+    make, fixed, rows = CASES[case]
+    model, seen, alive, errors = small(make(), 4, where), [], [], []
+    if holds:
+        monkeypatch.setattr(halving, "first_line", lambda error: errors.append(error) or str(error))
+    else:
+        monkeypatch.setattr(halving, "clear_device_cache", clear_device_cache)
+
+    def look(module, inputs, output):
+        if torch.is_grad_enabled():
+            seen.append(StorageWeakRef(output.untyped_storage()))
+            alive.append(sum(not each.expired() for each in seen[:-1]))
+
+    model.transformer.h[0].ln_1.register_forward_hook(look)
+    train(model, arguments(tmp_path, **SEQUENTIAL, **(fixed | {"max_steps": 1, "gradient_accumulation_steps": 1})), rows)
+    assert len(alive) >= 3 and (max(alive) > 0) is holds
+    errors.clear()
 
 
 def test_a_mean_of_halves_without_their_shares_is_noticed(tmp_path, monkeypatch):

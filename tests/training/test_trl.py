@@ -88,8 +88,13 @@ def test_it_learns_as_under_the_plain_trainer(tmp_path, tokenizer):
 def test_conversations_of_text(tmp_path, tokenizer):
     """From prompt and completion to labels by trl itself."""
     pairs = [{"prompt": "w7 w8 w9 ", "completion": " ".join(f"w{10 + (n * 3 + k) % 40}" for k in range(8))} for n in range(16)]
-    run = sft(tmp_path, tokenizer, rows=Dataset.from_list(pairs), select_from="labels")
-    assert len(run.losses) == 2 and all(loss > 0 for loss in run.losses)
+    rows = Dataset.from_list(pairs)
+    among_labels = sft(tmp_path, tokenizer, rows=rows, select_from="labels")
+    nearly_all = sft(tmp_path, tokenizer, rows=rows, token_ratio=0.99)
+    logs = [run.trainer.state.log_history[0] for run in (among_labels, nearly_all)]
+    assert logs[0]["tokens_learned"] == logs[0]["tokens_kept"] < logs[0]["tokens_seen"]
+    assert 0 < logs[1]["tokens_learned"] < logs[1]["tokens_kept"] == logs[1]["tokens_seen"]  # prompts are seen, and not learned
+    assert len(among_labels.losses) == 2 and all(loss > 0 for loss in among_labels.losses)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.35])

@@ -134,20 +134,22 @@ class BodyCall:
         if given is not None and given.dim() == 3:  # of several axes, of which a fourth one, the first, is that of the text
             given = given[0] if given.shape[0] == 4 else None
         positions = given if given is not None else token_positions(self.architecture, ids, mask, like)
-        segments = None
-        makes_a_mask = is_ready or self.architecture.position_rule == "attention_mask"  # OPT: of ones, where it is given none
-        if given is not None and mask is None and not makes_a_mask and self._packs(like.shape[0]):  # only without a mask do positions pack
-            segments = find_packed_sequence_indices(given.expand(like.shape[0], -1))
         check_rope(self.architecture, like.shape[1])
-        return Rows(like.shape[0], like.shape[1], _padding(mask), positions, segments)
+        padding, segments = _padding(mask), None
+        # OPT makes a mask of ones, where it is given none
+        if given is not None and not is_ready and self.architecture.position_rule != "attention_mask":
+            segments = self._segments(given, mask, padding, like.shape[0])
+        return Rows(like.shape[0], like.shape[1], padding, positions, segments)
 
-    def _packs(self, rows: int) -> bool:
-        """Whether positions that restart tell sequences of a row apart: as in transformers, where the body makes no cache, or by flash attention."""
+    def _segments(self, positions: Tensor, mask: Tensor | None, padding: Tensor | None, rows: int) -> Tensor | None:
+        """(B, T) int64: the sequences that attention tells apart in packed rows; None: each row is one."""
         base = self.architecture.base
         if "flash" in (base.config._attn_implementation or ""):  # None: a model without the interface
-            return rows == 1
+            return flash_segments(positions, self.arguments) if rows == 1 and padding is None else None
         makes_a_cache = self.arguments.get("use_cache", getattr(base.config, "use_cache", False))
-        return not makes_a_cache or (getattr(base, "gradient_checkpointing", False) and base.training)
+        packs = not makes_a_cache or (getattr(base, "gradient_checkpointing", False) and base.training)
+        # only where there is no mask, not even of ones, do positions pack
+        return find_packed_sequence_indices(positions.expand(rows, -1)) if mask is None and packs else None
 
     def input_ids(self, stack: str) -> Tensor | None:
         """(B, T) int64 of a stack, or None where it was given embeddings."""
@@ -251,6 +253,18 @@ def _real_tokens(ready: dict[str, Tensor | None]) -> Tensor | None:
 
 def _is_per_token(value: Any, rows: Rows) -> bool:
     return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] in (1, rows.batch) and value.shape[1] == rows.length
+
+
+def flash_segments(positions: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """(1, T) int64: the sequences of one row for transformers' flash attention; None: one.
+
+    By the lengths where all that belongs to them is given, else by positions: they begin anew at the lowest one, wherever the others jump.
+    """
+    if all(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")):
+        indices, inner = torch.arange(positions.shape[-1], device=positions.device), arguments["cu_seq_lens_q"][1:-1]
+        return torch.searchsorted(inner.to(indices.dtype), indices, right=True)[None] if inner.numel() else None
+    begins = positions == positions.min()
+    return begins.long().cumsum(-1) if is_fake(positions) or int(begins.sum()) > 1 else None
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:

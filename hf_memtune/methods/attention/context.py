@@ -62,3 +62,4 @@ def context_pass(
             into.put(output, spans["decoder"])
             number += count
             count = min(together, until - number)
+    torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted

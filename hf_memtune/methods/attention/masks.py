@@ -20,6 +20,7 @@ from hf_memtune.core.pieces import Piece
 from hf_memtune.methods.attention.spans import Rows, Span, attention_mask
 
 SQUARE = 512  # keys of a square before the chunk
+GROUP = 8  # squares that are asked about together first
 
 
 class Asked:
@@ -73,8 +74,20 @@ def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece]:
     elif is_fake(queries.index):
         yield from _traced(rule, queries, keys, bounds)
     else:
+        bounds = _looked_at(rule, queries, keys, bounds)
         kinds = _kinds(rule, queries, keys, bounds)
         yield from (p for p in (_piece(rule, queries, keys, *b, k) for b, k in zip(bounds, kinds)) if p is not None)
+
+
+def _looked_at(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without squares that no query looks at, as far as whole groups of them show: a window reaches few squares of a long row."""
+    *earlier, own = bounds
+    groups = [earlier[n : n + GROUP] for n in range(0, len(earlier), GROUP)]
+    if len(groups) < 2:
+        return bounds
+    masks = (attention_mask(rule, queries, keys, group[0][0], group[-1][1]) for group in groups)
+    seen = torch.stack([mask.any() for mask in masks]).tolist()
+    return [square for group, any_seen in zip(groups, seen) if any_seen for square in group] + [own]
 
 
 class _Kind(NamedTuple):

@@ -42,10 +42,12 @@ class Places:
 @dataclass(frozen=True)
 class KernelFacts:
     """knows_causal: whether the attention kernel applies a causal mask by itself where it is given none. in_pieces: whether attention to
-    stored keys may go piece by piece (`core.pieces`) in its place."""
+    stored keys may go piece by piece (`core.pieces`) in its place. stands_in: whether layers may be given stand-ins for masks, which
+    are made when attention comes to them."""
 
     knows_causal: bool
     in_pieces: bool
+    stands_in: bool
 
 
 class ModelPass:

@@ -53,19 +53,27 @@ class ChunkPass(ModelPass):
         rule = asked.rule
         if queries is keys and rule not in (causal_mask_function, bidirectional_mask_function):
             self._require_nothing_beyond(rule, queries)
-        if self.takes_pieces and queries is keys and self.stack == "decoder":
+        is_own = queries is keys and self.stack == "decoder"
+        if self.takes_pieces and is_own:
             return asked.stand_in()
         if may_skip and queries.rows.real is None and keys.rows.real is None and queries.rows.segments is None:
             from_the_first = queries.start == 0 and queries.index.shape[1] == keys.visible
             if rule is bidirectional_mask_function or (rule is causal_mask_function and from_the_first and self.kernel.knows_causal):
                 return None
+        if self.stands_in and is_own:
+            return asked.stand_in()
         asked.given = asked.whole
         return asked.given
 
     @property
     def takes_pieces(self) -> bool:
         """Whether attention of the decoder to itself goes piece by piece in this pass."""
-        return self.kernel.in_pieces
+        return self.kernel.in_pieces and self.stands_in
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether layers of the decoder are given stand-ins in this pass: of all masks together only one is then there at a time."""
+        return self.kernel.stands_in
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, attention: Callable, kwargs: dict):
         raise NotImplementedError
@@ -73,7 +81,7 @@ class ChunkPass(ModelPass):
     def prefix_of(self, module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict, owed=None, tokens=None) -> Prefix | None:
         """What a call of the attention is to go through piece by piece; None where it is to go the model's own way."""
         asked = self.asked(mask, "decoder")
-        if asked is None or not asked.stands_in:
+        if asked is None or not asked.stands_in or not self.takes_pieces:
             return None
         if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _ELSEWHERE):
             return None
@@ -113,12 +121,18 @@ class ContextPass(ChunkPass):
         super().__init__(spans, store, places, kernel)
         self.records, self.kept_attention = records, kept_attention
         self._seen: set[int] = set()  # modules whose attention was kept
+        self._encodes = False  # whether the encoder runs in this pass, and not before it
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
-        keys = self.spans[self.places.key_stack(module)]
+        of = self.places.key_stack(module)
+        keys = self.spans[of]
+        self._encodes |= self.stack == "encoder"
+        if of == "encoder" and not self._encodes:  # all tokens of which are there in every pass
+            self.records.attention_call(self, module, query, mask, kwargs)
+            return attention(module, query, key, value, mask, **kwargs)
         self.store.write(id(module), key, value, keys.first, keys.rows.length)
         self.records.attention_call(self, module, query, mask, kwargs)
-        if self.places.key_stack(module) == "decoder":
+        if of == "decoder":
             if (prefix := self.prefix_of(module, query, mask, kwargs)) is not None:
                 found = attend(_as_computed(query), prefix)
                 self._keep(module, found)
@@ -218,7 +232,7 @@ def _computed_again(module: nn.Module, attention: Callable, kwargs: dict, mask, 
 class WholePass(ChunkPass):
     """All tokens at once, through a kernel that a pass can use, storing nothing."""
 
-    takes_pieces = False
+    stands_in = False
 
     def attend(self, module, query, key, value, mask, attention, kwargs):
         return attention(module, query, key, value, mask, **kwargs)
@@ -247,8 +261,8 @@ class StreamPass(ChunkPass):
         self._unseeing: Tensor | None = None
 
     @property
-    def takes_pieces(self):
-        return self.kernel.in_pieces and not self.alone
+    def stands_in(self):
+        return self.kernel.stands_in and not self.alone
 
     def give(self, asked, queries, keys, may_skip):
         given = super().give(asked, queries, keys, may_skip)

@@ -66,6 +66,7 @@ class Router:
         self.active: Pass | None = None
         self.makes_masks = False
         self._kernels: dict[int, str] = {}
+        self._running_again: list[nn.Module] | None = None  # modules that may run a second time for backward
         self.follow_by(None)
         self._configs = architecture.configs()  # looked up once: a recompute must not walk every module again
         # weakly, and with a finalizer: the interfaces live as long as the process, and must not keep a dropped model alive
@@ -83,7 +84,8 @@ class Router:
         """Of the decoder; of hand-written attention nobody knows."""
         by_hand = self.cache is not None and bool(self.cache.by_hand)
         knows_causal = self.kernel(self.architecture.base.config) == "sdpa" and not by_hand
-        return KernelFacts(knows_causal, knows_causal and not self.makes_masks and not (self.cache is not None and self.cache.has_indices))
+        stands_in = not (by_hand or self.makes_masks or (self.cache is not None and self.cache.has_indices))
+        return KernelFacts(knows_causal, knows_causal and stands_in, stands_in)
 
     @contextmanager
     def running(self, active: Pass, cache: Cache | None = None) -> Iterator[None]:
@@ -93,7 +95,7 @@ class Router:
         """
         with ExitStack() as stack:
             stack.enter_context(self.routed(active))
-            for module in self.architecture.base.modules():
+            for module in self._modules():
                 names = list(_checkpointing(module))
                 if (
                     names
@@ -115,6 +117,27 @@ class Router:
                 for name, part in self.architecture.stacks.items():
                     entering = part.module.register_forward_pre_hook(partial(_enter_stack, active, name))
                     stack.callback(entering.remove)
+            yield
+
+    def call_begins(self) -> None:
+        """What may checkpoint its activations is looked up anew, once a call: going through all modules takes longer than a small chunk."""
+        self._running_again = None
+
+    def _modules(self) -> list[nn.Module]:
+        if self._running_again is None:
+            every = self.architecture.base.modules()
+            self._running_again = [module for module in every if _may_run_again(module)]
+        return self._running_again
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """For passes of a probe that are the model's own: sdpa in place of flash attention where weights are in float32, which flash takes under
+        autocast alone, as they may be in training."""
+        wide = next((p.dtype for p in self.architecture.base.parameters() if p.is_floating_point()), None) in (torch.float32, torch.float64)
+        with ExitStack() as stack:
+            for config in self._configs if wide else ():
+                if "flash" in (config._attn_implementation_internal or ""):
+                    stack.enter_context(instance_attribute(config, "_attn_implementation_internal", "sdpa"))
             yield
 
     @contextmanager
@@ -168,6 +191,11 @@ class Router:
 
     def _attention(self, module, query, key, value, attention_mask=None, **kwargs):  # afmoe gives the mask by its name
         kernel = self.kernel(module.config)
+        if kernel == "sdpa" and kwargs.get("s_aux") is not None and (configured := self._kernels.get(id(module.config))) != "sdpa":
+            raise UnsupportedModelError(
+                f"{self.architecture.name}: attn_implementation: got {configured!r} on a model with attention sinks, which sdpa, that would run in its "
+                "place, does not know. Load the model with attn_implementation='eager'."
+            )
         attention = _eager_attention(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
         if kernel == "sdpa" and kwargs.get("position_bias") is None and _is_grouped(module, query, key):
             attention = partial(_by_group, attention)
@@ -197,6 +225,12 @@ def _is_exact(kernel: str | None) -> bool:
     if kernel is None or kernel in _OTHER_KERNELS or kernel.startswith(OWN):
         return True
     return "/" in kernel and any(word in kernel.lower() for word in ("flash", "sdpa", "flex"))
+
+
+def _may_run_again(module: nn.Module) -> bool:
+    """Whether anything is set by which a module would checkpoint its activations, be that on or off, or run by another forward."""
+    own = vars(module)
+    return own.get("_gradient_checkpointing_func") is not None or tables.CHECKPOINTED in module._modules or "forward" in own
 
 
 def _checkpointing(module: nn.Module) -> Iterator[str]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_memtune.architectures.layouts import Layout
 from hf_memtune.architectures.stacks import LayerStack, unwrapped
 from hf_memtune.core.adapter import Adapter
+from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.settings.protocol import filled_in
 from hf_memtune.settings.reversible import ReversibleConfig
 
@@ -120,6 +121,15 @@ def _width(layer: nn.Module, layout: Layout) -> int:
     linear: Any = layer.get_submodule(layout.attention_output)
     width = getattr(linear, "out_features", None) or getattr(linear, "nf", None)  # nf: of GPT-2's Conv1D
     return width if width is not None else linear.get_base_layer().nf
+
+
+def refuse_adapters_without_a_wrapper(model: nn.Module) -> None:
+    """Those that `model.add_adapter` has put in would be frozen, and Trainer cannot resume them."""
+    if model is unwrapped(model) and getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: got PEFT adapters that were put in by add_adapter, beside which adapters of reversible layers (adapter_rank) "
+            "would be all that is trained. Put them in with peft.get_peft_model(model, config), and both are; or set adapter_rank=0."
+        )
 
 
 def freeze_but(model: nn.Module, trained: Iterable[nn.Parameter], undo: ExitStack) -> None:

@@ -22,7 +22,15 @@ from hf_memtune.architectures.stacks import (
 from hf_memtune.core import coupling
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.methods.layer_override import override_of
-from hf_memtune.methods.reversible.adapters import ADAPTERS, Switch, freeze_but, places_of, put_adapters, trained_parameters
+from hf_memtune.methods.reversible.adapters import (
+    ADAPTERS,
+    Switch,
+    freeze_but,
+    places_of,
+    put_adapters,
+    refuse_adapters_without_a_wrapper,
+    trained_parameters,
+)
 from hf_memtune.methods.reversible.layer import ReversibleInStack, ReversibleStack
 from hf_memtune.methods.reversible.start import StartReport, look_at_start
 from hf_memtune.settings.protocol import filled_in
@@ -53,6 +61,8 @@ class ReversibleHandle:
         self.model, self.config, self.switch = model, config.filled(), Switch()
         refuse_what_does_not_run_twice(model)
         refuse_several_devices(model)
+        if self.config.adapter_rank:
+            refuse_adapters_without_a_wrapper(model)
         self.stacks = layer_stacks(model)
         self._counts = [self._count(stack) for stack in self.stacks]
         self.shared = [self._shared(stack, count) for stack, count in zip(self.stacks, self._counts)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.core.reversible import Tape
+from hf_memtune.core.rng import RandomTape
 from hf_memtune.methods.overrides import evaluating
 
 
@@ -39,7 +40,9 @@ class StartReport:
 def look_at_start(handle: Any, batch: dict[str, Tensor]) -> StartReport:
     """Two forwards without dropout, and one forward and backward as in training. Nothing is learned; random numbers go on as before."""
     device = next(handle.model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    tape = RandomTape([device])
+    tape.record("before")
+    with tape.replaying("before"):
         with torch.no_grad(), evaluating(handle.model):
             states, loss = _last_states(handle, batch)
             with handle.off():

@@ -121,9 +121,11 @@ class Choice:
         self._see_rows_of_labels(labelled)
         target = targets(self.call.architecture, self.inputs)
         of_labels = None if target is None else OfTargets(self.call.architecture, self.chooser.facts, target, self.without_labels())
+        if not self.call.architecture.task.loss_per_token:  # the gradient of one position is that of all tokens of its row
+            self._choose(Known(gradient, of_labels), None, gradient)
+            return
         self._choose(Known(gradient, of_labels), labelled, gradient)
-        if self.call.architecture.task.loss_per_token:
-            self._count(learned=(self.decoder.kept_mask() & labelled).sum())
+        self._count(learned=(self.decoder.kept_mask() & labelled).sum())
 
     @property
     def learned(self) -> Tensor:

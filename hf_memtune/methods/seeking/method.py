@@ -243,6 +243,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
 
     def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
         """In place of the body."""
+        self.router.call_begins()
         call = BodyCall(self.architecture, forward, args, kwargs)
         call = encode(call) if self.config.streams else call
         size = self.config.stream_chunk_size

@@ -106,6 +106,7 @@ class LayerStream(ChunkStream):
                 for number, around in enumerate(seen):
                     self._layer_forward(layer, number, around, self._input(layer, around.span))
                 self._layer_done(layer)
+        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         self._require_kept()
 
     def _first_that_learns(self) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_memtune.architectures import is_sharded
 from hf_memtune.core.replay import replayed
-from hf_memtune.errors import ConfigError, UnsupportedModelError
+from hf_memtune.errors import ConfigError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.facts import Facts
@@ -61,12 +61,6 @@ class Streaming(Method[StreamingConfig]):
     def require(self, facts: Facts) -> None:
         super().require(facts)
         self._layers = layers_of(self.router, self._compares, self.config.stream_order)
-        if self.config.keep_attention_outputs and not self.router.kernel_facts.in_pieces:
-            raise UnsupportedModelError(
-                f"{self.architecture.name}: keep_attention_outputs: got True, expected False: its attention is computed by its own kernel "
-                f"({self.architecture.base.config._attn_implementation}), of which only the output is known. Load the model with "
-                "attn_implementation='sdpa', if it can be, or leave keep_attention_outputs out."
-            )
 
     def make_head(self, inputs: dict[str, Any]) -> Head:
         if is_sharded(self._given):
@@ -110,7 +104,7 @@ def means_of(method: Method[Any], head: Head | None) -> Means:
     config = method.config
     host = method.host if config.kv_offload else None
     assert config.stream_chunk_size is not None, "only a method that streams has streams"
-    keeps = config.keep_attention_outputs
+    keeps = config.keeps_attention
     return Means(method.router, config.stream_chunk_size, host, method.sums_dtype, keeps, head is not None, method.listeners)
 
 
