@@ -24,25 +24,27 @@ def problems_of_resuming(training) -> list[str]:
         found, passed = look_for(folder, training.save_only_model)
         what = f"no checkpoint that is complete: {'; '.join(passed)}" if passed else "no checkpoint"
         none = f"resume_from_checkpoint: {str(folder)!r} (output_dir) holds {what}. Leave it out to begin anew."
-        return _problems_of_steps(found, training.max_steps) if found else [none]
+        return _problems_of_steps(found, training) if found else [none]
     try:
         if wanted is not None:
             require_complete(wanted, training.save_only_model)
-            return _problems_of_steps(Path(wanted), training.max_steps)
+            return _problems_of_steps(Path(wanted), training)
     except ConfigError as error:
         return error.problems
     return []
 
 
-def _problems_of_steps(found: Path, max_steps: int) -> list[str]:
+def _problems_of_steps(found: Path, training) -> list[str]:
     """A checkpoint after which nothing is left to train, such as that of a longer run in the same folder."""
-    from hf_memtune.training.checkpoints import steps_of
+    from hf_memtune.training.checkpoints import epochs_of, steps_of
 
-    done = steps_of(found)
-    if max_steps <= 0 or done < max_steps:
+    counts_steps = training.max_steps > 0
+    setting, wanted = ("max_steps", training.max_steps) if counts_steps else ("num_train_epochs", training.num_train_epochs)
+    done = steps_of(found) if counts_steps else epochs_of(found)
+    if done is None or done < wanted:
         return []
-    wrong = f"{str(found)!r} is of step {done}, and max_steps is {max_steps}, so nothing is left to train"
-    return [f"resume_from_checkpoint: {wrong}. Raise max_steps, or name the checkpoint of another run, or another output_dir."]
+    wrong = f"{str(found)!r} is of {'step' if counts_steps else 'epoch'} {done:g}, and {setting} is {wanted:g}, so nothing is left to train"
+    return [f"resume_from_checkpoint: {wrong}. Raise {setting}, or name the checkpoint of another run, or another output_dir."]
 
 
 def warnings_of_other_runs(training) -> list[str]:

@@ -89,6 +89,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     from hf_memtune.cli.data.classes import known_classes, relabelled
     from hf_memtune.cli.data.rows import use_template
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.cli.train import accuracy
     from hf_memtune.training.loss_alone import logits_on_demand
 
     model, data, measuring, _ = settings
@@ -108,14 +109,8 @@ def measured(settings: Settings) -> dict[str, float | int]:
     with_reversible_adapters(loaded, model)
     with TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=measuring.per_device_eval_batch_size, report_to=[])
-        trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=_accuracy if classes else None)
+        trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=accuracy if classes else None)
         whole = classes or args.n_gpu > 1  # of classes logits are looked at; several devices in one process run copies of the model
         with nullcontext() if whole else logits_on_demand(loaded):
             found = trainer.evaluate()
     return {"rows": len(rows), "loss": found["eval_loss"]} | ({"accuracy": found["eval_accuracy"]} if classes else {})
-
-
-def _accuracy(prediction) -> dict[str, float]:
-    from hf_memtune.evaluation import load_metric
-
-    return load_metric("accuracy").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)

@@ -68,7 +68,7 @@ def load_parts(data: GlueArguments) -> dict[str, Any]:
     else:
         files = {"train": ("train_file", data.train_file)}
         files |= {part_name(file): ("validation_file", file) for file in data.validation_file}
-        found = {name: _from_file(*source) for name, source in files.items()}
+        found = {name: _from_file(*source, data.label_column) for name, source in files.items()}
     limits = {name: data.max_train_rows if name == "train" else data.max_eval_rows for name in found}
     return {name: rows if limits[name] is None else rows.select(range(min(limits[name], len(rows)))) for name, rows in found.items()}
 
@@ -81,9 +81,9 @@ def _from_hub(data: GlueArguments, split: str):
         raise ConfigError([f"task_name: {error.problems[0]} {remedy}"]) from error
 
 
-def _from_file(setting: str, file: str):
+def _from_file(setting: str, file: str, label_column: str):
     try:
-        return load_rows(DataSource(dataset_name=file), "train")
+        return load_rows(DataSource(dataset_name=file, label_column=label_column), "train")
     except ConfigError as error:
         raise ConfigError([f"{setting}: {error.problems[0].removeprefix('dataset_name: ')}"]) from error
 
@@ -136,9 +136,16 @@ def _classes(data: GlueArguments, task: GlueTask, parts: dict[str, Any]) -> tupl
         classes = class_names(data, train)
         stored = range(len(classes)) if getattr(train.features[data.label_column], "names", None) else classes
         numbers = {value: number for number, value in enumerate(stored)}
+    named = {name: getattr(rows.features[data.label_column], "names", None) for name, rows in parts.items()}
     wrong = {name: [value for value in rows.unique(data.label_column) if value not in numbers] for name, rows in parts.items()}
     expected = ", ".join(map(str, numbers))
     found = [
+        f"label_column: {name} has the classes {names} in {data.label_column!r}, expected {classes}: the same numbers are others. Store the names as "
+        "text, or in this order."
+        for name, names in named.items()
+        if names is not None and list(names) != list(classes) and set(names) & set(map(str, classes))
+    ]
+    found += [
         f"label_column: {name} has {values[0]!r} in {data.label_column!r}, expected one of: {expected}."
         + (" On the hub, rows of GLUE to be submitted have no labels (-1)." if values[0] == -1 else "")
         for name, values in wrong.items()

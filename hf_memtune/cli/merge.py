@@ -165,20 +165,27 @@ def write(model, merging: Merging) -> None:
 
     The folder is there when all of it is written; where it was there before, its config.json comes last.
     """
+    from hf_memtune.cli.data.classes import CLASSIFIER
+
+    tokenizer = _tokenizer(merging.model_name_or_path, model.name_or_path)
+    padding = None if tokenizer is None else tokenizer.pad_token_id
+    if padding is not None and type(model).__name__.endswith(CLASSIFIER):  # its head looks for the last token that is not this one
+        model.config.get_text_config().pad_token_id = padding
     with whole_folder(merging.output_dir, last="config.json") as folder:
         model.save_pretrained(folder)
-        if not _save_tokenizer((merging.model_name_or_path, model.name_or_path), folder):
+        if tokenizer is None:
             print(f"no tokenizer beside the adapters or the model: {merging.output_dir} has none")
+        else:
+            tokenizer.save_pretrained(folder)
 
 
-def _save_tokenizer(sources: tuple[str, str], folder: Path) -> bool:
-    """Whether one of the sources has one."""
+def _tokenizer(*sources: str):
+    """Of the first source that has one; None where none has."""
     from transformers import AutoTokenizer
 
     for source in sources:
         try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            return True
+            return AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, ImportError):
             continue
-    return False
+    return None

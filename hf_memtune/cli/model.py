@@ -55,10 +55,15 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     """The model with the head of the task. classes: names of the classes, for sequence classification."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from hf_memtune.cli.data.classes import known_classes
+
     auto = AutoModelForCausalLM
     if data.task == "sequence_classification":
         auto = AutoModelForSequenceClassification
         options |= names_of(classes)
+    elif (known := known_classes(model)) is not None:
+        wrong = f"{model.model_name_or_path!r} tells {len(known)} classes apart, and the rows are text without any: its language head would be a new one"
+        raise ConfigError([f"model_name_or_path: {wrong}. Name a language model, or the column of the classes (--label_column)."])
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:
@@ -66,8 +71,8 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model_name_or_path: {_why_not(model.model_name_or_path, data.task, error)}"]) from error
     check_length(loaded, data)
-    if data.task == "sequence_classification" and loaded.config.get_text_config().pad_token_id is None:
-        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # its head looks for the last real token
+    if data.task == "sequence_classification":  # its head looks for the last token that is not this one
+        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
 
 
@@ -139,6 +144,13 @@ def with_adapters(loaded, model: ModelArguments, data: DataSource):
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = model.lora_target_modules
+    names = [name for name, _ in loaded.named_modules()]
+    missing = [] if targets == [ALL_LINEAR] else [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if missing:
+        wrong = f"{type(loaded).__name__} has no module named {', '.join(missing)}"
+        raise ConfigError(
+            [f"lora_target_modules: {wrong}. Expected ends of names such as {names[-1]}, or {ALL_LINEAR} for all linear layers."]
+        )
     config = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,

@@ -110,7 +110,7 @@ def row_of(doc: dict, number: int, name: str, task, tokenizer, max_length: int) 
         raise ConfigError([f"task_name: row {number} of the {name} has no {', '.join(missing)} (null). Leave it out, or write what it is."])
     try:
         requests = task.construct_requests(doc, ctx=task.fewshot_context(doc, 0))
-        prompt, answer = requests[task.doc_to_target(doc)].args
+        prompt, answer = requests[range(len(requests)).index(task.doc_to_target(doc))].args  # -1, of rows without an answer, is none
     except Exception as error:  # whatever a template raises of a row that is not as the task has it
         wrong = f"row {number} of the {name} has no right answer among its choices ({type(error).__name__}: {error})"
         raise ConfigError([f"task_name: {wrong}. Expected rows as {task.config.task} has them on the hub; got {doc}."]) from error

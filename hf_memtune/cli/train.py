@@ -191,4 +191,5 @@ def accuracy(prediction) -> dict[str, float]:
     """Share of rows whose likeliest class is the right one."""
     from hf_memtune.evaluation import load_metric
 
-    return load_metric("accuracy").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+    found = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # some return states, too
+    return load_metric("accuracy").compute(predictions=found.argmax(-1), references=prediction.label_ids)

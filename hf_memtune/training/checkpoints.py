@@ -76,6 +76,11 @@ def steps_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step", 0)
 
 
+def epochs_of(checkpoint: Path) -> float | None:
+    """Epochs that were done then; None where that was not written."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("epoch")
+
+
 def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:
     """Raises ConfigError where a folder that was named is no whole checkpoint."""
     if not Path(checkpoint).is_dir():

@@ -157,8 +157,8 @@ class OfflineScores:
 
     def _fingerprint(self) -> str:
         described = json.dumps(self._description(), sort_keys=True)
-        model = model_fingerprint(self.trainer.model)
-        return hashlib.blake2b(f"{described} {model}".encode(), digest_size=12).hexdigest()
+        models = [self.trainer.model, *([] if (reference := self.seeking.reference_model) is None else [reference])]
+        return hashlib.blake2b(" ".join([described, *map(model_fingerprint, models)]).encode(), digest_size=12).hexdigest()
 
     def _folder(self) -> Path:
         """Where the user said, else beside the data set if that can be written to, else the output folder."""

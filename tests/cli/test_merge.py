@@ -1,6 +1,7 @@
 """`hf-memtune merge`: a LoRA folder becomes a plain model that computes the same."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_what_fails_half_way_leaves_no_model(exists, model, tmp_path, monkeypatc
         (tmp_path / "plain").mkdir()
         (tmp_path / "plain" / ".plain.x1y2z3_a.partial").mkdir()  # of one that was killed: no reason to refuse the folder
     with monkeypatch.context() as patch:
-        patch.setattr("hf_memtune.cli.merge._save_tokenizer", lambda sources, folder: 1 / 0)
+        unsaved = SimpleNamespace(pad_token_id=None, save_pretrained=lambda folder: 1 / 0)
+        patch.setattr("hf_memtune.cli.merge._tokenizer", lambda *sources: unsaved)
         pytest.raises(ZeroDivisionError, main, ["merge", "--model", "run", "--output_dir", "plain"])
     assert not list(tmp_path.glob("**/model.safetensors"))
     assert main(["merge", "--model", "run", "--output_dir", "plain"]) == 0

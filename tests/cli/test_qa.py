@@ -184,6 +184,14 @@ def test_files_that_are_not_of_the_task(model, tmp_path):
     assert "row 0 of the rows to train on has no right answer" in message
 
 
+def test_rows_without_an_answer_do_not_have_the_last_one(model, tmp_path):
+    """-1, as test rows of PIQA have it on the hub."""
+    unlabelled = write_rows(tmp_path / "bad.jsonl", [row | {"label": -1} for row in questions("piqa", 4)])
+    files = ["--train_file", str(unlabelled), "--test_file", str(write_rows(tmp_path / "good.jsonl", questions("piqa", 4)))]
+    (message,) = problems(["--task_name", "piqa", *files, "--model", str(model), "--use_cpu"])
+    assert "row 0 of the rows to train on has no right answer" in message
+
+
 def test_answers_that_are_missing(model, tmp_path):
     """null would be learned as a word; an empty answer has nothing to learn, and is counted."""
     good, (first, *others) = write_rows(tmp_path / "good.jsonl", questions("sciq", 4)), questions("sciq", 4)

@@ -148,6 +148,22 @@ def assert_same_scores(found, expected, real):
     torch.testing.assert_close(found[real], expected[real].float(), **close(torch.float32))
 
 
+def test_scores_beside_another_reference_are_others(tmp_path):
+    """Of the excess loss: the file is that of the trained model and of the one it is compared with."""
+    settings = {
+        "token_scorer": "excess_loss",
+        "context_normalize": None,
+        "seek_schedule": "once",
+        "seek_cache_dir": str(tmp_path / "cache"),
+    }
+    found = []
+    for seed in (1, 2, 1):
+        llama(seed=seed).save_pretrained(reference := tmp_path / f"reference-{seed}")
+        args = arguments(tmp_path / "out", max_steps=1, reference_model=str(reference), **settings)
+        found.append(train(llama(), args, ROWS, Recording).trainer.compared[0][0]["decoder"])
+    assert len(files(tmp_path)) == 2 and torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
 def test_scores_are_taken_in_the_precision_of_training(tmp_path):
     """An adapter's wrapper is what autocasts in training, and inspection goes past it."""
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hf_memtune.cli.arguments import CLASSES, COLUMNS, DataSource, changed
+from hf_memtune.cli.data.mixed import require_one_kind
 from hf_memtune.errors import ConfigError
 
 CHAT, SHAREGPT, COMPLETION, INSTRUCTION, TEXT = "messages", "conversations", "prompt and completion", "instructions", "text"
@@ -18,7 +19,10 @@ def resolved(data: DataSource, columns: list[str]) -> DataSource:
     classifies = {data.text_column or "text", data.label_column} <= set(columns) and not _of_language(columns)
     if classifies and data.text_column is not None and data.label_column not in changed(data, ["label_column"]):
         classifies = False  # a column of text was asked for, and none of classes
-    return replace(data, task=CLASSES if classifies else "causal_lm")
+    found = replace(data, task=CLASSES if classifies else "causal_lm")
+    if idle := [message for message in found.ineffective() if message not in data.ineffective()]:  # others are told of already
+        raise ConfigError([f"{message}, which the columns of these rows are for. Leave it out, or name the task." for message in idle])
+    return found
 
 
 def _of_language(columns: list[str]) -> bool:
@@ -59,6 +63,7 @@ def check_columns(data: DataSource, columns: list[str]) -> None:
         wanted = {"text_column": text_column(data)}
     elif kind == INSTRUCTION:
         wanted = {"instruction_column": data.instruction_column, "output_column": data.output_column}
+        wanted |= {name: getattr(data, name) for name in changed(data, ["input_column"])}
     else:
         wanted = {}
     missing = [
@@ -74,9 +79,10 @@ def class_names(data: DataSource, rows) -> list | None:
     """Every class of the rows, in the order of their numbers; None where the task has none. data: resolved."""
     if data.task != CLASSES:
         return None
-    named = getattr(rows.features[data.label_column], "names", None)
-    found = named or rows.unique(data.label_column)
-    wrong = [label for label in found if not isinstance(label, (int, str))]
+    require_one_kind(rows, data.label_column)
+    named, values = getattr(rows.features[data.label_column], "names", None), rows.unique(data.label_column)
+    found = named or values
+    wrong = [label for label in values if not isinstance(label, (int, str)) or (named and not 0 <= label < len(named))]
     if wrong or len(found) < 2:
         got = f"the value {wrong[0]!r}" if wrong else f"{len(found)} class(es)"
         raise ConfigError([f"label_column: got {got} in {data.label_column!r}, expected whole numbers or names, two or more."])

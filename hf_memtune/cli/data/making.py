@@ -1,11 +1,13 @@
 """One row of each kind as tokens and labels; or the reason why nothing can be learned from it."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource
 from hf_memtune.cli.data.chats import Chat, NotText, chat_tokens, messages_of, tools_of, without_nones
 from hf_memtune.cli.data.kinds import CHAT, COMPLETION, INSTRUCTION, SHAREGPT, TEXT, text_column
+from hf_memtune.cli.data.mixed import written
 
 IGNORED = -100
 PLAIN_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"  # for tokenizers without a chat template
@@ -24,10 +26,10 @@ def dropped_row(reason: str) -> dict:
     return {"input_ids": [], "attention_mask": [], "labels": [], "dropped": reason}
 
 
-def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer) -> dict:
-    """A row of a language model, with the reason, if any, for which it is to be dropped."""
+def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer, mixed: Collection[str] = ()) -> dict:
+    """A row of a language model, with the reason, if any, for which it is to be dropped. mixed: columns of `as_stored`."""
     try:
-        made = _MAKERS[kind](row, data, tokenizer, f"row {number}")
+        made = _MAKERS[kind](written(row, mixed), data, tokenizer, f"row {number}")
     except NotText as reason:
         return dropped_row(str(reason))
     if "dropped" in made:
@@ -63,12 +65,18 @@ def instruction_row(row: dict, data: DataSource, tokenizer, where: str = "") -> 
 def completion_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
     """A prompt and its completion, as texts or as messages; the prompt is masked out of the loss."""
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if isinstance(prompt, list) or isinstance(completion, list):
+        prompt, completion = _turns(prompt, "user"), _turns(completion, "assistant")
         before = messages_of(prompt, f"{where}, prompt")
         chat = Chat([*before, *messages_of(completion, f"{where}, completion")], len(before), tools_of(row, f"{where}, tools"))
         return _chat(chat, data, tokenizer, where) if completion else dropped_row(EMPTY)
     text = as_text(completion)
     return _prompted(as_text(prompt), text, data, tokenizer) if text.strip() else dropped_row(EMPTY)
+
+
+def _turns(given: Any, role: str) -> list:
+    """Messages as they are; a text as what one role says."""
+    return given if isinstance(given, list) else [{"role": role, "content": text}] if (text := as_text(given)) else []
 
 
 def conversation_row(column: str, row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
@@ -90,9 +98,9 @@ _MAKERS = {
 }
 
 
-def classified_row(row: dict, data: DataSource, tokenizer, classes: dict) -> dict:
+def classified_row(row: dict, data: DataSource, tokenizer, classes: dict, mixed: Collection[str] = ()) -> dict:
     """A text and the number of its class."""
-    text = as_text(row[text_column(data)])
+    text = as_text(written(row, mixed)[text_column(data)])
     if not text.strip():
         return {**tokenizer(""), "labels": 0, "dropped": EMPTY}
     tokens = tokenizer(text, truncation=True, max_length=data.max_length)

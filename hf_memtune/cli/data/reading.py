@@ -1,11 +1,13 @@
 """The rows of a data set as they are stored: in a file, a folder of files, a folder of save_to_disk, or on the hub."""
 
 import glob
+import re
 from pathlib import Path
 
 from hf_memtune.cli.arguments import DataSource
 from hf_memtune.errors import ConfigError
 
+_WHOLE, _NUMBER = re.compile(r"-?(0|[1-9]\d*)"), re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -16,14 +18,40 @@ def load_rows(data: DataSource, split: str):
     path = Path(data.dataset_name)
     if found := _problem_of_path(data.dataset_name, path):
         raise ConfigError([found])
+    if data.dataset_config is not None and path.exists():
+        wrong = f"got {data.dataset_config!r}, which chooses on the hub, and {data.dataset_name!r} is a file or a folder here"
+        raise ConfigError([f"dataset_config: {wrong}. Leave it out."])
     try:
         if path.is_file():
-            return _not_empty(datasets.load_dataset(BUILDERS[path.suffix.lower()], data_files=glob.escape(str(path)), split=split), data)
+            kind = BUILDERS[path.suffix.lower()]
+            options = _as_text(path) if kind == "csv" else {}
+            rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
+            return _not_empty(_with_numbers(rows, data.label_column) if kind == "csv" else rows, data)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _not_empty(_saved_rows(datasets.load_from_disk(path), split), data)
         return _not_empty(datasets.load_dataset(data.dataset_name, data.dataset_config, split=split), data)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError([f"dataset_name: {data.dataset_name!r}, split {split!r}: {_cause(error)}"]) from error
+
+
+def _as_text(path: Path) -> dict:
+    """Options to read a csv file as it is written: by themselves 007 would be 7, True a boolean, and None or NA nothing. An empty cell is nothing."""
+    import pandas
+    from datasets import Features, Value
+
+    columns = pandas.read_csv(path, nrows=0).columns
+    return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False, "na_values": [""]}
+
+
+def _with_numbers(rows, column: str):
+    """Labels of a csv file as numbers, where all of them are: they are then classes by number, or values."""
+    from datasets import Value
+
+    values = [value for value in rows.unique(column) if value is not None] if column in rows.column_names else []
+    for kind, form in (("int64", _WHOLE), ("float64", _NUMBER)):
+        if values and all(form.fullmatch(value) for value in values):
+            return rows.cast_column(column, Value(kind))
+    return rows
 
 
 def _problem_of_path(name: str, path: Path) -> str | None:

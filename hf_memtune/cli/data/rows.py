@@ -1,6 +1,8 @@
 """Rows to train on and rows held out, tokenised; what is dropped is counted by its reason."""
 
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import check_columns, class_names, kind_of, resolved
 from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
+from hf_memtune.cli.data.mixed import as_stored
 from hf_memtune.cli.data.reading import load_rows
 from hf_memtune.cli.traps import Lengths
 from hf_memtune.errors import ConfigError
@@ -37,9 +40,7 @@ class Rows:
 def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) -> Rows:
     """Rows to train on and rows held out, tokenised; the former packed where that is asked for. model: whose classes the rows have."""
     train, held_out = _split(data)
-    asked, data = data, resolved(data, train.column_names)
-    if data.task != asked.task and (idle := data.ineffective()):
-        raise ConfigError([f"{message}, which the columns of these rows are for. Leave it out, or name the task." for message in idle])
+    data = resolved(data, train.column_names)
     check_columns(data, train.column_names)
     use_template(data, tokenizer)
     if data.task == CLASSES and model is not None:
@@ -63,16 +64,21 @@ def use_template(data: DataSource, tokenizer) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(data.chat_template_path).chat_template
+        template = AutoTokenizer.from_pretrained(data.chat_template_path).chat_template
     except (OSError, ValueError) as error:
         wrong = f"{data.chat_template_path!r} is neither a Jinja file nor the folder or hub name of a tokenizer ({error})"
         raise ConfigError([f"chat_template_path: {wrong}."]) from error
+    if template is None:
+        wrong = f"the tokenizer of {data.chat_template_path!r} has no chat template"
+        raise ConfigError([f"chat_template_path: {wrong}. Name one that was tuned for chats, or a Jinja file."])
+    tokenizer.chat_template = template
 
 
 def _split(data: DataArguments):
     rows, held_out = load_rows(data, data.dataset_split), None
     if data.eval_split is not None:
         held_out = load_rows(data, data.eval_split)
+        _warn_of_trained(data, rows)
     elif data.eval_fraction:
         if len(rows) < 2:
             raise ConfigError([f"eval_fraction: cannot hold out any of {len(rows)} row(s). Set it to 0."])
@@ -84,24 +90,52 @@ def _split(data: DataArguments):
     return _first(rows, data.max_train_rows), held_out
 
 
+def _warn_of_trained(data: DataArguments, rows) -> None:
+    """Say so where held-out rows are rows to train on, too."""
+    from datasets import ReadInstruction
+
+    sizes = {name: split.num_examples for name, split in (rows.info.splits or {}).items()}
+    try:
+        train, held_out = (ReadInstruction.from_spec(spec).to_absolute(sizes) for spec in (data.dataset_split, data.eval_split))
+    except (ValueError, AssertionError, TypeError):  # of data whose splits have no known sizes
+        return
+    both = sum(max(0, min(a.to, b.to) - max(a.from_, b.from_)) for a in train for b in held_out if a.splitname == b.splitname)
+    if both:
+        warnings.warn(
+            f"eval_split: {both} of the rows of {data.eval_split!r} are trained on, too (dataset_split={data.dataset_split!r}), so their loss is not "
+            "that of rows that were held out. Name parts that do not overlap, such as --dataset_split 'train[200:]' --eval_split 'train[:200]'.",
+            stacklevel=2,
+        )
+
+
 def _first(rows, count: int | None):
     return rows if count is None or count >= len(rows) else rows.select(range(count))
 
 
 def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str = "rows"):
     """Rows as tokens, and how many were dropped for what reason, a Counter. At least one remains. data: resolved. name: of these rows."""
+    rows, mixed = as_stored(rows)
+    options = {"data": data, "tokenizer": tokenizer, "mixed": mixed}
     if classes:
-        options = {"data": data, "tokenizer": tokenizer, "classes": _numbers(rows, data, classes)}
-        done = mapped(rows, classified_row, options)
+        options |= {"classes": _numbers(rows, data, classes)}
+        done = mapped(rows, classified_row, options, features=_features(tokenizer("a"), one_label=True))
     else:
-        options = {"kind": kind_of(data, rows.column_names), "data": data, "tokenizer": tokenizer}
-        done = mapped(rows, language_row, options, with_indices=True)
+        options |= {"kind": kind_of(data, rows.column_names)}
+        done = mapped(rows, language_row, options, with_indices=True, features=_features(("input_ids", "attention_mask")))
     reasons = Counter(reason for reason in done["dropped"] if reason)
     if reasons:
         done = done.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows that teach nothing")
     if not len(done):
         raise ConfigError([_nothing_left(name, reasons, data)])
     return done.remove_columns("dropped"), reasons
+
+
+def _features(names: Iterable[str], one_label: bool = False):
+    """Of tokenised rows: of a thousand that are dropped, with which a file may begin, no type can be told."""
+    from datasets import Features, Sequence, Value
+
+    tokens = {name: Sequence(Value("int64")) for name in names}
+    return Features({**tokens, "labels": Value("int64") if one_label else Sequence(Value("int64")), "dropped": Value("string")})
 
 
 def lengths_of(rows, together: int = 1) -> Lengths:
@@ -119,7 +153,12 @@ def _nothing_left(name: str, reasons: Counter, data: DataSource) -> str:
 
 def _numbers(rows, data: DataSource, classes: list) -> dict:
     """Class number by stored value. Raises ConfigError for a class that the rows to train on lack."""
-    if getattr(rows.features[data.label_column], "names", None):
+    if (names := getattr(rows.features[data.label_column], "names", None)) is not None:
+        if list(names) != list(classes):
+            wrong = (
+                f"held-out rows have the classes {names} in {data.label_column!r}, rows to train on {classes}: the same numbers are others"
+            )
+            raise ConfigError([f"label_column: {wrong}. Store the names as text, or in one order."])
         return {number: number for number in range(len(classes))}
     numbers = {label: number for number, label in enumerate(classes)}
     unknown = [label for label in rows.unique(data.label_column) if label not in numbers]

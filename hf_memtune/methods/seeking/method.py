@@ -94,6 +94,11 @@ class TokenSeeking(Method[TokenSeekingConfig]):
     def _settled(self, config: TokenSeekingConfig) -> TokenSeekingConfig:
         return config if self.architecture.task.loss_per_token else config.for_row_loss()
 
+    @property
+    def reference_model(self) -> nn.Module | None:
+        """The model that token_scorer=excess_loss compares with, or None."""
+        return None if self._reference_loss is None else self._reference_loss.model
+
     def _reference(self, settings: TokenSeekingConfig) -> ReferenceLoss | None:
         """What token_scorer=excess_loss compares with, on the device of the model; None where these settings read no such score."""
         if settings.token_scorer != "excess_loss" or settings.token_selection == "labelled":
@@ -103,7 +108,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         reference = reference_model(name, next(base.parameters()).device)
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
-        return ReferenceLoss(looking, looking.architecture.base.config.get_text_config().vocab_size)
+        return ReferenceLoss(reference, looking, looking.architecture.base.config.get_text_config().vocab_size)
 
     def require(self, facts: Facts) -> None:
         super().require(facts)

@@ -21,8 +21,8 @@ class Looking(Protocol):
 class ReferenceLoss:
     """looking: at the reference model; vocabulary: how many tokens it knows."""
 
-    def __init__(self, looking: Looking, vocabulary: int):
-        self.looking, self.vocabulary = looking, vocabulary
+    def __init__(self, model: nn.Module, looking: Looking, vocabulary: int):
+        self.model, self.looking, self.vocabulary = model, looking, vocabulary
 
     def of(self, arguments: dict[str, Any], labels: Tensor | None) -> Tensor:
         """(B, T) float32: loss of each position's own prediction by the reference model; 0 without a label.

@@ -1,0 +1,224 @@
+"""Texts are learned letter by letter as the file has them, whatever else stands beside them; and what would be learned in their place is refused."""
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import numpy
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hf_memtune.cli import evaluate, train
+from hf_memtune.cli.arguments import DataArguments, DataSource, ModelSource
+from hf_memtune.cli.data import load_rows, prepare, resolved
+from hf_memtune.cli.data.mixed import as_stored, written
+from hf_memtune.cli.glue_data import _classes
+from hf_memtune.errors import ConfigError
+from tests.support.folders import tokenizer, write_rows
+
+ANSWERS = ['{"a": 1}', '["a","b"]', "[1,2]", "42", "1.50", "null", "true", "plain", "-0"]
+ASK, ANSWER = {"role": "user", "content": "name colours"}, {"role": "assistant", "content": "red green"}
+
+
+def data_of(path, **settings):
+    return DataArguments(dataset_name=str(path), **{"eval_fraction": 0} | settings)
+
+
+def read(path):
+    rows, mixed = as_stored(load_rows(DataSource(dataset_name=str(path)), "train"))
+    return [written(row, mixed) for row in rows]
+
+
+# -- mixed types -------------------------------------------------------------------------------------------------------
+
+
+def test_answers_beside_lists_of_parts_are_what_was_written(tmp_path):
+    parts = [{"type": "text", "text": "name colours"}]
+    rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]} for answer in ANSWERS]
+    file = write_rows(tmp_path / "rows.jsonl", [*rows, {"messages": [ASK, {"role": "assistant", "content": None}]}])
+    turns = [row["messages"] for row in read(file)]
+    assert [said["content"] for _, said in turns] == [*ANSWERS, None]
+    assert [asked["content"] for asked, _ in turns] == [parts] * len(ANSWERS) + ["name colours"]
+    by_itself = [row["messages"][1]["content"] for row in load_rows(DataSource(dataset_name=str(file)), "train")]
+    assert by_itself != [*ANSWERS, None]  # what `datasets` makes of it
+    assert len(prepare(data_of(file), tokenizer(chat=True)).train) == len(ANSWERS)  # and none of them is dropped
+
+
+def test_a_column_of_texts_and_numbers_is_what_was_written(tmp_path):
+    rows = [{"instruction": "name colours", "output": answer} for answer in (*ANSWERS, 3, {"k": [1]}, None)]
+    assert [row["output"] for row in read(write_rows(tmp_path / "rows.jsonl", rows))] == [*ANSWERS, "3", '{"k":[1]}', None]
+
+
+def test_labels_of_two_kinds_are_refused(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "sun", "label": label} for label in ("good", 1, "bad")])
+    with pytest.raises(ConfigError, match="names and numbers beside one another"):
+        prepare(data_of(file), tokenizer())
+
+
+@pytest.mark.parametrize("swapped", ["prompt", "completion"])
+def test_a_text_beside_messages_is_what_its_role_says(swapped, tmp_path):
+    rows = {"prompt": [ASK], "completion": [ANSWER]}
+    both = prepare(data_of(write_rows(tmp_path / "both.jsonl", [rows])), words := tokenizer(chat=True)).train[0]
+    rows |= {swapped: rows[swapped][0]["content"]}
+    one = prepare(data_of(write_rows(tmp_path / "one.jsonl", [rows])), words).train[0]
+    assert one == both and words.decode([label for label in one["labels"] if label != -100]) == "red green <eos>"
+
+
+# -- csv ---------------------------------------------------------------------------------------------------------------
+
+CELLS = ["True", "False", "007", "3.50", "42", "None", "NA", "null", "nan"]
+
+
+@pytest.mark.parametrize("gap", [False, True], ids=["full", "with an empty cell"])
+@pytest.mark.parametrize("cells", [CELLS, ["True", "False"], ["007", "42"], ["3.50", "42"], ["NA", "None"]])
+def test_cells_of_a_csv_file_are_what_was_written(cells, gap, tmp_path):
+    given = [*cells, *[""] * gap]
+    (tmp_path / "rows.csv").write_text("instruction,output\n" + "".join(f"name colours,{cell}\n" for cell in given))
+    assert [row["output"] for row in read(tmp_path / "rows.csv")] == [*cells, *[None] * gap]
+    assert len(prepare(data_of(tmp_path / "rows.csv"), tokenizer()).train) == len(cells)
+
+
+@pytest.mark.parametrize(
+    "cells, expected",
+    [
+        (["0", "1", "-1"], [0, 1, -1]),
+        (["0.5", "2"], [0.5, 2.0]),
+        (["007", "1"], ["007", "1"]),
+        (["good", "1"], ["good", "1"]),
+        (["1", ""], [1, None]),
+    ],
+)
+def test_labels_of_a_csv_file_are_numbers_where_all_are(cells, expected, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"sun,{cell}\n" for cell in cells))
+    found = load_rows(DataSource(dataset_name=str(tmp_path / "rows.csv")), "train")["label"]
+    assert list(found) == expected and [type(value) for value in found] == [type(value) for value in expected]
+
+
+# -- what is held out --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "train_on, held_out, both", [("train", "train[-4:]", 4), ("train[:12]", "train[10:]", 2), ("train[:-4]", "train[-4:]", 0)]
+)
+def test_rows_that_are_trained_on_are_not_held_out_without_a_word(instructions, train_on, held_out, both):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepare(data_of(instructions, dataset_split=train_on, eval_split=held_out), tokenizer())
+    told = [str(each.message) for each in told if "are trained on, too" in str(each.message)]
+    assert [message.split()[1] for message in told] == ([str(both)] if both else [])
+
+
+def labelled(names, path=None):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return Dataset.from_list([{"text": "good film", "label": 0}, {"text": "bad film", "label": 1}], features=features)
+
+
+def test_names_of_classes_in_another_order_are_refused(tmp_path):
+    for names, works in ((["bad", "good"], True), (["good", "bad"], False)):
+        DatasetDict(train=labelled(["bad", "good"]), test=labelled(names)).save_to_disk(tmp_path / "data")
+        settings = data_of(tmp_path / "data", eval_split="test", eval_fraction=0.05)
+        if works:
+            assert prepare(settings, tokenizer()).held_out["labels"] == [0, 1]
+        else:
+            pytest.raises(ConfigError, prepare, settings, tokenizer()).match("the same numbers are others")
+        parts = {"train": labelled(["bad", "good"]), "validation": labelled(names)}
+        glue = (DataSource(dataset_name="d", task="sequence_classification"), SimpleNamespace(labels=None), parts)
+        assert _classes(*glue)[0] == ["bad", "good"] if works else pytest.raises(ConfigError, _classes, *glue).match("are others")
+
+
+def test_a_row_without_a_class_is_refused(tmp_path):
+    rows = labelled(["bad", "good"]).map(lambda row: {"label": -1}, features=labelled(["bad", "good"]).features)
+    DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    with pytest.raises(ConfigError, match="got the value -1"):
+        prepare(data_of(tmp_path / "data"), tokenizer())
+
+
+def test_a_thousand_rows_that_are_dropped_come_before_one_that_is_not(tmp_path):
+    rows = [{"instruction": "name colours", "output": ""}] * 1000 + [{"instruction": "name colours", "output": "red"}]
+    found = prepare(data_of(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer())
+    assert len(found.train) == 1 and found.dropped == 1000
+
+
+# -- flags, recipes, models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [({"input_column": "contxt"}, "input_column: the data has no column 'contxt'"), ({"dataset_config": "de"}, "dataset_config: got 'de'")],
+)
+def test_columns_and_configs_that_are_not_there(settings, problem, instructions):
+    with pytest.raises(ConfigError, match=problem):
+        prepare(data_of(instructions, **settings), tokenizer())
+
+
+def test_idle_lines_of_a_recipe_are_warned_of_once_and_end_no_run(instructions):
+    assert len(prepare(data_of(instructions, eval_split="train[:4]", eval_fraction=0.1), tokenizer()).train) == 24
+    assert resolved(data_of(instructions, max_eval_rows=3), ["instruction", "input", "output"]).task == "causal_lm"
+
+
+def test_a_tokenizer_without_a_template_gives_none(model, instructions):
+    with pytest.raises(ConfigError, match="chat_template_path: the tokenizer of .* has no chat template"):
+        prepare(data_of(instructions, chat_template_path=str(model)), tokenizer(chat=True))
+
+
+def test_a_misspelt_column_of_classes_measures_no_text(encoder, reviews, model, tmp_path):
+    classifier = tmp_path / "classifier"
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoModelForSequenceClassification.from_pretrained(model).save_pretrained(classifier)
+    AutoTokenizer.from_pretrained(model).save_pretrained(classifier)
+    flags = ["--model", str(classifier), "--dataset", str(reviews), "--max_length", "64"]
+    with pytest.raises(ConfigError, match="label_column has no effect"):
+        evaluate.measured(evaluate.parse([*flags, "--label_column", "star"]))
+    with pytest.raises(ConfigError, match="tells 2 classes apart, and the rows are text without any"):
+        evaluate.measured(evaluate.parse([*flags, "--task", "causal_lm"]))
+    assert evaluate.measured(evaluate.parse(flags))["rows"] == 40
+
+
+def test_a_misspelt_target_of_lora_is_refused_beside_right_ones(model, instructions):
+    from tests.support.train import arguments
+
+    settings = train.parse(arguments(None, model, instructions, "--lora_r", "2", "--lora_target_modules", "q_proj", "v_prj"))
+    with pytest.raises(ConfigError, match="lora_target_modules: LlamaForCausalLM has no module named v_prj"):
+        train.make_trainer(settings)
+
+
+def test_a_classifier_pads_as_its_tokenizer_does(model, reviews, tmp_path):
+    """Its head looks for the last token that is no padding: another one would have it look at padding."""
+    from hf_memtune.cli import main
+    from hf_memtune.cli.model import load_model, load_tokenizer
+    from tests.support.train import arguments
+
+    config = json.loads((model / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"pad_token_id": 5}))
+    source = ModelSource(model_name_or_path=str(other))
+    words = load_tokenizer(source)
+    data = DataSource(dataset_name="d", task="sequence_classification", max_length=64)
+    assert load_model(source, data, words, ["bad", "good"]).config.pad_token_id == words.pad_token_id != 5
+    assert main(["train", *arguments(None, other, reviews, "--lora_r", "2", "--max_length", "64")]) == 0
+    assert main(["merge", "--model", "out", "--output_dir", "merged"]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == words.pad_token_id
+
+
+def test_a_run_that_has_had_its_epochs_is_not_resumed(model, instructions, tmp_path, capsys):
+    from hf_memtune.cli import main
+    from tests.support.train import SHORT, arguments
+
+    epochs = ["--max_steps", "-1", "--num_train_epochs", "1", "--save_strategy", "epoch"]
+    run = arguments(None, model, instructions, *epochs)
+    assert main(["train", *run]) == 0 and SHORT
+    before = (tmp_path / "out" / "summary.json").read_bytes()
+    assert main(["train", *run, "--resume_from_checkpoint"]) == 2
+    assert "is of epoch 1, and num_train_epochs is 1, so nothing is left to train" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out" / "summary.json").read_bytes() == before
+
+
+def test_accuracy_of_a_model_that_returns_more_than_logits():
+    logits = numpy.array([[0.0, 1.0], [1.0, 0.0]])
+    for predictions in (logits, (logits, numpy.zeros(3))):
+        found = train.accuracy(SimpleNamespace(predictions=predictions, label_ids=numpy.array([1, 1])))
+        assert found == {"accuracy": 0.5}
