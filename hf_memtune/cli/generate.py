@@ -75,11 +75,26 @@ def answers(source: ModelSource, prompts: Prompts):
     with_reversible_adapters(model, source)
     torch.manual_seed(prompts.seed)
     sampling = {"do_sample": True, "temperature": prompts.temperature} if prompts.temperature else {"do_sample": False}
+    sampling |= {"eos_token_id": ends_of(tokenizer, model.generation_config.eos_token_id, prompts.plain) or None}
     for prompt in prompts.prompt:
         ids = torch.tensor([_tokens(prompt, prompts.plain, tokenizer)], device=device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": prompts.max_new_tokens, "use_cache": prompts.use_cache}
         found = model.generate(ids, pad_token_id=tokenizer.pad_token_id, **options, **sampling)
         yield prompt, tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def ends_of(tokenizer, known: int | list[int] | None, plain: bool = False) -> list[int]:
+    """Tokens that end an answer: those of the model, that of the tokenizer, and the special ones with which a template ends what the assistant says.
+
+    A base model that has learned a template knows nothing of its end in its own config.
+    """
+    from hf_memtune.cli.data import IGNORED, instruction_row
+
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    if not plain and tokenizer.chat_template is not None:
+        row = instruction_row({"instruction": "A", "output": "A"}, DataSource(max_length=2**31), tokenizer)
+        ends |= {label for label in row["labels"] if label in tokenizer.all_special_ids and label not in (IGNORED, tokenizer.unk_token_id)}
+    return sorted(ends)
 
 
 def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:

@@ -173,12 +173,14 @@ def held_out(trainer) -> dict[str, float]:
 
 def fit(trainer, settings: Settings, measure: Callable = held_out):
     """Measure, train and save, measure. Under FSDP2 transformers evaluates no model before its training."""
+    from hf_memtune.cli.same_rows import note_rows
     from hf_memtune.cli.saving import BestAfterMove, SaveFirst, SaveLabels
     from hf_memtune.cli.summary import StepTimes, Summary
 
     times, resumed = StepTimes(), settings.training.resume_from_checkpoint
     for callback in (times, BestAfterMove(), SaveFirst(trainer), SaveLabels(trainer)):
         trainer.add_callback(callback)
+    note_rows(trainer, resumed)
     before = {} if resumed or trainer.is_fsdp_enabled else measure(trainer)
     result = trainer.train(resume_from_checkpoint=resumed)
     logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]

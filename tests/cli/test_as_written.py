@@ -151,6 +151,14 @@ def test_columns_and_configs_that_are_not_there(settings, problem, instructions)
         prepare(data_of(instructions, **settings), tokenizer())
 
 
+def test_bad_completions_are_not_learned(tmp_path):
+    rows = [{"prompt": "name colours", "completion": text, "label": text == "red"} for text in ("red", "sun")]
+    with pytest.raises(ConfigError, match="a label of true or false, as for KTO"):
+        prepare(data_of(write_rows(tmp_path / "kto.jsonl", rows)), tokenizer())
+    good = [{name: row[name] for name in ("prompt", "completion")} for row in rows if row["label"]]
+    assert len(prepare(data_of(write_rows(tmp_path / "good.jsonl", good)), tokenizer()).train) == 1
+
+
 def test_idle_lines_of_a_recipe_are_warned_of_once_and_end_no_run(instructions):
     assert len(prepare(data_of(instructions, eval_split="train[:4]", eval_fraction=0.1), tokenizer()).train) == 24
     assert resolved(data_of(instructions, max_eval_rows=3), ["instruction", "input", "output"]).task == "causal_lm"
@@ -222,3 +230,20 @@ def test_accuracy_of_a_model_that_returns_more_than_logits():
     for predictions in (logits, (logits, numpy.zeros(3))):
         found = train.accuracy(SimpleNamespace(predictions=predictions, label_ids=numpy.array([1, 1])))
         assert found == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [([], []), (["--max_train_rows", "4"], ["rows to train on"]), (["--eval_fraction", "0.5"], ["rows to train on", "held-out rows"])],
+)
+def test_a_run_that_goes_on_with_other_rows_says_so(changed, told, model, instructions):
+    from hf_memtune.cli import main
+    from tests.support.train import arguments
+
+    run = arguments(None, model, instructions, "--save_strategy", "steps", "--save_steps", "1", "--lora_r", "2")
+    assert main(["train", *run]) == 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1", *changed]) == 0
+    said = [str(each.message) for each in said if "are others than those that this run began with" in str(each.message)]
+    assert len(said) == len(told) and all(words in message for words, message in zip(told, said))

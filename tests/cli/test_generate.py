@@ -59,3 +59,15 @@ def test_settings_that_cannot_work(flags, named):
     with pytest.raises(ConfigError) as raised:
         generate.parse(flags)
     assert {problem.partition(":")[0] for problem in raised.value.problems} == named
+
+
+def test_what_ends_a_turn_of_a_template_ends_an_answer():
+    """A base model that has learned it knows another end."""
+    words = tokenizer(chat=True)
+    words.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    words.chat_template = words.chat_template.replace("<eos>", "<end>")
+    end = words.convert_tokens_to_ids("<end>")
+    assert generate.ends_of(words, 7) == sorted({7, words.eos_token_id, end})
+    assert generate.ends_of(words, [7, 8], plain=True) == sorted({7, 8, words.eos_token_id})
+    words.chat_template = None
+    assert end not in generate.ends_of(words, None)

@@ -10,7 +10,7 @@ from typing import Any
 from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSource
 from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
-from hf_memtune.cli.data.kinds import check_columns, class_names, kind_of, resolved
+from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved
 from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
 from hf_memtune.cli.data.mixed import as_stored
@@ -120,7 +120,8 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str
         options |= {"classes": _numbers(rows, data, classes)}
         done = mapped(rows, classified_row, options, features=_features(tokenizer("a"), one_label=True))
     else:
-        options |= {"kind": kind_of(data, rows.column_names)}
+        options |= {"kind": (kind := kind_of(data, rows.column_names))}
+        _refuse_bad_completions(rows, kind)
         done = mapped(rows, language_row, options, with_indices=True, features=_features(("input_ids", "attention_mask")))
     reasons = Counter(reason for reason in done["dropped"] if reason)
     if reasons:
@@ -128,6 +129,16 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str
     if not len(done):
         raise ConfigError([_nothing_left(name, reasons, data)])
     return done.remove_columns("dropped"), reasons
+
+
+def _refuse_bad_completions(rows, kind: str) -> None:
+    """Rows for KTO have good and bad completions, told apart by a column that nothing here reads."""
+    label = rows.features.get("label")
+    if kind == COMPLETION and label is not None and getattr(label, "dtype", None) == "bool":
+        wrong = "the rows have completions with a label of true or false, as for KTO, and all of them would be learned"
+        raise ConfigError(
+            [f"dataset_name: {wrong}. Leave out the bad ones and the column `label`; or train with trl's KTOTrainer and a callback."]
+        )
 
 
 def _features(names: Iterable[str], one_label: bool = False):
