@@ -190,7 +190,7 @@ class Method(Generic[Config]):
             return forward(*args, **kwargs)
         self.require_gathered()
         self.router.call_begins()
-        call = BodyCall(self.architecture, forward, args, kwargs)
+        call = BodyCall(self.architecture, forward, args, kwargs, self.router.packs)
         found = self.run(call, self._heads[-1] if self._heads else None)
         if found is None:
             return forward(*args, **kwargs)

@@ -24,6 +24,7 @@ from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.followed import cache_template
 from hf_memtune.methods.overrides import evaluating, forward_as
+from hf_memtune.methods.verify_packing import packs_by_positions
 from hf_memtune.methods.verify_parts import FAILURES, OTHER_SCORERS, problem_of_last_block, problem_of_parts
 from hf_memtune.methods.verify_stream import verify_stream
 
@@ -84,6 +85,7 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
         probing = _ProbingPass(call.spans(), store, router.places, records, router.kernel_facts)
         with explained(architecture), router.running(probing), records.of_last_blocks(architecture):
             body_output = type(base(**call.at(probing.spans, probing)))
+        router.packs = packs_by_positions(router) if check and call.accepts_positions else True
         with explained(architecture):
             router.follow_by(cache_template(architecture, call, probing.attended))
         with router.plain():

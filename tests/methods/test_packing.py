@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.architectures import describe
 from hf_memtune.methods.attention.batch import BodyCall
 from tests.support.composition import checkpointed
@@ -43,6 +44,7 @@ ONE, TWO = None, [0] * 5 + [1] * 3
     [
         ("flash_attention_2", RESTARTING, {}, TWO),
         ("flash_attention_2", RESTARTING, {"attention_mask": torch.ones(1, 8)}, TWO),  # which its mask function makes None of
+        ("flash_attention_2", torch.tensor([2, 3, 4, 0, 1, 2, 3, 4]), {}, [0] * 3 + [1] * 5),  # a row cut in the middle of a sequence
         ("flash_attention_2", JUMPING, {}, ONE),  # a sequence begins at the lowest position, and nowhere else
         ("flash_attention_2", COUNTING, LENGTHS, TWO),
         ("flash_attention_2", COUNTING, LENGTHS | {"max_length_k": None}, ONE),  # lengths count where all of them are given
@@ -63,6 +65,20 @@ def test_sequences_are_told_apart_as_the_kernel_of_the_model_does(kernel, positi
         assert segments is None or len(segments.unique()) == 1
     else:
         assert (segments - segments.min()).tolist() == [expected]
+
+
+@pytest.mark.parametrize("name, packs", [("llama", True), ("mistral-sliding", True), ("gpt2", True), ("gpt-oss", False), ("afmoe", False)])
+def test_it_is_known_whether_masks_are_given_positions(name, packs):
+    """Against what plain training does: whether another first sequence changes the logits of the second."""
+    model, batch = tiny_model(name), packed_batch()
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)) as streaming:
+        assert streaming.router.packs is packs
+    inputs = {"position_ids": batch["position_ids"], "use_cache": False}
+    last = batch["position_ids"].shape[1] - 1
+    with torch.no_grad():
+        one = model(input_ids=batch["input_ids"], **inputs).logits[:, last]
+        other = model(input_ids=torch.cat([batch["input_ids"][:, :1] + 1, batch["input_ids"][:, 1:]], dim=1), **inputs).logits[:, last]
+    assert torch.equal(one, other) is packs
 
 
 @pytest.mark.parametrize("scorer", ["combined", "random"])

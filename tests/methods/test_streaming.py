@@ -73,7 +73,16 @@ def test_packed_rows(name):
     assert_streams(tiny_model(name), packed_batch(), 4, allowed(name))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", *MASKED_WITHOUT_POSITIONS])
+@pytest.mark.parametrize("chunk", [4, 50])  # also of rows of one chunk, which take the model's own way
+@pytest.mark.parametrize("name", MASKED_WITHOUT_POSITIONS)
+def test_packed_rows_of_models_that_do_not_tell_them_apart_are_refused(name, chunk):
+    with pytest.raises(MemTuneError, match="do not tell them apart.*Leave packing out"):
+        stream(tiny_model(name), packed_batch(), chunk)
+    (row, *_) = unpacked(packed_batch())
+    assert_streams(tiny_model(name), row | {"position_ids": torch.arange(row["input_ids"].shape[1])[None]}, 4, allowed(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding"])
 def test_packed_sequences_learn_as_if_each_had_a_row(name):
     model, batch = tiny_model(name), packed_batch()
     found = stream(model, batch, 4)
@@ -376,6 +385,28 @@ def test_of_an_encoder_that_ran_before_no_keys_are_stored(method, stacks, monkey
         assert {on.router.places.stack_of_key(of) for of in written} == stacks
 
 
+@pytest.mark.parametrize("scorer", ["combined", "random", "true_gradient"])
+def test_tokens_are_chosen_of_a_decoder_whose_encoder_ran_before(scorer):
+    """encoder_outputs in the batch: the states are the caller's own, all of them, with or without a gradient of theirs."""
+    model, batch, dtype = model_and_batch("bart")
+    encoded = model.model.encoder(batch["input_ids"], attention_mask=batch["attention_mask"])
+    given = {"encoder_outputs": encoded, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    with seeking_on(model, token_scorer=scorer, token_ratio=0.999) as seeking:  # all tokens, but through the method
+        found = own_loss_and_gradients(model, given)
+        chosen = dict(seeking.last_selection or {}) if hasattr(seeking, "last_selection") else {"decoder": None}
+    loss, expected = own_loss_and_gradients(model, given)
+    assert set(chosen) == {"decoder"} and abs(found[0] - loss) <= 1e-5
+    assert worst_difference(found[1], expected) <= tolerance(dtype, float32_inside=True)
+
+
+def own_loss_and_gradients(model, batch):
+    loss = model(**batch).loss
+    names, trained = zip(*model.named_parameters())
+    gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    return loss.detach(), {name: g for name, g in zip(names, gradients) if g is not None}
+
+
 def test_the_modules_are_looked_through_once_a_call(monkeypatch):
     model, batch, _ = model_and_batch("llama", lengths=(13, 9))
     walks, kind = [], type(model.model)
@@ -389,6 +420,17 @@ def test_the_modules_are_looked_through_once_a_call(monkeypatch):
             return len(walks)
 
     assert walked(1) == walked(7) > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_that_is_turned_on_before_backward(reentrant):
+    model, batch, dtype = model_and_batch("llama", lengths=(13, 9))
+    model.enable_input_require_grads()
+    loss, expected = plain_twin(model, batch)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4)):
+        found = loss_of(model, batch)[0]
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert worst_difference(gradients(model, found), expected) <= tolerance(dtype)
 
 
 def test_a_frozen_model_is_itself(streaming):

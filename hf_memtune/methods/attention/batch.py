@@ -29,11 +29,11 @@ class BodyCall:
 
     inputs: the tensors among its arguments that require grad. leaves: what stands for them whenever the body runs, on whose `.grad`
     their gradients are summed. encoder_output, encoded: the former and the latter of an encoder that has run. returns_tuple: whether the caller wants a tuple in place of an output with names.
-    given: the arguments as they came. accepted: names of those that the body knows.
+    given: the arguments as they came. accepted: names of those that the body knows. packs: whether its masks tell sequences apart by positions.
     """
 
-    def __init__(self, architecture: Architecture, forward: Callable, args: tuple, kwargs: dict[str, Any]):
-        self.architecture, self.forward = architecture, forward
+    def __init__(self, architecture: Architecture, forward: Callable, args: tuple, kwargs: dict[str, Any], packs: bool = True):
+        self.architecture, self.forward, self.packs = architecture, forward, packs
         signature = inspect.signature(type(architecture.base).forward)
         self.accepted = set(signature.parameters)
         bound = signature.bind(architecture.base, *args, **kwargs)
@@ -148,8 +148,16 @@ class BodyCall:
             return flash_segments(positions, self.arguments) if rows == 1 and padding is None else None
         makes_a_cache = self.arguments.get("use_cache", getattr(base.config, "use_cache", False))
         packs = not makes_a_cache or (getattr(base, "gradient_checkpointing", False) and base.training)
-        # only where there is no mask, not even of ones, do positions pack
-        return find_packed_sequence_indices(positions.expand(rows, -1)) if mask is None and packs else None
+        if mask is not None or not packs:  # only where there is no mask, not even of ones, do positions pack
+            return None
+        found = find_packed_sequence_indices(positions.expand(rows, -1))
+        if not self.packs and found is not None and not is_fake(found) and bool(found.any()):
+            raise MemTuneError(
+                f"position_ids: got several sequences in a row, but the masks of {self.architecture.name} do not tell them apart (its body hands no "
+                "positions to what makes them), so that they would see one another, as they do in plain training. Leave packing out, or load the "
+                "model with flash attention."
+            )
+        return found
 
     def input_ids(self, stack: str) -> Tensor | None:
         """(B, T) int64 of a stack, or None where it was given embeddings."""
@@ -264,7 +272,8 @@ def flash_segments(positions: Tensor, arguments: dict[str, Any]) -> Tensor | Non
         indices, inner = torch.arange(positions.shape[-1], device=positions.device), arguments["cu_seq_lens_q"][1:-1]
         return torch.searchsorted(inner.to(indices.dtype), indices, right=True)[None] if inner.numel() else None
     begins = positions == positions.min()
-    return begins.long().cumsum(-1) if is_fake(positions) or int(begins.sum()) > 1 else None
+    # tokens before the first that begins one, where a row was cut in the middle of a sequence, are one by themselves
+    return begins.long().cumsum(-1) if is_fake(positions) or bool(begins[:, 1:].any()) else None
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:

@@ -94,7 +94,10 @@ class ChunkPass(ModelPass):
         if asked is not None and asked.stands_in:
             return asked.whole
         if asked is None and mask is not None and any(other.stands_in for other in self._asked):
-            raise MemTuneError(f"{type(module).__name__} was given a mask, and hands on another one that it made of it.")
+            raise MemTuneError(
+                f"{type(module).__name__} was given a mask, and hands on another one that it made of it, which it did not do before the first step. "
+                "Train it with activation checkpointing instead (activation_checkpointing=True)."
+            )
         return mask
 
     def _require_nothing_beyond(self, mask_function: Callable, span: Span) -> None:

@@ -55,7 +55,8 @@ class Router:
     """Registers one attention function and one mask function for one model, and activates them pass by pass.
 
     places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions. cache: how the
-    body's cache looks, where layers are followed through it; set by the probe. makes_masks: whether masks are made in full even where attention
+    body's cache looks, where layers are followed through it; set by the probe. packs: whether the body's masks tell sequences of a row apart by
+    positions that begin anew; set by the probe. makes_masks: whether masks are made in full even where attention
     could go piece by piece, for layers that change what they are given; set by the probe.
     """
 
@@ -64,7 +65,7 @@ class Router:
         self.calls: weakref.WeakSet = weakref.WeakSet()
         self.name = f"{OWN}{next(_numbers)}"
         self.active: Pass | None = None
-        self.makes_masks = False
+        self.makes_masks, self.packs = False, True
         self._kernels: dict[int, str] = {}
         self._running_again: list[nn.Module] | None = None  # modules that may run a second time for backward
         self.follow_by(None)

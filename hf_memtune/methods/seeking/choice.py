@@ -110,7 +110,8 @@ class Choice:
     def at_once(self) -> None:
         """After the pass over all tokens: for scores that read no loss, or the model's own loss of rows."""
         labels = {k: v for k, v in self.inputs.items() if k in LABEL_NAMES}
-        self._choose(OfRows(self.call.architecture, self.chooser.facts, self.without_labels(), labels), None)
+        assert self.block is not None  # the pass over all tokens comes first
+        self._choose(OfRows(self.call.architecture, self.chooser.facts, self.without_labels(), labels, self.block.output), None)
 
     def by_gradient(self, gradient: Tensor | None) -> None:
         """In backward: gradient (B, T, D) is dL/dhidden, None for 0; a token without any has no part in the loss."""

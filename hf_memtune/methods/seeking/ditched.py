@@ -121,6 +121,7 @@ class DitchedCall:
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Gradients of `inputs`, of the kept tokens' part in the loss; chosen now, if they were not before the loss was taken."""
         self.unchanged.check()
+        self.router.call_begins()  # checkpointing may have been turned on since
         given = list(cotangents)
         of_encoder = given.pop() if self.gives_encoded else None
         self._choose(given[0])

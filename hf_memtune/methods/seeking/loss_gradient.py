@@ -4,7 +4,7 @@ Shape legend: B rows of a batch, T tokens in a row, S tokens of a chunk, N label
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -110,10 +110,12 @@ class OfTargets:
 
 
 class OfRows:
-    """The model's own loss of whole rows: of a head that has one for a row. labels: by name."""
+    """The model's own loss of whole rows: of a head that has one for a row. labels: by name. whole: last hidden states of all tokens (B, T, D)."""
 
-    def __init__(self, architecture: Architecture, facts: Facts, inputs: dict[str, Any], labels: dict[str, Tensor]):
-        self._architecture, self._facts, self._inputs, self._labels = architecture, facts, inputs, labels
+    def __init__(
+        self, architecture: Architecture, facts: Facts, inputs: dict[str, Any], labels: dict[str, Tensor], whole: Callable[[], Tensor]
+    ):
+        self._architecture, self._facts, self._inputs, self._labels, self._whole = architecture, facts, inputs, labels, whole
 
     def of_tokens(self) -> None:
         return None
@@ -125,8 +127,13 @@ class OfRows:
                     f"token_scorer: the batch has no labels for {self._architecture.name}, without which no gradient scores it. Choose random or context."
                 ]
             )
+        return self._gradient[:, start : start + hidden.shape[1]]
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        """(B, T, D): the head looks at one position of a row, which no chunk of it knows."""
         with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
+            leaf = self._whole().detach().requires_grad_()
             loss = head_on(self._architecture, self._facts, leaf, self._inputs | self._labels).loss
             return torch.autograd.grad(loss, leaf)[0]
 

@@ -167,9 +167,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         return self._run_ditched(call, head)
 
     def _run_ditched(self, call: BodyCall, head: Head | None) -> Any:
-        run = DitchedCall(
-            self.router, call, self._choice(call, head, tuple(self.architecture.stacks)), self._context_chunk(call), self._records()
-        )
+        run = DitchedCall(self.router, call, self._choice(call, head, self._stacks(call)), self._context_chunk(call), self._records())
         self._run_context(run)
         if self._chooses_at_once:
             run.choice.at_once()
@@ -179,6 +177,10 @@ class TokenSeeking(Method[TokenSeekingConfig]):
             self._await_labels(run, head, tensors[0])
         encoded = tensors.pop() if run.gives_encoded else call.encoder_output
         return run.outputs.rebuilt(tensors, encoded)
+
+    def _stacks(self, call: BodyCall) -> tuple[str, ...]:
+        """Whose tokens are chosen: not those of an encoder that ran before the body."""
+        return ("decoder",) if self.config.streams or call.encoded is not None else tuple(self.architecture.stacks)
 
     def _run_stream(self, call: BodyCall, head: Head | None) -> Any:
         kind = SkippingStream if self.config.token_gradient == "skip" else ChosenStream
@@ -249,11 +251,11 @@ class TokenSeeking(Method[TokenSeekingConfig]):
     def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
         """In place of the body."""
         self.router.call_begins()
-        call = BodyCall(self.architecture, forward, args, kwargs)
+        call = BodyCall(self.architecture, forward, args, kwargs, self.router.packs)
         call = encode(call) if self.config.streams else call
         size = self.config.stream_chunk_size
         chunk = self._context_chunk(call) if size is None else min(size, call.decoder.length)
-        stacks = ("decoder",) if self.config.streams else tuple(self.architecture.stacks)
+        stacks = self._stacks(call)
         silent = Chooser(self.config, self.scorer, self.facts, Listeners(), self._reference_loss)
         choice = Choice(silent, call, found.inputs, None, stacks)
         DitchedCall(self.router, call, choice, chunk, Records(self.context_modules)).run_context()

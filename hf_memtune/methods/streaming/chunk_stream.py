@@ -199,6 +199,7 @@ class ChunkStream:
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Gradients of `inputs`; every chunk runs and goes backward by itself."""
         self.unchanged.check()
+        self.router.call_begins()  # checkpointing may have been turned on since
         return self._gradients(cotangents, nodes)
 
     def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
