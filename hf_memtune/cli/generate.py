@@ -6,6 +6,7 @@ A prompt is put to the model as an instruction is in training; with --plain it i
 """
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
@@ -93,7 +94,10 @@ def ends_of(tokenizer, known: int | list[int] | None, plain: bool = False) -> li
     ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
     if not plain and tokenizer.chat_template is not None:
         row = instruction_row({"instruction": "A", "output": "A"}, DataSource(max_length=2**31), tokenizer)
-        ends |= {label for label in row["labels"] if label in tokenizer.all_special_ids and label not in (IGNORED, tokenizer.unk_token_id)}
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        said = [label for label in row["labels"] if label != IGNORED]
+        after = [*takewhile(lambda label: label in special, reversed(said))]  # those before the answer open it
+        ends |= {*after[-1:]} if len(after) < len(said) else set()
     return sorted(ends)
 
 

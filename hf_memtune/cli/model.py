@@ -63,7 +63,10 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
         options |= names_of(classes)
     elif (known := known_classes(model)) is not None:
         wrong = f"{model.model_name_or_path!r} tells {len(known)} classes apart, and the rows are text without any: its language head would be a new one"
-        raise ConfigError([f"model_name_or_path: {wrong}. Name a language model, or the column of the classes (--label_column)."])
+        remedy = (
+            "Name a language model; or, for rows with classes, their column and the task (--label_column, --task sequence_classification)"
+        )
+        raise ConfigError([f"model_name_or_path: {wrong}. {remedy}."])
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:

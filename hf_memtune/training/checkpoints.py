@@ -81,6 +81,12 @@ def epochs_of(checkpoint: Path) -> float | None:
     return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("epoch")
 
 
+def had_all_steps(checkpoint: Path) -> bool:
+    """Whether its run had as many steps to do as were done."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return state.get("global_step", 0) >= state.get("max_steps", 0)
+
+
 def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:
     """Raises ConfigError where a folder that was named is no whole checkpoint."""
     if not Path(checkpoint).is_dir():

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hf_memtune.cli import evaluate, train
 from hf_memtune.cli.arguments import DataArguments, DataSource, ModelSource
 from hf_memtune.cli.data import load_rows, prepare, resolved
+from hf_memtune.cli.data.making import as_text
 from hf_memtune.cli.data.mixed import as_stored, written
 from hf_memtune.cli.glue_data import _classes
 from hf_memtune.errors import ConfigError
@@ -46,7 +47,17 @@ def test_answers_beside_lists_of_parts_are_what_was_written(tmp_path):
 
 def test_a_column_of_texts_and_numbers_is_what_was_written(tmp_path):
     rows = [{"instruction": "name colours", "output": answer} for answer in (*ANSWERS, 3, {"k": [1]}, None)]
-    assert [row["output"] for row in read(write_rows(tmp_path / "rows.jsonl", rows))] == [*ANSWERS, "3", '{"k":[1]}', None]
+    file = write_rows(tmp_path / "rows.jsonl", [*rows, {"instruction": "name colours", "output": {"città": None, "y": 2}}])
+    objects = {'["a","b"]': ["a", "b"], "[1,2]": [1, 2]}  # JSON without a space is stored as the object is, and taken for it
+    expected = [*(objects.get(answer, answer) for answer in ANSWERS), "3", {"k": [1]}, None, {"città": None, "y": 2}]
+    assert [row["output"] for row in read(file)] == expected
+    assert as_text(expected[-1]) == '{"y": 2}'
+
+
+def test_a_turn_that_is_nothing_is_told(tmp_path):
+    parts = {"role": "user", "content": [{"type": "text", "text": "name colours"}]}
+    with pytest.raises(ConfigError, match="row 0, messages is no list of messages"):
+        prepare(data_of(write_rows(tmp_path / "rows.jsonl", [{"messages": [parts, ANSWER, None]}])), tokenizer(chat=True))
 
 
 def test_labels_of_two_kinds_are_refused(tmp_path):
@@ -76,6 +87,18 @@ def test_cells_of_a_csv_file_are_what_was_written(cells, gap, tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,output\n" + "".join(f"name colours,{cell}\n" for cell in given))
     assert [row["output"] for row in read(tmp_path / "rows.csv")] == [*cells, *[None] * gap]
     assert len(prepare(data_of(tmp_path / "rows.csv"), tokenizer()).train) == len(cells)
+
+
+def test_a_folder_of_csv_files_is_read_as_one_is(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text("instruction,output\nname colours,007\nname colours,NA\n")
+    assert [row["output"] for row in read(tmp_path / "data")] == ["007", "NA"]
+
+
+def test_a_text_that_stands_where_labels_would_is_a_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,label\nname colours,1.50\nname colours,42\n")
+    settings = DataSource(dataset_name=str(tmp_path / "rows.csv"), output_column="label")
+    assert list(load_rows(settings, "train")["label"]) == ["1.50", "42"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +131,22 @@ def test_rows_that_are_trained_on_are_not_held_out_without_a_word(instructions, 
     assert [message.split()[1] for message in told] == ([str(both)] if both else [])
 
 
-def labelled(names, path=None):
+def test_whole_splits_and_limits_count(tmp_path, instructions):
+    rows = Dataset.from_list([{"text": "name colours"}] * 6)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "data")
+
+    def told(**settings):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            prepare(data_of(**settings), tokenizer())
+        return [message.split()[1] for each in found if "are trained on, too" in (message := str(each.message))]
+
+    assert told(path=tmp_path / "data", eval_split="train") == ["6"] and not told(path=tmp_path / "data", eval_split="test")
+    assert not told(path=instructions, eval_split="train[15:]", max_train_rows=10)
+    assert told(path=instructions, eval_split="train[15:]", max_train_rows=18) == ["3"]
+
+
+def labelled(names):
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
     return Dataset.from_list([{"text": "good film", "label": 0}, {"text": "bad film", "label": 1}], features=features)
 
@@ -126,11 +164,24 @@ def test_names_of_classes_in_another_order_are_refused(tmp_path):
         assert _classes(*glue)[0] == ["bad", "good"] if works else pytest.raises(ConfigError, _classes, *glue).match("are others")
 
 
+def test_numbers_and_names_of_them_are_the_same_classes(tmp_path):
+    numbers = labelled(["bad", "good"]).cast_column("label", Value("int64"))
+    DatasetDict(train=numbers, test=labelled(["bad", "good"])).save_to_disk(tmp_path / "data")
+    assert prepare(data_of(tmp_path / "data", eval_split="test", eval_fraction=0.05), tokenizer()).held_out["labels"] == [0, 1]
+
+
+def test_a_renamed_column_of_classes_is_one():
+    data = DataSource(dataset_name="d", text_column="sentence", label_column="stars")
+    assert resolved(data, ["sentence", "stars"]).task == "sequence_classification"
+    assert resolved(DataSource(dataset_name="d", text_column="sentence"), ["sentence", "label"]).task == "causal_lm"
+
+
 def test_a_row_without_a_class_is_refused(tmp_path):
     rows = labelled(["bad", "good"]).map(lambda row: {"label": -1}, features=labelled(["bad", "good"]).features)
-    DatasetDict(train=rows).save_to_disk(tmp_path / "data")
-    with pytest.raises(ConfigError, match="got the value -1"):
-        prepare(data_of(tmp_path / "data"), tokenizer())
+    DatasetDict(train=rows, test=labelled(["bad", "good"])).save_to_disk(tmp_path / "data")
+    for parts, problem in ((("train", None), "got the value -1"), (("test", "train"), "held-out rows have -1")):
+        with pytest.raises(ConfigError, match=problem):
+            prepare(data_of(tmp_path / "data", dataset_split=parts[0], eval_split=parts[1]), tokenizer())
 
 
 def test_a_thousand_rows_that_are_dropped_come_before_one_that_is_not(tmp_path):
@@ -155,6 +206,9 @@ def test_bad_completions_are_not_learned(tmp_path):
     rows = [{"prompt": "name colours", "completion": text, "label": text == "red"} for text in ("red", "sun")]
     with pytest.raises(ConfigError, match="a label of true or false, as for KTO"):
         prepare(data_of(write_rows(tmp_path / "kto.jsonl", rows)), tokenizer())
+    (tmp_path / "kto.csv").write_text("prompt,completion,label\nname colours,red,True\nname colours,sun,False\n")
+    with pytest.raises(ConfigError, match="a label of true or false, as for KTO"):
+        prepare(data_of(tmp_path / "kto.csv"), tokenizer())
     good = [{name: row[name] for name in ("prompt", "completion")} for row in rows if row["label"]]
     assert len(prepare(data_of(write_rows(tmp_path / "good.jsonl", good)), tokenizer()).train) == 1
 
@@ -247,3 +301,23 @@ def test_a_run_that_goes_on_with_other_rows_says_so(changed, told, model, instru
         assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1", *changed]) == 0
     said = [str(each.message) for each in said if "are others than those that this run began with" in str(each.message)]
     assert len(said) == len(told) and all(words in message for words, message in zip(told, said))
+
+
+@pytest.mark.parametrize(
+    "step, epoch, most, wanted, is_over",
+    [
+        (3, 1.0, 3, 1, True),
+        (4, 1.4, 5, 1.35, False),
+        (5, 1.6, 5, 1.35, True),
+        (6, 2.0, 9, 1, True),
+        (3, 1.0, 3, 2, False),
+        (2, 0.7, 3, 1, False),
+    ],
+)
+def test_what_is_left_of_epochs(step, epoch, most, wanted, is_over, tmp_path):
+    """Steps of an epoch that ends in the middle of an accumulated batch are left; fewer epochs than were done are not."""
+    from hf_memtune.cli.checks import _problems_of_steps
+
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": epoch, "max_steps": most}))
+    found = _problems_of_steps(tmp_path, SimpleNamespace(max_steps=-1, num_train_epochs=wanted))
+    assert bool(found) is is_over

@@ -69,5 +69,8 @@ def test_what_ends_a_turn_of_a_template_ends_an_answer():
     end = words.convert_tokens_to_ids("<end>")
     assert generate.ends_of(words, 7) == sorted({7, words.eos_token_id, end})
     assert generate.ends_of(words, [7, 8], plain=True) == sorted({7, 8, words.eos_token_id})
+    opened = words.chat_template.replace("{{ m['content'] }}", "<bos> {{ m['content'] }}")  # before what is said: ends nothing
+    words.chat_template = opened
+    assert words.bos_token_id not in generate.ends_of(words, 7) and end in generate.ends_of(words, 7)
     words.chat_template = None
     assert end not in generate.ends_of(words, None)

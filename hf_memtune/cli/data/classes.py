@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource
 from hf_memtune.cli.checks import ADAPTERS
+from hf_memtune.cli.data.mixed import require_one_kind
 from hf_memtune.errors import ConfigError
 
 LABELS = "labels.json"  # beside adapters, whose folder has no config of a model that would name the classes
@@ -94,6 +95,7 @@ def is_nameless(known: list[str]) -> bool:
 
 def _meanings(rows, column: str) -> dict:
     """What the values that are stored stand for: themselves, or names that the data set has for them."""
+    require_one_kind(rows, column)
     names = dict(enumerate(getattr(rows.features[column], "names", None) or ()))
     return {value: names.get(value, value) for value in rows.unique(column)}
 

@@ -17,7 +17,7 @@ def resolved(data: DataSource, columns: list[str]) -> DataSource:
     if data.task != "auto":
         return data
     classifies = {data.text_column or "text", data.label_column} <= set(columns) and not _of_language(columns)
-    if classifies and data.text_column is not None and data.label_column not in changed(data, ["label_column"]):
+    if classifies and data.text_column is not None and "label_column" not in changed(data, ["label_column"]):
         classifies = False  # a column of text was asked for, and none of classes
     found = replace(data, task=CLASSES if classifies else "causal_lm")
     if idle := [message for message in found.ineffective() if message not in data.ineffective()]:  # others are told of already

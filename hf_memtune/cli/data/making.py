@@ -65,13 +65,17 @@ def instruction_row(row: dict, data: DataSource, tokenizer, where: str = "") -> 
 def completion_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
     """A prompt and its completion, as texts or as messages; the prompt is masked out of the loss."""
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) or isinstance(completion, list):
+    if _are_turns(prompt) or _are_turns(completion):
         prompt, completion = _turns(prompt, "user"), _turns(completion, "assistant")
         before = messages_of(prompt, f"{where}, prompt")
         chat = Chat([*before, *messages_of(completion, f"{where}, completion")], len(before), tools_of(row, f"{where}, tools"))
         return _chat(chat, data, tokenizer, where) if completion else dropped_row(EMPTY)
     text = as_text(completion)
     return _prompted(as_text(prompt), text, data, tokenizer) if text.strip() else dropped_row(EMPTY)
+
+
+def _are_turns(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(turn, dict) for turn in given)
 
 
 def _turns(given: Any, role: str) -> list:

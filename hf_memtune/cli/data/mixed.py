@@ -1,14 +1,16 @@
 """Columns in which text stands beside something else. `datasets` keeps them as JSON, and hands out text that is JSON as what it stands for: of an
-answer `{"a": 1}` a dict, of `42` a number, of `null` nothing. Texts are learned letter by letter, so what is stored is read here."""
+answer `{"a": 1}` a dict, of `42` a number, of `null` nothing. Texts are learned letter by letter, so what is stored is read here.
+
+What cannot be told apart, since it is stored alike: text in quotes and the text, and JSON text without any space and the object (which counts)."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from hf_memtune.errors import ConfigError
 
 TEXTS = ("content", "value")  # of a message
-_OF_PARTS = {"type", "role", "from"}  # keys of parts of a message, and of messages
+_PARTS = {"text", "image", "image_url", "audio", "input_audio", "video"}  # types of parts of a message
 
 
 def as_stored(rows) -> tuple[Any, frozenset[str]]:
@@ -41,20 +43,35 @@ def written(row: dict, columns: Collection[str]) -> dict:
 
 
 def _written(value: Any) -> Any:
-    if isinstance(value, list):
-        return [turn | {name: _unquoted(turn[name]) for name in TEXTS if name in turn} for turn in value]
-    return _unquoted(value)
+    if not isinstance(value, list):
+        return _read(value, _is_as_stored)
+    return [
+        turn | {name: _read(turn[name], _is_of_parts) for name in TEXTS if name in turn} if isinstance(turn, dict) else turn
+        for turn in value
+    ]
 
 
-def _unquoted(stored: Any) -> Any:
-    if not isinstance(stored, str) or stored[:1] not in ('"', "["):
+def _read(stored: Any, is_no_text: Callable[[Any, str], bool]) -> Any:
+    """A text out of its quotes; an object or a list where `is_no_text` says so of it and what is stored; else what is stored."""
+    if not isinstance(stored, str) or stored[:1] not in ('"', "[", "{"):
         return stored
     try:
         value = json.loads(stored)
     except json.JSONDecodeError:
         return stored
-    is_list = isinstance(value, list) and bool(value) and all(isinstance(part, dict) and _OF_PARTS & part.keys() for part in value)
-    return value if is_list or isinstance(value, str) else stored
+    return value if isinstance(value, str) or is_no_text(value, stored) else stored
+
+
+def _is_of_parts(value: Any, stored: str) -> bool:
+    """Parts of a message; any other JSON in a message is what somebody says."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and part.get("type") in _PARTS for part in value)
+
+
+def _is_as_stored(value: Any, stored: str) -> bool:
+    """What `datasets` would write of the object."""
+    from datasets.utils.json import ujson_dumps
+
+    return ujson_dumps(value) == stored
 
 
 def require_one_kind(rows, column: str) -> None:

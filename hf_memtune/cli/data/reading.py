@@ -26,9 +26,12 @@ def load_rows(data: DataSource, split: str):
             kind = BUILDERS[path.suffix.lower()]
             options = _as_text(path) if kind == "csv" else {}
             rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
-            return _not_empty(_with_numbers(rows, data.label_column) if kind == "csv" else rows, data)
+            return _not_empty(_with_numbers(rows, data) if kind == "csv" else rows, data)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _not_empty(_saved_rows(datasets.load_from_disk(path), split), data)
+        if (files := sorted(path.rglob("*.csv"))) and not any([*path.rglob(f"*{suffix}")] for suffix in BUILDERS if suffix != ".csv"):
+            rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, **_as_text(files[0]))
+            return _not_empty(_with_numbers(rows, data), data)
         return _not_empty(datasets.load_dataset(data.dataset_name, data.dataset_config, split=split), data)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError([f"dataset_name: {data.dataset_name!r}, split {split!r}: {_cause(error)}"]) from error
@@ -43,10 +46,13 @@ def _as_text(path: Path) -> dict:
     return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False, "na_values": [""]}
 
 
-def _with_numbers(rows, column: str):
+def _with_numbers(rows, data: DataSource):
     """Labels of a csv file as numbers, where all of them are: they are then classes by number, or values."""
     from datasets import Value
 
+    column = data.label_column
+    if data.task == "causal_lm" or column in (data.text_column, data.instruction_column, data.input_column, data.output_column):
+        return rows
     values = [value for value in rows.unique(column) if value is not None] if column in rows.column_names else []
     for kind, form in (("int64", _WHOLE), ("float64", _NUMBER)):
         if values and all(form.fullmatch(value) for value in values):

@@ -1,5 +1,6 @@
 """Rows to train on and rows held out, tokenised; what is dropped is counted by its reason."""
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -97,15 +98,28 @@ def _warn_of_trained(data: DataArguments, rows) -> None:
     sizes = {name: split.num_examples for name, split in (rows.info.splits or {}).items()}
     try:
         train, held_out = (ReadInstruction.from_spec(spec).to_absolute(sizes) for spec in (data.dataset_split, data.eval_split))
-    except (ValueError, AssertionError, TypeError):  # of data whose splits have no known sizes
-        return
-    both = sum(max(0, min(a.to, b.to) - max(a.from_, b.from_)) for a in train for b in held_out if a.splitname == b.splitname)
+    except (ValueError, AssertionError, TypeError):  # of data whose splits have no known sizes: whole ones, by name
+        both = len(rows) if data.dataset_split == data.eval_split else 0
+    else:
+        train, held_out = _numbered(train, data.max_train_rows), _numbered(held_out, data.max_eval_rows)
+        both = sum(len({*numbers} & {*held_out.get(name, ())}) for name, numbers in train.items())
     if both:
         warnings.warn(
             f"eval_split: {both} of the rows of {data.eval_split!r} are trained on, too (dataset_split={data.dataset_split!r}), so their loss is not "
             "that of rows that were held out. Name parts that do not overlap, such as --dataset_split 'train[200:]' --eval_split 'train[:200]'.",
             stacklevel=2,
         )
+
+
+def _numbered(parts, most: int | None) -> dict[str, list[int]]:
+    """Numbers of the rows of parts of splits by the names of these, so many of them at most."""
+    found: dict[str, list[int]] = {}
+    left = sys.maxsize if most is None else most
+    for part in parts:
+        taken = range(part.from_, part.to)[:left]
+        found.setdefault(part.splitname, []).extend(taken)
+        left -= len(taken)
+    return found
 
 
 def _first(rows, count: int | None):
@@ -133,8 +147,9 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str
 
 def _refuse_bad_completions(rows, kind: str) -> None:
     """Rows for KTO have good and bad completions, told apart by a column that nothing here reads."""
-    label = rows.features.get("label")
-    if kind == COMPLETION and label is not None and getattr(label, "dtype", None) == "bool":
+    dtype = getattr(rows.features.get("label"), "dtype", None) if kind == COMPLETION else None
+    of_text = dtype == "string" and {str(value).lower() for value in rows.unique("label")} <= {"true", "false"}
+    if dtype == "bool" or of_text:
         wrong = "the rows have completions with a label of true or false, as for KTO, and all of them would be learned"
         raise ConfigError(
             [f"dataset_name: {wrong}. Leave out the bad ones and the column `label`; or train with trl's KTOTrainer and a callback."]
@@ -165,7 +180,11 @@ def _nothing_left(name: str, reasons: Counter, data: DataSource) -> str:
 def _numbers(rows, data: DataSource, classes: list) -> dict:
     """Class number by stored value. Raises ConfigError for a class that the rows to train on lack."""
     if (names := getattr(rows.features[data.label_column], "names", None)) is not None:
-        if list(names) != list(classes):
+        if without := [value for value in rows.unique(data.label_column) if value is None or not 0 <= value < len(names)]:
+            raise ConfigError(
+                [f"label_column: held-out rows have {without[0]!r} in {data.label_column!r}, expected 0 to {len(names) - 1}."]
+            )
+        if isinstance(classes[0], str) and list(names) != list(classes):
             wrong = (
                 f"held-out rows have the classes {names} in {data.label_column!r}, rows to train on {classes}: the same numbers are others"
             )
