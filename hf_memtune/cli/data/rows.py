@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def _warn_of_trained(data: DataArguments, rows) -> None:
     except (ValueError, AssertionError, TypeError):  # of data whose splits have no known sizes: whole ones, by name
         both = len(rows) if data.dataset_split == data.eval_split else 0
     else:
-        train, held_out = _numbered(train, data.max_train_rows), _numbered(held_out, data.max_eval_rows)
-        both = sum(len({*numbers} & {*held_out.get(name, ())}) for name, numbers in train.items())
+        pairs = product(_taken(train, data.max_train_rows), _taken(held_out, data.max_eval_rows))
+        both = sum(len(range(max(a.start, b.start), min(a.stop, b.stop))) for (split, a), (other, b) in pairs if split == other)
     if both:
         warnings.warn(
             f"eval_split: {both} of the rows of {data.eval_split!r} are trained on, too (dataset_split={data.dataset_split!r}), so their loss is not "
@@ -111,14 +112,13 @@ def _warn_of_trained(data: DataArguments, rows) -> None:
         )
 
 
-def _numbered(parts, most: int | None) -> dict[str, list[int]]:
-    """Numbers of the rows of parts of splits by the names of these, so many of them at most."""
-    found: dict[str, list[int]] = {}
-    left = sys.maxsize if most is None else most
+def _taken(parts, most: int | None) -> list[tuple[str, range]]:
+    """Parts of splits, each with the name of its split and the numbers of its rows, as far as the first `most` rows of all go."""
+    found, left = [], sys.maxsize if most is None else most
     for part in parts:
-        taken = range(part.from_, part.to)[:left]
-        found.setdefault(part.splitname, []).extend(taken)
-        left -= len(taken)
+        rows = range(part.from_, part.to)[:left]
+        found.append((part.splitname, rows))
+        left -= len(rows)
     return found
 
 
