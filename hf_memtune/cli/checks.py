@@ -37,12 +37,13 @@ def problems_of_resuming(training) -> list[str]:
 
 def _problems_of_steps(found: Path, training) -> list[str]:
     """A checkpoint after which nothing is left to train, such as that of a longer run in the same folder."""
-    from hf_memtune.training.checkpoints import epochs_of, had_all_steps, steps_of
+    from hf_memtune.training.checkpoints import progress_of
 
     counts_steps = training.max_steps > 0
     setting, wanted = ("max_steps", training.max_steps) if counts_steps else ("num_train_epochs", training.num_train_epochs)
-    done = steps_of(found) if counts_steps else epochs_of(found)
-    if done is None or done < wanted or (not counts_steps and done < math.ceil(wanted) and not had_all_steps(found)):
+    state = progress_of(found)
+    done, had_all = (state.global_step if counts_steps else state.epoch), state.global_step >= state.max_steps
+    if done is None or done < wanted or (not counts_steps and done < math.ceil(wanted) and not had_all):
         return []
     wrong = f"{str(found)!r} is of {'step' if counts_steps else 'epoch'} {done:g}, and {setting} is {wanted:g}, so nothing is left to train"
     return [f"resume_from_checkpoint: {wrong}. Raise {setting}, or name the checkpoint of another run, or another output_dir."]

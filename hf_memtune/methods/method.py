@@ -47,7 +47,7 @@ class Method(Generic[Config]):
     scores_last_block: bool | None = None  # whether scores run the last block alone, which then must be able to; None: nothing scores
 
     def __init__(self, model: nn.Module, config: Config, check: bool = True, looks_only: bool = False):
-        self.config, self.architecture, self.host = config, _described(model), HostMemory()
+        self.config, self.architecture, self.host = config, describe_as_it_runs(model), HostMemory()
         if not looks_only:
             _require_free(self.architecture)
         self.listeners = Listeners()
@@ -218,8 +218,8 @@ class Method(Generic[Config]):
         return self._heads[-1].logits(forward, hidden)
 
 
-def _described(model: nn.Module) -> Architecture:
-    """Without a plain head where somebody runs another forward in it, which may not be that of its weight and bias alone."""
+def describe_as_it_runs(model: nn.Module) -> Architecture:
+    """`describe`, without a plain head where somebody runs another forward in it, which may not be that of its weight and bias alone."""
     found = describe(model)
     return found if found.output_head is None or runs_its_own(found.output_head) else replace(found, output_head=None)
 

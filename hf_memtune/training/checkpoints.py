@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -71,20 +72,9 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps that were done when a complete checkpoint was written."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("global_step", 0)
-
-
-def epochs_of(checkpoint: Path) -> float | None:
-    """Epochs that were done then; None where that was not written."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("epoch")
-
-
-def had_all_steps(checkpoint: Path) -> bool:
-    """Whether its run had as many steps to do as were done."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return state.get("global_step", 0) >= state.get("max_steps", 0)
+def progress_of(checkpoint: Path) -> TrainerState:
+    """What was done when a complete checkpoint was written: global_step, epoch (None where that was not written) and max_steps among it."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:

@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from hf_memtune.architectures import describe
 from hf_memtune.core.logits import HeadOnDemand, LazyLogits
 from hf_memtune.errors import UnsupportedModelError
-from hf_memtune.methods.overrides import forward_as, runs_its_own
+from hf_memtune.methods.method import describe_as_it_runs
+from hf_memtune.methods.overrides import forward_as
 
 
 @contextmanager
@@ -19,7 +19,10 @@ def logits_on_demand(model: nn.Module) -> Iterator[None]:
     model: a transformers model, or a PEFT model around one, whose weights are whole on one device. Without a plain linear head of its own
     it is left as it is.
     """
-    head = _plain_head(model)
+    try:
+        head = describe_as_it_runs(model).output_head
+    except UnsupportedModelError:
+        head = None
     if head is None:
         yield
         return
@@ -31,12 +34,3 @@ def on_demand(head: nn.Linear, hidden: Tensor) -> Tensor:
     """What the head gives for hidden states of tokens (B, T, D), made when it is read; for those of rows (B, D) it is made at once."""
     forward = partial(type(head).forward, head)
     return LazyLogits.of(hidden, HeadOnDemand(forward, lambda: head.weight, head.bias)) if hidden.dim() == 3 else forward(hidden)
-
-
-def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """The linear head, unless somebody runs another forward in it, which may not be that of its weight alone."""
-    try:
-        head = describe(model).output_head
-    except UnsupportedModelError:
-        return None
-    return head if head is not None and runs_its_own(head) else None

@@ -91,10 +91,26 @@ def test_marks_in_a_prompt_carry_no_label(tmp_path):
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_helps(tmp_path):
     words = tokenizer(chat=True)
     words.chat_template = FORGETFUL
-    with pytest.raises(ConfigError, match="row 0: the chat template writes message 3 in another way.*assistant_only_loss false"):
+    with pytest.raises(
+        ConfigError, match="row 0 of the rows to train on: the chat template writes message 3 in another way.*assistant_only_loss false"
+    ):
         prepared(tmp_path, [{"messages": TALK}], words)
     assert prepared(tmp_path, [{"messages": TALK}], words, assistant_only_loss=False).train[0]["labels"]
     assert learned(prepared(tmp_path, [{"messages": [ASK, ANSWER]}], words), words) == "red green <eos>"
+
+
+def test_all_bad_rows_are_told_at_once_with_how_each_begins(tmp_path):
+    """Their numbers are those of a part of the file, in an order of its own, so they alone would not find the row."""
+    odd = [{"messages": [{"content": "who?"}]}, {"messages": [{"role": "pope", "content": "cold"}, ANSWER]}]
+    words = tokenizer(chat=True)
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'pope' %}{{ raise_exception('no popes') }}{% endif %}{{ m.content }} {% endfor %}"
+    )
+    with pytest.raises(ConfigError) as told:
+        prepared(tmp_path, [{"messages": TALK}, odd[0], {"messages": TALK}, odd[1]], words, assistant_only_loss=False)
+    first, second = told.value.problems
+    assert "row 1 of the rows to train on, messages has a message without a role" in first and '{"messages": [{"content": "who?"' in first
+    assert "row 3 of the rows to train on: the chat template refuses" in second and "no popes" in second and '"cold"' in second
 
 
 def test_chats_need_a_template_which_may_be_named(tmp_path):
@@ -119,7 +135,7 @@ def test_an_answer_of_the_weight_0_carries_no_label(template, tmp_path):
             assert learned(prepared(tmp_path, [row] * 2, words), words) == expected
     with pytest.raises(ConfigError, match=r"dropped: 2 \(no answer of an assistant\)"):
         prepared(tmp_path, [{"messages": [ASK, ANSWER | {"weight": 0}]}] * 2, words)
-    with pytest.raises(ConfigError, match="row 0, messages, message 2 has the weight 0.5, expected 1"):
+    with pytest.raises(ConfigError, match="row 0 of the rows to train on, messages, message 2 has the weight 0.5, expected 1"):
         prepared(tmp_path, [{"messages": [ASK, ANSWER | {"weight": 0.5}]}] * 2, words)
 
 
@@ -170,7 +186,7 @@ def test_tools_go_to_the_template(tmp_path, as_json):
 @pytest.mark.parametrize(
     "row, problem",
     [
-        ({"messages": ["red"]}, "row 0, messages is no list of messages"),
+        ({"messages": ["red"]}, "row 0 of the rows to train on, messages is no list of messages"),
         ({"messages": [{"content": "red"}]}, "without a role"),
         ({"messages": "red"}, "no JSON"),
         ({"colours": "red", "number": 1}, "have the columns colours, number, of which none is known"),

@@ -8,10 +8,15 @@ from hf_memtune.cli.arguments import DataSource
 from hf_memtune.cli.data.chats import Chat, NotText, chat_tokens, messages_of, tools_of, without_nones
 from hf_memtune.cli.data.kinds import CHAT, COMPLETION, INSTRUCTION, SHAREGPT, TEXT, text_column
 from hf_memtune.cli.data.mixed import written
+from hf_memtune.errors import ConfigError
 
 IGNORED = -100
 PLAIN_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"  # for tokenizers without a chat template
 EMPTY, CUT, NO_ANSWER = "empty", "nothing to learn within max_length", "no answer of an assistant"
+
+
+class BadRow(ConfigError):
+    """A row that is not what its columns promise."""
 
 
 def as_text(value: Any) -> str:
@@ -26,12 +31,19 @@ def dropped_row(reason: str) -> dict:
     return {"input_ids": [], "attention_mask": [], "labels": [], "dropped": reason}
 
 
-def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer, mixed: Collection[str] = ()) -> dict:
-    """A row of a language model, with the reason, if any, for which it is to be dropped. mixed: columns of `as_stored`."""
+def language_row(row: dict, number: int, kind: str, data: DataSource, tokenizer, mixed: Collection[str] = (), of: str = "rows") -> dict:
+    """A row of a language model, with the reason, if any, for which it is to be dropped. mixed: columns of `as_stored`. of: what rows.
+
+    Raises BadRow for one that was meant to be learned from, and cannot be read.
+    """
     try:
-        made = _MAKERS[kind](written(row, mixed), data, tokenizer, f"row {number}")
+        made = _MAKERS[kind](written(row, mixed), data, tokenizer, f"row {number} of the {of}")
     except NotText as reason:
         return dropped_row(str(reason))
+    except ConfigError as error:
+        if tokenizer.chat_template is None:  # of which every row would say the same
+            raise
+        raise BadRow(error.problems) from error
     if "dropped" in made:
         return made
     has_label = any(label != IGNORED for label in made["labels"][1:])  # nothing predicts the first token

@@ -22,19 +22,29 @@ def load_rows(data: DataSource, split: str):
         wrong = f"got {data.dataset_config!r}, which chooses on the hub, and {data.dataset_name!r} is a file or a folder here"
         raise ConfigError([f"dataset_config: {wrong}. Leave it out."])
     try:
+        csv = _csv_of(path)
+        options = _as_text(csv) if csv else {}
         if path.is_file():
             kind = BUILDERS[path.suffix.lower()]
-            options = _as_text(path) if kind == "csv" else {}
             rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
-            return _not_empty(_with_numbers(rows, data) if kind == "csv" else rows, data)
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _not_empty(_saved_rows(datasets.load_from_disk(path), split), data)
-        if (files := sorted(path.rglob("*.csv"))) and not any([*path.rglob(f"*{suffix}")] for suffix in BUILDERS if suffix != ".csv"):
-            rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, **_as_text(files[0]))
-            return _not_empty(_with_numbers(rows, data), data)
-        return _not_empty(datasets.load_dataset(data.dataset_name, data.dataset_config, split=split), data)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = _saved_rows(datasets.load_from_disk(path), split)
+        else:
+            rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, **options)
+        rows = _with_numbers(rows, data) if csv else rows
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError([f"dataset_name: {data.dataset_name!r}, split {split!r}: {_cause(error)}"]) from error
+    if not len(rows):
+        raise ConfigError([f"dataset_name: {data.dataset_name!r} has no rows."])
+    return rows
+
+
+def _csv_of(path: Path) -> Path | None:
+    """The csv file, or the first of a folder that has files of no other kind."""
+    if path.is_file():
+        return path if path.suffix.lower() == ".csv" else None
+    files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS) if path.is_dir() else []
+    return files[0] if files and all(file.suffix == ".csv" for file in files) else None
 
 
 def _as_text(path: Path) -> dict:
@@ -70,12 +80,6 @@ def _problem_of_path(name: str, path: Path) -> str | None:
     # a hub name is NAME or OWNER/NAME
     is_local = path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return f"dataset_name: {name!r} does not exist." if is_local and not path.exists() else None
-
-
-def _not_empty(rows, data: DataSource):
-    if not len(rows):
-        raise ConfigError([f"dataset_name: {data.dataset_name!r} has no rows."])
-    return rows
 
 
 def _saved_rows(saved, split: str):

@@ -1,5 +1,6 @@
 """Rows to train on and rows held out, tokenised; what is dropped is counted by its reason."""
 
+import json
 import sys
 import warnings
 from collections import Counter
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSource
+from hf_memtune.cli.data.chats import without_nones
 from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved
-from hf_memtune.cli.data.making import CUT, IGNORED, classified_row, language_row
+from hf_memtune.cli.data.making import CUT, IGNORED, BadRow, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
 from hf_memtune.cli.data.mixed import as_stored
 from hf_memtune.cli.data.reading import load_rows
 from hf_memtune.cli.traps import Lengths
 from hf_memtune.errors import ConfigError
 
+BAD_ROWS_TOLD, LOOKED_THROUGH = 5, 1000  # rows
 HOLD_OUT_SEED = 0  # not the seed of training: runs with different seeds are measured on the same rows
 
 
@@ -134,15 +137,32 @@ def tokenised(rows, data: DataSource, tokenizer, classes: list | None, name: str
         options |= {"classes": _numbers(rows, data, classes)}
         done = mapped(rows, classified_row, options, features=_features(tokenizer("a"), one_label=True))
     else:
-        options |= {"kind": (kind := kind_of(data, rows.column_names))}
+        options |= {"kind": (kind := kind_of(data, rows.column_names)), "of": name}
         _refuse_bad_completions(rows, kind)
-        done = mapped(rows, language_row, options, with_indices=True, features=_features(("input_ids", "attention_mask")))
+        try:
+            done = mapped(rows, language_row, options, with_indices=True, features=_features(("input_ids", "attention_mask")))
+        except BadRow as first:
+            raise ConfigError(_bad_rows(rows, options)) from first
     reasons = Counter(reason for reason in done["dropped"] if reason)
     if reasons:
         done = done.filter(lambda reason: not reason, input_columns="dropped", desc="Dropping rows that teach nothing")
     if not len(done):
         raise ConfigError([_nothing_left(name, reasons, data)])
     return done.remove_columns("dropped"), reasons
+
+
+def _bad_rows(rows, options: dict[str, Any]) -> list[str]:
+    """What is wrong with the first bad rows, and how each begins, by which it is found in its file: they are counted from 0 after the split."""
+    found: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            language_row(row, number, **options)
+        except BadRow as error:
+            begins = json.dumps(without_nones(row), ensure_ascii=False, default=str)[:100]
+            found += [f"{problem} The row begins {begins}" for problem in error.problems]
+        if len(found) >= BAD_ROWS_TOLD or (found and number >= LOOKED_THROUGH):
+            break
+    return found
 
 
 def _refuse_bad_completions(rows, kind: str) -> None:
