@@ -98,4 +98,13 @@ def buffers_are_copied() -> bool:
     return active is not None and active.forward_sync_buffers
 
 
+def is_sink_of_ddp(node) -> bool:
+    """Whether a node is the one through which DistributedDataParallel hands out what a model returns, where parameters may be left unused: its
+    backward passes gradients on as they come. Not that of a static graph, in which the sums over processes begin, too.
+    """
+    from torch.nn.parallel import distributed
+
+    return getattr(type(node), "_forward_cls", None) is distributed._DDPSink and not node.ddp_weakref().static_graph
+
+
 def _nothing(*args) -> None: ...

@@ -28,6 +28,49 @@ SUMMARY_ARMS = {
     "`--preset tokenseek`": ("combined/top/cut/10%",),
 }
 
+PAIRS = {  # by task and stage: arms of which one differs from the other by one choice, or that compete for the same seconds
+    ("smollm2-alpaca", "final"): (
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("combined/top/cut/10%/labels", "combined/top/cut/10%"),
+        ("combined/sample/cut/10%/labels", "combined/top/cut/10%/labels"),
+        ("combined/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
+        ("random/sample/stream/10%/labels", "random/sample/cut/10%/labels"),
+        ("random/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
+        ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
+        ("true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/30%/labels"),
+    ),
+    ("smollm2-alpaca", "race"): (
+        ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
+        ("checkpointing@1", "random/sample/cut/10%/labels"),
+        ("checkpointing@1", "random/sample/cut/30%/labels"),
+        ("checkpointing@1", "true_gradient/sample/cut/30%/labels"),
+        ("streaming", "random/sample/cut/30%/labels"),
+        ("streaming", "true_gradient/sample/cut/30%/labels"),
+    ),
+    ("stories-imdb", "final"): (
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("combined/sample/cut/10%", "combined/top/cut/10%"),
+        ("random/sample/cut/10%", "random/top/cut/10%"),
+        ("combined/sample/cut/10%", "random/sample/cut/10%"),
+        ("random/sample/stream/10%", "random/sample/cut/10%"),
+        ("random/sample/stream/30%", "random/sample/cut/30%"),
+        ("random/sample/cut/30%", "random/sample/cut/10%"),
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+        ("true_gradient/sample/stream/30%", "random/sample/stream/30%"),
+    ),
+    ("stories-imdb", "race"): (
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+        ("streaming", "random/sample/cut/30%"),
+        ("streaming", "true_gradient/sample/cut/30%"),
+    ),
+    ("minilm-reviews", "final"): (
+        ("context/top/cut/10%", "random/top/cut/10%"),
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("context/top/cut/10%", "combined/top/cut/10%"),
+    ),
+}  # fmt: skip
+AT = {"final": "steps", "race": "seconds"}
+
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
@@ -39,6 +82,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
         **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in RACED},
         "quality": lambda: summary_table(quality()),
+        "quality-pairs": lambda: pairs_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
         "skip": lambda: skip_table(rows_of("skip")),
@@ -179,6 +223,20 @@ def summary_table(found: Rows) -> str:
                 )
                 lines.append([described, title, above, *shares])
     return table("data | method | held-out loss minus plain | peak bytes | step time", lines, "ll")
+
+
+def pairs_table(found: Rows) -> str:
+    """Differences between arms, seed by seed, and whether they are larger than their interval; of each at the rate that was best for it."""
+    lines = []
+    for (task, stage), pairs in PAIRS.items():
+        groups = finals(found, task, stage)
+        for arms in pairs:
+            one, other = (named(groups, arm) for arm in arms)
+            if one and other and (difference := one.minus(other)):
+                rates = " / ".join(dict.fromkeys(f"{group.any_run['learning_rate']:g}" for group in (one, other)))
+                cells = [f"{difference:+}", "yes" if difference.is_clear else "no"]
+                lines.append([task, AT[stage], *(f"`{arm}`" for arm in arms), rates, *cells])
+    return table("data | the same | arm | minus | rates | difference of the loss | clear", lines, "llll") if lines else UNMEASURED
 
 
 # --- the screening

@@ -157,10 +157,11 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
     def on_log(self, args, state, control, logs=None, **kwargs):
         learned, self._learned = self._learned, None
         if logs is not None and "loss" in logs and learned is not None and int(learned) == 0:
-            logger.warning(
-                "no kept token carried a label since the last log, so nothing was learned: the scorer chose prompt tokens alone. "
-                "Set select_from=labels, or raise token_ratio."
-            )
+            if self.config.select_from == "labels":
+                why = "no token of these rows had one. Look at what cuts rows (max_length), and at what the collator makes of labels."
+            else:
+                why = "the scorer chose prompt tokens alone. Set select_from=labels, or raise token_ratio."
+            logger.warning("no kept token carried a label since the last log, so nothing was learned: %s", why)
 
     def chosen(self, selection):
         self.last_selection = selection if len(selection) > 1 else selection["decoder"]

@@ -4,7 +4,8 @@ from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures import describe
 from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.core.selection import Selection
-from hf_memtune.levers.table import lever_of
+from hf_memtune.errors import ConfigError
+from hf_memtune.levers.table import lever_of, refusals_of_arguments
 from hf_memtune.methods.method import Method
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.settings.streaming import StreamingConfig
@@ -58,6 +59,24 @@ class MethodMixin:
             settings = TokenSeekingConfig.of(self.args)
             return settings if describe(self.model).task.loss_per_token else settings.for_row_loss()
         return StreamingConfig.of(self.args) if self.args.streams else None
+
+    def _retake_method(self) -> None:
+        """Take over settings of the method that a hyperparameter search has set in the arguments.
+
+        Raises ConfigError where they cannot work, or would turn a method on or off: what is around it was made with the trainer.
+        """
+        found = [*self.args.problems(), *refusals_of_arguments(self.args)]
+        config, callback = (None if found else self._method_settings()), self.strategy_callback
+        had = None if callback is None else callback.config
+        if not found and (type(config) is not type(had) or (callback is not None and config.switch != had.switch)):
+            found = [
+                f"hp_space: a trial asks for {self.args.switch or 'no method'}, and the trainer was made with {getattr(had, 'switch', 'no method')}. "
+                "Search within one method: set token_seeking, or sequence_chunk_size, in the arguments, and leave it out of the search."
+            ]
+        if found:
+            raise ConfigError(found)
+        if callback is not None:
+            callback.config = config
 
     def _load_callback_state(self) -> None:
         """transformers makes stateful callbacks anew from a checkpoint; ours belongs to this trainer and reads its state itself."""

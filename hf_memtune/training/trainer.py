@@ -90,6 +90,11 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         self.report_callback.write()
         return result
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._retake_method()
+
     def get_batch_samples(self, *args, **kwargs):
         batches, count = super().get_batch_samples(*args, **kwargs)
         self.batches_of_step = batches  # a reference to the loop's own list: nothing lives longer for it than until the next step

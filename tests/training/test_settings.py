@@ -5,11 +5,13 @@ import copy
 import pickle
 import warnings
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
@@ -449,3 +451,56 @@ def test_a_batch_without_labels_is_refused(tmp_path):
     """By transformers, which takes the loss."""
     with pytest.raises(ValueError, match="did not return a loss.*input_ids"):
         train(llama(), arguments(tmp_path), [{"input_ids": row["input_ids"]} for row in ROWS])
+
+
+# -- search of hyperparameters -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_backend(monkeypatch):
+    """transformers knows trials by the classes of backends, none of which is needed here."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+
+def searched(tmp_path, *trials, **settings):
+    """A trainer, and one training for each trial, as a search of hyperparameters makes them; yields after each."""
+    trainer = trainer_for(None, arguments(tmp_path, **settings), ROWS, model_init=lambda: llama())
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    for number, params in enumerate(trials):
+        trainer.hp_space = lambda trial: trial.params
+        trainer.train(trial=SimpleNamespace(params=params, number=number))
+        yield trainer
+
+
+def test_a_search_trains_with_what_each_trial_asks_for(no_backend, tmp_path):
+    """Also with the first; the sibling at another ratio learns something else."""
+    ratios = [0.25, 0.5]
+    found = [weights_of(trainer.model) for trainer in searched(tmp_path / "search", *({"token_ratio": ratio} for ratio in ratios))]
+    alone = [trainer_for(None, arguments(tmp_path, token_ratio=ratio), ROWS, model_init=lambda: llama()) for ratio in ratios]
+    for trainer in alone:
+        trainer.train()
+    alone = [weights_of(trainer.model) for trainer in alone]
+    assert all(torch.equal(*pair) for pair in zip(found, alone))
+    assert not torch.equal(*found)
+
+
+def weights_of(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings, trial, told",
+    [
+        (
+            {"token_seeking": False, "token_ratio": None, "context_normalize": None},
+            {"token_seeking": True},
+            "asks for token_seeking.*no method",
+        ),
+        ({}, {"token_seeking": False}, "asks for no method.*with token_seeking"),
+        ({}, {"token_ratio": 1.5}, "token_ratio"),
+    ],
+    ids=["on", "off", "bad"],
+)
+def test_a_search_that_cannot_be_followed_is_refused(no_backend, tmp_path, settings, trial, told):
+    with pytest.raises(ConfigError, match=told):
+        list(searched(tmp_path, trial, **settings))

@@ -52,8 +52,9 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 
 def _longest(trainer: RunningTrainer) -> tuple[Longest, BatchShape]:
-    with preserved_rng(trainer.args.device):  # a collator may draw
-        found = longest_batch(trainer.callback_handler.train_dataloader, trainer._train_batch_size)
+    loader = trainer.callback_handler.train_dataloader
+    with preserved_rng(trainer.args.device, loader.collate_fn):
+        found = longest_batch(loader, trainer._train_batch_size)
     if found is not None and found.tokens is not None and (shape := BatchShape.of(found.batch)) is not None:
         return found, shape
     raise ConfigError(

@@ -92,8 +92,9 @@ class Preflight(TrainerCallback):
         return False
 
     def _fly(self, batches: list[dict[str, Any]]) -> PreflightReport:
-        with preserved_rng(self.trainer.args.device):  # a collator may draw
-            found = longest_batch(self.trainer.callback_handler.train_dataloader, self.trainer._train_batch_size)
+        loader = self.trainer.callback_handler.train_dataloader
+        with preserved_rng(self.trainer.args.device, loader.collate_fn):
+            found = longest_batch(loader, self.trainer._train_batch_size)
         if found is None:
             why = "the first batch: a data set without length cannot be looked through, so its longest row is not known"
             found = Longest(batches[0], _rows(batches[0]), None, why)

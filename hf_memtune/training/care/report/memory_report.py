@@ -80,6 +80,7 @@ class MemoryReportCallback(TrainerCallback):
         self._shape: BatchShape | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.close()  # training begins again where a batch size that did not fit was halved, perhaps in the middle of the step
         self._taken = None
         if args.reports and not args.preflights:
             self._take(state)
