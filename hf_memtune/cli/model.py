@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
 from hf_memtune.cli.checks import problems_of_folder
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, first_line
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -34,11 +34,6 @@ def _why_no_tokenizer(name: str, error: Exception) -> str:
     if any(Path(name, file).is_file() for file in TOKENIZERS):
         return f"the tokenizer in {name!r} cannot be read: {first_line(error)}."
     return f"the folder {name!r} holds no tokenizer. Save that of the model into it (tokenizer.save_pretrained); other models have none."
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _why_not(name: str, task: str, error: Exception) -> str:

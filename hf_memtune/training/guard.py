@@ -79,7 +79,7 @@ def _halves(losses: Iterable[float]) -> tuple[list[float], list[float]]:
     return list(losses)[:WINDOW], list(losses)[WINDOW:]
 
 
-class FullLossCallback:
+class FullLossLog:
     """Puts the loss of all tokens of a few fixed rows beside that of the kept ones, at every log, and says when they part.
 
     Acts where the loss is the mean over the kept tokens (token_selection=top): every other one stands for all tokens already.

@@ -1,5 +1,7 @@
 """What a trainer does of the method that its arguments turn on: checks it, and gives it to a callback. Steps are transformers' own."""
 
+from typing import Any
+
 from hf_memtune._compat import forbid_4bit_repacking
 from hf_memtune.architectures import describe
 from hf_memtune.core.scorers import TokenScorer
@@ -11,7 +13,6 @@ from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.callbacks import MethodCallback, StreamingCallback, TokenSeekingCallback
 from hf_memtune.training.launch import problems_of, problems_of_launch
-from hf_memtune.training.requests import problems_of_seeking
 from hf_memtune.training.smoothing import LabelSmootherOnDemand
 
 
@@ -35,7 +36,7 @@ class MethodMixin:
 
     def _problems_of_method(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
-        found = problems_of_seeking(self.args, token_scorer, self.train_dataset)
+        found = _problems_of_seeking(self.args, token_scorer, self.train_dataset)
         if self.args.switch:
             lever = lever_of(self.args.switch)
             found += [*problems_of(self.args, lever), *problems_of_launch(self, lever)]
@@ -85,3 +86,19 @@ class MethodMixin:
         self.callback_handler.callbacks.remove(self.strategy_callback)
         super()._load_callback_state()
         self.add_callback(self.strategy_callback)
+
+
+def _problems_of_seeking(args: TokenSeekingConfig, scorer: TokenScorer | None, train_dataset: Any) -> list[str]:
+    """Problems of a scorer given as a function, and of a schedule on these data, one message each."""
+    if not args.token_seeking:
+        return [] if scorer is None else ["token_scorer: got a function, but token_seeking is off. Set token_seeking=True."]
+    found = []
+    if scorer is not None and not callable(scorer):
+        found.append(f"token_scorer: got {scorer!r}, expected a function. Names go to args.token_scorer.")
+    if scorer is not None and "token_scorer" in args.given:
+        found.append(f"token_scorer: got a function and args.token_scorer={args.token_scorer!r}. Leave one of them out.")
+    if scorer is None:
+        found += TokenSeekingConfig.of(args).schedule_problems()
+    if args.seek_schedule != "step" and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        found.append(f"seek_schedule: got {args.seek_schedule!r} with a data set without length, which may never end. Use 'step'.")
+    return found

@@ -21,7 +21,7 @@ from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete, require_same_model
-from hf_memtune.training.guard import FullLossCallback
+from hf_memtune.training.guard import FullLossLog
 from hf_memtune.training.harness import LMEvalCallback
 from hf_memtune.training.loss_alone import logits_on_demand
 from hf_memtune.training.method_mixin import MethodMixin
@@ -61,7 +61,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
 
     def _add_care(self) -> None:
         """What watches over steps: it takes part in no loss."""
-        self.full_loss, self.halving = FullLossCallback(self), HalvingSteps(self)
+        self.full_loss, self.halving = FullLossLog(self), HalvingSteps(self)
         self.preflight = Preflight(self, self.halving)
         self.report_callback = MemoryReportCallback(self, self.memory_callback, self.preflight, self.halving)
         for callback in (self.halving, self.report_callback):

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.memory import available_bytes
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.streaming import StreamingConfig
@@ -96,9 +96,8 @@ def _predicted(trainer: RunningTrainer, shape: BatchShape, size: int) -> Any:
     try:
         return predicted_step(trainer, shape, {"sequence_chunk_size": size, "chunk_budget": None})
     except MemTuneError as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {why}. Give a number of tokens, such as 512."]
+            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {first_line(error)}. Give a number of tokens, such as 512."]
         ) from error
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_memtune._compat import is_fake
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.training.care.preflight.flight import Flight
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.watch import LeverWatch
-from hf_memtune.training.care.recovery.advice import first_line, is_out_of_memory
+from hf_memtune.training.care.recovery.advice import is_out_of_memory
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
