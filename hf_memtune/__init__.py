@@ -45,7 +45,7 @@ _EXPORTS = {
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
     "LMEvalCallback": "training.harness",
-    "MemoryCallback": "training.callbacks",
+    "MemoryCallback": "training.memory_callback",
     "MemoryReport": "training.care.report.memory_report",
     "PreflightReport": "training.care.preflight.report",
     "StreamingCallback": "training.callbacks",

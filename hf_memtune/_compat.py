@@ -58,6 +58,12 @@ def has_repacked_4bit(model: torch.nn.Module) -> bool:
     return any(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in weights)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what was asked of it: launches return before, and would be timed in place of the work."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(*(() if device.type == "mps" else (device,)))  # of mps there is one
+
+
 def accumulates(node) -> bool:
     """Whether the backward pass that runs will add a gradient to `.grad` through this node of a leaf: not in torch.autograd.grad.
 

@@ -153,17 +153,14 @@ class Loaded(NamedTuple):
 
 def load(settings: Settings) -> Loaded:
     """The rows, then the model. Raises ConfigError for what only shows with the data."""
-    import torch
 
     from hf_memtune.cli.data import collator
-    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.cli.model import load_on_device, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
     source = _text_row if settings.examples.text else _rows_of_data
     rows, titles, classes, data, dropped = source(settings, tokenizer)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(settings.model, data, tokenizer, classes).to(device)
-    with_reversible_adapters(model, settings.model)
+    model = load_on_device(settings.model, data, tokenizer, classes)
     return Loaded(model, tokenizer, rows, titles, dropped, collator(replace(data, packing=False), tokenizer))
 
 

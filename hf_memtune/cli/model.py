@@ -74,6 +74,16 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     return loaded
 
 
+def load_on_device(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None):
+    """The model on the accelerator, or on the CPU where there is none, with the reversible adapters that the settings name."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    loaded = load_model(model, data, tokenizer, classes).to(device)
+    with_reversible_adapters(loaded, model)
+    return loaded
+
+
 def names_of(classes: list) -> dict:
     """Options of a config that name the classes, in the order of their numbers."""
     names = {number: str(name) for number, name in enumerate(classes)}

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
 from transformers import TrainerCallback
 
+from hf_memtune._compat import wait_for
 from hf_memtune.files import write_text
 from hf_memtune.units import format_bytes
 
@@ -23,8 +23,7 @@ class StepTimes(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type not in ("cpu", "mps"):
-            torch.accelerator.synchronize()  # the device may still be working on what was asked of it
+        wait_for(args.device)
         self.seconds.append(time.perf_counter() - self._began)
 
 

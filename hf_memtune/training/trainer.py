@@ -16,7 +16,6 @@ from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.settings.seeking import TokenSeekingConfig
-from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
@@ -24,6 +23,7 @@ from hf_memtune.training.checkpoints import being_written, newest_complete, requ
 from hf_memtune.training.guard import FullLossLog
 from hf_memtune.training.harness import LMEvalCallback
 from hf_memtune.training.loss_alone import logits_on_demand
+from hf_memtune.training.memory_callback import MemoryCallback
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
 

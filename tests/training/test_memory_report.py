@@ -13,7 +13,7 @@ from hf_memtune import MemEfficientTrainer, MemTuneError
 from hf_memtune.forecast.estimate import estimate
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.care.report.memory_report import FILES
-from hf_memtune.training.care.report.savings import BatchShape, Savings
+from hf_memtune.training.care.savings import BatchShape, Savings
 from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)

@@ -9,10 +9,10 @@ import sys
 import time
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from hf_memtune._compat import wait_for
 from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.memory import available_bytes
 from hf_memtune.methods.streaming.method import Streaming
@@ -20,7 +20,7 @@ from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.recovery.advice import advice
-from hf_memtune.training.care.report.savings import BatchShape, own_steps, predicted_step
+from hf_memtune.training.care.savings import BatchShape, own_steps, predicted_step
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes, parse_bytes
@@ -125,20 +125,15 @@ def _seconds(trainer: RunningTrainer, config: StreamingConfig, inputs: dict[str,
     trainer.model.train()
     with Streaming(trainer.model, config, check=False):
         for _ in range(2):
-            _synchronise(trainer.args.device)
+            wait_for(trainer.args.device)
             began = time.perf_counter()
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model, dict(inputs))
             loss.backward()
-            _synchronise(trainer.args.device)
+            wait_for(trainer.args.device)
             seconds = time.perf_counter() - began
             trainer.model.zero_grad()
     return seconds
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device.type).synchronize(device)
 
 
 def _no_room(trainer: RunningTrainer, found: dict[int, Any], budget: int, longest: Longest) -> str:

@@ -12,7 +12,7 @@ from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.halving import HalvingSteps
-from hf_memtune.training.care.report.savings import BatchShape
+from hf_memtune.training.care.savings import BatchShape
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes

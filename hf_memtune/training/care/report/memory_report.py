@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from hf_memtune.files import write_text
 from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory import MemoryAccount
-from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.recovery.halving import HalvingSteps
-from hf_memtune.training.care.report.savings import Advice, BatchShape, LeverSaving, savings_of
 from hf_memtune.training.care.report.step_account import StepAccountCallback
+from hf_memtune.training.care.savings import Advice, BatchShape, LeverSaving, savings_of
+from hf_memtune.training.memory_callback import MemoryCallback
 from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
