@@ -144,7 +144,7 @@ class DataSource:
     packing: bool = setting(
         False,
         "causal_lm: train on rows of up to max_length tokens made of whole rows, none of which sees another (trl's best fit decreasing). Less "
-        "padding; needs trl (pip install 'hf_memtune[sft]').",
+        "padding; needs trl (pip install -e '.[sft]').",
     )
 
     def problems(self) -> list[str]:
@@ -152,7 +152,7 @@ class DataSource:
         if self.dataset_name is None:
             found.append("dataset_name: got nothing, expected a file, a folder or a hub name (--dataset_name, or --dataset).")
         if self.packing and find_spec("trl") is None:
-            found.append("packing: got True, but trl is not installed. pip install 'hf_memtune[sft]', or leave it out.")
+            found.append("packing: got True, but trl is not installed. pip install -e '.[sft]', or leave it out.")
         return found
 
     def ineffective(self) -> list[str]:

@@ -143,7 +143,7 @@ def four_bits(model: ModelArguments):
     try:
         import bitsandbytes  # noqa: F401  transformers would say so only after the data are prepared
     except ImportError as error:
-        raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install 'hf_memtune[quantization]'."]) from error
+        raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install -e '.[quantization]'."]) from error
     computed = getattr(torch, model.dtype) if model.dtype != "auto" else torch.bfloat16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed)
 

@@ -20,7 +20,9 @@ class TaskArguments:
 
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks, groups or tags of lm-eval by name, after one another or with commas: sciq,piqa. Needs hf_memtune[eval]."},
+        metadata={
+            "help": "Tasks, groups or tags of lm-eval by name, after one another or with commas: sciq,piqa. Needs pip install -e '.[eval]'."
+        },
     )
     num_fewshot: int | None = setting(None, "Examples with their answers before each question. Default: as each task says, most often 0.")
     limit: int | None = setting(None, "Score this many rows of each task at most, the first ones. Default: all.")

@@ -40,7 +40,7 @@ class Tasks:
 
 
 def problems_of_installation() -> list[str]:
-    return [] if find_spec("lm_eval") else ["tasks: lm-eval is not installed. pip install 'hf_memtune[eval]'."]
+    return [] if find_spec("lm_eval") else ["tasks: lm-eval is not installed. pip install -e '.[eval]'."]
 
 
 def problems_of_tasks_folder(folder: str | Path | None) -> list[str]:

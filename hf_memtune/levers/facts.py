@@ -92,6 +92,18 @@ def checkpoints(args: Any) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
+def checkpointed_by(args: Any) -> str | None:
+    """The setting that recomputes activations, or None."""
+    levels = getattr(args, "checkpoint_levels", None)
+    return "activation_checkpointing" if checkpoints(args) else "checkpoint_levels" if levels else None
+
+
+def saved_by_one_chunk(args: Any) -> str:
+    """What a stream of rows that fit in one chunk saves, in words."""
+    by = checkpointed_by(args)
+    return "only the logits are saved" if by is None else f"the logits are saved, and what {by} saves"
+
+
 def checkpoint_names(args: Any) -> list[str]:
     """The names that these arguments have for activation checkpointing; the older one goes away in transformers 6."""
     return [name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, name)]

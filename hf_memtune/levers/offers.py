@@ -84,4 +84,4 @@ def token_seeking(run: Run) -> Iterator[Offer]:
 
 
 def _without_bitsandbytes() -> str | None:
-    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed (pip install 'hf_memtune[quantization]')"
+    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed (pip install -e '.[quantization]')"
