@@ -33,6 +33,7 @@ def main(given: list[str] | None = None) -> None:
     told = {"model": options.model.name, "tokens": options.tokens, "layers": 0, "traced": options.traced}
     wanted = [told | {"method": name} for name in options.methods]
     described = {"dtype": "float32", "lora_rank": RANK, "threads": torch.get_num_threads(), "rows": 1}
+    described |= {} if options.traced else {"data": options.data.parent.name}  # a trace reads none
     measure(options.out, wanted, (_Traced if options.traced else _Run)(options).measured, **described)
 
 

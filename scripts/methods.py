@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_memtune import StreamingConfig, TokenSeekingConfig
 
-LOGIT_FREE = "checkpointing + logit-free loss"
+LOGIT_FREE, FUSED_LOSS = "checkpointing + logit-free loss", "checkpointing + fused loss"
 OFFLOADED = ", offloaded"
 WHOLE_ROW = 2**20  # tokens of a chunk that is longer than any row
 OF_CHECKPOINTING: dict[str, dict[str, Any]] = {

@@ -44,12 +44,15 @@ class Kernel(Protocol):
 
 def kernel_for(query: Tensor, value: Tensor, masked: bool) -> Kernel:
     """The fastest kernel for these; masked: whether a mask will be added."""
-    same_channels = query.shape[-1] == value.shape[-1]
-    if query.device.type == "cpu" and same_channels and query.dtype in _CPU_DTYPES:
+    has_wider_values = value.shape[-1] > query.shape[-1]
+    found = _fused(value if has_wider_values else query, masked)
+    return found if found is PLAIN or value.shape[-1] == query.shape[-1] else _Filled(found)
+
+
+def _fused(widest: Tensor, masked: bool) -> Kernel:
+    if widest.device.type == "cpu" and widest.dtype in _CPU_DTYPES:
         return _CPU
-    if query.device.type == "cuda" and same_channels:
-        return _on_cuda(query, masked)
-    return PLAIN
+    return _on_cuda(widest, masked) if widest.device.type == "cuda" else PLAIN
 
 
 def _on_cuda(query: Tensor, masked: bool) -> Kernel:
@@ -131,8 +134,36 @@ class _EfficientKernel:
         return _dense(folded), _dense(key), _dense(value), bias
 
 
+class _Filled:
+    """A fused kernel, which takes as many channels of queries, keys and values, for values that have fewer or more.
+
+    What has fewer is filled up with zeros. They add nothing to a score, (q, 0) · (k, 0) = q · k, nor to the other channels of the output or of a
+    gradient, and backward, (dL/do, 0) · (o, 0) and (dL/do, 0) · (v, 0) are what they are without. The channels that are zeros again are left out.
+    """
+
+    def __init__(self, kernel: Kernel):
+        self._kernel = kernel
+
+    def forward(self, query, key, value, mask, causal, scale):
+        query, key, filled = _of_one_width(query, key, value)
+        found = self._kernel.forward(query, key, filled, mask, causal, scale)
+        return Attended(found.output[..., : value.shape[-1]].contiguous(), found.lse)
+
+    def backward(self, gradient, query, key, value, of, mask, causal, scale):
+        gradient, output, *filled = _of_one_width(gradient, of.output, query, key, value)
+        of_query, of_key, of_value = self._kernel.backward(
+            gradient, filled[0], filled[1], filled[2], Attended(output, of.lse), mask, causal, scale
+        )
+        return of_query[..., : query.shape[-1]], of_key[..., : key.shape[-1]], of_value[..., : value.shape[-1]]
+
+
+def _of_one_width(*parts: Tensor) -> list[Tensor]:
+    channels = max(part.shape[-1] for part in parts)
+    return [pad(part, (0, channels - part.shape[-1])) if part.shape[-1] < channels else part for part in parts]
+
+
 class _PlainKernel:
-    """The formulas themselves, in float32 or wider, for what no fused kernel takes: values with channels of their own, other devices."""
+    """The formulas themselves, in float32 or wider, for what no fused kernel takes: other devices, and on CUDA other dtypes and channels."""
 
     def forward(self, query, key, value, mask, causal, scale):
         with torch.autocast(query.device.type, enabled=False):

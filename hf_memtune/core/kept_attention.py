@@ -17,11 +17,12 @@ from hf_memtune.core.rows import RowTensor
 class KeptAttention:
     """Outputs, (B, H, T, C), and lse, (B, H, T), of attention modules, written in chunks of tokens from the first on.
 
-    host: where they are at home; None: on the device.
+    host: where they are at home; None: on the device. left_out: modules whose attention could not be kept.
     """
 
     def __init__(self, host: HostMemory | None = None):
         self._host = host
+        self.left_out: set[int] = set()
         self._parts: dict[int, tuple[RowTensor, RowTensor]] = {}
         self._written: dict[int, int] = {}  # tokens of each module that are there
 

@@ -11,6 +11,10 @@ Nothing is read before it is written there, and no memory is used again too earl
 The processor itself never reads a pinned home, and writes it once: zeros, before anything is copied. Not yet run on a GPU: pinned homes and the stream. The order of waiting is
 tested with copies that arrive late.
 
+SEGMENTS. torch makes of whatever is asked for in pinned memory the next power of two of bytes (2.13: ATen/core/CachingHostAllocator.h,
+`PowerOf2Ceil`), and keeps it for those who ask for the same power: 2.9 GB would take 4.3. So a home is made of segments that are powers of two
+already, or as near to one as whole tokens go. Rows of other lengths use the same ones again.
+
 Shape legend: B rows, K key heads, T tokens in a row, C channels of a head.
 """
 
@@ -22,6 +26,9 @@ from torch import Tensor
 
 from hf_memtune.core.owed import OwedSums
 from hf_memtune.core.store import KeyValueStore
+
+SEGMENT_BYTES = 2**26  # of the largest segment of a home
+REST_BYTES = 2**20  # what is left of a home below this is one segment, whatever is made of it
 
 
 class HostMemory:
@@ -51,34 +58,62 @@ class HostTensor:
 
     def __init__(self, host: HostMemory, like: Tensor, length: int, dtype: torch.dtype | None = None, zero: bool = False):
         rows, heads, _, channels = like.shape
-        self._host, self._device, self.length = host, like.device, length
-        self._home_TBKC = host.empty((length, rows, heads, channels), dtype or like.dtype, like.device)
-        if zero:
-            self._home_TBKC.zero_()
+        self._host, self._device, self.length, dtype = host, like.device, length, dtype or like.dtype
+        sizes = segments(length, rows * heads * channels * dtype.itemsize)
+        self._segments_TBKC = [host.empty((size, rows, heads, channels), dtype, like.device) for size in sizes]
+        for segment in self._segments_TBKC if zero else ():
+            segment.zero_()
 
     def send(self, part: Tensor, start: int) -> None:
         """Put (B, K, S, C) at token `start`."""
-        home = self._part(start, start + part.shape[2])
-        home.copy_(tokens_first(part).contiguous(), non_blocking=True)
+        part = tokens_first(part).contiguous()
+        for after, home in self._homes(start, start + len(part)):
+            home.copy_(part.narrow(0, after, len(home)), non_blocking=True)
 
     def fetch(self, start: int, stop: int) -> "Fetched":
         """The tokens [start, stop)."""
-        home = self._part(start, stop)
-        return Fetched(torch.empty_like(home, device=self._device).copy_(home, non_blocking=True))
+        return Fetched(self._copied(self._room(start, stop), start))
 
     def fetch_ahead(self, start: int, stop: int) -> "Fetched":
         """The tokens [start, stop), which are on their way while the device goes on with something else."""
         if self._device.type != "cuda":
             return self.fetch(start, stop)
-        home = self._part(start, stop)
-        copy = torch.empty_like(home, device=self._device)
+        room = self._room(start, stop)
         stream = self._host.stream_beside(self._device)
         with torch.cuda.stream(stream):
-            copy.copy_(home, non_blocking=True)
+            copy = self._copied(room, start)
         return Fetched(copy, stream.record_event())
 
-    def _part(self, start: int, stop: int) -> Tensor:
-        return self._home_TBKC.narrow(0, start, stop - start)
+    def _room(self, start: int, stop: int) -> Tensor:
+        """On the device, for the tokens [start, stop)."""
+        like = self._segments_TBKC[0]
+        return torch.empty((stop - start, *like.shape[1:]), dtype=like.dtype, device=self._device)
+
+    def _copied(self, room: Tensor, start: int) -> Tensor:
+        """The room, filled with the tokens from `start` on."""
+        for after, home in self._homes(start, start + len(room)):
+            room.narrow(0, after, len(home)).copy_(home, non_blocking=True)
+        return room
+
+    def _homes(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """What each segment has of the tokens [start, stop), and how many of them are in those before it."""
+        first = 0
+        for segment in self._segments_TBKC:
+            lower, upper = max(start, first), min(stop, first + len(segment))
+            if lower < upper:
+                yield lower - start, segment.narrow(0, lower - first, upper - lower)
+            first += len(segment)
+
+
+def segments(length: int, token_bytes: int) -> Iterator[int]:
+    """Tokens of each segment of a home of `length` tokens: what is rounded up in it is less than a token, in the last one less than REST_BYTES."""
+    while length:
+        room_bytes = SEGMENT_BYTES
+        while room_bytes > max(REST_BYTES, length * token_bytes):
+            room_bytes //= 2
+        size = min(length, max(1, room_bytes // max(1, token_bytes)))  # of keys by which a layer chooses there are no values
+        yield size
+        length -= size
 
 
 class Fetched:

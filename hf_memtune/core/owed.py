@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 2048  # tokens of which the mass is taken at a time
+
 
 @dataclass(frozen=True)
 class Live:
@@ -83,9 +85,15 @@ class OwedGradients:
 
     def mass(self, stop: int) -> Tensor | None:
         """(B, stop): for each token, the norm of what is owed to its keys and values in all layers; None before the first debt."""
-        owed = (self._sums.get(key, 0, stop) for key in self._sums.keys())
+        blocks = [self._squares(start, min(start + BLOCK, stop)) for start in range(0, stop, BLOCK)]
+        found = [block for block in blocks if block is not None]
+        return torch.cat(found, 1).sqrt() if found else None
+
+    def _squares(self, start: int, stop: int) -> Tensor | None:
+        """(B, stop - start): the squares of the mass of these tokens."""
+        owed = (self._sums.get(key, start, stop) for key in self._sums.keys())
         squares = [debt.float().square().sum((1, 3)) for debt in owed if debt is not None]
-        return torch.stack(squares).sum(0).sqrt() if squares else None
+        return torch.stack(squares).sum(0) if squares else None
 
 
 def _at(own: Tensor, tokens: Live) -> Tensor:

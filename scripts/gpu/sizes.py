@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from methods import LOGIT_FREE, OFFLOADED
+from methods import FUSED_LOSS, LOGIT_FREE, OFFLOADED
 from transformers import LlamaConfig, PreTrainedConfig
 
 from hf_memtune.memory.cards import CARDS, CONTEXT_BYTES
@@ -38,8 +38,17 @@ class Sizes:
     def methods(self) -> list[str]:
         """First what is to be known first, should time run out."""
         streamed = [f"exact streaming {chunk}" for chunk in reversed(self.chunks)]
-        found = [LOGIT_FREE, *(f"{name} + checkpointing" for name in streamed), "checkpointing", "plain", "seeking 0.1", *streamed]
-        found += [f"{self.streamed}, attention kept", self.streamed + OFFLOADED]
+        found = [
+            LOGIT_FREE,
+            *(f"{name} + checkpointing" for name in streamed),
+            "checkpointing",
+            FUSED_LOSS,
+            "plain",
+            "seeking 0.1",
+            *streamed,
+        ]
+        by_chunks = f"{self.streamed}, by chunks"
+        found += [f"{self.streamed}, attention kept", self.streamed + OFFLOADED, by_chunks, by_chunks + OFFLOADED]
         return [name for name in found if name not in self.without]
 
 

@@ -1,18 +1,18 @@
 """The tables of what was measured on a GPU."""
 
-from methods import LOGIT_FREE
+from methods import LOGIT_FREE, OFFLOADED
 from pages import Rows, by, listing, of
 
 NOT_RUN = "Not run on a GPU yet."
 ENDED = {"memory": "", "seconds": ", or more: no time for a longer one", "trials": ", or more: not tried"}
 COLUMNS = {
     "exactness": {
-        "card": "{gpu}", "kernel": "{kernel}", "dtype": "{dtype}", "chunk": "{chunk} of {tokens}, by {order}", "error of the gradient": "{error:.2e}",
+        "card": "{gpu}", "kernel": "{kernel}", "dtype": "{dtype}", "chunk": "{chunk} of {tokens}, by {order}{where}", "error of the gradient": "{error:.2e}",
         "of plain training": "{error_of_plain:.2e}", "within its bound": "{within}",
     },
     "step": {
         "card": "{gpu}", "model": "{model}", "tokens": "{tokens:,}", "method": "{method}", "seconds a step": "{seconds:.3f}",
-        f"x {LOGIT_FREE}": "{relative:.2f}", "peak MiB": "{peak_bytes:mib}", "traced MiB": "{traced_bytes:mib}",
+        f"x {LOGIT_FREE}": "{relative:.2f}", "x not offloaded": "{of_offload:.2f}", "peak MiB": "{peak_bytes:mib}", "traced MiB": "{traced_bytes:mib}",
         "MiB in host memory": "{host_bytes:mib}", "": "{left_out}",
     },
     "longest row": {
@@ -34,14 +34,23 @@ MEASURED = (
 def tables(rows: Rows) -> str:
     """A table for every part of which there are lines."""
     found = {part: [_told(row, rows) for row in of(rows, part=part)] for part in COLUMNS}
-    return "\n\n".join(listing(lines, COLUMNS[part], "l" * 10) for part, lines in found.items() if lines) or NOT_RUN
+    return "\n\n".join(listing(lines, COLUMNS[part], "l" * len(COLUMNS[part])) for part, lines in found.items() if lines) or NOT_RUN
 
 
 def _told(row: dict, rows: Rows) -> dict:
     """With what columns say that the file does not."""
     row = dict.fromkeys(MEASURED) | {"left_out": ""} | row
-    same = of(rows, **{name: row.get(name) for name in ("part", "gpu", "model", "tokens")})
-    base = by([other for other in same if "seconds" in other], "method", "seconds").get(LOGIT_FREE) if row["part"] == "step" else None
     within = row["left_out"] or ("yes" if row["exact"] else "**no**")
     ended = ENDED[row["ended_by"]] if "ended_by" in row else row["left_out"]
-    return row | {"relative": base and row["seconds"] and row["seconds"] / base, "within": within, "ended": ended}
+    compared = _compared(row, rows) if row["part"] == "step" else {}
+    return row | {"where": ", offloaded" if row.get("offloaded") else "", "within": within, "ended": ended} | compared
+
+
+def _compared(row: dict, rows: Rows) -> dict:
+    """A step beside other methods on the same row: its seconds in theirs, and the bytes of its trace."""
+    same = {name: row[name] for name in ("model", "tokens")}
+    seconds = by([other for other in of(rows, part="step", gpu=row["gpu"], **same) if "seconds" in other], "method", "seconds")
+    here = row["method"].removesuffix(OFFLOADED)
+    others = {"relative": LOGIT_FREE, "of_offload": here if here != row["method"] else None}
+    ratios = {name: row["seconds"] / seconds[other] if row["seconds"] and other in seconds else None for name, other in others.items()}
+    return ratios | {"traced_bytes": by(of(rows, part="trace", **same), "method", "traced_bytes").get(row["method"])}

@@ -106,10 +106,22 @@ def test_an_infinite_lse_takes_a_query_out(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_values_of_another_size(dtype):
-    parts = inputs(dtype=dtype, value_channels=3)
-    assert kernel_for(parts[0], parts[2], masked=False) is attention_kernels.PLAIN
-    assert worst(check(attention_kernels.PLAIN, *parts, mask_of("square", dtype))) <= tolerance(dtype)
+@pytest.mark.parametrize("value_channels", [3, 13])
+@pytest.mark.parametrize("kind", ["none", "square", "causal"])
+def test_values_of_another_size(kind, value_channels, dtype):
+    """Fused, with zeros for channels that are not there; and by the formulas."""
+    is_causal = kind == "causal"
+    parts = inputs(keys=QUERIES if is_causal else KEYS, dtype=dtype, value_channels=value_channels)
+    mask, filled = mask_of("none" if is_causal else kind, dtype), kernel_for(parts[0], parts[2], masked=kind == "square")
+    assert isinstance(filled, attention_kernels._Filled) and kernel_for(*parts[:2], masked=False) is attention_kernels._CPU
+    for kernel in (filled, attention_kernels.PLAIN):
+        assert worst(check(kernel, *parts, mask, causal=is_causal)) <= tolerance(dtype)
+
+
+def test_channels_that_are_filled_with_more_than_zeros_are_noticed(monkeypatch):
+    monkeypatch.setattr(attention_kernels, "pad", lambda part, sides: torch.nn.functional.pad(part, sides, value=0.1))
+    parts = inputs(value_channels=13)
+    assert worst(check(kernel_for(parts[0], parts[2], masked=False), *parts, None)) > NOTICED
 
 
 # --- CUDA, by stand-ins that are as demanding as its kernels
@@ -137,6 +149,15 @@ def test_a_square_on_cuda(on_cuda, heads, kernel):
     parts = inputs(*heads, keys=QUERIES, dtype=torch.bfloat16)
     for causal in (True, False):
         assert worst(check(getattr(attention_kernels, kernel), *parts, None, causal=causal)) <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype, kernel", [(torch.bfloat16, "_FLASH"), (torch.float32, "_EFFICIENT")])
+def test_values_of_another_size_on_cuda(on_cuda, monkeypatch, dtype, kernel):
+    """As latent attention has them: fewer than queries and keys."""
+    parts, kernel = inputs(dtype=dtype, value_channels=4), getattr(attention_kernels, kernel)
+    monkeypatch.setattr(attention_kernels, "_fused", lambda widest, masked: attention_kernels._on_cuda(widest, masked))
+    filled = kernel_for(parts[0], parts[2], masked=False)
+    assert filled._kernel is kernel and worst(check(filled, *parts, None)) <= tolerance(dtype)
 
 
 def test_the_stand_in_refuses_what_the_kernel_refuses(on_cuda, monkeypatch):

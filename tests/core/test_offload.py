@@ -5,13 +5,22 @@ import weakref
 import pytest
 import torch
 
-from hf_memtune.core.offload import HostMemory, HostTensor, OffloadedStore, OffloadedSums
+from hf_memtune.core import offload
+from hf_memtune.core.offload import HostMemory, HostTensor, OffloadedStore, OffloadedSums, segments
 from hf_memtune.core.owed import Live, OwedGradients, OwedSums
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError
+from hf_memtune.memory import LiveBytes
 from tests.support.tolerances import NOTICED, close
 
 LENGTH, ENTRIES = 10, 4
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Of 4, 4, 1 and 1 tokens of keys."""
+    monkeypatch.setattr(offload, "SEGMENT_BYTES", 512)
+    monkeypatch.setattr(offload, "REST_BYTES", 128)
 
 
 def rows(seed, channels=5):
@@ -122,6 +131,42 @@ def test_the_next_block_is_fetched_while_this_one_is_used(fetched):
     assert seen == [4, 6, 6]
 
 
+def rounded_up(length, token_bytes, sizes):
+    """Bytes that torch makes of these segments, beyond those of the tokens."""
+    assert sum(sizes) == length and min(sizes) > 0
+    return sum(1 << (size * token_bytes - 1).bit_length() for size in sizes) - length * token_bytes
+
+
+@pytest.mark.parametrize("token_bytes", [2**13, 2**12, 1792, 4608, 7 * 2**18])  # of one row of Llama-3.1-8B, its keys, and others
+@pytest.mark.parametrize("length", [1, 2047, 4096, 40_000, 355_000])
+def test_little_of_pinned_memory_is_rounding(monkeypatch, length, token_bytes):
+    monkeypatch.undo()
+    sizes = list(segments(length, token_bytes))
+    assert rounded_up(length, token_bytes, sizes) < (len(sizes) - 1) * token_bytes + max(offload.REST_BYTES, token_bytes)
+    if length == 355_000:
+        assert rounded_up(length, token_bytes, sizes) < 0.02 * length * token_bytes
+        assert rounded_up(length, token_bytes, [length]) > 0.3 * length * token_bytes  # the sibling: in one piece
+
+
+def test_homes_are_made_in_segments():
+    asked = []
+
+    class Asked(HostMemory):
+        def empty(self, shape, *args):
+            asked.append(shape[0])
+            return super().empty(shape, *args)
+
+    HostTensor(Asked(), rows(0), LENGTH)
+    assert asked == [4, 4, 1, 1] == list(segments(LENGTH, 2 * 3 * 5 * 4))
+
+
+def test_segments_that_are_taken_for_one_another_are_noticed(monkeypatch):
+    homes = HostTensor._homes
+    monkeypatch.setattr(HostTensor, "_homes", lambda self, *where: [(after, home.flip(0)) for after, home in homes(self, *where)])
+    store, written = filled(OffloadedStore(HostMemory()))
+    assert not store.prefix(0, LENGTH)[0].equal(written[0][0])
+
+
 # -- sums ------------------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +210,22 @@ def test_no_sum_stays_on_the_device(fetched):
     for key in sums.keys():
         sums.drop(key)
     assert sums.get((0, "key"), 0, LENGTH) is None
+
+
+def test_the_mass_of_a_row_is_taken_a_block_at_a_time(monkeypatch):
+    """Of sums in host memory a block is on the device, and its copies, whatever the length of the row."""
+    monkeypatch.setattr("hf_memtune.core.owed.BLOCK", 16)
+    found, gradient = {}, torch.randn(2, 3, 512, 4, generator=torch.Generator().manual_seed(0))
+    debts = OwedGradients(None, OffloadedSums(HostMemory()))
+    for name in ("key", "value"):
+        debts.book((0, name), gradient, 0, 512, gradient.dtype)
+    for length in (256, 512):
+        with LiveBytes() as live:
+            found[length] = debts.mass(length)
+        of_block, of_mass = 16 * 2 * 3 * 4 * 4, length * 2 * 4
+        assert 2 * of_block <= live.peak_bytes <= 3 * of_block + 3 * of_mass
+    torch.testing.assert_close(found[512], (2 * gradient.square().sum((1, 3))).sqrt(), **close(torch.float32))
+    monkeypatch.setattr("hf_memtune.core.owed.BLOCK", 512)
+    with LiveBytes() as live:
+        assert debts.mass(512).equal(found[512])
+    assert live.peak_bytes > 2 * 512 * 2 * 3 * 4 * 4  # the sibling: at once

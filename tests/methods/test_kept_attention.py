@@ -249,6 +249,21 @@ def test_dropout_of_attention_is_refused_by_the_first_call(order):
     stream(model, batch, 5, order)  # the remedy
 
 
+@ORDERS
+def test_layers_whose_attention_cannot_be_kept_are_named_once(caplog, order):
+    model, batch, dtype = model_and_batch("llama", lengths=LENGTHS)
+    expected = plain_twin(model, batch)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order=order, keep_attention_outputs=True)) as streaming:
+        assert worst_difference(step_on(model, streaming, batch).gradients, expected[1]) <= tolerance(dtype) and not caplog.messages
+        model.model.layers[1].self_attn.attention_dropout = 0.3
+        for _ in range(2):
+            step_on(model, streaming, batch)
+    (message,) = caplog.messages
+    assert (
+        "the attention of layers.1.self_attn is computed again in backward: its own kernel computes it, as it does with dropout" in message
+    )
+
+
 def test_a_module_that_attends_twice_is_refused():
     model, batch, _ = model_and_batch("llama")
     layer = model.model.layers[1]

@@ -1,6 +1,7 @@
 """Steps whose keys, values and owed gradients are at home in host memory: the gradients are those without, bit for bit."""
 
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -136,12 +137,12 @@ def _homes_of(holder, kind) -> list[HostTensor]:
 class Late:
     """The arrival of a copy, as late as can be: when the present stream waits for it."""
 
-    def __init__(self, copy, home):
-        self.copy, self.home, self.waited = copy, home, 0
+    def __init__(self, arrive):
+        self.arrive, self.waited = arrive, 0
 
     def wait(self):
         if not self.waited:
-            self.copy.copy_(self.home)
+            self.arrive()
         self.waited += 1
 
 
@@ -151,9 +152,9 @@ def late(monkeypatch):
     made = []
 
     def fetch_ahead(self, start, stop):
-        home = self._home_TBKC.narrow(0, start, stop - start)
-        made.append(Late(torch.full_like(home, torch.nan), home))
-        return Fetched(made[-1].copy, made[-1])
+        room = self._room(start, stop).fill_(torch.nan)
+        made.append(Late(partial(self._copied, room, start)))
+        return Fetched(room, made[-1])
 
     monkeypatch.setattr(HostTensor, "fetch_ahead", fetch_ahead)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=Late.wait))

@@ -16,7 +16,7 @@ from hf_memtune.core.rows import RowTensor
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
 from hf_memtune.memory.trace import _CountedHost
-from hf_memtune.methods.attention import model_pass
+from hf_memtune.methods.attention import masks, model_pass
 from hf_memtune.methods.attention.masks import Asked
 from hf_memtune.methods.attention.passes import KeysPass
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream
@@ -28,7 +28,7 @@ from tests.support.packing import packed_batch
 from tests.support.removal import registered, traces
 from tests.support.slopes import DROPOUT, SLOPE_TOLERANCE, STEP, slope_error
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, step_on, stream
-from tests.support.streaming import LENGTHS, allowed, assert_embeddings_learn, assert_streams
+from tests.support.streaming import LENGTHS, allowed, assert_embeddings_learn, assert_streams, cut_small
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -45,9 +45,11 @@ def assert_equal(model, batch, chunk, limit, expected=None, **settings):
 # -- exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side, chunk", [("right", 1), ("left", 4), ("right", 5), ("right", 12)])
+@pytest.mark.parametrize("side, chunk, is_cut", [("right", 1, False), ("left", 4, True), ("right", 5, False), ("right", 12, False)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_gradient_equals_plain_backpropagation(name, side, chunk):
+def test_every_gradient_equals_plain_backpropagation(monkeypatch, name, side, chunk, is_cut):
+    if is_cut:
+        cut_small(monkeypatch)
     model, batch, dtype = model_and_batch(name, side, lengths=LENGTHS)
     if name == "gemma2":  # eager attention lets a token that sees nothing see everything
         batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"].cumsum(1) == 1, -100)
@@ -343,8 +345,9 @@ def test_hooks_belong_to_a_run_of_their_layer(layer):
     assert worst_difference(found, expected) <= tolerance(torch.float64)
 
 
-def test_of_full_masks_one_is_there_at_a_time(monkeypatch):
-    """Eager attention is given masks of all keys: by layers those of all chunks together would be half of a square of the row."""
+@pytest.mark.parametrize("kernel, kept", [("eager", "whole"), ("sdpa", "pieces")])
+def test_of_masks_those_of_one_chunk_are_there_at_a_time(monkeypatch, kernel, kept):
+    """Eager attention is given masks of all keys: by layers those of all chunks together would be half of a square of the row. Pieces have masks too."""
     asked, there = weakref.WeakSet(), []
 
     def asking(*args):
@@ -353,8 +356,8 @@ def test_of_full_masks_one_is_there_at_a_time(monkeypatch):
 
     monkeypatch.setattr(model_pass, "Asked", asking)
     model, batch, _ = model_and_batch("llama", lengths=LENGTHS)
-    model.set_attn_implementation("eager")
-    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: there.append(sum("whole" in vars(each) for each in asked)))
+    model.set_attn_implementation(kernel)
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: there.append(sum(kept in vars(each) for each in asked)))
     with Streaming(model, StreamingConfig(sequence_chunk_size=3, stream_order="layers")) as streaming:
         there.clear()
         gc.collect()
@@ -421,15 +424,15 @@ HIDDEN = HEADS * CHANNELS * 4  # bytes of a hidden state, float32
 KEYS = 2 * KEY_HEADS * CHANNELS * 4  # of a token's keys and values in a layer
 
 
-def peaks(tokens, order, offload=False):
+def peaks(tokens, order, offload=False, window=None):
     """Peak of a step's live bytes beyond weights and gradients: on the device, and at home in host memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import MistralConfig, MistralForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=HEADS * CHANNELS, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    config = MistralConfig(
+        hidden_size=HEADS * CHANNELS, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=HEADS, sliding_window=window,
         num_key_value_heads=KEY_HEADS, head_dim=CHANNELS, vocab_size=64, max_position_embeddings=4096,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    model = MistralForCausalLM(config).train()
     model.gradient_checkpointing_enable()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     for parameter in model.parameters():
@@ -461,6 +464,17 @@ def test_a_token_costs_the_inputs_of_the_layers_and_the_keys_of_one(small_blocks
     allowed = (LAYERS - 1 + 1) * HIDDEN + 2 * KEYS + BESIDE
     assert 0.9 * LAYERS * HIDDEN < grown("layers") <= allowed
     assert grown("chunks") > LAYERS * 2 * KEYS > allowed  # the sibling: as many key heads as heads
+
+
+@pytest.mark.parametrize("window, squares", [(CHUNK // 2, 2), (2 * CHUNK, 1)])
+def test_masks_of_windows_are_those_of_one_chunk(monkeypatch, small_blocks, window, squares):
+    """Of the square at the border of the window, and of the chunk's own where that is not causal alone; one of them in float32, as the kernel
+    takes it; and which queries look beyond the border."""
+    monkeypatch.setattr(masks, "SQUARE", CHUNK)
+    without, of_one = peaks(8 * CHUNK, "layers")[0], (squares + 4) * CHUNK * CHUNK + CHUNK
+    assert peaks(8 * CHUNK, "layers", window=window)[0] - without == of_one
+    monkeypatch.setattr(Asked, "forget", lambda self: None)
+    assert peaks(8 * CHUNK, "layers", window=window)[0] - without > of_one + 4 * CHUNK * CHUNK  # the sibling: of every chunk
 
 
 def test_offloaded_a_token_costs_what_one_layer_needs(small_blocks):

@@ -15,7 +15,7 @@ TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 3e-2}
 ROOT = Path(__file__).parents[2]
 CHUNKS = 6  # of a row
 WAITS = {  # of the processor for the device in a step: as many with any number of layers
-    "streaming by layers": 1, "attention kept": 1, "offloaded": 1, "packed rows": 3 * CHUNKS, "padded rows by layers": 3 * CHUNKS,
+    "streaming by layers": 1, "attention kept": 1, "offloaded": 1, "offloaded by chunks": 1, "packed rows": 3 * CHUNKS, "padded rows by layers": 3 * CHUNKS,
     "padded rows by chunks": 3 * CHUNKS, "token seeking": 6, "two levels": 2, "reversible layers": 3,
 }  # fmt: skip
 

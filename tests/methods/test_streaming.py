@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_memtune import Streaming, StreamingConfig
+from hf_memtune.core import pieces
 from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.owed import OwedGradients
 from hf_memtune.core.store import KeyValueStore
@@ -17,7 +18,7 @@ from tests.support.heads import PROBLEMS, classified
 from tests.support.packing import packed_batch, unpacked
 from tests.support.removal import registered, traces
 from tests.support.stepping import loss_of, model_and_batch, plain_twin, seeking_on, step_on, stream
-from tests.support.streaming import LENGTHS, allowed, are_made, assert_embeddings_learn, assert_streams, own_loss
+from tests.support.streaming import LENGTHS, allowed, are_made, assert_embeddings_learn, assert_streams, cut_small, own_loss
 from tests.support.tiny_models import CAUSAL, tiny_model
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -26,16 +27,18 @@ MASKED_WITHOUT_POSITIONS = ("gpt-oss", "afmoe")  # by transformers, so that pack
 NAMES = [*CAUSAL, "llama4", "gpt-oss", "cohere2", "deepseek-v3", "afmoe"]
 ENCODER_DECODERS = ["bart", "pegasus", "m2m100"]
 SIDES = ["right", "left"]
-# Of rows of 12 tokens: one, a divisor, none, the row, more than the row.
-CASES = [("right", 1), ("left", 4), ("right", 5), ("left", 5), ("right", 12), ("left", 50)]
+# Of rows of 12 tokens: one, a divisor, none, the row, more than the row; and whether earlier keys are cut into squares and blocks, as in long rows.
+CASES = [("right", 1, False), ("left", 4, True), ("right", 5, True), ("left", 5, False), ("right", 12, False), ("left", 50, False)]
 
 
 # -- causal models ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side, chunk", CASES)
+@pytest.mark.parametrize("side, chunk, is_cut", CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_gradient_equals_plain_backpropagation(name, side, chunk):
+def test_every_gradient_equals_plain_backpropagation(monkeypatch, name, side, chunk, is_cut):
+    if is_cut:
+        cut_small(monkeypatch)
     model, batch, dtype = model_and_batch(name, side, lengths=LENGTHS)
     if name == "gemma2":
         batch["labels"] = without_prediction_from_padding(batch)
@@ -271,6 +274,17 @@ def test_a_stream_that_pays_nothing_back_is_noticed(monkeypatch, name):
         assert worst_difference(step_on(model, streaming, batch).gradients, expected) <= allowed(name)
     with pytest.raises(UnsupportedModelError, match="another gradient in chunks: that of 8 tokens"):
         stream(model, batch, 5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "deepseek-v3"])
+def test_a_block_of_a_piece_that_is_left_out_is_noticed(monkeypatch, name):
+    model, batch, _ = model_and_batch(name, "left", lengths=LENGTHS)
+    _, expected = plain_twin(model, batch)
+    cut_small(monkeypatch)
+    with Streaming(model, StreamingConfig(sequence_chunk_size=4), check=False) as streaming:
+        blocks = pieces.Piece.blocks
+        monkeypatch.setattr(pieces.Piece, "blocks", lambda self: list(blocks(self))[-1:])
+        assert worst_difference(step_on(model, streaming, batch).gradients, expected) > NOTICED
 
 
 # -- calls and losses ------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ CASES = {
     "packed rows": (streaming(), "packed", torch.bfloat16),
     "attention kept": (checkpointed(streaming(keep_attention_outputs=True)), "as they are", torch.bfloat16),
     "offloaded": (checkpointed(streaming(kv_offload=True)), "as they are", torch.float32),
+    "offloaded by chunks": (checkpointed(streaming(kv_offload=True, stream_order="chunks")), "as they are", torch.float32),
     "token seeking": (seeking(), "padded", torch.float32),
     "token seeking, streamed": (
         seeking(token_scorer="combined", token_gradient="stream", sequence_chunk_size=CHUNK),

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hf_memtune.core import logits
+from hf_memtune.core import logits, pieces
+from hf_memtune.methods.attention import masks
 from tests.support.stepping import has_float32_inside, model_and_batch, plain_twin, stream
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, worst_difference
@@ -16,6 +17,13 @@ LENGTHS = (12, 9)
 def allowed(name, dtype=torch.float64):
     """Some routers are in float32 whatever the model is called in."""
     return tolerance(dtype, has_float32_inside(name) or name in ("deepseek-v3", "afmoe"))
+
+
+def cut_small(monkeypatch):
+    """Let attention to earlier keys go in squares of masks and blocks of pieces as it does in long rows: by a few keys."""
+    monkeypatch.setattr(masks, "SQUARE", 2)
+    monkeypatch.setattr(masks, "GROUP", 2)
+    monkeypatch.setattr(pieces, "BLOCK", 3)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Which keys the tokens of a chunk look at: the mask that a model asks for, as pieces of the keys, or made in full.
 
 A rule of transformers (causal, sliding, chunked, packed, one with images) is asked about squares of queries and keys. Most of them turn out to
-be seen in full, or not at all, or as padding and packed rows are, by some queries and some keys: only a square that is none of these keeps a
-mask of its own. So no rule need be known by name, and no mask over all keys is made.
+be seen in full, or not at all, or as padding and packed rows are, by some queries and some keys: only a square that is none of these has a
+mask of its own. So no rule need be known by name, and no mask over all keys is made. What a square turned out to be is kept as long as the pass,
+its mask only until it is let go of: by layers, where the passes of all chunks of a row are there, those of one chunk at a time.
 Shape legend: B rows of a batch, S tokens of the pass.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,12 +51,17 @@ class Asked:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The keys, in order, without those that no query looks at."""
+        return [found if isinstance(found, Piece) else found() for found in self._found]
+
+    @cached_property
+    def _found(self) -> "list[Piece | Square]":
         return _joined(pieces_of(self.rule, self._queries, self._keys), self._queries.begins)
 
     def forget(self) -> None:
-        """Let go of the mask, where a stand-in was given in its place."""
+        """Let go of the mask, and of those of squares, where a stand-in was given in its place."""
         if self.stands_in:
             self.__dict__.pop("whole", None)
+            self.__dict__.pop("pieces", None)
 
     @cached_property
     def whole(self) -> Tensor:
@@ -63,7 +69,10 @@ class Asked:
         return self._finish(attention_mask(self.rule, self._queries, self._keys)).expand(self._queries.rows.batch, -1, -1, -1)
 
 
-def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece]:
+Square = Callable[[], Piece]  # makes a piece with a mask of its own, without waiting for the device
+
+
+def pieces_of(rule: Callable, queries: Span, keys: Span) -> Iterator[Piece | Square]:
     """The squares that are looked at; the one of the chunk's own tokens always."""
     start = queries.begins
     bounds = [(first, min(first + SQUARE, start)) for first in range(0, start, SQUARE)] + [(start, keys.visible)]
@@ -114,11 +123,16 @@ def _kinds(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, in
     return [_Kind(*kind) for kind in torch.stack(kinds).tolist()]
 
 
-def _piece(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kind: _Kind) -> Piece | None:
+def _piece(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kind: _Kind) -> Piece | Square | None:
     if kind.all_seen or kind.is_causal:
         return Piece(first, stop, causal=not kind.all_seen)
     if not kind.any_seen and stop < keys.visible:
         return None
+    make = partial(_masked, rule, queries, keys, first, stop, kind)
+    return make() if kind.same_for_all else make
+
+
+def _masked(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kind: _Kind) -> Piece:
     mask = attention_mask(rule, queries, keys, first, stop)
     looking = None if kind.all_look else mask.any(-1)
     if kind.same_for_all:
@@ -126,7 +140,7 @@ def _piece(rule: Callable, queries: Span, keys: Span, first: int, stop: int, kin
     return Piece(first, stop, seen=mask.contiguous(), looking=looking)
 
 
-def _traced(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> Iterator[Piece]:
+def _traced(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, int]]) -> Iterator[Piece | Square]:
     """Traced tensors have no values: the pieces of rows without padding that are one sequence, with room for the masks of those that are not."""
     rows, start = queries.rows, bounds[-1][0]
     with with_values():
@@ -141,20 +155,27 @@ def _traced(rule: Callable, queries: Span, keys: Span, bounds: list[tuple[int, i
         if is_whole and is_plain and not of_its_own:
             yield Piece(first, stop, causal=not kind.all_seen)
             continue
-        new, count = queries.index.new_ones, queries.index.shape[1]
-        seen = new((rows.batch, 1, count if of_its_own else 1, stop - first), dtype=torch.bool)
-        yield Piece(first, stop, seen=seen, looking=new((rows.batch, 1, count), dtype=torch.bool))
+        make = partial(_with_room, rows.batch, queries, first, stop, of_its_own)
+        yield make if of_its_own else make()
 
 
-def _joined(pieces: Iterator[Piece], border: int) -> list[Piece]:
+def _with_room(batch: int, queries: Span, first: int, stop: int, of_its_own: bool) -> Piece:
+    new, count = queries.index.new_ones, queries.index.shape[1]
+    seen = new((batch, 1, count if of_its_own else 1, stop - first), dtype=torch.bool)
+    return Piece(first, stop, seen=seen, looking=new((batch, 1, count), dtype=torch.bool))
+
+
+def _joined(pieces: Iterator[Piece | Square], border: int) -> list[Piece | Square]:
     """Neighbours that are seen in full are one, but for those of the chunk's own tokens, which begin at `border`."""
-    found: list[Piece] = []
+    found: list[Piece | Square] = []
     for piece in pieces:
-        if found and _is_full(found[-1]) and _is_full(piece) and found[-1].stop == piece.start != border:
-            piece = replace(found.pop(), stop=piece.stop)
+        last = found[-1] if found else None
+        if _is_full(last) and _is_full(piece) and last.stop == piece.start != border:
+            found.pop()
+            piece = replace(piece, start=last.start)
         found.append(piece)
     return found
 
 
-def _is_full(piece: Piece) -> bool:
-    return not piece.causal and piece.seen is None and piece.looking is None
+def _is_full(piece: Piece | Square | None) -> TypeGuard[Piece]:
+    return isinstance(piece, Piece) and not piece.causal and piece.seen is None and piece.looking is None

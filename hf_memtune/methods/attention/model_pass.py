@@ -84,7 +84,7 @@ class ModelPass:
         return asked.given
 
     def forget_masks(self) -> None:
-        """Let go of masks that were made in full for layers that were given a stand-in."""
+        """Let go of masks that were made for layers that were given a stand-in, in full or of squares."""
         for asked in self._asked:
             asked.forget()
 

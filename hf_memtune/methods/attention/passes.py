@@ -140,6 +140,8 @@ class ContextPass(ChunkPass):
                 found = attend(_as_computed(query), prefix)
                 self._keep(module, found)
                 return _returned(found.output)
+            if self.kept_attention is not None:
+                self.kept_attention.left_out.add(id(module))
             mask = self.made(module, mask)
         key, value = self.store.prefix(id(module), keys.visible)
         return attention(module, query, key, value, mask, **kwargs)

@@ -34,7 +34,9 @@ from hf_memtune.methods.overrides import forward_as, instance_attribute, not_che
 
 _numbers = itertools.count()
 OWN = "hf_memtune-"  # how the names begin that this package gives to functions of its own
-# Kernels that take a boolean or an additive mask. Others (flash, flex) know no mask for a subset of the queries.
+# Kernels that take a boolean or an additive mask: chosen tokens, and a chunk whose attention does not go in pieces, have no other way to say who
+# sees whom. What goes in pieces calls torch's fused kernels, flash attention among them (`core.attention_kernels`): a piece needs a backward with
+# the output and the lse of all keys, which no attention function of transformers has.
 _MASKED_KERNELS = ("sdpa", "eager")
 # What the others compute, sdpa computes with a mask. By name of transformers, or of a repository of kernels on the hub.
 _OTHER_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -57,12 +59,13 @@ class Router:
     places: where in the model each attention module stands. calls: those that have yet to go backward, and need the functions. cache: how the
     body's cache looks, where layers are followed through it; set by the probe. packs: whether the body's masks tell sequences of a row apart by
     positions that begin anew; set by the probe. makes_masks: whether masks are made in full even where attention
-    could go piece by piece, for layers that change what they are given; set by the probe.
+    could go piece by piece, for layers that change what they are given; set by the probe. told_of: attention modules of which a warning was given.
     """
 
     def __init__(self, architecture: Architecture):
         self.architecture, self.places = architecture, Places(architecture)
         self.calls: weakref.WeakSet = weakref.WeakSet()
+        self.told_of: set[int] = set()
         self.name = f"{OWN}{next(_numbers)}"
         self.active: Pass | None = None
         self.makes_masks, self.packs = False, True

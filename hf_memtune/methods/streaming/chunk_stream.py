@@ -11,6 +11,7 @@ known: SeCO (arXiv 2505.16710), OOMB (arXiv 2602.02108), StreamBP (arXiv 2506.03
 Shape legend: B rows of a batch, T tokens in a row, D hidden size.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.streaming.embedding import rows_summed_in_place
 from hf_memtune.methods.tied import is_tied
 
+logger = logging.getLogger(__name__)
 _SEES_NOTHING = (
     "the loss reads what the model makes of padding that sees no token. Eager attention lets it see the whole row, later tokens included, "
     "which a stream has not got. Pad rows on the right, or give no label to the first token of a row that is padded on the left "
@@ -150,10 +152,22 @@ class ChunkStream:
         self._require_kept()
 
     def _require_kept(self) -> None:
-        if self.kept_attention is not None and self.kept_attention.is_empty:
+        """Refuse a call of which no attention was kept; warn of modules whose attention was not, once of each."""
+        if self.kept_attention is None:
+            return
+        name, own = (
+            self.router.architecture.name,
+            "its own kernel computes it, as it does with dropout, a bias of positions, soft-capped scores or sinks",
+        )
+        if self.kept_attention.is_empty:
             raise MemTuneError(
-                f"{self.router.architecture.name}: keep_attention_outputs: got True, but no attention of this call could be kept: its own kernel "
-                "computes it, as it does with dropout, a bias of positions, soft-capped scores or sinks. Leave keep_attention_outputs out."
+                f"{name}: keep_attention_outputs: got True, but no attention of this call could be kept: {own}. Leave keep_attention_outputs out."
+            )
+        if new := self.kept_attention.left_out - self.router.told_of:
+            self.router.told_of |= new
+            names = [path for path, module in self.router.architecture.base.named_modules() if id(module) in new]
+            logger.warning(
+                "%s: keep_attention_outputs: the attention of %s is computed again in backward: %s.", name, ", ".join(names), own
             )
 
     def run_last(self) -> None:
