@@ -20,7 +20,7 @@ from hf_memtune.levers.table import lever_of
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.method import Method
-from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.seeking.method import TokenSeeking, require_seeking
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.settings.streaming import StreamingConfig
@@ -86,6 +86,10 @@ class StreamingCallback(MethodCallback, ExportableState):
     def __init__(self, config: StreamingConfig | None = None, trainer: RunningTrainer | None = None, **settings):
         super().__init__()
         self.config, self.trainer = StreamingConfig(**settings) if config is None else config, trainer
+        if not self.config.streams:
+            raise ConfigError(
+                ["sequence_chunk_size: got None, expected the tokens of a chunk: StreamingCallback(sequence_chunk_size=512)."]
+            )
         if self.config.chunk_is_open and trainer is None:
             raise ConfigError(
                 [
@@ -126,6 +130,7 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
     ):
         super().__init__()
         self.config = TokenSeekingConfig(**{"token_seeking": True, **settings}) if config is None else config
+        require_seeking(self.config)
         if self.config.seek_schedule != "step" and trainer is None:
             raise ConfigError([f"seek_schedule: got {self.config.seek_schedule!r} without a trainer, whose data it passes over."])
         if scorer is not None and not callable(scorer):
