@@ -23,8 +23,8 @@ class SeekingContext:
 
     input_ids: (B, T) int64, or None where the model was given embeddings.
     attention_mask: (B, T) bool, True at real tokens.
-    labels: as the call of the model was given them: (B, T) int64, each in the place of the token that it is, -100 for none; or those of rows.
-        Where the loss was taken of others, (B, T), those, in the same places. Of the decoder, for an encoder too. None where there are none.
+    labels: (B, T) int64, each in the place of the token that it names, -100 for none: those that the call was given, or, without any, those that
+        its loss was taken of. Of a loss for a row: as the call was given them. Of the decoder, for an encoder too. None where there are none.
     has_label: (B, T) bool, whether each position's own prediction has a label.
     last_hidden_state: (B, T, D), of the pass over all tokens.
     context_score: (B, T) float32, attention received in the context layer (TokenSeek, eq. 3), normalised as configured.

@@ -20,6 +20,8 @@ SELECTIONS = ("top", "sample", "labelled")
 TOKEN_WEIGHTS = ("none", "dft")
 TOKEN_GRADIENTS = ("cut", "stream", "skip")
 _OF_COMBINED = ("context_weight", "gradient_weight")
+_OF_BUILT_IN = (*_OF_COMBINED, "reference_model", "profit_threshold")  # settings of one scorer
+_OF_PARTS = ("context_layer", "context_normalize", "gradient_norm")  # of what any scorer may ask for
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
 
@@ -325,18 +327,17 @@ class TokenSeekingConfig(StreamingConfig):
             idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
             return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
         by_default = "token_scorer" not in self.given and self.preset is None
-        unless = {"token_scorer": ", unless the trainer is given a function, or a model whose loss is one for a row"} if by_default else {}
+        others = ", unless the trainer is given a function, or a model whose loss is one for a row" if by_default else ""
         return [
-            f"{name} has no effect with {reason}={getattr(self, reason)}{unless.get(reason, '')}"
+            f"{name} has no effect with {reason}={getattr(self, reason)}{others if reason == 'token_scorer' and name in _OF_PARTS else ''}"
             for name, reason in sorted(self._idle().items())
             if name in given
         ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
 
     def scorer_settings(self, everything: bool = False) -> dict[str, Any]:
         """The settings that token_scorer reads, by name. everything: those that a scorer of one's own may read."""
-        own = () if everything else (*_OF_COMBINED, "reference_model", "profit_threshold")
-        idle = {} if everything else self._idle()
-        read = (name for name in (*own, "context_layer", "context_normalize", "gradient_norm") if name not in idle)
+        idle = self._idle()
+        read = _OF_PARTS if everything else (name for name in (*_OF_BUILT_IN, *_OF_PARTS) if name not in idle)
         return {name: value for name in read if (value := getattr(self, name)) is not None}
 
     def _idle(self) -> dict[str, str]:
