@@ -300,6 +300,11 @@ def skip_table(rows: Rows) -> str:
 
 
 POINTS = ("beginning", "end")
+BIAS_RANGE = "In brackets: the bias at two standard errors of its square below and above. Where there are none, these were not kept; 0.00 is then any mean of the square up to 0."
+UNSCALED = (
+    "`true_gradient/top` sends the kept tokens' part of the gradient of all tokens as it is; the gradient of other highest scores is that of the "
+    "mean over the kept tokens."
+)
 
 
 def estimator_table(rows: Rows) -> str:
@@ -309,11 +314,26 @@ def estimator_table(rows: Rows) -> str:
     found, lines = by(rows, "arm point"), []
     for arm in sorted(unique(rows, "arm"), key=lambda arm: (_ratio(arm), *(found.get((arm, p), {}).get("rms", 9) for p in POINTS[::-1]))):
         cells = [found.get((arm, point), {}) for point in POINTS]
-        values = [Cell().format("{0:.2f}", cell.get(name)) for cell in cells for name in ("rms", "bias", "cosine")]
+        values = [shown for cell in cells for shown in (_two_digits(cell.get("rms")), _bias(cell), _two_digits(cell.get("cosine")))]
         known = next(cell for cell in cells if cell)
         lines.append([f"`{arm}`", f"{100 * known['kept']:.0f} %", *values])
     heads = ["arm", "kept", *(f"{name}, {point}" for point in POINTS for name in ("rms", "bias", "cosine"))]
-    return "\n\n".join([table(heads, lines), f"{rows[0]['task']}. {conditions_of(rows)}"])
+    notes = [UNSCALED] * any(arm.startswith("true_gradient/top") for arm in unique(rows, "arm"))
+    notes += [BIAS_RANGE] * any(row.get("bias_squared_error") is not None for row in rows)
+    return "\n\n".join([table(heads, lines), *notes, f"{rows[0]['task']}. {conditions_of(rows)}"])
+
+
+def _two_digits(value: float | None) -> str:
+    return Cell().format("{0:.2f}", value)
+
+
+def _bias(cell: dict) -> str:
+    """With what two standard errors of its square leave open, of rows in which they are."""
+    shown, error = _two_digits(cell.get("bias")), cell.get("bias_squared_error")
+    if error is None:
+        return shown
+    low, high = (math.sqrt(max(0.0, cell["bias_squared"] + sign * 2 * error)) for sign in (-1, 1))
+    return f"{shown} ({low:.2f} to {high:.2f})"
 
 
 def _ratio(arm: str) -> float:

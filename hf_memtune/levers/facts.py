@@ -33,6 +33,7 @@ class Settings(Protocol):
     is_mean_of_kept: bool
     kept_always: str
     keeps_all: bool
+    threshold: float | None
     token_selection: str
     token_weight: str
     is_reversible: bool

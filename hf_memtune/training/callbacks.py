@@ -18,7 +18,7 @@ from hf_memtune.errors import ConfigError
 from hf_memtune.levers.table import lever_of
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.method import Method
-from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.methods.seeking.method import TokenSeeking, require_seeking
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.settings.streaming import StreamingConfig
@@ -84,6 +84,10 @@ class StreamingCallback(MethodCallback, ExportableState):
     def __init__(self, config: StreamingConfig | None = None, trainer: RunningTrainer | None = None, **settings):
         super().__init__()
         self.config, self.trainer = StreamingConfig(**settings) if config is None else config, trainer
+        if not self.config.streams:
+            raise ConfigError(
+                ["sequence_chunk_size: got None, expected the tokens of a chunk: StreamingCallback(sequence_chunk_size=512)."]
+            )
         if self.config.chunk_is_open and trainer is None:
             raise ConfigError(
                 [
@@ -124,6 +128,7 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
     ):
         super().__init__()
         self.config = TokenSeekingConfig(**{"token_seeking": True, **settings}) if config is None else config
+        require_seeking(self.config)
         if self.config.seek_schedule != "step" and trainer is None:
             raise ConfigError([f"seek_schedule: got {self.config.seek_schedule!r} without a trainer, whose data it passes over."])
         if scorer is not None and not callable(scorer):

@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
 from hf_memtune.files import locked, whole
 from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
+from hf_memtune.settings.scorers import BUILT_IN
 from hf_memtune.training.fingerprint import model_fingerprint
 from hf_memtune.training.rng import preserved_rng
 

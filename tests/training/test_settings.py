@@ -112,6 +112,7 @@ WRONG = {
     "select_from": "prompt",
     "always_keep": "all",
     "seek_schedule": "never",
+    "profit_threshold": 1.0,
 }
 
 
@@ -154,6 +155,31 @@ def test_combinations_that_cannot_work():
     # what nobody typed is named with its origin
     assert "'once' of preset=tokenseek" in problems(TokenSeekingConfig, token_scorer="random", preset="tokenseek")[0]
     assert "preset" not in problems(TokenSeekingConfig, token_scorer="random", seek_schedule="once")[0]
+
+
+@pytest.mark.parametrize("name", ["profit", "excess_loss"])
+def test_what_changes_the_objective_is_not_drawn_by_chance(name):
+    """Weights of a draw make up for what is not drawn; `labelled` reads no scores at all."""
+    given = {"token_seeking": True, "token_scorer": name, "reference_model": "m" if name == "excess_loss" else None}
+    (problem,) = problems(TokenSeekingConfig, **given)
+    assert problem.startswith(f"token_selection: got 'sample' with token_scorer={name}") and "Set token_selection=top." in problem
+    for selection in ("top", "labelled"):
+        assert TokenSeekingConfig(**given, token_selection=selection)
+    assert TokenSeekingConfig(**given | {"token_seeking": False}) and TokenSeekingConfig(**given | {"token_scorer": "loss"})
+
+
+def test_whose_loss_is_the_mean_over_kept_tokens():
+    kept = {
+        name: TokenSeekingConfig(token_seeking=True, token_selection="top", token_scorer=name) for name in ("loss", "true_gradient", "own")
+    }
+    assert {name: config.is_mean_of_kept for name, config in kept.items()} == {"loss": True, "true_gradient": False, "own": True}
+    assert not TokenSeekingConfig(token_seeking=True, token_selection="sample", token_scorer="loss").is_mean_of_kept
+
+
+def test_with_a_threshold_a_ratio_of_one_keeps_not_all():
+    profit = {"token_seeking": True, "token_scorer": "profit", "token_selection": "top", "token_ratio": 1.0}
+    assert TokenSeekingConfig(**profit).keeps_all and not TokenSeekingConfig(**profit, profit_threshold=0.1).keeps_all
+    assert TokenSeekingConfig(**profit | {"token_scorer": "loss"}, profit_threshold=0.1).keeps_all  # which does not read it
 
 
 UNSUPPORTED = {
@@ -367,6 +393,9 @@ IDLE = [
     ({"token_gradient": "cut"}, {"sequence_chunk_size": 64, "skip_threshold": 0.1, "kv_offload": True}),
     ({"token_gradient": "stream", "sequence_chunk_size": 64}, {"context_chunk_size": 64, "skip_threshold": 0.1}),
     ({"token_gradient": "skip", "skip_threshold": 0.1}, {"context_chunk_size": 64}),
+    ({"token_scorer": "true_gradient"}, {"context_layer": 0, "reference_model": "m"}),
+    ({"token_scorer": "loss"}, {"gradient_norm": "l1", "context_normalize": "mean", "profit_threshold": 0.1}),
+    ({"token_selection": "labelled"}, {"profit_threshold": 0.1, "token_ratio": 0.2}),
     ({"preset": "tokentune"}, {"context_weight": 1.0, "gradient_norm": "l2"}),  # given, if only what it would be anyway
 ]
 
