@@ -198,10 +198,10 @@ def _explained(model: nn.Module) -> Iterator[None]:
 def _trainer(model: nn.Module, args: Any) -> Rehearsal:
     trainer = Rehearsal(model=model, args=args)
     trainer.accelerator.device_placement = False  # it is where it will be, and torch cannot move parameters without values
-    if trainer.strategy_callback is not None:
-        trainer.remove_callback(trainer.strategy_callback)
-        trainer.strategy_callback = _Install(trainer.strategy_callback)
-        trainer.add_callback(trainer.strategy_callback)
+    if trainer.method_callback is not None:
+        trainer.remove_callback(trainer.method_callback)
+        trainer.method_callback = _Install(trainer.method_callback)
+        trainer.add_callback(trainer.method_callback)
     return trainer
 
 

@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 class MethodCallback(TrainerCallback, Listener, Restorable):
     """Puts a method on the model at the start of training and takes it off at its end; any Trainer trains with it, unchanged.
 
-    strategy: what is on, or None. listeners: who is told of its calls. Where training fails, transformers tells no callback: call `remove`.
+    method: what is on, or None. listeners: who is told of its calls. Where training fails, transformers tells no callback: call `remove`.
     """
 
     def __init__(self):
-        self.strategy: Method | None = None
+        self.method: Method | None = None
         self.listeners: list[Listener] = []
 
     _changes: tuple[str, ...] = ()  # attributes that a step changes
@@ -52,9 +52,9 @@ class MethodCallback(TrainerCallback, Listener, Restorable):
         self.remove()  # training begins again where a batch size that did not fit was halved
         if found := problems_of(args, lever_of(self.config.switch)):
             raise ConfigError(found)
-        self.strategy = self.make(model)
+        self.method = self.make(model)
         for listener in (self, *self.listeners):
-            self.strategy.listeners.add(listener)
+            self.method.listeners.add(listener)
         if isinstance(self, ExportableState):  # of a checkpoint that was made without it transformers would find no place for its state
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
@@ -69,9 +69,9 @@ class MethodCallback(TrainerCallback, Listener, Restorable):
 
     def remove(self) -> None:
         """Take the method off the model. May be called twice."""
-        if self.strategy is not None:
-            self.strategy.remove()
-        self.strategy = None
+        if self.method is not None:
+            self.method.remove()
+        self.method = None
 
 
 class StreamingCallback(MethodCallback, ExportableState):
@@ -186,8 +186,8 @@ class TokenSeekingCallback(MethodCallback, ExportableState):
                 self.offline.score_into(Path(args.output_dir) / f"seek-epoch-{round(state.epoch or 0)}.safetensors")
 
     def _score_offline(self) -> None:
-        self.offline = OfflineScores(self.strategy, self.trainer)
-        self.strategy.lookup = self._offline_scores
+        self.offline = OfflineScores(self.method, self.trainer)
+        self.method.lookup = self._offline_scores
 
     def _offline_scores(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Scores computed earlier for the rows of a call, by stack, (B, T) each; a loss may have taken their labels away."""

@@ -93,8 +93,8 @@ class FullLossLog(Listener):
         self._guard = FullLossGuard()
         self._rows: list[dict[str, Any]] | None = None
         self.is_of_kept = False
-        if trainer.strategy_callback is not None:
-            trainer.strategy_callback.listeners.append(self)
+        if trainer.method_callback is not None:
+            trainer.method_callback.listeners.append(self)
 
     def loss_of_kept(self) -> None:
         self.is_of_kept = True

@@ -19,20 +19,20 @@ from hf_memtune.training.smoothing import LabelSmootherOnDemand
 class MethodMixin:
     """Exact streaming and token seeking in a Trainer; a part of MemEfficientMixin.
 
-    strategy_callback: has the method that is on, or None.
+    method_callback: has the method that is on, or None.
     """
 
-    strategy_callback: MethodCallback | None = None
+    method_callback: MethodCallback | None = None
 
     @property
     def last_selection(self) -> Selection | dict[str, Selection] | None:
         """Which tokens the last call of the model in training kept (a dict by stack for encoder-decoder models), or None."""
-        return getattr(self.strategy_callback, "last_selection", None)
+        return getattr(self.method_callback, "last_selection", None)
 
     @property
     def method(self) -> Method | None:
         """What is on the model at present."""
-        return None if self.strategy_callback is None else self.strategy_callback.strategy
+        return None if self.method_callback is None else self.method_callback.method
 
     def _problems_of_method(self, token_scorer: TokenScorer | None) -> list[str]:
         """What only a Trainer can see: the arguments are checked when they are made."""
@@ -50,9 +50,9 @@ class MethodMixin:
             self.label_smoother = LabelSmootherOnDemand(self.label_smoother.epsilon, self.label_smoother.ignore_index)
         config = self._method_settings()
         seeks = self.args.token_seeking
-        self.strategy_callback = TokenSeekingCallback(config, token_scorer, trainer=self) if seeks else StreamingCallback(config, self)
-        self.strategy_callback.listeners.append(self.memory_callback)
-        self.add_callback(self.strategy_callback)
+        self.method_callback = TokenSeekingCallback(config, token_scorer, trainer=self) if seeks else StreamingCallback(config, self)
+        self.method_callback.listeners.append(self.memory_callback)
+        self.add_callback(self.method_callback)
 
     def _method_settings(self) -> StreamingConfig | None:
         """The settings of the method that the arguments turn on."""
@@ -67,7 +67,7 @@ class MethodMixin:
         Raises ConfigError where they cannot work, or would turn a method on or off: what is around it was made with the trainer.
         """
         found = [*self.args.problems(), *refusals_of_arguments(self.args)]
-        config, callback = (None if found else self._method_settings()), self.strategy_callback
+        config, callback = (None if found else self._method_settings()), self.method_callback
         had = None if callback is None else callback.config
         if not found and (type(config) is not type(had) or (callback is not None and config.switch != had.switch)):
             found = [
@@ -81,11 +81,11 @@ class MethodMixin:
 
     def _load_callback_state(self) -> None:
         """transformers makes stateful callbacks anew from a checkpoint; ours belongs to this trainer and reads its state itself."""
-        if self.strategy_callback is None:
+        if self.method_callback is None:
             return super()._load_callback_state()
-        self.callback_handler.callbacks.remove(self.strategy_callback)
+        self.callback_handler.callbacks.remove(self.method_callback)
         super()._load_callback_state()
-        self.add_callback(self.strategy_callback)
+        self.add_callback(self.method_callback)
 
 
 def _problems_of_seeking(args: TokenSeekingConfig, scorer: TokenScorer | None, train_dataset: Any) -> list[str]:

@@ -77,7 +77,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             require_complete(resume_from_checkpoint, self.args.save_only_model)
         if resume_from_checkpoint:
             require_same_model(resume_from_checkpoint, self.model)
-        if (wanted := self._method_settings()) != (had := getattr(self.strategy_callback, "config", None)):
+        if (wanted := self._method_settings()) != (had := getattr(self.method_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -85,8 +85,8 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             for each in (self.report_callback, self.memory_callback, self.preflight):
                 each.close()
             self._remove_checkpointing()
-            if self.strategy_callback is not None:
-                self.strategy_callback.remove()
+            if self.method_callback is not None:
+                self.method_callback.remove()
         self.report_callback.write()
         return result
 
@@ -106,8 +106,8 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
 
     def _step_at_once(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch) -> Tensor:
         """Forward and backward of all rows."""
-        if self.strategy_callback is not None:
-            self.strategy_callback.takes(inputs)
+        if self.method_callback is not None:
+            self.method_callback.takes(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     @property

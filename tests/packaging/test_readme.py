@@ -105,7 +105,7 @@ def test_named_targets_exist():
 AFTERWARDS = """
 kept = [int(count) for count in trainer.last_selection.counts]
 assert len(kept) == 8 and set(kept) <= {180, 181}, kept  # three tenths of 600 to 602 tokens, rounded up
-assert streaming.strategy is seeking.strategy is None
+assert streaming.method is seeking.method is None
 assert 0.29 < sum(seeking.last_selection.counts) / (8 * 601) < 0.31, seeking.last_selection.counts
 assert any("tokens_kept" in entry for entry in plain.state.log_history), plain.state.log_history
 assert Mine and Arguments("sft", token_seeking=True, token_ratio=0.3).token_ratio == 0.3

@@ -73,7 +73,7 @@ def run_case(name: str, folder: Path, processes: int) -> dict:
     args = arguments(folder / name, train_sampling_strategy="sequential", max_steps=2, **sizes, **settings)
     rows = [row | {"labels": [label % 3 if label >= 0 else label for label in row["labels"]]} for row in ROWS] if name == "logits" else ROWS
     run = train(make_model(), args, rows)
-    seeking = run.trainer.strategy_callback and run.trainer.strategy_callback.strategy
+    seeking = run.trainer.method_callback and run.trainer.method_callback.method
     return {"gradients": run.gradients, "losses": run.losses, "seeking": seeking}
 
 

@@ -146,7 +146,7 @@ def run_case(name: str, folder: Path, processes: int, how: str = "trainer", call
     callback = StreamingCallback(sequence_chunk_size=CHUNK)
     callbacks = [recorder, reductions, *([callback] if how == "callback" else [])]
     trainer = trainer_for(make_model(), args, rows, type("Case", (*above, base), {}), callbacks=callbacks)
-    (trainer.strategy_callback if how == "trainer" else callback).listeners.append(chunks)
+    (trainer.method_callback if how == "trainer" else callback).listeners.append(chunks)
     reductions.trainer = trainer
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -116,7 +116,7 @@ def test_micro_batches_really_differ_in_kept_labels(tmp_path):
 
     class Heard(MemEfficientTrainer):
         def train(self, **kwargs):
-            self.strategy_callback.listeners.append(ear)
+            self.method_callback.listeners.append(ear)
             return super().train(**kwargs)
 
     run(tmp_path, text_rows(), 2, 4, cls=Heard)

@@ -49,11 +49,11 @@ class Watch(TrainerCallback):
 def test_seeking_is_installed_for_the_time_of_training(tmp_path):
     callback, watch = TokenSeekingCallback(CONFIG), Watch()
     before = registered()  # of whatever ran before in this process
-    assert callback.strategy is None
+    assert callback.method is None
     train(llama(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer, callbacks=[callback, watch])
     assert len(set(watch.seen["step"]) - set(before)) == 1
     assert not set(watch.seen["end"]) - set(before)
-    assert callback.strategy is None and not set(registered()) - set(before)
+    assert callback.method is None and not set(registered()) - set(before)
     callback.remove()  # may be called again
 
 
@@ -86,7 +86,7 @@ def test_a_callback_refuses_what_its_method_does_not_support(tmp_path, make):
     model, callback = llama(), make()
     with pytest.raises(ConfigError, match="neftune_noise_alpha: got 5.0 with .*which does not support it"):
         train(model, arguments(tmp_path, seeking=False, neftune_noise_alpha=5.0), ROWS, cls=Trainer, callbacks=[callback])
-    assert callback.strategy is None and all("forward" not in vars(module) for module in model.modules())
+    assert callback.method is None and all("forward" not in vars(module) for module in model.modules())
     args = arguments(tmp_path, seeking=False)
     args._n_gpu = 2
     with pytest.raises(ConfigError, match="2 GPUs in one process"):

@@ -59,7 +59,7 @@ def clocked(monkeypatch, **seconds):
 def chosen(folder, **more):
     trainer = trainer_for(model(), settings(folder, **more), ROWS)
     trainer.train()
-    assert trainer.args.sequence_chunk_size == trainer.strategy_callback.config.sequence_chunk_size
+    assert trainer.args.sequence_chunk_size == trainer.method_callback.config.sequence_chunk_size
     return trainer.args.sequence_chunk_size
 
 

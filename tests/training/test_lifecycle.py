@@ -110,7 +110,7 @@ def test_restored_callbacks_do_not_replace_ours(tmp_path):
     whole = train(llama(), arguments(tmp_path, save_strategy="steps", save_steps=2, **settings), ROWS)
     resumed = train(llama(seed=9), arguments(tmp_path, **settings), ROWS, resume=str(tmp_path / "checkpoint-2"))
     assert same_parameters(resumed, whole)
-    assert resumed.trainer.strategy_callback in resumed.trainer.callback_handler.callbacks
+    assert resumed.trainer.method_callback in resumed.trainer.callback_handler.callbacks
 
 
 @pytest.mark.parametrize("first, second, named", [
@@ -200,7 +200,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path, failure, accumula
         trainer.train()
     assert traces(model) == before
     assert torch.equal(model(**batch).logits, expected)
-    assert trainer.strategy_callback.strategy is None
+    assert trainer.method_callback.method is None
 
 
 def test_a_trace_left_on_is_seen(tmp_path):
@@ -220,7 +220,7 @@ def test_a_trace_left_on_is_seen(tmp_path):
         assert traces(model) != before
     finally:
         trainer.memory_callback.close()
-        trainer.strategy_callback.remove()
+        trainer.method_callback.remove()
     assert traces(model) == before
 
 

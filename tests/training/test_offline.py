@@ -45,7 +45,7 @@ class Recording(MemEfficientTrainer):
         if not hasattr(self, "compared"):
             self.compared, self.batches = [], []
         self.batches.append(inputs)
-        self.compared.append((self.strategy_callback.offline.lookup(inputs), self.strategy_callback.strategy.inspect(dict(inputs)).values))
+        self.compared.append((self.method_callback.offline.lookup(inputs), self.method_callback.method.inspect(dict(inputs)).values))
         return super().training_step(model, inputs, *args)
 
 
@@ -248,7 +248,7 @@ def test_rows_that_change_as_they_are_read_are_refused(tmp_path):
     trainer = trainer_for(llama(), arguments(tmp_path, seek_schedule="once", seek_cache_dir=str(tmp_path)), ROWS, data_collator=noisy)
     with pytest.raises(StaleCacheError, match="seek_schedule=step"):
         trainer.train()
-    assert trainer.strategy_callback.strategy is None
+    assert trainer.method_callback.method is None
 
 
 # -- schedules and resumed runs ----------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_rows_that_change_as_they_are_read_are_refused(tmp_path):
 def test_each_epoch_is_scored_anew(tmp_path, passes):
     run = train(llama(), arguments(tmp_path, seek_schedule="epoch", num_train_epochs=3, max_steps=-1), ROWS)
     assert sum(len(batch["input_ids"]) for batch in passes) == 3 * len(ROWS)
-    assert run.trainer.strategy_callback.offline is None  # not kept in memory after training
+    assert run.trainer.method_callback.offline is None  # not kept in memory after training
 
 
 @pytest.mark.parametrize("schedule", ["once", "epoch"])

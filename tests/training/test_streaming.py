@@ -236,7 +236,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, saved_at):
 
 def test_the_model_is_given_back_as_it_was(tmp_path):
     run = stream(tmp_path, llama())
-    assert run.trainer.strategy_callback.strategy is None
+    assert run.trainer.method_callback.method is None
     assert all("forward" not in vars(module) for module in run.trainer.model.modules())
     entry = next(entry for entry in run.trainer.state.log_history if "loss" in entry)
     assert entry["tokens_seen"] > 0 and "tokens_kept" not in entry
@@ -262,7 +262,7 @@ def test_the_callback_alone_is_enough(tmp_path, case, cut):
     found = plain(tmp_path, make_model(), rows, callbacks=[callback, ours], **more)
     assert_equal_runs(found, plain(tmp_path, make_model(), rows, callbacks=[theirs], **more))
     assert ours.widest <= CHUNK < theirs.widest
-    assert callback.strategy is None
+    assert callback.method is None
 
 
 # -- other trainers of transformers ------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Remembering:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.chosen = [*getattr(self, "chosen", []), self.strategy_callback.last_selection]
+        self.chosen = [*getattr(self, "chosen", []), self.method_callback.last_selection]
         return loss
 
 

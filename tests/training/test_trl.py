@@ -66,7 +66,7 @@ def test_a_third_of_the_tokens_trains_evaluates_and_logs(tmp_path, tokenizer):
     assert 0.3 < entry["tokens_kept"] / entry["tokens_seen"] < 0.5
     assert entry["peak_memory_bytes"] > 0
     assert run.trainer.last_selection.width < 16
-    assert run.trainer.strategy_callback.strategy is None
+    assert run.trainer.method_callback.method is None
 
 
 def losses_of_tokens(outputs, labels, num_items_in_batch=None):
