@@ -13,6 +13,7 @@ _EXPORTS = {
     "MemTuneError": "errors",
     "StaleCacheError": "errors",
     "InverseError": "errors",
+    "LogitsError": "errors",
     "StreamOverflowError": "errors",
     "TokenScoreError": "errors",
     "UnsupportedModelError": "errors",
@@ -44,7 +45,7 @@ _EXPORTS = {
     "MemEfficientTrainer": "training.trainer",
     "MemEfficientTrainingArguments": "training.arguments",
     "LMEvalCallback": "training.harness",
-    "MemoryCallback": "training.callbacks",
+    "MemoryCallback": "training.memory_callback",
     "MemoryReport": "training.care.report.memory_report",
     "PreflightReport": "training.care.preflight.report",
     "StreamingCallback": "training.callbacks",
@@ -58,7 +59,7 @@ def __getattr__(name):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    if _EXPORTS[name] == "training.trainer":  # what forecasts is above what trains, and handed to it
+    if _EXPORTS[name] == "training.trainer" and found.estimate is None:  # what forecasts is above what trains, and handed to it
         found.estimate = staticmethod(_estimate)
     return found
 

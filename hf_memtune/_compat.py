@@ -58,6 +58,12 @@ def has_repacked_4bit(model: torch.nn.Module) -> bool:
     return any(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in weights)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what was asked of it: launches return before, and would be timed in place of the work."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(*(() if device.type == "mps" else (device,)))  # of mps there is one
+
+
 def accumulates(node) -> bool:
     """Whether the backward pass that runs will add a gradient to `.grad` through this node of a leaf: not in torch.autograd.grad.
 
@@ -96,6 +102,15 @@ def buffers_are_copied() -> bool:
 
     active = DistributedDataParallel._active_ddp_module
     return active is not None and active.forward_sync_buffers
+
+
+def is_sink_of_ddp(node) -> bool:
+    """Whether a node is the one through which DistributedDataParallel hands out what a model returns, where parameters may be left unused: its
+    backward passes gradients on as they come. Not that of a static graph, in which the sums over processes begin, too.
+    """
+    from torch.nn.parallel import distributed
+
+    return getattr(type(node), "_forward_cls", None) is distributed._DDPSink and not node.ddp_weakref().static_graph
 
 
 def _nothing(*args) -> None: ...

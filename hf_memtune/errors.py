@@ -10,8 +10,8 @@ class MemTuneError(Exception):
 class ConfigError(MemTuneError, ValueError):
     """Settings that cannot work. All problems of one request are reported together, before anything is changed."""
 
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = len(self.problems)
         heading = "1 problem with the settings:" if count == 1 else f"{count} problems with the settings:"
         super().__init__("\n  - ".join([heading, *self.problems]))
@@ -39,3 +39,11 @@ class InverseError(MemTuneError, RuntimeError):
 
 class LogitsError(MemTuneError, RuntimeError):
     """Logits on demand of which something was asked that would be wrong without a word. Names the cause and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, 300 characters of it at most and without a full stop; where it says nothing, its class. The rest is statistics."""
+    if isinstance(error, ConfigError):
+        return error.problems[0].rstrip(".")
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -6,7 +6,8 @@ and g', g'' those of an arm in two independent draws. Relative to |g|, over all 
     rms^2 = mean |g' - g|^2 / |g|^2        bias^2 = mean <g' - g, g'' - g> / |g|^2
 
 The product of independent errors has no noise of its own in expectation, so that bias is what no average over draws takes away; where it is
-smaller than its own scatter it may come out below 0, and is then given as 0. What the file has already is not measured again.
+smaller than its own scatter bias^2 may come out below 0, and bias is then given as 0. bias_squared is that mean as it came out,
+bias_squared_error its standard error over the batches. What the file has already is not measured again.
 
     make assets NAMES="smollm2 alpaca"
 """
@@ -15,7 +16,7 @@ import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from learning.arms import EVERY_LABEL, settings_of
 from learning.gradients import gradient, without_dropout
@@ -24,7 +25,8 @@ from store import measure, missing
 from torch import Tensor, nn
 
 BEGINNING, END = "beginning", "end"
-DRAWN = ("random", "combined", "gradient", "loss", "softmax_residual", "true_gradient")
+DRAWN = ("random", "context", "combined", "gradient", "loss", "softmax_residual", "true_gradient")
+SKIPPED = ("random", "true_gradient")  # of these it is told what chunks that are left out change
 LABELLED = "labelled/cut"
 
 
@@ -59,14 +61,14 @@ def main(given: list[str] | None = None) -> None:
 def every_arm() -> Iterator[str]:
     """Names as in scripts/learning/arms.py; those of the papers choose among all tokens, the others among labels."""
     for ratio, path in product(("10%", "30%"), ("cut", "stream")):
-        yield from (f"{scorer}/sample/{path}/{ratio}/labels" for scorer in DRAWN)
-        yield from (f"{scorer}/top/{path}/{ratio}/labels" for scorer in ("combined", "true_gradient"))
+        yield from (f"{scorer}/{selection}/{path}/{ratio}/labels" for selection in ("sample", "top") for scorer in DRAWN)
         yield from (f"{scorer}/top/{path}/{ratio}" for scorer in ("random", "combined"))
+    yield from (f"{scorer}/sample/skip/{ratio}/labels" for ratio in ("10%", "30%") for scorer in SKIPPED)
     yield LABELLED
 
 
 def train(model: nn.Module, batches: Iterator[dict], steps: int, learning_rate: float) -> None:
-    """Plain training, as the learning benchmarks do it."""
+    """Plain training, simpler than that of the learning benchmarks: a constant rate, torch's weight decay of 0.01, no warm-up, no clipping."""
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
@@ -96,7 +98,8 @@ def measured(model: nn.Module, batches: list[dict], exact: list[Tensor], arm: st
         forget()
     kept = counts.by_name["kept"] / counts.by_name["seen"]
     result = {"rms": mean(squares) ** 0.5, "bias": max(0.0, mean(products)) ** 0.5, "cosine": mean(cosines), "kept": kept}
-    return {name: round(value, 4) for name, value in result.items()}
+    result |= {"bias_squared": mean(products), "bias_squared_error": stdev(products) / len(products) ** 0.5 if products[1:] else None}
+    return {name: value if value is None else round(value, 4) for name, value in result.items()}
 
 
 if __name__ == "__main__":

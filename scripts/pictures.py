@@ -47,8 +47,16 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
 
 
-MARKS = {"cut": "o", "stream": "^"}
-SCORED = {"random": BLACK, "combined": RED, "gradient": ORANGE, "loss": PINK, "softmax_residual": SKY, "true_gradient": BLUE}
+MARKS = {"cut": "o", "stream": "^", "skip": "D"}
+SCORED = {
+    "random": BLACK,
+    "context": YELLOW,
+    "combined": RED,
+    "gradient": ORANGE,
+    "loss": PINK,
+    "softmax_residual": SKY,
+    "true_gradient": BLUE,
+}
 
 
 def draw_estimators(rows: Rows, file: Path) -> None:
@@ -152,7 +160,7 @@ def draw_contract(rows: Rows, file: Path) -> None:
 
 SCORERS = {
     "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED,
-    "combined-mean": SKY, "loss": GREEN, "true_gradient": "#5e3c99", "every": "#8c510a",
+    "combined-mean": SKY, "loss": GREEN, "true_gradient": "#5e3c99", "softmax_residual": "#b8860b", "every": "#8c510a",
 }  # fmt: skip
 LINES = {"cut": "-", "stream": "--", "skip": ":"}
 MARKERS = {"top": "o", "sample": "^"}

@@ -45,8 +45,7 @@ def section(groups: list[Group], base: str) -> str:
     for group in groups:
         accuracies = [group.at(0, "accuracies"), group.at(-1, "accuracies")]
         cells = [*map(shown, accuracies), shown(group.minus(full, "accuracies"), "+"), shown(group.at(-1)), shown(group.minus(full), "+")]
-        own = group.any_run
-        lines.append([group.arm, f"{own['learning_rate']:g}", len(group.ended), *cells, f"{own['trainable_parameters']:,}", *group.costs])
+        lines.append([group.arm, group.rate, len(group.ended), *cells, f"{group.any_run['trainable_parameters']:,}", *group.costs])
     model, data, held_out = (run["conditions"][name] for name in ("model", "data", "held_out_rows"))
     told = f"{model}; {data}; {run['steps']} steps of {run['rows']} rows, {held_out} rows held out."
     heads = f"arm | rate | seeds | accuracy before | after | minus {base} | held-out loss | minus {base} | trained parameters | peak MiB | s a step"

@@ -28,6 +28,49 @@ SUMMARY_ARMS = {
     "`--preset tokenseek`": ("combined/top/cut/10%",),
 }
 
+PAIRS = {  # by task and stage: arms of which one differs from the other by one choice, or that compete for the same seconds
+    ("smollm2-alpaca", "final"): (
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("combined/top/cut/10%/labels", "combined/top/cut/10%"),
+        ("combined/sample/cut/10%/labels", "combined/top/cut/10%/labels"),
+        ("combined/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
+        ("random/sample/stream/10%/labels", "random/sample/cut/10%/labels"),
+        ("random/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
+        ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
+        ("true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/30%/labels"),
+    ),
+    ("smollm2-alpaca", "race"): (
+        ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
+        ("checkpointing@1", "random/sample/cut/10%/labels"),
+        ("checkpointing@1", "random/sample/cut/30%/labels"),
+        ("checkpointing@1", "true_gradient/sample/cut/30%/labels"),
+        ("streaming", "random/sample/cut/30%/labels"),
+        ("streaming", "true_gradient/sample/cut/30%/labels"),
+    ),
+    ("stories-imdb", "final"): (
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("combined/sample/cut/10%", "combined/top/cut/10%"),
+        ("random/sample/cut/10%", "random/top/cut/10%"),
+        ("combined/sample/cut/10%", "random/sample/cut/10%"),
+        ("random/sample/stream/10%", "random/sample/cut/10%"),
+        ("random/sample/stream/30%", "random/sample/cut/30%"),
+        ("random/sample/cut/30%", "random/sample/cut/10%"),
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+        ("true_gradient/sample/stream/30%", "random/sample/stream/30%"),
+    ),
+    ("stories-imdb", "race"): (
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+        ("streaming", "random/sample/cut/30%"),
+        ("streaming", "true_gradient/sample/cut/30%"),
+    ),
+    ("minilm-reviews", "final"): (
+        ("context/top/cut/10%", "random/top/cut/10%"),
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("context/top/cut/10%", "combined/top/cut/10%"),
+    ),
+}  # fmt: skip
+AT = {"final": "steps", "race": "seconds"}
+
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
     """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
@@ -39,6 +82,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
         **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in RACED},
         "quality": lambda: summary_table(quality()),
+        "quality-pairs": lambda: pairs_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
         "skip": lambda: skip_table(rows_of("skip")),
@@ -181,6 +225,20 @@ def summary_table(found: Rows) -> str:
     return table("data | method | held-out loss minus plain | peak bytes | step time", lines, "ll")
 
 
+def pairs_table(found: Rows) -> str:
+    """Differences between arms, seed by seed, and whether they are larger than their interval; of each at the rate that was best for it."""
+    lines = []
+    for (task, stage), pairs in PAIRS.items():
+        groups = finals(found, task, stage)
+        for arms in pairs:
+            one, other = (named(groups, arm) for arm in arms)
+            if one and other and (difference := one.minus(other)):
+                rates = " / ".join(dict.fromkeys(f"{group.any_run['learning_rate']:g}" for group in (one, other)))
+                cells = [f"{difference:+}", "yes" if difference.is_clear else "no"]
+                lines.append([task, AT[stage], *(f"`{arm}`" for arm in arms), rates, *cells])
+    return table("data | the same | arm | minus | rates | difference of the loss | clear", lines, "llll") if lines else UNMEASURED
+
+
 # --- the screening
 
 
@@ -242,6 +300,11 @@ def skip_table(rows: Rows) -> str:
 
 
 POINTS = ("beginning", "end")
+BIAS_RANGE = "In brackets: the bias at two standard errors of its square below and above. Where there are none, these were not kept; 0.00 is then any mean of the square up to 0."
+UNSCALED = (
+    "`true_gradient/top` sends the kept tokens' part of the gradient of all tokens as it is; the gradient of other highest scores is that of the "
+    "mean over the kept tokens."
+)
 
 
 def estimator_table(rows: Rows) -> str:
@@ -251,11 +314,26 @@ def estimator_table(rows: Rows) -> str:
     found, lines = by(rows, "arm point"), []
     for arm in sorted(unique(rows, "arm"), key=lambda arm: (_ratio(arm), *(found.get((arm, p), {}).get("rms", 9) for p in POINTS[::-1]))):
         cells = [found.get((arm, point), {}) for point in POINTS]
-        values = [Cell().format("{0:.2f}", cell.get(name)) for cell in cells for name in ("rms", "bias", "cosine")]
+        values = [shown for cell in cells for shown in (_two_digits(cell.get("rms")), _bias(cell), _two_digits(cell.get("cosine")))]
         known = next(cell for cell in cells if cell)
         lines.append([f"`{arm}`", f"{100 * known['kept']:.0f} %", *values])
     heads = ["arm", "kept", *(f"{name}, {point}" for point in POINTS for name in ("rms", "bias", "cosine"))]
-    return "\n\n".join([table(heads, lines), f"{rows[0]['task']}. {conditions_of(rows)}"])
+    notes = [UNSCALED] * any(arm.startswith("true_gradient/top") for arm in unique(rows, "arm"))
+    notes += [BIAS_RANGE] * any(row.get("bias_squared_error") is not None for row in rows)
+    return "\n\n".join([table(heads, lines), *notes, f"{rows[0]['task']}. {conditions_of(rows)}"])
+
+
+def _two_digits(value: float | None) -> str:
+    return Cell().format("{0:.2f}", value)
+
+
+def _bias(cell: dict) -> str:
+    """With what two standard errors of its square leave open, of rows in which they are."""
+    shown, error = _two_digits(cell.get("bias")), cell.get("bias_squared_error")
+    if error is None:
+        return shown
+    low, high = (math.sqrt(max(0.0, cell["bias_squared"] + sign * 2 * error)) for sign in (-1, 1))
+    return f"{shown} ({low:.2f} to {high:.2f})"
 
 
 def _ratio(arm: str) -> float:

@@ -88,6 +88,22 @@ def test_short_rows_are_told_apart(arguments):
     assert idle.is_short
 
 
+@pytest.mark.parametrize(
+    "more, saved",
+    [
+        ({}, "so only the logits are saved."),
+        ({"activation_checkpointing": True}, "so the logits are saved, and what activation_checkpointing saves."),
+    ],
+)
+def test_what_one_chunk_saves_is_said(arguments, more, saved):
+    """Sibling: a row that is longer than a chunk should have run in several."""
+    args = arguments(sequence_chunk_size=8, **more)
+    (short,) = idle_levers(args, replace(WORKED, chunks=1, row_length=6, longest_row=6))
+    assert saved in short.message and "leave it out" not in short.message
+    (long,) = idle_levers(args, replace(WORKED, chunks=1))
+    assert "leave it out" in long.message and "logits" not in long.message
+
+
 def test_rows_of_one_chunk_have_nothing_to_offload(arguments):
     """The first batch may be short: training goes on. Sibling: longer rows of which nothing was moved."""
     args = changed(arguments(sequence_chunk_size=8), {"kv_offload": True})

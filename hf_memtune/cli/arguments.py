@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_memtune.settings.protocol import setting
+
 CLASSES = "sequence_classification"
 TASKS = ("auto", "causal_lm", CLASSES)
 COLUMNS = ("instruction_column", "input_column", "output_column")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ALL_LINEAR = "all-linear"
-
-
-def setting(default, help_text: str, **metadata):
-    return field(default=default, metadata={"help": help_text, **metadata})
 
 
 def changed(settings, names) -> list[str]:
@@ -47,7 +45,7 @@ class ModelSource:
     dtype: str = setting(
         "auto",
         "Number format of the weights: auto (as they are stored), float32 (4 bytes a parameter), bfloat16 or float16 (2 bytes).",
-        choices=list(DTYPES),
+        choices=DTYPES,
     )
     attn_implementation: str | None = setting(
         None, "Attention kernel: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."
@@ -123,7 +121,7 @@ class DataSource:
         "auto",
         "causal_lm: next-token prediction on chats, instructions or plain text; sequence_classification: one class a row; auto: the latter for "
         "rows with text and a label, else the former.",
-        choices=list(TASKS),
+        choices=TASKS,
     )
     max_length: int = setting(
         1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
@@ -146,7 +144,7 @@ class DataSource:
     packing: bool = setting(
         False,
         "causal_lm: train on rows of up to max_length tokens made of whole rows, none of which sees another (trl's best fit decreasing). Less "
-        "padding; needs trl (pip install 'hf_memtune[sft]').",
+        "padding; needs trl (pip install -e '.[sft]').",
     )
 
     def problems(self) -> list[str]:
@@ -154,7 +152,7 @@ class DataSource:
         if self.dataset_name is None:
             found.append("dataset_name: got nothing, expected a file, a folder or a hub name (--dataset_name, or --dataset).")
         if self.packing and find_spec("trl") is None:
-            found.append("packing: got True, but trl is not installed. pip install 'hf_memtune[sft]', or leave it out.")
+            found.append("packing: got True, but trl is not installed. pip install -e '.[sft]', or leave it out.")
         return found
 
     def ineffective(self) -> list[str]:

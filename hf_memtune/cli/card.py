@@ -44,7 +44,7 @@ def facts(settings, rows, summary) -> list[tuple[str, str]]:
         ("data", f"{name_of(data_of(settings.data))}: {len(rows.train)} rows to train on, {held_out} held out"),
         ("longest row", f"{settings.data.max_length} tokens at most"),
         ("optimizer steps", str(summary.steps)),
-        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(settings.training)),
+        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(summary)),
     ]
     before, after = summary.held_out_loss
     if after is not None:

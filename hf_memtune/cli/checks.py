@@ -93,7 +93,7 @@ def problems_of_optimizer(training) -> list[str]:
     is_of_bitsandbytes = name == "adamw_8bit" or "bnb" in name or name.startswith(("paged", "lion", "ademamix"))
     if not is_of_bitsandbytes or find_spec("bitsandbytes"):
         return []
-    return [f"optim: got {name!r}, which needs bitsandbytes; pip install 'hf_memtune[quantization]', or leave it out."]
+    return [f"optim: got {name!r}, which needs bitsandbytes; pip install -e '.[quantization]', or leave it out."]
 
 
 def problems_of_folder(name: str, reversible_adapters: str | None) -> list[str]:

@@ -57,8 +57,9 @@ _STRATEGIES = (
     (
         Line("activation_checkpointing", "", "recompute activations; the same gradients", False),
         Line("checkpoint_levels", "2", "recompute in two levels: less memory, more time"),
-        Line("sequence_chunk_size", "TOKENS", "run each row in chunks of this length; the same gradients"),
-        Line("kv_offload", "", "with chunks: keep keys and values in host memory", False),
+        Line("sequence_chunk_size", "TOKENS", "run each row in chunks of this length, or auto (in training); the same gradients"),
+        Line("keep_attention_outputs", "", "with chunks: compute no attention again; sooner on long rows, more memory", False),
+        Line("kv_offload", "", "with chunks: keys and values in host memory; by layers, the inputs of the layers", False),
         Line("token_seeking", "", "gradient through a part of the tokens, by default a random one; approximate", False),
         *_SEEKING,
         Line("reversible", "KIND", "reversible layers with adapters: no activations are kept", "none"),

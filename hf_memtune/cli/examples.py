@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource, changed
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.scorers import BUILT_IN, facts_of
 from hf_memtune.settings.seeking import TokenSeekingConfig
 
 ROWS = 64  # to compare scorers on, unless asked for otherwise
-OF_SCORES = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")
+ON_EVERY_MAP = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")  # of the scores that it shows
+OF_SCORES = (*ON_EVERY_MAP, "reference_model", "profit_threshold")
 UNREAD = {  # by this command, each with the reason
     "seek_schedule": "tokens are scored with the model as it is now",
     "seek_cache_dir": "tokens are scored with the model as it is now",
@@ -36,7 +38,7 @@ class Examples:
     compare: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Two or more scorers to compare over a data set, in place of single rows: combined, context, gradient, loss, random."
+            "help": f"Two or more scorers to compare over a data set, in place of single rows: {', '.join(BUILT_IN)}, or a registered name."
         },
     )
     rows: int | None = field(
@@ -112,19 +114,20 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
         found.append("token_scorer: has no effect with compare, which names the scorers. Leave it out.")
     if seeking is None or found:
         return found
-    if seeking.token_ratio == 1:
+    try:
+        configs = configs_of(seeking, scorers)
+    except ConfigError as error:
+        return error.problems
+    if all(config.keeps_all for config in configs):
         return ["token_ratio: got 1, with which every scorer keeps every token. Expected less than 1 with compare."]
-    configs = configs_of(seeking, scorers).values()
-    found = [problem for config in configs for problem in config.problems()]
     idle = [name for name in OF_SCORES if name in given and not any(name in config.scorer_settings() for config in configs)]
-    return list(dict.fromkeys(found)) + [
-        f"{name}: none of the compared scorers ({', '.join(scorers)}) reads it. Leave it out, or compare another." for name in idle
-    ]
+    return [f"{name}: none of the compared scorers ({', '.join(scorers)}) reads it. Leave it out, or compare another." for name in idle]
 
 
 def without_effect(settings: Settings) -> list[str]:
     """Settings that are read by nothing. What is of a score is on every map, and a problem of its own where none compared reads it."""
-    found = [message for message in settings.seeking.ineffective() if message.split()[0] not in OF_SCORES]
+    told = OF_SCORES if settings.examples.compare else ON_EVERY_MAP
+    found = [message for message in settings.seeking.ineffective() if message.split()[0] not in told]
     found += settings.data.ineffective() if settings.examples.text is None else []
     return [f"{message}. Leave it out." for message in found]
 
@@ -153,17 +156,14 @@ class Loaded(NamedTuple):
 
 def load(settings: Settings) -> Loaded:
     """The rows, then the model. Raises ConfigError for what only shows with the data."""
-    import torch
 
     from hf_memtune.cli.data import collator
-    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.cli.model import load_on_device, load_tokenizer
 
     tokenizer = load_tokenizer(settings.model)
     source = _text_row if settings.examples.text else _rows_of_data
     rows, titles, classes, data, dropped = source(settings, tokenizer)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(settings.model, data, tokenizer, classes).to(device)
-    with_reversible_adapters(model, settings.model)
+    model = load_on_device(settings.model, data, tokenizer, classes)
     return Loaded(model, tokenizer, rows, titles, dropped, collator(replace(data, packing=False), tokenizer))
 
 
@@ -210,10 +210,12 @@ def _chosen(examples: Examples, count: int, data: DataSource) -> list[int]:
 
 
 def _require_token_losses(data: DataSource, examples: Examples) -> None:
-    if data.task == CLASSES and "loss" in examples.compare:
+    """Of what is compared. A gradient of the loss for a row comes to the one position that is read, and ranks no token."""
+    wrong = [name for name in examples.compare if facts_of(name).reads_token_loss or facts_of(name).known_in_backward]
+    if data.task == CLASSES and wrong:
         raise ConfigError(
             [
-                f"compare: got loss, but rows of task={CLASSES} have one loss each, not one for each token. "
+                f"compare: got {', '.join(wrong)}, but rows of task={CLASSES} have one loss each, not one for each token. "
                 "Compare context, gradient or combined."
             ]
         )

@@ -68,17 +68,15 @@ def answers(source: ModelSource, prompts: Prompts):
     """(prompt, answer) of each, one by one, so that padding plays no part."""
     import torch
 
-    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.cli.model import load_on_device, load_tokenizer
 
     tokenizer = load_tokenizer(source)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(source, DataSource(max_length=1), tokenizer).to(device).eval()
-    with_reversible_adapters(model, source)
+    model = load_on_device(source, DataSource(max_length=1), tokenizer).eval()
     torch.manual_seed(prompts.seed)
     sampling = {"do_sample": True, "temperature": prompts.temperature} if prompts.temperature else {"do_sample": False}
     sampling |= {"eos_token_id": ends_of(tokenizer, model.generation_config.eos_token_id, prompts.plain) or None}
     for prompt in prompts.prompt:
-        ids = torch.tensor([_tokens(prompt, prompts.plain, tokenizer)], device=device)
+        ids = torch.tensor([_tokens(prompt, prompts.plain, tokenizer)], device=model.device)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": prompts.max_new_tokens, "use_cache": prompts.use_cache}
         found = model.generate(ids, pad_token_id=tokenizer.pad_token_id, **options, **sampling)
         yield prompt, tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()

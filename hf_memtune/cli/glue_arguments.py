@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_memtune.cli.arguments import changed, problems_of_max_length, problems_of_row_limits, setting
+from hf_memtune.cli.arguments import changed, problems_of_max_length, problems_of_row_limits
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.glue_tasks import CLASS_METRICS, SCORE_METRICS, TASKS, GlueTask
+from hf_memtune.settings.protocol import setting
 
 DESCRIBING = ("sentence_column", "second_sentence_column", "regression", "metrics")
 
@@ -64,7 +65,7 @@ class GlueArguments:
         if self.task_name is None and self.train_file is None:
             own = "rows of your own (--train_file F --validation_file F)"
             found.append(f"task_name: got nothing, expected a task of GLUE ({', '.join(TASKS)}), or {own}.")
-        return [*found, *self._file_problems(), *self._number_problems(), *self._metric_problems()]
+        return [*found, *self._file_problems(), *problems_of_max_length(self), *problems_of_row_limits(self), *self._metric_problems()]
 
     def _file_problems(self) -> list[str]:
         found = []
@@ -81,9 +82,6 @@ class GlueArguments:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             found.append(f"validation_file: got several files called {twice[0]!r}, by which their scores are told apart. Rename one.")
         return found
-
-    def _number_problems(self) -> list[str]:
-        return problems_of_max_length(self) + problems_of_row_limits(self)
 
     def _metric_problems(self) -> list[str]:
         known = SCORE_METRICS if self.regression else CLASS_METRICS

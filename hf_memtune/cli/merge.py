@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_memtune.cli.checks import ADAPTERS, REVERSIBLE_CONFIG
 from hf_memtune.cli.essentials import PAGES
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, first_line
 from hf_memtune.files import is_partial, whole_folder
 
 HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
@@ -86,8 +86,6 @@ def merged(merging: Merging):
     """The base model with the adapters in its weights; every parameter in the dtype that the base model has."""
     from peft import PeftModel
 
-    from hf_memtune.cli.model import first_line
-
     base = load_base(merging)
     dtypes = {name: parameter.dtype for name, parameter in base.named_parameters(remove_duplicate=False)}
     try:
@@ -131,8 +129,6 @@ def _say_what_is_untied(model) -> None:
 def load_base(merging: Merging):
     """The model the adapters were trained on, with the head they were trained with, in the dtype in which it is stored."""
     import transformers
-
-    from hf_memtune.cli.model import first_line
 
     config = json.loads(Path(merging.model_name_or_path, ADAPTERS).read_text(encoding="utf-8"))
     name, task = merging.base_model or config.get("base_model_name_or_path"), config.get("task_type") or "CAUSAL_LM"

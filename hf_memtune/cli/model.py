@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
 from hf_memtune.cli.checks import problems_of_folder
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, first_line
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -34,11 +34,6 @@ def _why_no_tokenizer(name: str, error: Exception) -> str:
     if any(Path(name, file).is_file() for file in TOKENIZERS):
         return f"the tokenizer in {name!r} cannot be read: {first_line(error)}."
     return f"the folder {name!r} holds no tokenizer. Save that of the model into it (tokenizer.save_pretrained); other models have none."
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _why_not(name: str, task: str, error: Exception) -> str:
@@ -76,6 +71,16 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     check_length(loaded, data)
     if data.task == "sequence_classification":  # its head looks for the last token that is not this one
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return loaded
+
+
+def load_on_device(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None):
+    """The model on the accelerator, or on the CPU where there is none, with the reversible adapters that the settings name."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    loaded = load_model(model, data, tokenizer, classes).to(device)
+    with_reversible_adapters(loaded, model)
     return loaded
 
 
@@ -138,7 +143,7 @@ def four_bits(model: ModelArguments):
     try:
         import bitsandbytes  # noqa: F401  transformers would say so only after the data are prepared
     except ImportError as error:
-        raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install 'hf_memtune[quantization]'."]) from error
+        raise ConfigError(["load_in_4bit: needs bitsandbytes; pip install -e '.[quantization]'."]) from error
     computed = getattr(torch, model.dtype) if model.dtype != "auto" else torch.bfloat16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed)
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_memtune.cli.arguments import problems_of_max_length, problems_of_row_limits, setting
+from hf_memtune.cli.arguments import problems_of_max_length, problems_of_row_limits
 from hf_memtune.cli.data import BUILDERS
 from hf_memtune.cli.qa_tasks import TASKS
+from hf_memtune.settings.protocol import setting
 
 KINDS = [suffix for suffix in BUILDERS if suffix != ".txt"]
 
@@ -42,7 +43,7 @@ class QaArguments:
         found = [message.replace("tasks:", "task_name:", 1) for message in problems_of_installation()]
         if self.task_name not in TASKS:
             found.append(f"task_name: got {self.task_name!r}, expected one of {', '.join(TASKS)}.")
-        return [*found, *self._file_problems(), *self._number_problems()]
+        return [*found, *self._file_problems(), *problems_of_max_length(self), *problems_of_row_limits(self)]
 
     def _file_problems(self) -> list[str]:
         files = {name: file for name in ("train_file", "test_file") if (file := getattr(self, name)) is not None}
@@ -60,9 +61,6 @@ class QaArguments:
         if len(kinds) > 1:
             found.append(f"test_file: got {self.test_file!r} beside {self.train_file!r}, expected files of one kind.")
         return found
-
-    def _number_problems(self) -> list[str]:
-        return problems_of_max_length(self) + problems_of_row_limits(self)
 
     def ineffective(self) -> list[str]:
         given = self.test_file is not None and self.scored_split is not None

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
 from transformers import TrainerCallback
 
+from hf_memtune._compat import wait_for
 from hf_memtune.files import write_text
 from hf_memtune.units import format_bytes
 
@@ -23,8 +23,7 @@ class StepTimes(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type not in ("cpu", "mps"):
-            torch.accelerator.synchronize()  # the device may still be working on what was asked of it
+        wait_for(args.device)
         self.seconds.append(time.perf_counter() - self._began)
 
 
@@ -33,7 +32,8 @@ class Summary:
     """Numbers of one run. Bytes, seconds and tokens are those of this process; None where not measured.
 
     held_out_*: before and after training; scores: of classifiers, by their names. step_seconds: median. peak_bytes: with weights if
-    on_device, else of the tensors that one traced step makes. tokens_*: over all steps, 0 where not counted.
+    on_device, else of the tensors that one traced step makes. loss_of_kept: whether the training loss is that of the kept tokens alone.
+    tokens_*: over all steps, 0 where not counted.
     """
 
     steps: int
@@ -45,6 +45,7 @@ class Summary:
     step_seconds: float | None
     peak_bytes: int | None
     on_device: bool
+    loss_of_kept: bool
     tokens_kept: int
     tokens_seen: int
 
@@ -64,6 +65,7 @@ class Summary:
             step_seconds=median(seconds) if seconds else None,
             peak_bytes=max(peaks, default=None),
             on_device=trainer.args.device.type not in ("cpu", "mps"),
+            loss_of_kept=trainer.full_loss.is_of_kept,
             tokens_kept=sum(entry.get("tokens_kept", 0) for entry in logs),
             tokens_seen=sum(entry.get("tokens_seen", 0) for entry in logs),
         )
@@ -101,7 +103,7 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
         ("trainable parameters", f"{summary.trainable_parameters:,} ({share:.2%})"),
         ("optimizer steps", f"{summary.steps}"),
         ("held-out loss", _before_and_after(summary.held_out_loss)),
-        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(settings.training)),
+        ("mean training loss", f"{summary.training_loss:.4f}" + of_kept(summary)),
         ("peak memory", _peak(summary)),
         ("seconds per step", "not measured" if summary.step_seconds is None else f"{summary.step_seconds:.3g} (median)"),
     ]
@@ -112,9 +114,9 @@ def _lines(summary: Summary, settings, rows) -> list[tuple[str, str]]:
     return [*lines, ("saved in", str(settings.training.output_dir))]
 
 
-def of_kept(training) -> str:
-    """What a logged loss is, behind it: under `sample` it stands for all labels, under `top` for those of the kept tokens alone."""
-    return " (of the kept tokens)" if training.token_seeking and training.is_mean_of_kept else ""
+def of_kept(summary: Summary) -> str:
+    """What the training loss is, behind it, where it neither is that of all labels nor stands for it."""
+    return " (of the kept tokens)" if summary.loss_of_kept else ""
 
 
 def _before_and_after(values: tuple[float | None, float | None]) -> str:

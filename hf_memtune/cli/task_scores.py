@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_memtune.cli.arguments import DataSource, ModelSource, changed, setting
+from hf_memtune.cli.arguments import DataSource, ModelSource, changed
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
@@ -19,7 +20,9 @@ class TaskArguments:
 
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks, groups or tags of lm-eval by name, after one another or with commas: sciq,piqa. Needs hf_memtune[eval]."},
+        metadata={
+            "help": "Tasks, groups or tags of lm-eval by name, after one another or with commas: sciq,piqa. Needs pip install -e '.[eval]'."
+        },
     )
     num_fewshot: int | None = setting(None, "Examples with their answers before each question. Default: as each task says, most often 0.")
     limit: int | None = setting(None, "Score this many rows of each task at most, the first ones. Default: all.")
@@ -59,9 +62,7 @@ def scored(source: ModelSource, arguments: TaskArguments, batch_size: int) -> di
     """What lm-eval returns of the model, with reversible adapters where they are named."""
     import warnings
 
-    import torch
-
-    from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
+    from hf_memtune.cli.model import load_on_device, load_tokenizer
     from hf_memtune.evaluation.harness import score
     from hf_memtune.evaluation.harness_tasks import load_tasks
 
@@ -69,9 +70,7 @@ def scored(source: ModelSource, arguments: TaskArguments, batch_size: int) -> di
     tasks = load_tasks(arguments.names, arguments.tasks_folder, arguments.num_fewshot)
     if tasks.num_fewshot and tasks.fixed:
         warnings.warn(f"num_fewshot has no effect on {', '.join(tasks.fixed)}, whose task files set it to 0", stacklevel=2)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(source, DataSource(task="causal_lm", max_length=1), tokenizer).to(device)
-    with_reversible_adapters(model, source)
+    model = load_on_device(source, DataSource(task="causal_lm", max_length=1), tokenizer)
     return score(model, tokenizer, tasks, batch_size, arguments.limit)
 
 

@@ -102,5 +102,5 @@ def print_counts(maps: list, page: Path, picture: Path | None) -> None:
     for title, some in [*((one.title, [one]) for one in maps), *([("all", maps)] if len(maps) > 1 else [])]:
         n = count(some)
         table.add_row(title, str(n.tokens), str(n.labelled), str(n.kept), str(n.kept_labelled), percent(n.kept_labelled, n.kept))
-    drawn = picture or "none: it needs matplotlib; pip install 'hf_memtune[viz]'"
+    drawn = picture or "none: it needs matplotlib; pip install -e '.[viz]'"
     Console().print(table, f"page: {page}", f"picture: {drawn}", sep="\n", markup=False)

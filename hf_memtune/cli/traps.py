@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hf_memtune.levers.facts import checkpointed_by, saved_by_one_chunk
+
 SHORT = 512  # tokens: below it streaming saves little and its small chunks cost time (docs/measurements.md)
 
 
@@ -25,13 +27,17 @@ class Lengths:
 
 
 def chunk_beyond_every_row(args: Any, rows: Lengths) -> str | None:
-    """One chunk is the loss without logits, which may be what is wanted; nothing else is saved."""
+    """One chunk is the loss without logits, which may be what is wanted; on short rows with checkpointing it is what the README advises."""
     chunk = args.stream_chunk_size
     if chunk is None or chunk <= rows.longest or args.token_seeking:
         return None
+    remedies = [f"set it to {rows.longest // 4}"] if rows.longest > SHORT else []  # see the next trap
+    remedies += [] if checkpointed_by(args) else ["turn activation_checkpointing on"]
+    if not remedies:
+        return None
     return (
-        f"sequence_chunk_size: got {chunk}, and the longest row has {rows.longest} tokens, so rows are not cut: only the logits are saved. For "
-        f"less memory set it to {max(16, rows.longest // 4)}, or turn activation_checkpointing on."
+        f"sequence_chunk_size: got {chunk}, and the longest row has {rows.longest} tokens, so rows are not cut: {saved_by_one_chunk(args)}. For "
+        f"less memory {', or '.join(remedies)}."
     )
 
 

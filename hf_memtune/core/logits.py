@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hf_memtune._compat import is_fake
+from hf_memtune._compat import is_fake, is_sink_of_ddp
 from hf_memtune.core.head_call import HeadCall, HeadOnDemand, Pointwise
 from hf_memtune.core.lazy_operations import (
     AS_IS,
@@ -93,7 +93,10 @@ class LazyLogits(torch.Tensor):
             if (geometry := geometry_of(func, *args, **kwargs)) is not None:
                 return cls._on(args[0]._memory, geometry)
             if (dtype := operation(func, *args, **kwargs)) is not None:
-                return args[0]._made_by(partial(_applied, func, args[1:], kwargs), dtype, is_cast(func))
+                constants = tuple(
+                    each.clone() if isinstance(each, Tensor) else each for each in args[1:]
+                )  # which may change until it is done
+                return args[0]._made_by(partial(_applied, func, constants, kwargs), dtype, is_cast(func))
             # inference mode sends whole what autograd would have taken apart
             if torch.is_inference_mode_enabled() and (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return out
@@ -216,7 +219,7 @@ def _cross_entropy_on_demand(
     if not (is_plain and isinstance(input, LazyLogits) and _are_classes(target, input, ignore_index)) or input._is_modified():
         return None
     call, is_learning = input._memory.call, input.requires_grad and torch.is_grad_enabled()
-    if call.is_stale() or is_learning and (call.is_watched or not _is_reached(call.node, input.grad_fn)):
+    if call.is_stale() or is_learning and (call.is_watched or not _is_reached(call.node, input)):
         return None
     call.is_fused |= is_learning
     with torch.set_grad_enabled(is_learning), call.as_called():
@@ -243,12 +246,17 @@ def _ignoring(target: Tensor, ignore_index: int, classes: int) -> Tensor:
     return target.where(target >= 0, classes).where(target != ignore_index, IGNORED)
 
 
-def _is_reached(node: Any, start: Any) -> bool:
-    """Whether the way back from `start` leads to `node` through torch's own operations alone, so that a loss may go past them."""
+def _is_reached(node: Any, logits: Tensor) -> bool:
+    """Whether the way back from `logits` leads to `node` through torch's own operations alone, so that a loss may go past them."""
+    start, number = logits.grad_fn, logits.output_nr
     while start is not None and start is not node:
-        following = [function for function, _ in start.next_functions if function is not None]
-        is_own = not isinstance(start, torch.autograd.function.BackwardCFunction)  # not a user's, which may do anything
-        start = following[0] if is_own and len(following) == 1 else None
+        edges = start.next_functions
+        if is_sink_of_ddp(start):
+            edges = edges[number : number + 1]  # each output comes from the input of its place
+        elif isinstance(start, torch.autograd.function.BackwardCFunction):  # a user's, which may do anything
+            return False
+        following = [edge for edge in edges if edge[0] is not None]
+        start, number = following[0] if len(following) == 1 else (None, 0)
     return start is not None
 
 

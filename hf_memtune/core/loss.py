@@ -182,8 +182,7 @@ def _token_losses(
     for part in _labelled_parts(target_N, logit_rows(weight_VD.shape[0])):
         logits = F.linear(hidden_ND[part].to(weight_VD.dtype), cast_VD, bias_V)
         logits = logits if pointwise is None else pointwise(logits)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses[part] = F.cross_entropy(logits, target_N[part], reduction="none", label_smoothing=label_smoothing).to(losses.dtype)
+        losses[part] = losses_of_logits(logits, target_N[part], label_smoothing).to(losses.dtype)
         del logits  # or they would live on beside those of the next chunk
     return losses
 
@@ -218,6 +217,12 @@ def _residual(
     # a copy: autograd may have saved the values, and they are written to
     residual, loss = _softmax_residual(values.detach().clone(), target, smoothing, factor)
     return torch.autograd.grad(values, logits, residual.to(values.dtype))[0], loss
+
+
+def losses_of_logits(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of each row of logits (N, V), (N,), in float32 at least; differentiable, 0 where the target is -100."""
+    work = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(work, target, reduction="none", label_smoothing=label_smoothing)
 
 
 @torch.no_grad()

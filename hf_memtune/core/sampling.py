@@ -25,9 +25,9 @@ CERTAIN = 2**32
 class Draw:
     """How scores become probabilities, and probabilities weights.
 
-    floor: the share, in (0, 1], of the even distribution in that of a single draw. by_size: scores are magnitudes, 0 or more, to which
-    probabilities are proportional, not places between the lowest and the highest of the row: with those of gradients, the variance of the
-    estimated sum is the least there is (but for the floor).
+    floor: the share, in (0, 1], of the even distribution in that of a single draw. by_size: probabilities are proportional to the magnitude of
+    scores, whatever their sign, not to their place between the lowest and the highest of the row: with magnitudes of gradients, the variance
+    of the estimated sum is the least there is (but for the floor).
     cap: most that a weight may be, which biases the estimate towards tokens with smaller weights, and bounds its noise; None: any.
     """
 
@@ -54,8 +54,8 @@ def sample(
 
     forced tokens are kept with certainty, at weight 1. Where they alone fill the budget and other tokens are eligible, one of
     those is drawn beyond it: left out for good, they would bias the estimate.
-    Unless `how` is by size, only the place of a score between lowest and highest of the row counts. -inf and NaN make a token as unlikely,
-    +inf as likely as a score can; what must never be drawn is left out of `candidates`.
+    Unless `how` is by size, only the place of a score between lowest and highest of the row counts, and -inf makes a token as unlikely as a
+    score can. NaN always does, and +inf makes it as likely; what must never be drawn is left out of `candidates`.
     torch's generator of the device of the scores draws one number a row.
 
     With k draws from n tokens no weight exceeds n / (k floor) (but by the 2**-32 that probabilities are rounded to): with a floor of 1/2
@@ -124,8 +124,8 @@ def base_probability(scores: Tensor, pool: Tensor, how: Draw = HALF) -> Tensor:
 
 
 def _size(scores: Tensor, pool: Tensor) -> Tensor:
-    """Scores of the tokens of `pool`, float64, relative to the largest of their row; 0 outside, and for what is no magnitude."""
-    work = scores.double().nan_to_num(nan=0, posinf=torch.inf, neginf=0).clamp_min(0).masked_fill(~pool, 0)
+    """Magnitudes of the scores of the tokens of `pool`, float64, relative to the largest of their row; 0 outside, and for NaN."""
+    work = scores.double().abs().nan_to_num(nan=0, posinf=torch.inf).masked_fill(~pool, 0)
     largest = work.amax(1, keepdim=True)
     return torch.where(largest.isinf(), work.isinf().double(), work / largest.clamp_min(torch.finfo(work.dtype).tiny))
 

@@ -4,7 +4,7 @@ Shape legend: B rows of a batch, T tokens in a row (padding included), D hidden 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,14 +13,19 @@ from torch import Tensor
 from hf_memtune._compat import is_fake
 from hf_memtune.core.scoring import combined_score
 from hf_memtune.errors import ConfigError, TokenScoreError
+from hf_memtune.settings.scorers import BUILT_IN, OF_ONES_OWN, ScorerFacts, facts_of
 
 
 class SeekingContext:
     """What a scorer may look at. The costly entries are computed when they are first asked for, and only then.
 
+    Of a model with encoder and decoder it is called once for each stack whose tokens are chosen, T being the tokens of that stack.
+
     input_ids: (B, T) int64, or None where the model was given embeddings.
     attention_mask: (B, T) bool, True at real tokens.
-    labels: as the batch has them, or None.
+    labels: (B, T) int64, each in the place of the token that it names, -100 for none: those that the call was given, or, without any, those that
+        its loss was taken of. Of a loss for a row: as the call was given them. Of the decoder, for an encoder too. None where there are none.
+    has_label: (B, T) bool, whether each position's own prediction has a label.
     last_hidden_state: (B, T, D), of the pass over all tokens.
     context_score: (B, T) float32, attention received in the context layer (TokenSeek, eq. 3), normalised as configured.
     gradient_score: (B, T) float32, magnitude of the loss gradient at the input of the last block (eq. 4).
@@ -40,6 +45,10 @@ class SeekingContext:
     ):
         self.input_ids, self.attention_mask, self.labels = input_ids, attention_mask, labels
         self._compute = compute
+
+    @cached_property
+    def has_label(self) -> Tensor:
+        return self._compute["has_label"]()
 
     @cached_property
     def last_hidden_state(self) -> Tensor:
@@ -75,19 +84,11 @@ TokenScorer = Callable[[SeekingContext], Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A named scorer.
-
-    reads_model: False where it needs nothing of the pass over all tokens (random choice, the gradient that backward brings). runs_last_block: True where it is
-    known to ask for gradients or losses, which come from running the last block alone. reads_context: True where it is known to ask for the
-    attention that tokens receive. is_size: its scores are magnitudes of gradients, to which probabilities are to be proportional.
-    """
+    """A named scorer. facts: what is known of it."""
 
     name: str
     score: TokenScorer
-    reads_model: bool = True
-    runs_last_block: bool = False
-    reads_context: bool = False
-    is_size: bool = False
+    facts: ScorerFacts = OF_ONES_OWN
 
     def __call__(self, context: SeekingContext) -> Tensor:
         scores = self.score(context)
@@ -108,12 +109,13 @@ class Scorer:
 
 
 _REGISTERED: dict[str, TokenScorer] = {}
-BUILT_IN = ("combined", "context", "gradient", "true_gradient", "softmax_residual", "random", "loss", "profit", "excess_loss")
-SIZES = ("true_gradient", "softmax_residual")
 
 
 def register_scorer(name: str, scorer: TokenScorer) -> None:
-    """Make `--token_scorer name` use `scorer`, which maps a SeekingContext to scores (B, T), larger is kept."""
+    """Make `--token_scorer name` use `scorer`, which maps a SeekingContext to scores (B, T), larger is kept.
+
+    Raises ConfigError for the name of a built-in scorer.
+    """
     if name in BUILT_IN:
         raise ConfigError([f"token scorer {name!r} is built in and cannot be replaced: register another name."])
     _REGISTERED[name] = scorer
@@ -123,16 +125,27 @@ def scorer_names() -> list[str]:
     return [*BUILT_IN, *_REGISTERED]
 
 
+def problems_of_name(name: str | None) -> list[str]:
+    """Of a name that is no scorer's."""
+    if name in scorer_names():
+        return []
+    return [
+        f"token_scorer: got {name!r}, expected one of {', '.join(scorer_names())}, or a name given to hf_memtune.register_scorer before."
+    ]
+
+
 def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float = 1.0, sampling: bool = False) -> Scorer:
-    """The scorer of that name; the weights are alpha and beta of eq. 5 and matter to `combined` only.
+    """The scorer of that name; the weights are alpha and beta of eq. 5 and matter to `combined` only. Raises ConfigError for an unknown name.
 
     `random` is TokenTune (arXiv 2501.18824): uniform choice, drawn anew at every call from torch's generator.
     A weight of 0 leaves its score uncomputed. sampling: scores are probabilities to be drawn with, so that `random` is the same for all:
     to draw with random probabilities would add noise, and nothing else.
     Two change what is learned. `profit` is the probability of the label, so that top leaves the least probable tokens out (ProFit, arXiv
     2601.09195); `excess_loss` is what a token costs beyond the reference model (Rho-1, arXiv 2404.07965, eq. 3), so that top keeps those that
-    can still be learned, and leaves out the easy ones and noise.
+    can still be learned, and leaves out the easy ones and noise. Tokens whose own prediction has no label come last.
     """
+    if found := problems_of_name(name):
+        raise ConfigError(found)
 
     def combined(seen: SeekingContext) -> Tensor:
         flat = torch.zeros(seen.attention_mask.shape, device=seen.attention_mask.device)
@@ -144,7 +157,7 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         shape, device = seen.attention_mask.shape, seen.attention_mask.device
         return torch.zeros(shape, device=device) if sampling else torch.rand(shape, device=device)
 
-    built_in = {
+    built_in: dict[str, TokenScorer] = {
         "combined": combined,
         "context": lambda seen: seen.context_score,
         "gradient": lambda seen: seen.gradient_score,
@@ -152,12 +165,16 @@ def make_scorer(name: str, context_weight: float = 1.0, gradient_weight: float =
         "softmax_residual": lambda seen: seen.softmax_residual,
         "random": random,
         "loss": lambda seen: seen.token_loss,
-        "profit": lambda seen: (-seen.token_loss).exp(),
-        "excess_loss": lambda seen: seen.token_loss - seen.reference_loss,
+        "profit": lambda seen: _labels_first(seen, (-seen.token_loss).exp()),
+        "excess_loss": lambda seen: _labels_first(seen, seen.token_loss - seen.reference_loss),
     }
-    runs_last_block = name in ("gradient", "loss", "profit", "excess_loss", "softmax_residual") or (
-        name == "combined" and gradient_weight > 0
-    )
-    reads_context = name == "context" or (name == "combined" and context_weight > 0)
-    reads_model = name not in ("random", "true_gradient")
-    return Scorer(name, {**_REGISTERED, **built_in}[name], reads_model, runs_last_block, reads_context, is_size=name in SIZES)
+    facts = facts_of(name)
+    if name == "combined":
+        weights = {"context_score": context_weight, "gradient_score": gradient_weight}
+        facts = replace(facts, reads=frozenset(entry for entry, weight in weights.items() if weight))
+    return Scorer(name, {**_REGISTERED, **built_in}[name], facts)
+
+
+def _labels_first(seen: SeekingContext, scores: Tensor) -> Tensor:
+    """Scores (B, T) of what is learned; without a label nothing is, and the loss of 0 is no merit."""
+    return scores.masked_fill(~seen.has_label, -torch.inf)

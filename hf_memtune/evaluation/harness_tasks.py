@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_memtune.errors import ConfigError
+from hf_memtune.errors import ConfigError, first_line
 
 LOCAL = ("json", "csv", "parquet", "arrow", "text", "pandas")  # builders of `datasets` that read files
 SHOWN_NAMES = 20
@@ -40,7 +40,7 @@ class Tasks:
 
 
 def problems_of_installation() -> list[str]:
-    return [] if find_spec("lm_eval") else ["tasks: lm-eval is not installed. pip install 'hf_memtune[eval]'."]
+    return [] if find_spec("lm_eval") else ["tasks: lm-eval is not installed. pip install -e '.[eval]'."]
 
 
 def problems_of_tasks_folder(folder: str | Path | None) -> list[str]:
@@ -99,7 +99,7 @@ def load_specs(manager, specs: list[str | dict], remedy: str = AS_FILES) -> dict
     try:
         return manager.load(items)
     except ValueError as error:  # a task that is in two of them
-        raise ConfigError([f"tasks: {_line(error)}. Name it once."]) from error
+        raise ConfigError([f"tasks: {first_line(error)}. Name it once."]) from error
 
 
 def _topmost(found: dict[str, Any]) -> list:
@@ -140,15 +140,10 @@ def _passed_over(manager, folder: Path) -> str:
 
 def _why_not_loaded(spec: str | dict, manager, error: Exception, remedy: str) -> str:
     name, config = (spec["task"], spec) if isinstance(spec, dict) else (spec, getattr(manager.task_index[spec], "cfg", None) or {})
-    source, reason = config.get("dataset_path"), f"{type(error).__name__}: {_line(error)}"
+    source, reason = config.get("dataset_path"), f"{type(error).__name__}: {first_line(error)}"
     if not isinstance(error, OSError) or not source:
         return f"tasks: {name}: cannot be loaded ({reason}). Its task file, or rows that are not as it has them, are at fault."
     if source in LOCAL:
         where = "Paths in data_files begin in the folder in which the program runs, not in that of the task file."
         return f"tasks: {name}: its files cannot be used ({reason}). {where}"
     return f"tasks: {name}: its rows come from the hub ({source}), which gives none ({reason}). Without the hub, {remedy}."
-
-
-def _line(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.forecast.ladder import Rung
 from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.units import format_bytes
@@ -110,7 +110,7 @@ def _climb(
     except MemTuneError as error:
         if is_given:
             raise
-        return Step(rung, None, None, False, _first_line(error))
+        return Step(rung, None, None, False, first_line(error))
     return Step(rung, found, found.flops / max(1, (given or found).flops), found.peak_bytes <= budget_bytes)
 
 
@@ -125,10 +125,6 @@ def _with_less_evaluation(step: Step, predict: Callable, budget_bytes: int, give
             break
         step = tried
     return step
-
-
-def _first_line(error: MemTuneError) -> str:
-    return error.problems[0] if isinstance(error, ConfigError) else str(error).splitlines()[0]
 
 
 def refusal(plan: Plan, shorter: tuple[int, MemoryEstimate] | None) -> ConfigError:

@@ -33,6 +33,7 @@ class Settings(Protocol):
     is_mean_of_kept: bool
     kept_always: str
     keeps_all: bool
+    threshold: float | None
     token_selection: str
     token_weight: str
     is_reversible: bool
@@ -90,6 +91,18 @@ class Idle(NamedTuple):
 def checkpoints(args: Any) -> bool:
     """Whether activation checkpointing is on, under either of its names."""
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+
+
+def checkpointed_by(args: Any) -> str | None:
+    """The setting that recomputes activations, or None."""
+    levels = getattr(args, "checkpoint_levels", None)
+    return "activation_checkpointing" if checkpoints(args) else "checkpoint_levels" if levels else None
+
+
+def saved_by_one_chunk(args: Any) -> str:
+    """What a stream of rows that fit in one chunk saves, in words."""
+    by = checkpointed_by(args)
+    return "only the logits are saved" if by is None else f"the logits are saved, and what {by} saves"
 
 
 def checkpoint_names(args: Any) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from hf_memtune.levers.facts import Idle, Seen, Settings, optimizer_name
+from hf_memtune.levers.facts import Idle, Seen, Settings, optimizer_name, saved_by_one_chunk
 
 _BLOCKWISE_FROM = 4096  # bitsandbytes keeps the state of smaller parameters in float32 (min_8bit_size)
 
@@ -33,11 +33,17 @@ def ran_in_chunks(args: Settings, seen: Seen) -> Iterator[Idle]:
     chunk, which = args.stream_chunk_size, "all" if seen.is_longest else "the first batch"
     if seen.is_longest and chunk == seen.row_length:  # asked for: the loss without logits
         return
-    message = (
+    is_short = chunk is not None and seen.row_length <= chunk
+    ran = (
         f"{args.streamed_by}: the longest row of {which} has {seen.row_length} tokens, which ran in {seen.chunks} chunk with "
-        f"sequence_chunk_size={chunk}. Set sequence_chunk_size below the length of the rows, or leave it out."
+        f"sequence_chunk_size={chunk}"
     )
-    yield Idle(message, chunk is not None and seen.row_length <= chunk)
+    if is_short:
+        saved = "" if args.token_seeking else f", so {saved_by_one_chunk(args)}"
+        message = f"{ran}{saved}. For less memory set sequence_chunk_size below the length of the rows."
+    else:
+        message = f"{ran}. Set sequence_chunk_size below the length of the rows, or leave it out."
+    yield Idle(message, is_short)
 
 
 def left_tokens_out(args: Settings, seen: Seen) -> Iterator[Idle]:

@@ -41,7 +41,7 @@ def smaller_micro_batches(run: Run) -> Iterator[Offer]:
     """Fewer rows at a time than there are now, as many in a step."""
     rows, times = run.batch_size or run.rows, run.args.gradient_accumulation_steps
     # the mean over kept tokens is that of each call
-    gradient = APPROXIMATE if run.args.is_mean_of_kept and run.args.token_ratio < 1 else EXACT
+    gradient = APPROXIMATE if run.args.is_mean_of_kept and not run.args.keeps_all else EXACT
     while (part := _largest_part(rows)) is not None:
         rows, times = part, times * (rows // part)
         if rows >= run.rows:
@@ -84,4 +84,4 @@ def token_seeking(run: Run) -> Iterator[Offer]:
 
 
 def _without_bitsandbytes() -> str | None:
-    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed (pip install 'hf_memtune[quantization]')"
+    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed (pip install -e '.[quantization]')"

@@ -51,7 +51,7 @@ def _seeking(args: Settings) -> str:
     """A scorer that was left open is another one for some models."""
     is_open = args.preset is None and "token_scorer" not in args.given
     scorer = "" if is_open else f", token_scorer={args.token_scorer}"
-    kept = f"token_ratio={args.token_ratio:g}{scorer}"
+    kept = f"token_ratio={args.token_ratio:g}{scorer}" + ("" if args.threshold is None else f", profit_threshold={args.threshold:g}")
     if args.token_selection == "labelled":
         kept = "token_selection=labelled"
     weight = "" if args.token_weight == "none" else f", token_weight={args.token_weight}"

@@ -29,6 +29,9 @@ class Listener:
     def chosen(self, selection: Any) -> None:
         """The tokens of a call that are kept, a Selection by stack."""
 
+    def loss_of_kept(self) -> None:
+        """The loss of a call is the mean over its kept tokens: neither that of all tokens, nor an estimate of it."""
+
 
 class Listeners:
     """Those who listen to one method."""

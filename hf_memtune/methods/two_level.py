@@ -12,7 +12,7 @@ from torch import nn
 from hf_memtune.architectures.stacks import layer_stacks, refuse_what_does_not_run_twice
 from hf_memtune.core.recompute import Arguments, Parameters
 from hf_memtune.core.two_level import LayerCall, run_layer
-from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.layer_override import LayerOverride, override_of
 
 
@@ -20,7 +20,7 @@ def checkpoint_in_two_levels(model: nn.Module, segment_layers: int | None = None
     """Checkpoint every stack of layers of `model`, a transformers model, possibly inside a PEFT model, on two levels.
 
     segment_layers: layers between two inputs that are kept; None: the root of the number of layers, rounded up, which needs least.
-    Raises UnsupportedModelError before the model is touched.
+    Raises ConfigError or UnsupportedModelError before the model is touched.
     """
     return TwoLevelHandle(model, segment_layers)
 
@@ -29,6 +29,8 @@ class TwoLevelHandle:
     """Two-level checkpointing on one model, until `restore()`, whether this object is kept or not."""
 
     def __init__(self, model: nn.Module, segment_layers: int | None = None):
+        if segment_layers is not None and segment_layers < 1:
+            raise ConfigError([f"segment_layers: got {segment_layers}, expected 1 or more, or None for the root of the number of layers."])
         refuse_what_does_not_run_twice(model)
         self.model, self.stacks = model, layer_stacks(model)
         for stack in self.stacks:

@@ -19,10 +19,10 @@ def filled_in(value: Value | None) -> Value:
     return value
 
 
-def setting(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field. help_text: what it does, its unit, and what a larger value does."""
-    metadata: dict[str, Any] = {"help": help_text}
-    return field(default=default, metadata=metadata if choices is None else metadata | {"choices": list(choices)})
+def setting(default: Any, help_text: str, choices: Sequence[str] | None = None, **metadata: Any) -> Any:
+    """A field. help_text: what it does, its unit, and what a larger value does. metadata: more for the parser of flags, such as aliases."""
+    metadata |= {"help": help_text} if choices is None else {"help": help_text, "choices": list(choices)}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass

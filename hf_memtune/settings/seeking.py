@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
 from hf_memtune.settings.protocol import changed_fields, setting
+from hf_memtune.settings.scorers import facts_of
 from hf_memtune.settings.streaming import StreamingConfig
 
 GRADIENT_NORMS = ("l2", "l1", "sum")
@@ -17,9 +18,10 @@ ALWAYS_KEPT = ("none", "first_last")
 SCHEDULES = ("step", "epoch", "once")
 SELECTIONS = ("top", "sample", "labelled")
 TOKEN_WEIGHTS = ("none", "dft")
-_OF_PREDICTIONS = ("softmax_residual", "random", "loss", "profit", "excess_loss")  # scorers that read neither attention nor a gradient
 TOKEN_GRADIENTS = ("cut", "stream", "skip")
 _OF_COMBINED = ("context_weight", "gradient_weight")
+_OF_BUILT_IN = (*_OF_COMBINED, "reference_model", "profit_threshold")  # settings of one scorer
+_OF_PARTS = ("context_layer", "context_normalize", "gradient_norm")  # of what any scorer may ask for
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
 
@@ -56,8 +58,8 @@ class TokenSeekingConfig(StreamingConfig):
         "What ranks the tokens: combined (eq. 5 of TokenSeek), context (attention received), gradient (at the last block), true_gradient (of "
         "the loss that was taken, whatever it is, at the last hidden states; chosen in backward), softmax_residual (of the model's own loss, at "
         "the logits; chosen before the head), random (TokenTune; with token_selection=sample every token has the same probability), loss (of the token's own "
-        "prediction), or a registered name. These change what is learned: profit (the token's probability: improbable ones are left out), "
-        "excess_loss (loss above that of reference_model, Rho-1).",
+        "prediction), or a registered name. These change what is learned, and need token_selection=top: profit (the token's probability: the least "
+        "probable ones are left out), excess_loss (loss above that of reference_model, Rho-1).",
     )
     context_weight: float | None = _filled(
         "context_weight",
@@ -98,7 +100,7 @@ class TokenSeekingConfig(StreamingConfig):
     sample_floor: float | None = setting(
         None,
         "token_selection=sample: share, in (0, 1], of the even distribution in that of each draw. Larger: weights nearer to each other, scores "
-        "count less. Default: 0.25 for true_gradient and softmax_residual, to whose scores the rest is proportional, else 0.5.",
+        "count less. Default: 0.25 for true_gradient and softmax_residual, to the size of whose scores the rest is proportional, else 0.5.",
     )
     weight_cap: float | None = setting(
         None,
@@ -114,6 +116,12 @@ class TokenSeekingConfig(StreamingConfig):
     reference_model: str | None = setting(
         None,
         "token_scorer=excess_loss: folder or hub name of the model whose loss is subtracted, of the same tokenizer; an earlier checkpoint, say.",
+    )
+    profit_threshold: float | None = setting(
+        None,
+        "token_scorer=profit: probability, in (0, 1), below which tokens are left out, such as the 0.1 of ProFit. Larger: fewer tokens. token_ratio "
+        "is then the most that are kept; with 1 the threshold alone decides. A row that is below it throughout keeps its most probable token. "
+        "Default: none, the token_ratio most probable ones are kept.",
     )
     token_gradient: str | None = _filled(
         "token_gradient",
@@ -202,13 +210,19 @@ class TokenSeekingConfig(StreamingConfig):
 
     @property
     def is_mean_of_kept(self) -> bool:
-        """Whether the loss is the mean over the tokens kept; streaming keeps all, and a sample stands for all."""
-        return self.token_seeking and self.token_selection == "top"
+        """Whether the model's own loss of tokens is the mean over those kept; streaming keeps all, a sample stands for all, and what is chosen in
+        backward had no part in the loss."""
+        return self.token_seeking and self.token_selection == "top" and not facts_of(self.token_scorer).known_in_backward
 
     @property
     def keeps_all(self) -> bool:
         """Whether every token is kept: plain training, but for what token_gradient=skip leaves out."""
-        return self.token_ratio == 1 and self.token_selection != "labelled"
+        return self.token_ratio == 1 and self.token_selection != "labelled" and self.threshold is None
+
+    @property
+    def threshold(self) -> float | None:
+        """The score below which tokens are left out, or None."""
+        return None if "profit_threshold" in self._idle() else self.profit_threshold
 
     @property
     def kept_always(self) -> str:
@@ -237,6 +251,7 @@ class TokenSeekingConfig(StreamingConfig):
             (0 <= self.skip_threshold <= 1, "skip_threshold", "a share in [0, 1], such as 0.01 for a hundredth"),
             (self.context_chunk_size >= 1, "context_chunk_size", "1 token or more"),
             (self.sample_floor is None or 0 < self.sample_floor <= 1, "sample_floor", "a share in (0, 1], such as 0.25"),
+            (self.profit_threshold is None or 0 < self.profit_threshold < 1, "profit_threshold", "a probability in (0, 1), such as 0.1"),
             (self.weight_cap is None or self.weight_cap >= 1, "weight_cap", "1 or more: what a token that is always kept counts for"),
         ]
 
@@ -269,9 +284,15 @@ class TokenSeekingConfig(StreamingConfig):
                 "context_weight and gradient_weight: both are 0, so token_scorer=combined would rank nothing. "
                 "Raise one of them, or choose token_scorer=random."
             )
-        if self.token_seeking and self.token_scorer == "excess_loss" and self.reference_model is None:
+        facts = facts_of(self.token_scorer)
+        if self.token_seeking and facts.changes_objective and self.token_selection == "sample":
             found.append(
-                "reference_model: got None with token_scorer=excess_loss. Give the folder or the hub name of a model of the same tokenizer."
+                f"token_selection: got 'sample' with token_scorer={self.token_scorer}, which is to leave tokens out: the weights of a draw make up "
+                "for those that are not drawn, so that all would be learned as before. Set token_selection=top."
+            )
+        if self.token_seeking and facts.asks_for("reference_loss") and self.reference_model is None:
+            found.append(
+                f"reference_model: got None with token_scorer={self.token_scorer}. Give the folder or the hub name of a model of the same tokenizer."
             )
         if self.token_seeking and self.token_selection == "labelled" and self.token_gradient == "stream":
             found.append(
@@ -306,34 +327,36 @@ class TokenSeekingConfig(StreamingConfig):
             idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
             return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
         by_default = "token_scorer" not in self.given and self.preset is None
-        unless = {"token_scorer": ", unless the trainer is given a function, or a model whose loss is one for a row"} if by_default else {}
+        others = ", unless the trainer is given a function, or a model whose loss is one for a row" if by_default else ""
         return [
-            f"{name} has no effect with {reason}={getattr(self, reason)}{unless.get(reason, '')}"
+            f"{name} has no effect with {reason}={getattr(self, reason)}{others if reason == 'token_scorer' and name in _OF_PARTS else ''}"
             for name, reason in sorted(self._idle().items())
             if name in given
         ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
 
     def scorer_settings(self, everything: bool = False) -> dict[str, Any]:
         """The settings that token_scorer reads, by name. everything: those that a scorer of one's own may read."""
-        of_parts = ("context_layer", "context_normalize", "gradient_norm")
-        idle = {} if everything else self._idle()
-        return {name: getattr(self, name) for name in (*(() if everything else _OF_COMBINED), *of_parts) if name not in idle}
+        idle = self._idle()
+        read = _OF_PARTS if everything else (name for name in (*_OF_BUILT_IN, *_OF_PARTS) if name not in idle)
+        return {name: value for name in read if (value := getattr(self, name)) is not None}
 
     def _idle(self) -> dict[str, str]:
         """Names of the settings that are not read, each with the setting because of which it is not."""
-        scorer, found = self.token_scorer, {}
-        if scorer != "combined":
+        scorer, found = facts_of(self.token_scorer), {}
+        if self.token_scorer != "combined":
             found |= dict.fromkeys(_OF_COMBINED, "token_scorer")
-        if scorer in ("gradient", "true_gradient", *_OF_PREDICTIONS):
+        if not scorer.may_ask_for("context_score"):
             found |= dict.fromkeys(("context_layer", "context_normalize"), "token_scorer")
-        if scorer in ("context", *_OF_PREDICTIONS):
+        if not scorer.may_ask_for("gradient_score", "true_gradient"):
             found["gradient_norm"] = "token_scorer"
-        if scorer != "excess_loss":
+        if not scorer.asks_for("reference_loss"):
             found["reference_model"] = "token_scorer"
+        if self.token_scorer != "profit":
+            found["profit_threshold"] = "token_scorer"
         if self.token_selection != "sample":
             found |= dict.fromkeys(("sample_floor", "weight_cap"), "token_selection")
         if self.token_selection == "labelled":
-            found |= dict.fromkeys(("token_ratio", "token_scorer", "select_from"), "token_selection")
+            found |= dict.fromkeys(("token_ratio", "token_scorer", "select_from", "profit_threshold"), "token_selection")
         if self.seek_schedule != "once":
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_memtune.core.scorers import scorer_names
+from hf_memtune.core.scorers import problems_of_name
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.table import refusals_of_arguments
 from hf_memtune.settings.protocol import MethodSettings
@@ -64,7 +64,8 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
         default = MemEfficientArgumentsMixin.full_loss_rows
         if not self.is_mean_of_kept and self.full_loss_rows != default:
             found.append(
-                "full_loss_rows has no effect without token_seeking and token_selection=top, whose loss is that of the kept tokens"
+                "full_loss_rows has no effect without token_seeking and token_selection=top, and another token_scorer than true_gradient: the "
+                "loss is then that of the kept tokens"
             )
         if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
             found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
@@ -86,12 +87,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
             )
 
     def _unknown_scorer(self) -> list[str]:
-        if not self.token_seeking or self.token_scorer in scorer_names():
-            return []
-        return [
-            f"token_scorer: got {self.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
-            "hf_memtune.register_scorer before."
-        ]
+        return problems_of_name(self.token_scorer) if self.token_seeking else []
 
 
 @dataclass

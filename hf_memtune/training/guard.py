@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_memtune.architectures import Architecture, describe
 from hf_memtune.core.loss import IGNORED
+from hf_memtune.methods.events import Listener
 from hf_memtune.methods.overrides import evaluating
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
 from hf_memtune.training.loss_alone import logits_on_demand
@@ -79,22 +80,29 @@ def _halves(losses: Iterable[float]) -> tuple[list[float], list[float]]:
     return list(losses)[:WINDOW], list(losses)[WINDOW:]
 
 
-class FullLossCallback:
+class FullLossLog(Listener):
     """Puts the loss of all tokens of a few fixed rows beside that of the kept ones, at every log, and says when they part.
 
-    Acts where the loss is the mean over the kept tokens (token_selection=top): every other one stands for all tokens already.
+    Acts where the loss is the mean over the kept tokens (token_selection=top): every other one is that of all tokens, or stands for it. So is
+    one for a row, and one of the trainer's own, whose tokens are chosen in backward. is_of_kept: whether a step took such a mean.
     """
 
     def __init__(self, trainer: RunningTrainer):
         args = trainer.args
-        self.trainer, self.is_on = trainer, bool(args.is_mean_of_kept and args.token_ratio < 1 and args.full_loss_rows)
+        self.trainer, self.is_on = trainer, bool(args.is_mean_of_kept and not args.keeps_all and args.full_loss_rows)
         self._guard = FullLossGuard()
         self._rows: list[dict[str, Any]] | None = None
+        self.is_of_kept = False
+        if trainer.strategy_callback is not None:
+            trainer.strategy_callback.listeners.append(self)
+
+    def loss_of_kept(self) -> None:
+        self.is_of_kept = True
 
     def add_to(self, logs: dict[str, float]) -> None:
         """Measure, and put it into the logs."""
         trainer = self.trainer
-        if not self.is_on or trainer.method is None:
+        if not (self.is_on and self.is_of_kept) or trainer.method is None:
             return
         count = trainer.args.full_loss_rows
         if self._rows is None and trainer.eval_dataset is not None:
@@ -151,7 +159,7 @@ def first_batches(dataset, count: int, collate: Callable, device: torch.device) 
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    with preserved_rng(device):
+    with preserved_rng(device, collate):
         rows = (dataset[n] for n in range(min(count, len(dataset)))) if sized else islice(dataset, count)
         return [collate([row]) for row in rows]
 

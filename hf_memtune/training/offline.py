@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.scorers import BUILT_IN
 from hf_memtune.errors import StaleCacheError
 from hf_memtune.files import locked, whole
 from hf_memtune.methods.overrides import instance_attribute
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.methods.seeking.targets import LABEL_NAMES
+from hf_memtune.settings.scorers import BUILT_IN
 from hf_memtune.training.fingerprint import model_fingerprint
 from hf_memtune.training.rng import preserved_rng
 
@@ -99,7 +99,7 @@ class OfflineScores:
         """One pass over the training rows, scoring those that are not known yet. Returns how many were new."""
         known, found = set(self.rows), {}
         hidden = self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero()
-        with preserved_rng(self.trainer.args.device):
+        with preserved_rng(self.trainer.args.device, self.trainer.data_collator):
             for batch in tqdm(self._loader(), desc="Seeking tokens", unit="batch", disable=hidden):
                 keys = list(row_digests(batch, pairs=len(self.stacks) > 1))
                 if not known.issuperset(keys):

@@ -1,5 +1,6 @@
 """Looking at data or at the model between steps must not change what training draws next."""
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_memtune.core.rng import device_state, set_device_state
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,33 @@ class Generators:
 
 
 @contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Put back every generator that training draws from: Python's, numpy's, torch's on the CPU and on `device`."""
+def preserved_rng(device: torch.device, collator: object = None) -> Iterator[None]:
+    """Put back every generator that training draws from: Python's, numpy's, torch's on the CPU and on `device`, and the collator's own."""
     before = Generators.now(device)
+    try:
+        with _with_copies(collator):
+            yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def _with_copies(collator: object) -> Iterator[None]:
+    """Let a collator, and one inside of it, draw from copies of its generators, or from such as it makes now and will not keep."""
+    holders = [each for each in (collator, getattr(collator, "data_collator", None)) if isinstance(getattr(each, "__dict__", None), dict)]
+    kept = [(vars(each), vars(each).copy()) for each in holders]
+    for attributes, before in kept:
+        attributes.update({name: _copied(value) for name, value in before.items() if isinstance(value, _GENERATORS)})
     try:
         yield
     finally:
-        before.restore()
+        for attributes, before in kept:
+            for name in [name for name, value in attributes.items() if isinstance(value, _GENERATORS)]:
+                if name in before:
+                    attributes[name] = before[name]
+                else:
+                    del attributes[name]
+
+
+def _copied(generator: Any) -> Any:
+    return generator.clone_state() if isinstance(generator, torch.Generator) else copy.deepcopy(generator)

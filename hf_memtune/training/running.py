@@ -22,7 +22,8 @@ class RunningTrainer(Protocol):
     """transformers' Trainer, in its own names, and after these what MemEfficientMixin adds.
 
     batches_of_step: micro-batches of the optimizer step at hand, as the data loader gave them, from before `on_step_begin` on.
-    method: what is on the model at present, or None. reversible: the reversible layers in it, or None.
+    strategy_callback: has the method that the arguments turn on, or None. method: what is on the model at present, or None.
+    reversible: the reversible layers in it, or None.
     evaluates: whether anything is evaluated, in a training or around it.
     estimate: hf_memtune.estimate, or None where no forecast was handed to the class.
     """
@@ -60,6 +61,7 @@ class RunningTrainer(Protocol):
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable: ...
 
     batches_of_step: list[dict[str, Any]]
+    strategy_callback: Any
     method: Method | None
     reversible: ReversibleHandle | None
     estimate: Callable[..., MemoryEstimate] | None

@@ -18,29 +18,31 @@ from hf_memtune.visualization.scorer_shares import ComparedRow, ScorerShares
 from hf_memtune.visualization.token_class import token_classes
 
 SEED = 42  # of random picks, so that a page is the same each time
-IN_BACKWARD = "true_gradient"
 
 
 def problems_of_scorers(scorers: Sequence[str]) -> list[str]:
     """Why these scorers cannot be compared; empty where they can."""
-    known, found = [name for name in scorer_names() if name != IN_BACKWARD], []
+    known, found = scorer_names(), []
     if len(set(scorers)) < 2:
         found.append(f"compare: got {' '.join(scorers) or 'nothing'}, expected two or more different scorers of {', '.join(known)}.")
     if repeated := sorted({name for name in scorers if scorers.count(name) > 1}):
         found.append(f"compare: got {', '.join(repeated)} more than once. Name each scorer once.")
-    if IN_BACKWARD in scorers:
-        found.append(
-            "compare: got true_gradient, which is known in backward alone, from the loss that was taken; scores that are compared come "
-            "from the forward pass. Compare gradient in its place; --token_scorer true_gradient, without compare, shows single rows."
-        )
-    if unknown := [name for name in dict.fromkeys(scorers) if name not in (*known, IN_BACKWARD)]:
+    if unknown := [name for name in dict.fromkeys(scorers) if name not in known]:
         found.append(f"compare: got {', '.join(unknown)}, expected scorers of {', '.join(known)}.")
     return found
 
 
-def configs_of(config: TokenSeekingConfig, scorers: Sequence[str]) -> dict[str, TokenSeekingConfig]:
-    """The settings with each of the scorers."""
-    return {name: TokenSeekingConfig.of(only_looking(config), token_scorer=name) for name in scorers}
+def configs_of(config: TokenSeekingConfig, scorers: Sequence[str]) -> list[TokenSeekingConfig]:
+    """The settings with each of the scorers. Raises ConfigError with every problem that they have with one of them."""
+    found, problems = [], []
+    for name in scorers:
+        try:
+            found.append(TokenSeekingConfig.of(only_looking(config), token_scorer=name))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return found
 
 
 def compare_scorers(
@@ -48,12 +50,13 @@ def compare_scorers(
 ) -> tuple[ScorerShares, list[Decision]]:
     """What each scorer keeps of the rows of `batches` (tensors of shape (rows, tokens), with labels), and how, one a scorer.
 
-    config: its token_scorer is not read. Of an encoder-decoder model the decoder is counted. The model, and what is drawn at random after,
-    are left as they were. Raises ConfigError for scorers that cannot be compared, and for those that this model has no score for.
+    config: its token_scorer is not read. true_gradient is looked at with the cross entropy of the labels, for no loss is taken. Of an
+    encoder-decoder model the decoder is counted. The model, and what is drawn at random after, are left as they were. Raises ConfigError for
+    scorers that cannot be compared, and for those that this model has no score for.
     """
     if found := problems_of_scorers(scorers):
         raise ConfigError(found)
-    configs = list(configs_of(config, scorers).values())
+    configs = configs_of(config, scorers)
     seeking = TokenSeeking(model, configs[0], looks_only=True, check=True)
     try:
         _require_scores(seeking, configs)
@@ -71,7 +74,9 @@ def compare_scorers(
 
 def _require_scores(seeking: TokenSeeking, configs: Sequence[TokenSeekingConfig]) -> None:
     """Every scorer that needs the last block, where it cannot run alone, at once."""
-    wrong = [each.token_scorer for each in configs if resolve_scorer(each, None).runs_last_block] if seeking.facts.tail_problem else []
+    wrong = (
+        [each.token_scorer for each in configs if resolve_scorer(each, None).facts.runs_last_block] if seeking.facts.tail_problem else []
+    )
     if wrong:
         raise ConfigError([f"compare: got {', '.join(wrong)}, but {seeking.facts.tail_problem} Compare context and random."])
 

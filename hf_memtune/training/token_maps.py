@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.core.loss import IGNORED
-from hf_memtune.core.scorers import BUILT_IN, Scorer, TokenScorer
+from hf_memtune.core.scorers import Scorer, TokenScorer
 from hf_memtune.core.scoring import combined_score
 from hf_memtune.methods.seeking.choice import floor_of
 from hf_memtune.methods.seeking.inspection import Inspection
 from hf_memtune.methods.seeking.method import TokenSeeking
+from hf_memtune.settings.scorers import BUILT_IN
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.visualization.decision import Decision
 from hf_memtune.visualization.token_map import TokenMap
@@ -32,8 +33,9 @@ def token_maps(
     """
     seeking = TokenSeeking(model, only_looking(config), scorer, looks_only=True)
     asked = ("context_score",) if seeking.facts.tail_problem else ("context_score", "gradient_score")
+    weighed = ("token_loss",) if config.token_weight == "dft" else ()
     try:
-        found = seeking.inspect(batch, scores=asked)
+        found = seeking.inspect(batch, scores=(*asked, *weighed))
     finally:
         seeking.remove()
     seen = found.scores["decoder"]
@@ -43,14 +45,16 @@ def token_maps(
         scores["combined"] = combined_score(*pair, config.context_weight, config.gradient_weight, seen["real"])
     if scorer is not None or seeking.scorer.name not in (*scores, "random"):
         scores[seeking.scorer.name] = found.values["decoder"]
-    columns = Columns(found.ids["decoder"], seen["real"], labelled_tokens(found), found.selection["decoder"].kept_mask(), scores)
-    chances, decision = found.probability["decoder"], decision_of(seeking.config, seeking.scorer)
-    return [_token_map(row, columns, chances, decision, tokenizer, titles) for row in range(len(columns.ids))]
+    chances = {"probability": found.probability["decoder"], "label_probability": (-seen["token_loss"]).exp() if weighed else None}
+    kept = found.selection["decoder"].kept_mask()
+    columns = Columns(found.ids["decoder"], seen["real"], labelled_tokens(found), kept, scores, chances)
+    decision = decision_of(seeking.config, seeking.scorer)
+    return [_token_map(row, columns, decision, tokenizer, titles) for row in range(len(columns.ids))]
 
 
 def only_looking(config: TokenSeekingConfig) -> TokenSeekingConfig:
-    """The settings with which a batch is looked at: as it would be trained on now. At a ratio of 1 all tokens run, whatever their label."""
-    everything = {"select_from": "all"} if config.token_ratio == 1 else {}
+    """The settings with which a batch is looked at: as it would be trained on now. Where all tokens are kept, all run, whatever their label."""
+    everything = {"select_from": "all"} if config.keeps_all else {}
     return TokenSeekingConfig.of(config, token_seeking=True, seek_schedule="step", **everything)
 
 
@@ -70,21 +74,23 @@ def decision_of(config: TokenSeekingConfig, scorer: Scorer) -> Decision:
         always_keep=config.kept_always,
         floor=floor_of(config, scorer),
         cap=config.weight_cap,
+        weight=config.token_weight,
         parameters=config.scorer_settings(everything=own),
     )
 
 
 class Columns(NamedTuple):
-    """What is known of the tokens of a batch, (B, T) each."""
+    """What is known of the tokens of a batch, (B, T) each. chances: by their names in a TokenMap; None where there are none."""
 
     ids: Tensor
     real: Tensor
     labelled: Tensor
     kept: Tensor
     scores: dict[str, Tensor]
+    chances: dict[str, Tensor | None]
 
 
-def _token_map(row: int, columns: Columns, chances: Tensor | None, decision: Decision, tokenizer, titles) -> TokenMap:
+def _token_map(row: int, columns: Columns, decision: Decision, tokenizer, titles) -> TokenMap:
     real = columns.real[row]
     return TokenMap(
         title=titles[row] if titles else f"example {row + 1}",
@@ -92,8 +98,8 @@ def _token_map(row: int, columns: Columns, chances: Tensor | None, decision: Dec
         scores={name: values[row][real].tolist() for name, values in columns.scores.items()},
         kept=columns.kept[row][real].tolist(),
         labelled=columns.labelled[row][real].tolist(),
-        probability=None if chances is None else chances[row][real].tolist(),
         decision=decision,
+        **{name: None if values is None else values[row][real].tolist() for name, values in columns.chances.items()},
     )
 
 

@@ -16,14 +16,14 @@ from hf_memtune.core.scorers import TokenScorer
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.settings.seeking import TokenSeekingConfig
-from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete, require_same_model
-from hf_memtune.training.guard import FullLossCallback
+from hf_memtune.training.guard import FullLossLog
 from hf_memtune.training.harness import LMEvalCallback
 from hf_memtune.training.loss_alone import logits_on_demand
+from hf_memtune.training.memory_callback import MemoryCallback
 from hf_memtune.training.method_mixin import MethodMixin
 from hf_memtune.training.reversible.trainer import ReversibleMixin
 
@@ -61,7 +61,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
 
     def _add_care(self) -> None:
         """What watches over steps: it takes part in no loss."""
-        self.full_loss, self.halving = FullLossCallback(self), HalvingSteps(self)
+        self.full_loss, self.halving = FullLossLog(self), HalvingSteps(self)
         self.preflight = Preflight(self, self.halving)
         self.report_callback = MemoryReportCallback(self, self.memory_callback, self.preflight, self.halving)
         for callback in (self.halving, self.report_callback):
@@ -89,6 +89,11 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
                 self.strategy_callback.remove()
         self.report_callback.write()
         return result
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._retake_method()
 
     def get_batch_samples(self, *args, **kwargs):
         batches, count = super().get_batch_samples(*args, **kwargs)

@@ -6,7 +6,7 @@
 * :func:`write_comparison_html`, :func:`comparison_table`: methods side by side.
 * :func:`write_memory_report_html`: where the memory of a training step went.
 
-All functions take plain Python data. matplotlib (``pip install hf_memtune[viz]``) is needed by
+All functions take plain Python data. matplotlib (``pip install -e '.[viz]'``) is needed by
 :func:`write_token_map_png` and :func:`write_comparison_html` and imported only when they run.
 """
 

@@ -25,7 +25,8 @@ class Decision:
     scorer: name of what ranks them; `random` is no score. selection: "sample" (drawn by chance), "top" (the highest) or "labelled" (all that
     carry a label). ratio: share of the real tokens of each text to keep, (0, 1]. select_from: "labels" or "all", which may be chosen.
     always_keep: "first_last" or "none". floor: share of the draw that goes evenly to all. cap: most that a kept token may count for, or None.
-    parameters: settings that the scorer reads, name -> value.
+    parameters: settings that the scorer reads, name -> value. weight: "dft" (the loss of a kept token is multiplied by the probability that the
+    model gives its label) or "none".
     """
 
     scorer: str
@@ -36,6 +37,7 @@ class Decision:
     parameters: dict[str, Any] = field(default_factory=dict)
     floor: float = 0.5
     cap: float | None = None
+    weight: str = "none"
 
     @property
     def samples(self) -> bool:
@@ -44,23 +46,36 @@ class Decision:
 
     def listed(self) -> dict[str, Any]:
         """The settings by their names, as they are given on the command line."""
+        weight = {} if self.weight == "none" else {"token_weight": self.weight}
         if self.selection == "labelled":
-            return {"token_selection": self.selection, "always_keep": self.always_keep}
+            return {"token_selection": self.selection, "always_keep": self.always_keep} | weight
         named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": f"{self.ratio:g}"}
         named |= {"select_from": self.select_from, "always_keep": self.always_keep}
         if self.samples:
             named |= {"sample_floor": f"{self.floor:g}"} | ({} if self.cap is None else {"weight_cap": f"{self.cap:g}"})
-        return named
+        return named | weight
 
     def said(self) -> list[str]:
         """Three paragraphs: what decided, how many were kept and of which, what that means for the loss."""
         if self.selection == "labelled":
-            return [
-                "Every token that carries a label is kept, and counts once in the loss, as in plain training: no score decides anything."
-            ]
-        if self.ratio == 1:
+            counts = self._times or ", as in plain training"
+            return [f"Every token that carries a label is kept, and counts once in the loss{counts}: no score decides anything."]
+        if self.ratio == 1 and self._threshold is None:
             return ["Every token is kept (token_ratio is 1), as in plain training: no score decides anything."]
         return [self._ranked(), self._counted(), self._weighed()]
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether the loss of a kept token is multiplied by the probability that the model gives its label."""
+        return self.weight == "dft"
+
+    @property
+    def _threshold(self) -> float | None:
+        return self.parameters.get("profit_threshold")
+
+    @property
+    def _times(self) -> str:
+        return ", times the probability q that the model gives its label (token_weight=dft)" if self.is_weighed else ""
 
     def _ranked(self) -> str:
         if self.scorer == "random":
@@ -77,19 +92,21 @@ class Decision:
     def _counted(self) -> str:
         from_labels = ", but only of those that carry a label (all of them, where they are fewer)" if self.select_from == "labels" else ""
         ends = " The first and the last token of each text are kept in any case." if self.always_keep == "first_last" else ""
+        if self._threshold is not None:
+            ends = f" Left out are those with a score below {self._threshold:g}; a text of no others keeps its best one.{ends}"
         return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
 
     def _weighed(self) -> str:
         if not self.samples:
             return (
-                "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss, "
-                "whatever its score."
+                "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss"
+                f"{self._times}, whatever its score."
             )
-        capped, averaged = "", "is that of all tokens that carry a label"
+        capped, averaged = "", "is that of all tokens that carry a label" + ", each times its q" * self.is_weighed
         if self.cap is not None:
             capped, averaged = f", but at most {self.cap:g} times", "leans towards tokens that are often drawn, because of that limit"
         return (
-            f"Each token has a chance p of being kept. A kept token counts 1/p times in the loss{capped}, and so stands in for the tokens that "
+            f"Each token has a chance p of being kept. A kept token counts 1/p times in the loss{capped}{self._times}, and so stands in for the tokens that "
             f"might have been drawn in its place: averaged over all draws, the loss {averaged}. "
             "What is marked as kept is one draw; another would keep others."
         )

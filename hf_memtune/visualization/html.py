@@ -95,11 +95,11 @@ def _chances(token_map: TokenMap) -> list[tuple[str, str]]:
     """What the probabilities of one map sum to, and the weights among them."""
     if token_map.probability is None:
         return []
-    possible = [p for p in token_map.probability if p > 0]
-    ends = dict.fromkeys(f"{token_map.weight_of(p):.4g}" for p in (max(possible), min(possible))) if possible else ["n/a"]
+    weights = [weight for i in range(len(token_map.tokens)) if (weight := token_map.weight_of(i)) is not None]
+    ends = dict.fromkeys(f"{weight:.4g}" for weight in (min(weights), max(weights))) if weights else ["n/a"]
     return [
         ("chances summed, which is how many are kept", f"{sum(token_map.probability):.2f}"),
-        ("tokens that may be kept", f"{len(possible)}"),
+        ("tokens that may be kept", f"{len(weights)}"),
         ("what one of them counts for in the loss, if kept", " to ".join(ends)),
     ]
 
@@ -122,11 +122,13 @@ def _span(token_map: TokenMap, i: int, hue: tuple[int, int, int], strength: floa
 
 
 def _numbers(token_map: TokenMap, i: int) -> dict[str, str]:
-    """Of one token: chance and weight, where tokens are drawn, and its scores."""
-    found = {}
-    if token_map.probability is not None:
-        p = token_map.probability[i]
-        found = {"chance p": f"{p:.4g}", "weight 1/p": f"{token_map.weight_of(p):.4g}" if p else "never kept"}
+    """Of one token: its chance, where tokens are drawn, its weight, where that is not 1 for all, and its scores."""
+    signs = {"probability": "chance p", "label_probability": "label's q"}
+    found = {signs[name]: f"{values[i]:.4g}" for name, values in token_map.chances.items()}
+    if found:
+        q, p = "q" if token_map.label_probability is not None else "1", "/p" * (token_map.probability is not None)
+        weight = token_map.weight_of(i)
+        found[f"weight {q}{p}"] = "never kept" if weight is None else f"{weight:.4g}"
     return found | {name: f"{values[i]:.4g}" for name, values in token_map.scores.items()}
 
 

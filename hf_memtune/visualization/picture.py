@@ -17,7 +17,7 @@ FONT_POINTS, CELL, LINE = 9, 9.03 / DPI, 0.2  # at 120 dpi this monospaced cell 
 HEADER, TITLE, CHART = 1.25, 1.1, 1.9  # a title has room for headings of three lines
 MOST_PANELS, COLUMNS = 4, 200  # views side by side; characters of a line of the header
 INK, MUTED = "#1b1f24", "#5b6470"
-MISSING = "drawing needs matplotlib, which is not installed; run: pip install 'hf_memtune[viz]'"
+MISSING = "drawing needs matplotlib, which is not installed; run: pip install -e '.[viz]'"
 
 
 def new_figure(width: float, height: float, facecolor: str = "white"):

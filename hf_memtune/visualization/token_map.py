@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from hf_memtune.visualization.decision import Decision
 
+LEFT_OUT = {"probability": "tokens were not drawn by chance", "label_probability": "losses are not multiplied by it"}
+
 
 @dataclass(frozen=True)
 class TokenMap:
@@ -20,7 +22,9 @@ class TokenMap:
     kept: n flags, the token was selected for backpropagation.
     labelled: n flags, the token carries a training label (it is not masked out of the loss).
     probability: n numbers in [0, 1], with which each token is kept, where tokens are drawn by chance; None where they are not. One over it
-        is what a kept token counts for in the loss, unless the decision has a cap.
+        is what a kept token counts for in the loss, unless the decision has a cap, or `label_probability` is given.
+    label_probability: n numbers in [0, 1], the probability that the model gives the label of each, where the loss of a kept token is multiplied
+        by it (token_weight=dft), 1 where there is none; None where it is not.
     decision: how the tokens were chosen, for the page to say; None leaves it unsaid.
 
     Raises ValueError that lists every problem of the arguments at once.
@@ -33,11 +37,17 @@ class TokenMap:
     labelled: list[bool]
     probability: list[float] | None = None
     decision: Decision | None = None
+    label_probability: list[float] | None = None
 
-    def weight_of(self, probability: float) -> float:
-        """What a token that is kept with this probability, more than 0, counts for in the loss."""
-        cap = None if self.decision is None else self.decision.cap
-        return 1 / probability if cap is None else min(1 / probability, cap)
+    def weight_of(self, i: int) -> float | None:
+        """What token i counts for in the loss, if it is kept; None where it never is."""
+        drawn = 1.0
+        if self.probability is not None:
+            if not self.probability[i]:
+                return None
+            drawn, cap = 1 / self.probability[i], None if self.decision is None else self.decision.cap
+            drawn = drawn if cap is None else min(drawn, cap)
+        return drawn if self.label_probability is None else drawn * self.label_probability[i]
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -49,8 +59,14 @@ class TokenMap:
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "kept", [bool(v) for v in self.kept])
         object.__setattr__(self, "labelled", [bool(v) for v in self.labelled])
-        if self.probability is not None:
-            object.__setattr__(self, "probability", [float(v) for v in self.probability])
+        for name, values in self.chances.items():
+            object.__setattr__(self, name, [float(v) for v in values])
+
+    @property
+    def chances(self) -> dict[str, list[float]]:
+        """The columns of probabilities that are given, by their names."""
+        named = {"probability": self.probability, "label_probability": self.label_probability}
+        return {name: values for name, values in named.items() if values is not None}
 
 
 def _problems(token_map: TokenMap) -> list[str]:
@@ -66,7 +82,7 @@ def _problems(token_map: TokenMap) -> list[str]:
         found.append("scores: got none, expected at least one name; pass {'combined': [...]}")
     columns = {f"scores[{name!r}]": values for name, values in token_map.scores.items()}
     columns |= {"kept": token_map.kept, "labelled": token_map.labelled}
-    columns |= {} if token_map.probability is None else {"probability": token_map.probability}
+    columns |= token_map.chances
     for where, values in columns.items():
         if len(values) != n:
             got = f"got {len(values)} values, expected {n} (one per token)"
@@ -87,9 +103,9 @@ def _value_problem(where: str, values) -> list[str]:
     if where in ("kept", "labelled"):
         wrong = [v for v in values if v not in (True, False)]
         remedy = "expected True or False per token; pass a mask, not positions or label ids"
-    elif where == "probability":
+    elif where in LEFT_OUT:
         wrong = [v for v in values if isinstance(v, str) or not hasattr(v, "__float__") or not 0 <= float(v) <= 1]
-        remedy = "expected a number in [0, 1] per token; leave it out where tokens were not drawn by chance"
+        remedy = f"expected a number in [0, 1] per token; leave it out where {LEFT_OUT[where]}"
     else:
         wrong = [v for v in values if isinstance(v, str) or not hasattr(v, "__float__")]
         remedy = "expected a number per token; use float('nan') where there is no score"

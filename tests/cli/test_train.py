@@ -153,6 +153,16 @@ def test_the_commands_trainer_says_that_it_evaluates(model, instructions):
         assert trainer.args.eval_strategy == "no" and trainer.evaluates == expected
 
 
+@pytest.mark.parametrize("scorer, is_of_kept", [("loss", True), ("true_gradient", False)])
+def test_a_training_loss_says_whether_it_is_that_of_the_kept_tokens(scorer, is_of_kept, model, instructions, tmp_path, capsys):
+    """What is chosen in backward had no part in it."""
+    flags = ["--token_seeking", "--token_selection", "top", "--token_scorer", scorer]
+    assert main(["train", *arguments(None, model, instructions, *flags)]) == 0
+    assert summary(tmp_path)["loss_of_kept"] is is_of_kept
+    assert ("(of the kept tokens)" in capsys.readouterr().out) is is_of_kept
+    assert ("(of the kept tokens)" in (tmp_path / "out" / "README.md").read_text()) is is_of_kept
+
+
 def test_reversible_adapters_are_written_loaded_and_trained_further(model, instructions, tmp_path, capsys):
     assert main(["train", *arguments(None, model, instructions, *REVERSIBLE)]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}

@@ -10,6 +10,7 @@ from hf_memtune.cli.traps import Lengths, traps
 from tests.support.folders import write_rows
 
 ALL = {"token_seeking": True, "token_scorer": "random", "token_selection": "top", "select_from": "all", "token_ratio": 0.1}
+CHECKPOINTED = {"sequence_chunk_size": 1024, "activation_checkpointing": True}
 
 
 @pytest.fixture
@@ -21,11 +22,24 @@ def arguments(tmp_path):
     "settings, lengths, said",
     [
         ({"sequence_chunk_size": 512}, Lengths([40, 300], [20, 20]), "sequence_chunk_size: got 512, and the longest row has 300 tokens"),
+        (
+            {"sequence_chunk_size": 512},
+            Lengths([40, 300], [20, 20]),
+            "only the logits are saved. For less memory turn activation_checkpointing on.",
+        ),
+        (
+            {"sequence_chunk_size": 1024},
+            Lengths([40, 800], [20, 20]),
+            "For less memory set it to 200, or turn activation_checkpointing on.",
+        ),
+        (CHECKPOINTED, Lengths([40, 800], [20, 20]), "and what activation_checkpointing saves. For less memory set it to 200."),
+        ({"sequence_chunk_size": 1024, "checkpoint_levels": 2}, Lengths([40, 800], [20, 20]), "and what checkpoint_levels saves."),
         ({"sequence_chunk_size": 64}, Lengths([40, 300], [20, 20]), "Try sequence_chunk_size=300"),
         (ALL, Lengths([40, 300], [4, 5]), "Set select_from=labels"),
         ({"sequence_chunk_size": 512}, Lengths([40, 3000], [20, 20]), None),
         ({"sequence_chunk_size": 512}, Lengths([40, 300], [20, 20], together=4), None),
         ({"sequence_chunk_size": 300}, Lengths([40, 300], [20, 20]), None),
+        (CHECKPOINTED, Lengths([40, 300], [20, 20]), None),  # the best there is for rows so short
         (ALL, Lengths([40, 300], [40, 50]), None),
         (ALL | {"select_from": "labels"}, Lengths([40, 300], [4, 5]), None),
         ({}, Lengths([4], [1]), None),

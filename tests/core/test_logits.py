@@ -87,6 +87,50 @@ def assert_same(problem, function, fused, dtype=torch.float64):
 # -- losses that never make them
 
 
+def test_a_constant_that_changes_after_it_was_added():
+    """A prior of the classes that is updated between the call of the model and the loss: what counts is what it was."""
+    problem, prior = Problem(), torch.linspace(-1, 1, CLASSES, dtype=torch.float64)
+
+    def loss(logits, constant):
+        shifted_logits = logits + constant
+        constant.mul_(3)
+        return F.cross_entropy(shifted_logits.view(-1, CLASSES), problem.labels.view(-1))
+
+    assert_same(problem, lambda logits: loss(logits, prior.clone()), fused=True)
+
+
+class Given(nn.Module):
+    """A model that returns logits on demand, and a tensor without gradient before them."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.linear, self.head = problem.linear, problem.head
+
+    def forward(self, hidden):
+        return {"count": torch.ones(2), "state": hidden * 2, "logits": LazyLogits.of(hidden, self.head)}
+
+
+@pytest.mark.parametrize(
+    "settings, fused", [({"find_unused_parameters": True}, True), ({"static_graph": True}, False)], ids=["unused", "static"]
+)
+def test_a_loss_of_what_data_parallelism_hands_out(settings, fused, tmp_path):
+    """It clones outputs where parameters may be unused. Of a static graph it begins its sums there, so no loss may go past it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        problem = Problem()
+        model = nn.parallel.DistributedDataParallel(Given(problem), **settings)
+        handed = model(problem.hidden)["logits"]
+        assert type(handed.grad_fn).__name__ == "_DDPSinkBackward"
+        F.cross_entropy(handed[:, :-1].reshape(-1, CLASSES), problem.labels[:, 1:].flatten(), label_smoothing=0.1).backward()
+        found = [leaf.grad for leaf in problem.leaves]
+        assert (problem.head.made, problem.head.fused) == ((0, 1) if fused else (1, 0))
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = F.cross_entropy(problem.plain()[:, :-1].reshape(-1, CLASSES), problem.labels[:, 1:].flatten(), label_smoothing=0.1)
+    for ours, theirs in zip(found, torch.autograd.grad(plain, problem.leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
 def shifted(labels):
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 

@@ -148,11 +148,25 @@ def test_probabilities_by_size_are_proportional_to_the_scores(floor):
     assert floor == 1 or not torch.allclose(base_probability(scores - 0.9 * smallest, pool, Draw(floor, True)), found)  # sizes, not places
 
 
-def test_sizes_that_are_none_count_as_0_and_endless_ones_take_all():
-    odd = torch.tensor([[1.0, torch.nan, -3.0, 3.0], [0.0, 0.0, 0.0, 0.0], [torch.inf, 1.0, torch.inf, -torch.inf]])
+def test_no_number_counts_as_0_and_endless_sizes_take_all():
+    odd = torch.tensor([[1.0, torch.nan, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0], [torch.inf, 1.0, -torch.inf, -2.0]])
     found = base_probability(odd, torch.ones(3, 4, dtype=torch.bool), Draw(0.2, by_size=True))
     expected = torch.tensor([[0.25, 0.05, 0.05, 0.65], [0.25] * 4, [0.45, 0.05, 0.45, 0.05]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, **close(torch.float64))
+
+
+def test_the_size_of_a_signed_sum_is_its_magnitude():
+    """A large negative one is as likely as a positive one, and the estimate stays unbiased."""
+    sums = torch.tensor([-8.0, 1.0, 0.5, 2.0, -0.5, 4.0], dtype=torch.float64)
+    pool, how = torch.ones(1, 6, dtype=torch.bool), Draw(0.2, by_size=True)
+    torch.testing.assert_close(base_probability(sums[None], pool, how), base_probability(-sums[None], pool, how), rtol=0, atol=0)
+    chance = probabilities(sums[None], 0.5, how=how)[0]
+    assert chance.argmax() == 0 and chance[0] > chance[5] > chance[3]
+    by_place = probabilities(sums[None], 0.5, how=Draw(0.2))[0]
+    assert by_place.argmin() == 0  # the sibling: places of signed sums
+    drawn, values = sample(*repeated(sums), 0.5, how=how), torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0, 9.0]).double()
+    assert off_by(estimates(drawn, values), values.sum()) < STANDARD_ERRORS
+    assert off_by(2 * drawn.kept_mask().double() @ values, values.sum()) > 2 * STANDARD_ERRORS  # the sibling: without the weights
 
 
 @pytest.mark.parametrize("row", range(4))

@@ -5,10 +5,12 @@ import torch
 
 from hf_memtune import ConfigError, SeekingContext, TokenScoreError, register_scorer
 from hf_memtune.core import scorers
-from hf_memtune.core.scorers import BUILT_IN, Scorer, make_scorer, scorer_names
+from hf_memtune.core.scorers import Scorer, make_scorer, scorer_names
 from hf_memtune.core.scoring import combined_score
+from hf_memtune.settings.scorers import BUILT_IN, OF_ONES_OWN
 
 REAL = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+LABELLED = torch.tensor([[False, True, True, True, False], [False, True, True, False, False]])
 
 
 def context(asked=None):
@@ -22,6 +24,7 @@ def context(asked=None):
         "true_gradient": torch.rand(2, 5),
         "softmax_residual": torch.rand(2, 5),
         "reference_loss": torch.rand(2, 5),
+        "has_label": LABELLED,
     }
     asked = [] if asked is None else asked
 
@@ -50,14 +53,26 @@ def test_single_scores_are_handed_on_and_nothing_else_is_computed(name, entry):
 def test_what_changes_the_objective_is_one_line_each():
     asked = []
     seen, values = context(asked)
-    assert make_scorer("profit")(seen).equal((-values["token_loss"]).exp())
-    assert make_scorer("excess_loss")(seen).equal(values["token_loss"] - values["reference_loss"])
-    assert asked == ["token_loss", "reference_loss"]
+    profit, excess = make_scorer("profit")(seen), make_scorer("excess_loss")(seen)
+    assert profit[LABELLED].equal((-values["token_loss"]).exp()[LABELLED])
+    assert excess[LABELLED].equal((values["token_loss"] - values["reference_loss"])[LABELLED])
+    assert sorted(asked) == ["has_label", "reference_loss", "token_loss"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_token_without_a_label_comes_last_where_losses_say_what_is_learned(name):
+    """Its loss is 0, which would be the highest probability, and less than nothing is above the excess of what is learned already."""
+    seen, values = context()
+    values["token_loss"].masked_fill_(~LABELLED, 0.0)
+    values["reference_loss"].masked_fill_(~LABELLED, 0.0).add_(2.0 * LABELLED)
+    scores = make_scorer(name)(seen)
+    last = all(scores[row][~LABELLED[row]].max() < scores[row][LABELLED[row]].min() for row in range(2))
+    assert last is (name in ("loss", "profit", "excess_loss"))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_sizes_are_those_of_gradients(name):
-    assert make_scorer(name).is_size is (name in ("true_gradient", "softmax_residual"))
+    assert make_scorer(name).facts.is_size is (name in ("true_gradient", "softmax_residual"))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +103,13 @@ def test_random_is_drawn_anew_from_torchs_generator():
     first, second = scorer(seen), scorer(seen)
     torch.manual_seed(1)
     assert scorer(seen).equal(first) and not second.equal(first)
-    assert not scorer.reads_model and not asked
+    assert not scorer.facts.reads_model and not asked
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_who_reads_the_model_is_known_beforehand(name):
     """Chance does not, and the gradient of the loss comes by itself, in backward."""
-    assert make_scorer(name).reads_model is (name not in ("random", "true_gradient"))
+    assert make_scorer(name).facts.reads_model is (name not in ("random", "true_gradient"))
 
 
 RUNS = [("combined", 1.0, True), ("combined", 0.0, False), ("gradient", 0.0, True), ("loss", 0.0, True)]
@@ -104,7 +119,28 @@ RUNS += [("context", 1.0, False), ("random", 1.0, False), ("true_gradient", 1.0,
 
 @pytest.mark.parametrize("name, gradient_weight, runs", RUNS)
 def test_who_runs_the_last_block_is_known_beforehand(name, gradient_weight, runs):
-    assert make_scorer(name, 1.0, gradient_weight).runs_last_block is runs
+    assert make_scorer(name, 1.0, gradient_weight).facts.runs_last_block is runs
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_table_says_what_each_scorer_asks_for(name, weights):
+    asked = []
+    seen, _ = context(asked)
+    scorer = make_scorer(name, *weights)
+    scorer(seen)
+    assert scorer.facts.reads == set(asked)
+
+
+def test_of_a_function_of_ones_own_nothing_is_known():
+    facts = Scorer("mine", lambda seen: seen.context_score).facts
+    assert facts is OF_ONES_OWN and facts.reads_model and facts.reads_loss and facts.may_ask_for("true_gradient")
+    assert not (facts.asks_for("true_gradient") or facts.runs_last_block or facts.is_size or facts.changes_objective)
+
+
+def test_an_unknown_name_is_told_with_the_known_ones():
+    with pytest.raises(ConfigError, match="token_scorer: got 'attention', expected one of combined, .*excess_loss, or a name given to"):
+        make_scorer("attention")
 
 
 def test_scores_are_not_differentiated():

@@ -117,7 +117,7 @@ def problems(names, *args, **kwargs) -> list[str]:
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(harness_tasks, "find_spec", lambda name: None)
-    assert problems(["sciq"]) == ["tasks: lm-eval is not installed. pip install 'hf_memtune[eval]'."]
+    assert problems(["sciq"]) == ["tasks: lm-eval is not installed. pip install -e '.[eval]'."]
 
 
 def test_names_that_are_unknown(tmp_path, only_own_tasks):

@@ -185,6 +185,7 @@ def test_a_copy_of_a_model_that_a_method_is_on_is_plain(name, method, copied):
         assert worst_difference(again, expected) > NOTICED
     with METHODS[method](twin) as other:  # and can have one of its own
         step_on(twin, other, batch)
+        assert (other.architecture.output_head is None) == (installed.architecture.output_head is None)  # with the loss without logits
     assert_bit_equal(twin(**batch), model(**batch))
 
 

@@ -11,7 +11,7 @@ from hf_memtune.core.scoring import attention_received, minmax
 from hf_memtune.core.selection import select
 from hf_memtune.errors import ConfigError, TokenScoreError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.methods.seeking import loss_gradient, token_scores
+from hf_memtune.methods.seeking import last_block, loss_gradient, method, token_scores
 from tests.support.packing import SEGMENTS, packed_batch, unpacked
 from tests.support.scores import column_sums, scores_seen
 from tests.support.stepping import RATIO, Ear, loss_of, model_and_batch, seeking_on, take_step
@@ -479,12 +479,17 @@ def test_the_loss_of_each_token_is_told_beside_a_loss_of_ones_own(settings):
 
 # -- only what is asked for ------------------------------------------------------------------------------------------
 
-COSTLY = ("attention_received", "linear_loss_gradient")
+COSTLY = {
+    "attention_received": token_scores,
+    "linear_loss_gradient": loss_gradient,
+    "losses_of_logits": loss_gradient,
+    "only_last_block": last_block,
+}
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How often each costly function of the scores ran."""
+    """How often each costly function of the scores ran, and the last block by itself."""
     counts = dict.fromkeys(COSTLY, 0)
 
     def spy(name, function):
@@ -494,40 +499,66 @@ def computed(monkeypatch):
 
         return run
 
-    for module, name in zip((token_scores, loss_gradient), COSTLY):
+    for name, module in COSTLY.items():
         monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
     return counts
 
 
+def step_counted(computed, model, batch, scorer=None, take=loss_of, **settings):
+    """A step; what the probe of the model computed is not counted."""
+    with seeking_on(model, scorer, **settings):
+        computed.update(dict.fromkeys(computed, 0))
+        loss = take(model, batch)
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+
 @pytest.mark.parametrize(
-    "settings, attention, gradient",
+    "settings, attention, gradient, losses",
     [
-        (dict(token_scorer="random"), 0, 0),
-        (dict(token_scorer="true_gradient"), 0, 0),
-        (dict(token_scorer="context"), 1, 0),
-        (dict(token_scorer="gradient"), 0, 1),
-        (dict(token_scorer="loss"), 0, 1),
-        (dict(token_scorer="combined"), 1, 1),
-        (dict(token_scorer="combined", gradient_weight=0.0), 1, 0),
-        (dict(token_scorer="combined", context_weight=0.0), 0, 1),
+        (dict(token_scorer="random"), 0, 0, 0),
+        (dict(token_scorer="true_gradient"), 0, 0, 0),
+        (dict(token_scorer="context"), 1, 0, 0),
+        (dict(token_scorer="gradient"), 0, 1, 0),
+        (dict(token_scorer="loss"), 0, 0, 1),
+        (dict(token_scorer="profit"), 0, 0, 1),
+        (dict(token_scorer="softmax_residual"), 0, 0, 0),
+        (dict(token_scorer="random", token_weight="dft"), 0, 0, 1),
+        (dict(token_scorer="combined"), 1, 1, 0),
+        (dict(token_scorer="combined", gradient_weight=0.0), 1, 0, 0),
+        (dict(token_scorer="combined", context_weight=0.0), 0, 1, 0),
     ],
+    ids=str,
 )
-def test_scores_are_computed_when_asked_for_and_only_then(computed, settings, attention, gradient):
+def test_scores_are_computed_when_asked_for_and_only_then(computed, settings, attention, gradient, losses):
+    """The last block runs by itself for its gradient alone: what it gave is there from the pass over all tokens."""
     model, batch, _ = model_and_batch("llama")
-    take_step(model, batch, **settings)
-    assert computed == {"attention_received": attention, "linear_loss_gradient": gradient}
+    step_counted(computed, model, batch, **settings)
+    assert [*computed.values()] == [attention, gradient, losses, gradient]
+
+
+@pytest.mark.parametrize("settings", [{}, {"token_gradient": "stream", "sequence_chunk_size": 16}], ids=str)
+@pytest.mark.parametrize("name", ["loss", "softmax_residual"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_last_block_runs_where_its_output_is_not_at_hand(computed, kind, name, settings):
+    """Where the head is given a transform of it. A loss of one's own chooses anew, with a pass over all tokens that gives it again."""
+    if kind == "bert" and settings:
+        pytest.skip("not causal")
+    model, batch, _ = model_and_batch(kind)
+    for take in (loss_of, lambda model, batch: model(**batch).logits.square().mean()):
+        step_counted(computed, model, batch, take=take, token_scorer=name, **settings)
+        assert computed["only_last_block"] == (kind == "bert")
 
 
 def test_scores_are_computed_once(computed):
     model, batch, _ = model_and_batch("llama")
-    take_step(model, batch, scorer=lambda seen: seen.context_score + seen.gradient_score + seen.context_score + seen.token_loss)
-    assert computed == {"attention_received": 1, "linear_loss_gradient": 1}
+    step_counted(computed, model, batch, lambda seen: seen.context_score + seen.gradient_score + seen.context_score + seen.token_loss)
+    assert [*computed.values()] == [1, 1, 0, 1]
 
 
 def test_a_scorer_that_looks_at_nothing_costs_nothing(computed):
     model, batch, _ = model_and_batch("llama")
-    take_step(model, batch, scorer=lambda seen: torch.rand(seen.attention_mask.shape))
-    assert computed == {"attention_received": 0, "linear_loss_gradient": 0}
+    step_counted(computed, model, batch, lambda seen: torch.rand(seen.attention_mask.shape))
+    assert not any(computed.values())
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -598,3 +629,64 @@ def test_scorers_that_share_a_pass_choose_as_each_alone(kind, selection, caplog)
         else:
             torch.testing.assert_close(shared.probability["decoder"], chances, **close(dtype))
             assert not torch.allclose(chances, alone(wrong)[2])
+
+
+def test_a_reference_is_there_for_whichever_scorer_asks_for_it_and_is_loaded_once(tmp_path, monkeypatch):
+    """The first of several scorers need not be the one that compares with another model."""
+    model, batch, _ = model_and_batch("llama")
+    reference, folder = reference_folder(tmp_path)
+    loaded, load = [], method.reference_model
+    monkeypatch.setattr(method, "reference_model", lambda *args: loaded.append(args) or load(*args))
+    settings = {"token_scorer": "loss", "reference_model": folder, "select_from": "labels"}
+    with seeking_on(model, **settings) as seeking:
+        assert not loaded
+        others = [TokenSeekingConfig.of(seeking.config, token_scorer=name) for name in ("random", "excess_loss")]
+        first, again = (seeking.inspect(batch, others=others) for _ in range(2))
+    assert len(loaded) == 1
+    losses = [_losses_of(each, batch) for each in (model, reference)]
+    labelled = shifted(batch["labels"]) != -100
+    for found in (first, again):
+        (_, excess), own = found.others, found.values["decoder"]
+        values = excess.values["decoder"]
+        torch.testing.assert_close(values[labelled].double(), (losses[0] - losses[1])[labelled].double(), **close(torch.float32))
+        assert not torch.allclose(values[labelled], own[labelled])  # the sibling
+        chosen = select(losses[0] - losses[1], RATIO, batch["attention_mask"].bool(), labelled)
+        assert torch.equal(excess.selection["decoder"].kept_mask(), chosen.kept_mask())
+
+
+@pytest.mark.parametrize("token_gradient", ["cut", "stream"])
+@pytest.mark.parametrize("name", ["profit", "excess_loss"])
+def test_tokens_without_a_label_are_the_last_to_be_kept_for_what_they_teach(tmp_path, name, token_gradient):
+    """Their loss counts as 0: a probability of 1, and no excess at all."""
+    model, batch, _ = model_and_batch("llama")
+    reference, folder = reference_folder(tmp_path)
+    batch["labels"][:, :6] = -100
+    given = {"reference_model": folder} if name == "excess_loss" else {}
+    kind = {"token_gradient": token_gradient} | ({"sequence_chunk_size": 5} if token_gradient == "stream" else {})
+    kept = take_step(model, batch, token_scorer=name, **given, **kind).kept["decoder"]
+    labelled, real = shifted(batch["labels"]) != -100, batch["attention_mask"].bool()
+    losses = [_losses_of(each, batch) for each in (model, reference)]
+    scores = {"profit": (-losses[0]).exp(), "excess_loss": losses[0] - losses[1]}[name]
+    assert torch.equal(kept, select(scores.masked_fill(~labelled, -torch.inf), RATIO, real).kept_mask())
+    assert not torch.equal(kept, select(scores, RATIO, real).kept_mask())  # the sibling: by a loss of 0
+
+
+@pytest.mark.parametrize("token_gradient", ["cut", "stream"])
+@pytest.mark.parametrize("ratio", [RATIO, 1.0])
+def test_tokens_below_a_probability_are_left_out(ratio, token_gradient):
+    """And the loss is the mean over the others; a row without any keeps its most probable token."""
+    model, batch, _ = model_and_batch("llama", lengths=(13, 9, 5))
+    batch["labels"][0, :3] = -100
+    losses, labelled, real = _losses_of(model, batch), shifted(batch["labels"]) != -100, batch["attention_mask"].bool()
+    scores = (-losses).exp().masked_fill(~labelled, -torch.inf)
+    lowest = scores.amax(1).min()  # the best of some row
+    least = float((lowest + scores[scores > lowest].min()) / 2)
+    kind = {"token_gradient": token_gradient} | ({"sequence_chunk_size": 5} if token_gradient == "stream" else {})
+    settings = {"token_scorer": "profit", "select_from": "labels", "token_ratio": ratio, **kind}
+    taken = take_step(model, batch, profit_threshold=least, **settings)
+    kept = taken.kept["decoder"]
+    assert torch.equal(kept, select(scores, ratio, real, scores >= least).kept_mask())
+    assert abs(taken.loss - losses[kept & labelled].mean()) <= 1e-12 * taken.loss
+    assert (scores[kept & (scores < least)] == scores.amax(1)[scores.amax(1) < least]).all()
+    without = take_step(model, batch, **settings).kept["decoder"] if ratio < 1 else labelled
+    assert not torch.equal(kept, without)  # the sibling

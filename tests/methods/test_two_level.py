@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 
-from hf_memtune import InverseError, LiveBytes, UnsupportedModelError
+from hf_memtune import ConfigError, InverseError, LiveBytes, UnsupportedModelError
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.two_level import checkpoint_in_two_levels
 from tests.support.reversible_models import CLAIMED, inputs_of, model_of, reversible_of, step
@@ -46,6 +46,14 @@ def test_other_random_numbers_are_noticed():
     plain = step(model, batch)
     checkpoint_in_two_levels(model)
     assert worst_difference(step(model, batch, seed=6)[1], plain[1]) > NOTICED
+
+
+@pytest.mark.parametrize("segment_layers", [0, -1])
+def test_segments_without_layers_are_refused(segment_layers):
+    model, _ = model_and_batch("llama")
+    with pytest.raises(ConfigError, match="segment_layers: got .*expected 1 or more"):
+        checkpoint_in_two_levels(model, segment_layers)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("segment_layers", [1, 2, 3, 5, 9])

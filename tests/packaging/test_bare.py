@@ -1,4 +1,4 @@
-"""What `pip install hf_memtune` gives without extras: it trains, every command runs, and what an extra is for says which."""
+"""What `pip install -e .` gives without extras: it trains, every command runs, and what an extra is for says which."""
 
 import json
 import shlex
@@ -59,9 +59,9 @@ def test_every_command_runs(done):
 def test_what_an_extra_is_for_says_which(done):
     found, folder = done
     refused = [line for line, status in LINES.items() if status]
-    assert len(refused) == 2 and all("pip install 'hf_memtune[quantization]'" in said(found.stderr, line) for line in refused)
+    assert len(refused) == 2 and all("pip install -e '.[quantization]'" in said(found.stderr, line) for line in refused)
     tokens = next(line for line in LINES if line.startswith("tokens"))
-    assert "pip install 'hf_memtune[viz]'" in said(found.stdout, tokens)
+    assert "pip install -e '.[viz]'" in said(found.stdout, tokens)
     assert (folder / "tokens.html").is_file() and not (folder / "tokens.png").exists()
     plan = next(line for line in LINES if shlex.split(line)[0] == "plan")
     assert "QLoRA, weights in 4 bits: -" in said(found.stderr, plan) and "token seeking, ratio 0.1: -" not in said(found.stderr, plan)

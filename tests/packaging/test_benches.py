@@ -102,6 +102,39 @@ def test_bias_and_noise_of_chosen_tokens(assets):
         drawn, best = rows[arms[0], point], rows[arms[1], point]
         assert best["bias"] == best["rms"] > 0 and drawn["bias"] < 0.7 * drawn["rms"]
         assert rows["labelled/cut", point]["rms"] == 0  # every token has a label: none is cut
+        for row in (drawn, best):
+            assert row["bias"] == pytest.approx(max(0.0, row["bias_squared"]) ** 0.5, abs=0.01) and row["bias_squared_error"] > 0
+
+
+def test_ways_to_choose_that_are_measured_have_settings():
+    every_arm = scripts.load("bench_estimator").every_arm
+    from learning.arms import check
+
+    arms = [*every_arm()]
+    assert len(arms) == len(set(arms)) and "random/top/stream/10%/labels" in arms and "true_gradient/sample/skip/30%/labels" in arms
+    for arm in arms[:-1]:  # the last is called otherwise there
+        check("quality", arm)
+
+
+def test_a_bias_is_shown_with_what_its_batches_leave_open():
+    """Rows of before, which lack it, stand as they were."""
+    tables = scripts.load("tables_learning")
+    old = {
+        "task": "t",
+        "point": "end",
+        "arm": "random/sample/cut/10%",
+        "rms": 1.0,
+        "bias": 0.5,
+        "cosine": 0.1,
+        "kept": 0.1,
+        "conditions": {},
+    }
+    new = old | {"arm": "true_gradient/top/cut/10%", "bias_squared": 0.25, "bias_squared_error": 0.12}
+    unsure = old | {"arm": "loss/sample/cut/10%", "bias": 0.0, "bias_squared": -0.04, "bias_squared_error": 0.1}
+    text = tables.estimator_table([old, new, unsure])
+    assert "| 1.00 | 0.50 | 0.10 |" in text and "| 1.00 | 0.50 (0.10 to 0.70) | 0.10 |" in text and "| 0.00 (0.00 to 0.40) |" in text
+    assert tables.BIAS_RANGE in text and tables.UNSCALED in text
+    assert not {tables.BIAS_RANGE, tables.UNSCALED} & {*tables.estimator_table([old]).split("\n\n")}
 
 
 def test_one_long_row(assets):

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import Trainer, TrainingArguments
 
+import hf_memtune
+from hf_memtune import architectures, evaluation, memory, visualization
+from hf_memtune.memory.cards import CARDS
 from tests.support.readme import write_model
 from tests.support.scripts import load, run
 
@@ -161,3 +164,15 @@ def test_the_log_keys_are_explained():
     }
     logs = REFERENCE.partition("\n## Logs\n")[2].partition("\n## ")[0]
     assert keys <= set(re.findall(r"`(\w+)`", logs))
+
+
+def test_every_card_has_its_name_on_the_page():
+    page = (ROOT / "docs" / "what-fits.md").read_text()
+    named = re.search(r"Names for `--gpu`: (.*?)\.\s", page, re.S)[1]
+    assert [name.strip() for name in named.split(",")] == list(CARDS)
+
+
+def test_every_public_name_is_in_the_docs():
+    said = set(re.findall(r"\w+", TEXT + PAGES))
+    packages = [hf_memtune, architectures, evaluation, memory, visualization]
+    assert not [name for package in packages for name in package.__all__ if name not in said]

@@ -19,5 +19,8 @@ def write_model(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    template = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    said = "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
+    template = (
+        "{% for message in messages %}{{ message['role'] + ' ' }}" + said + "{{ ' ' }}{% endfor %}"
+    )  # trl's loss of answers needs the marks
     PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special).save_pretrained(folder)

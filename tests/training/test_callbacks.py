@@ -12,10 +12,12 @@ from hf_memtune import (
     MemoryCallback,
     StreamingCallback,
     TokenMapCallback,
+    TokenSeeking,
     TokenSeekingCallback,
     TokenSeekingConfig,
 )
 from hf_memtune.core.selection import Selection, budget
+from hf_memtune.training.token_maps import token_maps
 from tests.support.runs import SEEKING, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
 
@@ -58,6 +60,14 @@ def test_seeking_is_installed_for_the_time_of_training(tmp_path):
 def test_a_scoring_pass_needs_a_trainer():
     with pytest.raises(ConfigError, match="without a trainer"):
         TokenSeekingCallback(TokenSeekingConfig(token_seeking=True, seek_schedule="epoch"))
+
+
+def test_a_callback_whose_method_is_off_is_refused_where_it_is_made():
+    with pytest.raises(ConfigError, match="token_seeking: got False, expected True"):
+        TokenSeekingCallback(TokenSeekingConfig(token_gradient="stream"))
+    with pytest.raises(ConfigError, match="sequence_chunk_size: got None, expected the tokens of a chunk"):
+        StreamingCallback()
+    assert StreamingCallback(sequence_chunk_size=4).config.streams and TokenSeekingCallback(token_ratio=0.5).config.token_seeking
 
 
 def test_any_trainer_seeks_with_the_callback(tmp_path):
@@ -276,6 +286,26 @@ def test_maps_show_the_scores_of_a_function(tmp_path):
     (page,) = folder.iterdir()
     assert "by_position" in page.read_text() and "this score decided" in page.read_text()
     assert ("No token has a probability" in page.read_text()) is (CONFIG.token_selection == "top")
+
+
+@pytest.mark.parametrize("settings", [{"token_selection": "sample"}, {"token_selection": "top"}, {"token_selection": "labelled"}], ids=str)
+def test_the_weights_of_a_map_are_those_of_the_step(settings):
+    """With token_weight=dft the probability of its label is a part of a token's weight."""
+    model, batch = llama(), pad_right(ROWS[:3])
+    shown_weights = {}
+    for weight in ("none", "dft"):
+        config = TokenSeekingConfig(
+            token_seeking=True, token_ratio=0.35, token_scorer="loss", token_weight=weight, weight_cap=1.5, **settings
+        )
+        torch.manual_seed(3)
+        with TokenSeeking(model, config, looks_only=True) as seeking:
+            kept = seeking.inspect(batch).selection["decoder"]
+        torch.manual_seed(3)
+        maps = token_maps(model, batch, config, Words())
+        used = torch.ones_like(kept.index, dtype=torch.float32) if kept.weight is None else kept.weight
+        shown_weights[weight] = [shown.weight_of(i) for shown in maps for i, flag in enumerate(shown.kept) if flag]
+        assert shown_weights[weight] == pytest.approx(used[kept.valid].tolist(), rel=1e-4)
+    assert shown_weights["none"] != pytest.approx(shown_weights["dft"], rel=1e-2)  # the sibling
 
 
 def test_maps_without_a_tokenizer_are_refused(tmp_path):

@@ -216,12 +216,28 @@ def test_it_is_the_evaluation_loss_of_its_rows(tmp_path):
         {"token_selection": "sample"},
         {"token_ratio": 1.0},
         {"full_loss_rows": 0},
+        {"token_scorer": "true_gradient"},
     ],
-    ids=["no seeking", "sample", "all tokens", "off"],
+    ids=["no seeking", "sample", "all tokens", "off", "chosen in backward"],
 )
 def test_it_is_not_taken_where_the_loss_stands_for_all_tokens(tmp_path, settings):
     assert not full_losses(train(llama(), arguments(tmp_path, **settings), text_rows(24)))
     assert full_losses(train(llama(), arguments(tmp_path), text_rows(24)))
+
+
+def of_logits(outputs, labels, num_items_in_batch=None):
+    """A loss of one's own, whose tokens are chosen in backward."""
+    return outputs.logits.square().mean()
+
+
+def test_it_is_not_taken_beside_a_loss_that_tokens_had_no_choice_of(tmp_path):
+    """Of rows, and of one's own: the loss is that of all tokens, and what is kept is its gradient."""
+    rows = [{"input_ids": row["input_ids"], "labels": n % 2} for n, row in enumerate(text_rows(24))]
+    of_rows = train(tiny_model("gpt2", "sequence_classification"), arguments(tmp_path), rows)
+    own = train(llama(), arguments(tmp_path), text_rows(24), compute_loss_func=of_logits)
+    models_own = train(llama(), arguments(tmp_path), text_rows(24))
+    assert not full_losses(of_rows) and not full_losses(own) and full_losses(models_own)
+    assert [run.trainer.full_loss.is_of_kept for run in (of_rows, own, models_own)] == [False, False, True]
 
 
 def test_the_warning_reaches_the_log(tmp_path, monkeypatch, caplog):

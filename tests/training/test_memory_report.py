@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import TrainerCallback
 
 from hf_memtune import MemEfficientTrainer, MemTuneError
 from hf_memtune.forecast.estimate import estimate
 from hf_memtune.memory import MemoryAccount
 from hf_memtune.training.care.report.memory_report import FILES
-from hf_memtune.training.care.report.savings import BatchShape, Savings
+from hf_memtune.training.care.savings import BatchShape, Savings
 from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 
 ROWS = text_rows(24)
@@ -135,6 +136,25 @@ def test_reversible_layers_are_reported_without_a_prediction(tmp_path):
     run = train(llama(num_hidden_layers=4), arguments(tmp_path, memory_report=True, reversible="centred", **PLAIN), ROWS)
     report = run.trainer.report_callback.report
     assert report.predicted is None and "reversible already" in report.notes[0] and report.measured.peak_bytes > 0
+
+
+def test_a_step_that_does_not_fit_leaves_no_account_open(tmp_path):
+    """auto_find_batch_size begins again in the middle of the step that is accounted for, the second."""
+    asked = []
+
+    class Tight(MemEfficientTrainer):
+        def training_step(self, model, inputs, *args):
+            asked.append(len(inputs["input_ids"]))
+            if len(asked) == 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args)
+
+    args = arguments(tmp_path, memory_report=True, memory_preflight=False, auto_find_batch_size=True, **PLAIN)
+    trainer = trainer_for(llama(), args, ROWS, cls=Tight)
+    trainer.train()
+    assert asked[0] > asked[-1] and trainer.report_callback.report is not None
+    assert _get_current_dispatch_mode() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
 
 
 def test_the_shape_of_a_batch():

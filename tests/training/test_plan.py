@@ -49,7 +49,7 @@ def test_a_rung_whose_settings_are_refused_is_left_out_before_it_is_traced():
         return 0
 
     plan = make_plan(RUNGS[:2], predict, 100, floor=floor)
-    assert plan.chosen.rung.name == "as given" and plan.steps[1].reason == "load_in_4bit: needs bitsandbytes."
+    assert plan.chosen.rung.name == "as given" and plan.steps[1].reason == "load_in_4bit: needs bitsandbytes"
     with pytest.raises(ConfigError):
         make_plan(RUNGS[1:2], predict, 100, floor=floor)
 

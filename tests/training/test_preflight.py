@@ -226,6 +226,29 @@ def test_a_collator_that_draws_draws_the_same(tmp_path):
     assert any(beside[:n] + beside[n + 1 :] == without for n in range(len(beside)))
 
 
+class Masking:
+    """A collator that draws from a generator of its own, made when it is first needed, as that of transformers for masked language modelling."""
+
+    def __init__(self):
+        self.generator, self.drawn = None, []
+
+    def __call__(self, rows):
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        self.drawn.append(torch.rand((), generator=self.generator).item())
+        return pad_right(rows)
+
+
+def test_a_collator_with_a_generator_of_its_own_draws_the_same(tmp_path):
+    drawn = {}
+    for flies in (False, True):
+        collator = Masking()
+        train(llama(), make_arguments(tmp_path / str(flies), PLAIN, flies), ROWS, data_collator=collator)
+        drawn[flies] = collator.drawn
+    without, beside = drawn[False], drawn[True]
+    assert len(beside) > len(without) > 1 and [number for number in beside if beside.count(number) == 1] != beside  # some were drawn twice
+    assert any(beside[:n] + beside[n + 1 :] == without for n in range(len(beside)))
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_lengths_of_a_stored_data_set(shuffled):
     data = Dataset.from_list(ROWS)

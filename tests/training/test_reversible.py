@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer
 
 from hf_memtune import (
+    ConfigError,
     InverseError,
     MemEfficientTrainer,
     MemTuneError,
@@ -25,7 +26,7 @@ from tests.support.reversible_runs import (
     quiet,  # noqa: F401  a fixture for all
     reversible,
 )
-from tests.support.runs import arguments, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import arguments, pad_right, same_parameters, text_rows, train, trainer_for
 
 MIXED = {"plain": {}, "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, "bf16": {"bf16": True}}
 
@@ -63,6 +64,15 @@ def test_a_plain_trainer_takes_the_callback(tmp_path):
     callback.remove()
     with pytest.raises(MemTuneError, match="nothing to train"):
         plain.trainer.train()
+
+
+def test_a_plain_trainer_that_makes_another_model_is_refused(tmp_path):
+    """Its layers are not reversible, and without adapters nothing of it is frozen."""
+    callback = ReversibleCallback(ReversibleConfig(reversible="centred", **ADAPTERS))
+    args = arguments(tmp_path, seeking=False)
+    trainer = Trainer(model_init=lambda: deep(), args=args, train_dataset=ROWS, data_collator=pad_right, callbacks=[callback])
+    with pytest.raises(ConfigError, match="model_init.*Pass a model"):
+        trainer.train()
 
 
 def test_evaluation_sees_what_is_trained(tmp_path):

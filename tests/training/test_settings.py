@@ -5,11 +5,13 @@ import copy
 import pickle
 import warnings
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, TokenSeekingConfig, register_scorer
 from hf_memtune.core import scorers
@@ -110,6 +112,7 @@ WRONG = {
     "select_from": "prompt",
     "always_keep": "all",
     "seek_schedule": "never",
+    "profit_threshold": 1.0,
 }
 
 
@@ -152,6 +155,31 @@ def test_combinations_that_cannot_work():
     # what nobody typed is named with its origin
     assert "'once' of preset=tokenseek" in problems(TokenSeekingConfig, token_scorer="random", preset="tokenseek")[0]
     assert "preset" not in problems(TokenSeekingConfig, token_scorer="random", seek_schedule="once")[0]
+
+
+@pytest.mark.parametrize("name", ["profit", "excess_loss"])
+def test_what_changes_the_objective_is_not_drawn_by_chance(name):
+    """Weights of a draw make up for what is not drawn; `labelled` reads no scores at all."""
+    given = {"token_seeking": True, "token_scorer": name, "reference_model": "m" if name == "excess_loss" else None}
+    (problem,) = problems(TokenSeekingConfig, **given)
+    assert problem.startswith(f"token_selection: got 'sample' with token_scorer={name}") and "Set token_selection=top." in problem
+    for selection in ("top", "labelled"):
+        assert TokenSeekingConfig(**given, token_selection=selection)
+    assert TokenSeekingConfig(**given | {"token_seeking": False}) and TokenSeekingConfig(**given | {"token_scorer": "loss"})
+
+
+def test_whose_loss_is_the_mean_over_kept_tokens():
+    kept = {
+        name: TokenSeekingConfig(token_seeking=True, token_selection="top", token_scorer=name) for name in ("loss", "true_gradient", "own")
+    }
+    assert {name: config.is_mean_of_kept for name, config in kept.items()} == {"loss": True, "true_gradient": False, "own": True}
+    assert not TokenSeekingConfig(token_seeking=True, token_selection="sample", token_scorer="loss").is_mean_of_kept
+
+
+def test_with_a_threshold_a_ratio_of_one_keeps_not_all():
+    profit = {"token_seeking": True, "token_scorer": "profit", "token_selection": "top", "token_ratio": 1.0}
+    assert TokenSeekingConfig(**profit).keeps_all and not TokenSeekingConfig(**profit, profit_threshold=0.1).keeps_all
+    assert TokenSeekingConfig(**profit | {"token_scorer": "loss"}, profit_threshold=0.1).keeps_all  # which does not read it
 
 
 UNSUPPORTED = {
@@ -365,6 +393,9 @@ IDLE = [
     ({"token_gradient": "cut"}, {"sequence_chunk_size": 64, "skip_threshold": 0.1, "kv_offload": True}),
     ({"token_gradient": "stream", "sequence_chunk_size": 64}, {"context_chunk_size": 64, "skip_threshold": 0.1}),
     ({"token_gradient": "skip", "skip_threshold": 0.1}, {"context_chunk_size": 64}),
+    ({"token_scorer": "true_gradient"}, {"context_layer": 0, "reference_model": "m"}),
+    ({"token_scorer": "loss"}, {"gradient_norm": "l1", "context_normalize": "mean", "profit_threshold": 0.1}),
+    ({"token_selection": "labelled"}, {"profit_threshold": 0.1, "token_ratio": 0.2}),
     ({"preset": "tokentune"}, {"context_weight": 1.0, "gradient_norm": "l2"}),  # given, if only what it would be anyway
 ]
 
@@ -449,3 +480,56 @@ def test_a_batch_without_labels_is_refused(tmp_path):
     """By transformers, which takes the loss."""
     with pytest.raises(ValueError, match="did not return a loss.*input_ids"):
         train(llama(), arguments(tmp_path), [{"input_ids": row["input_ids"]} for row in ROWS])
+
+
+# -- search of hyperparameters -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_backend(monkeypatch):
+    """transformers knows trials by the classes of backends, none of which is needed here."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+
+def searched(tmp_path, *trials, **settings):
+    """A trainer, and one training for each trial, as a search of hyperparameters makes them; yields after each."""
+    trainer = trainer_for(None, arguments(tmp_path, **settings), ROWS, model_init=lambda: llama())
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    for number, params in enumerate(trials):
+        trainer.hp_space = lambda trial: trial.params
+        trainer.train(trial=SimpleNamespace(params=params, number=number))
+        yield trainer
+
+
+def test_a_search_trains_with_what_each_trial_asks_for(no_backend, tmp_path):
+    """Also with the first; the sibling at another ratio learns something else."""
+    ratios = [0.25, 0.5]
+    found = [weights_of(trainer.model) for trainer in searched(tmp_path / "search", *({"token_ratio": ratio} for ratio in ratios))]
+    alone = [trainer_for(None, arguments(tmp_path, token_ratio=ratio), ROWS, model_init=lambda: llama()) for ratio in ratios]
+    for trainer in alone:
+        trainer.train()
+    alone = [weights_of(trainer.model) for trainer in alone]
+    assert all(torch.equal(*pair) for pair in zip(found, alone))
+    assert not torch.equal(*found)
+
+
+def weights_of(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings, trial, told",
+    [
+        (
+            {"token_seeking": False, "token_ratio": None, "context_normalize": None},
+            {"token_seeking": True},
+            "asks for token_seeking.*no method",
+        ),
+        ({}, {"token_seeking": False}, "asks for no method.*with token_seeking"),
+        ({}, {"token_ratio": 1.5}, "token_ratio"),
+    ],
+    ids=["on", "off", "bad"],
+)
+def test_a_search_that_cannot_be_followed_is_refused(no_backend, tmp_path, settings, trial, told):
+    with pytest.raises(ConfigError, match=told):
+        list(searched(tmp_path, trial, **settings))

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from hf_memtune.settings.scorers import BUILT_IN
 from hf_memtune.visualization import TokenMap, write_token_map_html, write_token_map_png
-from hf_memtune.visualization.decision import Decision
+from hf_memtune.visualization.decision import EXPLANATIONS, Decision
 from hf_memtune.visualization.panels import colour_levels
 from hf_memtune.visualization.token_map import visible
 
@@ -124,6 +125,31 @@ def test_a_cap_bounds_the_weights_that_are_shown(tmp_path):
     assert "is that of all tokens" in free and "at most" not in free
 
 
+LABELS = [1.0, 0.5, 0.5, 0.25, 0.125, 1.0]
+
+
+def test_a_weight_by_the_probability_of_the_label_is_a_part_of_the_weights_that_are_shown(tmp_path):
+    weighed = replace(drawn(), label_probability=LABELS, decision=replace(SAMPLED, weight="dft"))
+    text = page(tmp_path, [weighed])
+    found = re.findall(r"title='position (\d+): [^;]*; chance p ([^,]+), label&#x27;s q ([^,]+), weight q/p ([^,]+),", text)
+    assert len(found) == 3 * len(CHANCES) and "weight 1/p" not in text
+    for i, p, q, weight in found:
+        assert (float(p), float(q)) == (CHANCES[int(i)], LABELS[int(i)])
+        assert weight == "never kept" if float(p) == 0 else float(weight) == pytest.approx(float(q) / float(p), rel=1e-3)
+    assert "0.125 to 2" in text and "each times its q" in text and "<dt>token_weight</dt><dd>dft</dd>" in text
+    best = page(tmp_path, [replace(a_map(), label_probability=LABELS, decision=replace(TOP, weight="dft"))])
+    assert "weight q " in best and "q/p" not in best and "counts once in the loss, times the probability q" in best
+    assert "token_weight" not in page(tmp_path, [drawn()]) and "each times its q" not in page(tmp_path, [drawn()])  # the sibling
+
+
+def test_every_label_is_as_in_plain_training_but_for_its_weight():
+    every = replace(TOP, selection="labelled")
+    (said,), (weighed,) = every.said(), replace(every, weight="dft").said()
+    assert "as in plain training" in said and "probability q" not in said
+    assert "as in plain training" not in weighed and "times the probability q that the model gives its label" in weighed
+    assert replace(every, weight="dft").listed()["token_weight"] == "dft" and "token_weight" not in every.listed()
+
+
 def test_the_table_has_a_line_for_every_token(tmp_path):
     text = page(tmp_path, [drawn()])
     lines = re.findall(r"<tr[^>]*><td>(\d+)</td><td>.*?</td><td>(yes)?</td><td>(yes)?</td><td>([\d.]+)</td>", text)
@@ -161,6 +187,10 @@ def test_the_page_says_what_decided(tmp_path, decision, said, unsaid):
     assert f"<dt>token_scorer</dt><dd>{decision.scorer}</dd>" in text and f"<dd>{decision.selection}</dd>" in text
 
 
+def test_every_score_is_explained():
+    assert EXPLANATIONS.keys() | {"random"} == BUILT_IN.keys()
+
+
 def test_a_decision_is_said_once(tmp_path):
     once = page(tmp_path, [drawn(), drawn(title="another")])
     assert once.count("What decided here") == 1
@@ -189,6 +219,13 @@ def test_chances_that_cannot_be_are_named(chances, place):
     with pytest.raises(ValueError, match="probability") as error:
         replace(drawn(), probability=chances)
     assert place in str(error.value)
+
+
+def test_probabilities_of_labels_are_checked_too():
+    with pytest.raises(
+        ValueError, match=r"label_probability: got 1\.5, expected a number in \[0, 1\] per token; leave it out where losses"
+    ):
+        replace(a_map(), label_probability=[1.5] * 6)
 
 
 def test_the_picture_has_a_view_more(tmp_path):

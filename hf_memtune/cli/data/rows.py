@@ -17,7 +17,7 @@ from hf_memtune.cli.data.collating import packed
 from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved
 from hf_memtune.cli.data.making import CUT, IGNORED, BadRow, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
-from hf_memtune.cli.data.mixed import as_stored
+from hf_memtune.cli.data.mixed import as_stored, written
 from hf_memtune.cli.data.reading import load_rows
 from hf_memtune.cli.traps import Lengths
 from hf_memtune.errors import ConfigError
@@ -158,7 +158,7 @@ def _bad_rows(rows, options: dict[str, Any]) -> list[str]:
         try:
             language_row(row, number, **options)
         except BadRow as error:
-            begins = json.dumps(without_nones(row), ensure_ascii=False, default=str)[:100]
+            begins = json.dumps(without_nones(written(row, options["mixed"])), ensure_ascii=False, default=str)[:100]
             found += [f"{problem} The row begins {begins}" for problem in error.problems]
         if len(found) >= BAD_ROWS_TOLD or (found and number >= LOOKED_THROUGH):
             break

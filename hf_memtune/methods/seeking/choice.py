@@ -45,12 +45,17 @@ class Chooser:
     @property
     def draw(self) -> Draw:
         """How token_selection=sample draws."""
-        return Draw(floor_of(self.config, self.scorer), self.scorer.is_size, self.config.weight_cap)
+        return Draw(floor_of(self.config, self.scorer), self.scorer.facts.is_size, self.config.weight_cap)
+
+    @property
+    def threshold(self) -> float | None:
+        """The score below which tokens are left out, or None; not of a function in the place of the scorer that the settings name."""
+        return self.config.threshold if self.scorer.name == self.config.token_scorer else None
 
 
 def floor_of(config: TokenSeekingConfig, scorer: Scorer) -> float:
     """Share of even draws."""
-    return FLOORS[scorer.is_size] if config.sample_floor is None else config.sample_floor
+    return FLOORS[scorer.facts.is_size] if config.sample_floor is None else config.sample_floor
 
 
 class Choice:
@@ -97,8 +102,11 @@ class Choice:
 
     # -- the three times to choose
 
-    def by_labels(self, target: Tensor) -> None:
-        """Before the head: target (B, T) is the label of each position's own prediction, -100 for none."""
+    def by_labels(self, target: Tensor, hidden: Tensor | None = None) -> None:
+        """Before the head: target (B, T) is the label of each position's own prediction, -100 for none. hidden: (B, T, D), what the head is
+        given, where that is what the body returned."""
+        if hidden is not None and self.block is not None:
+            self.block.known = hidden
         self._see_rows_of_labels(target != IGNORED)
         real = None if self.takes_all else self.call.decoder.scored
         # padding is never kept: what it would predict must not sway the scores
@@ -106,6 +114,8 @@ class Choice:
         architecture = self.call.architecture
         self._choose(OfTargets(architecture, self.chooser.facts, self.target, self.without_labels()), self.target != IGNORED)
         self._count(learned=self.learned.sum())
+        if self._is_counted and not self.takes_all and self.chooser.config.token_selection == "top":
+            self.chooser.listeners.tell("loss_of_kept")
 
     def at_once(self) -> None:
         """After the pass over all tokens: for scores that read no loss, or the model's own loss of rows."""
@@ -214,7 +224,11 @@ class Choice:
             self.inputs,
         )
         is_of_labels = config.token_selection == "labelled" or config.select_from == "labels"
-        return labelled if is_of_labels else None, forced
+        candidates = labelled if is_of_labels else None
+        if (least := self.chooser.threshold) is not None:
+            above = self.values[stack] >= least
+            candidates = above if candidates is None else candidates & above
+        return candidates, forced
 
     # -- looking
 

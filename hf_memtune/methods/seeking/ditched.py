@@ -66,9 +66,12 @@ class DitchedCall:
         chunks = self.call.chunks(self.chunk, self.router.cache)
         context_pass(self.router, self.call, self.store, self.records, chunks, chunks.count, states, self.outputs)
         self.choice.block = LastBlock(self.router, self.call, self.records, self.store, self.chunk)
+        self.choice.block.known = self.outputs.tensors[0]
 
     def take_outputs(self) -> list[Tensor]:
         self.unchanged.settle({**self.call.given, "encoder_outputs": self.call.encoder_output})
+        if self.choice.block is not None:
+            self.choice.block.known = None  # or it would live until backward, whoever reads the outputs
         encoded, self.outputs.encoded = self.outputs.encoded, None
         self.gives_encoded = encoded is not None
         return self.outputs.take() if encoded is None else [*self.outputs.take(), encoded]

@@ -68,12 +68,13 @@ class _ChoosingLoss(HeadOnDemand):
             return super().cross_entropy(hidden_BTD, weight_VD, target_BT, label_smoothing, pointwise)
         choice = run.choice
         weight_VD.detach()[:, 0].gather(0, target_BT.flatten().clamp_min(0))  # raises for what is no class, of tokens that are not kept too
-        choice.by_labels(target_BT)
+        is_of_body = self._body == _memory(hidden_BTD)
+        choice.by_labels(target_BT, hidden_BTD.detach() if is_of_body else None)
         assert choice.target is not None
         weight: Tensor | None
         if is_live := isinstance(run, DitchedCall):
             hidden, target = run.focus(live=True).last_hidden_state, choice.decoder.gather(choice.target, fill=IGNORED)
-            if self._body != _memory(hidden_BTD):
+            if not is_of_body:
                 hidden = given_to_head(run.router.architecture, choice.chooser.facts, hidden, choice.without_labels())
             weight = choice.decoder.weight
             weight_VD, run.matrix = (weight_VD if run.matrix is None else run.matrix), None

@@ -28,15 +28,21 @@ Cotangent = Callable[[Tensor, int], Tensor]
 
 
 class LastBlock:
-    """Of one call of the body. chunk: tokens of a row that ran at a time in the context pass; all of them where it ran whole."""
+    """Of one call of the body. chunk: tokens of a row that ran at a time in the context pass; all of them where it ran whole.
+
+    known: (B, T, D), what came out of the decoder, as long as somebody has it anyway: then nothing runs for it; else None.
+    """
 
     def __init__(self, router: Router, call: BodyCall, records: Records, store: KeyValueStore, chunk: int):
         self.router, self.call, self.records, self.store, self.chunk = router, call, records, store, chunk
         self.architecture = router.architecture
+        self.known: Tensor | None = None
 
     @torch.no_grad()
     def output(self, stack: str = "decoder") -> Tensor:
         """(B, T, D): what comes out of a stack."""
+        if stack == "decoder" and self.known is not None:
+            return self.known
         if self._is_whole:
             leaves = {name: torch.cat(chunks, dim=1) for name, chunks in self.records.hidden.items()}
             return self._encoder_output(leaves) if stack == "encoder" else self._whole(leaves)

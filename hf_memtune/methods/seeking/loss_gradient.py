@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_memtune.architectures import Architecture
 from hf_memtune.core.labelled import put_labelled, take_labelled
-from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows, softmax_residual_norm
+from hf_memtune.core.loss import IGNORED, linear_loss_gradient, logit_rows, losses_of_logits, softmax_residual_norm
 from hf_memtune.errors import ConfigError
 from hf_memtune.methods.attention.outputs import pooled
 from hf_memtune.methods.facts import Facts
@@ -48,14 +48,15 @@ class OfTargets:
 
     def __init__(self, architecture: Architecture, facts: Facts, target: Tensor, inputs: dict[str, Any]):
         self._architecture, self._facts, self._target, self._inputs = architecture, facts, target, inputs
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}  # of tokens whose cotangent was asked for, by where they begin
 
     def of_tokens(self) -> "OfTargets":
         return self
 
-    def losses(self) -> Tensor:
-        """(B, T), of the tokens that `cotangent` has been asked for."""
-        return torch.cat([self._losses[start] for start in sorted(self._losses)], dim=1)
+    @property
+    def has_label(self) -> Tensor:
+        """(B, T) bool."""
+        return self._target != IGNORED
 
     def cotangent(self, hidden: Tensor, start: int) -> Tensor:
         target = self._target[:, start : start + hidden.shape[1]]
@@ -68,14 +69,22 @@ class OfTargets:
         self._losses[start] = put_labelled(loss.float(), labelled, torch.zeros(target.shape, device=hidden.device))
         return put_labelled(flat, labelled, torch.zeros_like(hidden))
 
+    def losses(self, hidden: Tensor, start: int) -> Tensor:
+        """(B, S) float32: loss of each token of the hidden states (B, S, D) of the tokens from `start` on; 0 without a label."""
+        return self._losses[start] if start in self._losses else self._by_token(losses_of_logits, hidden, start)
+
     def residuals(self, hidden: Tensor, start: int) -> Tensor:
-        """(B, S): norm of softmax - onehot, of the hidden states (B, S, D) of the tokens from `start` on; 0 without a label."""
+        """(B, S) float32: norm of softmax - onehot, of the hidden states (B, S, D) of the tokens from `start` on; 0 without a label."""
+        return self._by_token(softmax_residual_norm, hidden, start)
+
+    def _by_token(self, of_logits: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, start: int) -> Tensor:
+        """(B, S) float32: what a function makes of logits (N, V) and labels (N,), a number a token; 0 without a label."""
         target = self._target[:, start : start + hidden.shape[1]]
         labelled, rows = target != IGNORED, logit_rows(self._architecture.base.config.get_text_config().vocab_size)
         pairs = zip(take_labelled(hidden, labelled).split(rows), take_labelled(target, labelled).split(rows))
-        found = [softmax_residual_norm(self._logits(part), labels.clamp_min(0)) for part, labels in pairs if len(labels)]
-        norms = torch.zeros(target.shape, device=hidden.device)
-        return put_labelled(torch.cat(found).to(norms.dtype), labelled, norms) if found else norms
+        found = [of_logits(self._logits(part), labels.clamp_min(0)) for part, labels in pairs if len(labels)]
+        numbers = torch.zeros(target.shape, device=hidden.device)
+        return put_labelled(torch.cat(found).to(numbers.dtype), labelled, numbers) if found else numbers
 
     @property
     def _is_linear(self) -> bool:
@@ -103,9 +112,7 @@ class OfTargets:
     def _own_head_part(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            logits = head_on(self._architecture, self._facts, leaf[None], self._inputs).logits[0]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses = F.cross_entropy(logits, target, reduction="none")
+            losses = losses_of_logits(self._logits(leaf), target)
             return torch.autograd.grad(losses.sum(), leaf)[0], losses.detach()
 
 

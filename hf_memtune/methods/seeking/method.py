@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.core.replay import replayed
-from hf_memtune.core.scorers import BUILT_IN, Scorer, TokenScorer, make_scorer, scorer_names
+from hf_memtune.core.scorers import Scorer, TokenScorer, make_scorer
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.records import Records
@@ -40,6 +40,7 @@ from hf_memtune.methods.seeking.targets import targets
 from hf_memtune.methods.streaming.encoder import encode
 from hf_memtune.methods.streaming.method import connected, means_of
 from hf_memtune.settings.protocol import filled_in
+from hf_memtune.settings.scorers import BUILT_IN, facts_of
 from hf_memtune.settings.seeking import TokenSeekingConfig
 
 Lookup = Callable[[dict[str, Any]], dict[str, Tensor]]
@@ -63,7 +64,9 @@ class TokenSeeking(Method[TokenSeekingConfig]):
     def __init__(
         self, model: nn.Module, config: TokenSeekingConfig, scorer: TokenScorer | None = None, check: bool = True, looks_only: bool = False
     ):
+        require_seeking(config)
         self._given_scorer = scorer
+        self._reference_loss: ReferenceLoss | None = None
         self.lookup: Lookup | None = None
         super().__init__(model, config, check, looks_only)
         self._chooser = Chooser(self.config, self.scorer, self.facts, self.listeners, self._reference_loss)
@@ -75,8 +78,8 @@ class TokenSeeking(Method[TokenSeekingConfig]):
             self.config = TokenSeekingConfig.of(self.config, always_keep="none")  # token_scorer is not read, so it is not random
         self.scorer = resolve_scorer(self.config, self._given_scorer)
         weighs = self.config.token_weight == "dft"
-        self.scores_last_block = weighs or (self.scorer.runs_last_block and self.config.token_selection != "labelled")
-        self._reference_loss = self._reference(self.config)
+        self.scores_last_block = weighs or (self.scorer.facts.runs_last_block and self.config.token_selection != "labelled")
+        self._load_reference(self.config)
         self.context_modules: dict[int, str] = {}
         wanted = filled_in(self.config.context_layer)
         for name, stack in self.architecture.stacks.items():
@@ -99,16 +102,19 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         """The model that token_scorer=excess_loss compares with, or None."""
         return None if self._reference_loss is None else self._reference_loss.model
 
-    def _reference(self, settings: TokenSeekingConfig) -> ReferenceLoss | None:
-        """What token_scorer=excess_loss compares with, on the device of the model; None where these settings read no such score."""
-        if settings.token_scorer != "excess_loss" or settings.token_selection == "labelled":
-            return None
+    def _load_reference(self, settings: TokenSeekingConfig) -> None:
+        """What token_scorer=excess_loss compares with, once, on the device of the model; where these settings read such a score."""
+        if self._reference_loss is not None or settings.token_selection == "labelled":
+            return
+        if not facts_of(settings.token_scorer).asks_for("reference_loss"):
+            return
         base, name = self.architecture.base, filled_in(settings.reference_model)
         require_same_tokens(name, getattr(base.config, "_name_or_path", ""))  # before the weights are read
         reference = reference_model(name, next(base.parameters()).device)
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
-        return ReferenceLoss(reference, looking, looking.architecture.base.config.get_text_config().vocab_size)
+        vocabulary = looking.architecture.base.config.get_text_config().vocab_size
+        self._reference_loss = ReferenceLoss(reference, looking, vocabulary)
 
     def require(self, facts: Facts) -> None:
         super().require(facts)
@@ -125,7 +131,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         layers = range(len(self.architecture.decoder.layers))
         cache = self.router.cache
         attending = [number for number in layers if cache is not None and cache.attends(number) and number not in cache.by_hand]
-        if scorer.reads_context and layers[filled_in(self.config.context_layer)] not in attending:
+        if scorer.facts.asks_for("context_score") and layers[filled_in(self.config.context_layer)] not in attending:
             raise ConfigError(
                 [
                     f"context_layer: got {self.config.context_layer}, which does not attend in {self.architecture.name}. Expected one of "
@@ -144,7 +150,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
             for name, got, expected, is_wrong in (
                 ("token_gradient", self.config.token_gradient, "cut", self.config.token_gradient != "cut"),
                 ("token_selection", self.config.token_selection, "top", self.config.token_selection != "top"),
-                ("token_scorer", self.scorer.name, "gradient", self.scorer.name == "true_gradient"),
+                ("token_scorer", self.scorer.name, "gradient", self.scorer.facts.known_in_backward),
                 ("token_weight", self.config.token_weight, "none", self.config.token_weight != "none"),
             )
             if is_wrong
@@ -205,21 +211,20 @@ class TokenSeeking(Method[TokenSeekingConfig]):
 
     def _await_labels(self, run: DitchedCall | ChosenStream, head: Head | None, hidden: Tensor) -> None:
         """Let the head choose, where the scorer does not need the loss of all tokens."""
-        if isinstance(head, ChoosingHead) and (self.scorer.name != "true_gradient" or self.config.token_selection == "labelled"):
+        if isinstance(head, ChoosingHead) and (self.config.token_selection == "labelled" or not self.scorer.facts.known_in_backward):
             head.choose_for(run, hidden)
 
     @property
     def _chooses_at_once(self) -> bool:
         """Whether the loss is one of rows, and the choice reads neither labels nor a gradient."""
-        reads_loss = self.scorer.name not in ("random", "context")
-        return not self.architecture.task.loss_per_token and (self.lookup is not None or not reads_loss)
+        return not self.architecture.task.loss_per_token and (self.lookup is not None or not self.scorer.facts.reads_loss)
 
     def _context_chunk(self, call: BodyCall) -> int:
         return min(self.config.context_chunk_size, call.decoder.length) if self.facts.is_causal else call.decoder.length
 
     def _records(self) -> Records:
         config = self.config
-        scores = self.lookup is None and self.scorer.reads_model and not config.keeps_all and config.token_selection != "labelled"
+        scores = self.lookup is None and self.scorer.facts.reads_model and not config.keeps_all and config.token_selection != "labelled"
         return Records(self.context_modules, wanted=scores or config.token_weight == "dft")
 
     # -- looking
@@ -246,7 +251,8 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         scorer = resolve_scorer(config, None)
         if self.facts.needs_all_tokens is not None:
             self._require_context(scorer)
-        return Chooser(config, scorer, self.facts, Listeners(), self._reference_loss or self._reference(config))
+        self._load_reference(config)
+        return Chooser(config, scorer, self.facts, Listeners(), self._reference_loss)
 
     def _look(self, found: Inspection, forward: Callable, *args, **kwargs):
         """In place of the body."""
@@ -263,17 +269,18 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         raise Inspected
 
 
+def require_seeking(config: TokenSeekingConfig) -> None:
+    """Raises ConfigError for settings in which it is off, some of which then say something else."""
+    if not config.token_seeking:
+        raise ConfigError(
+            ["token_seeking: got False, expected True where token seeking is asked for: TokenSeekingConfig(token_seeking=True)."]
+        )
+
+
 def resolve_scorer(config: TokenSeekingConfig, scorer: TokenScorer | None) -> Scorer:
     """The scorer to use: the user's own callable, or the one of that name. Raises ConfigError for an unknown name."""
     if scorer is not None:
         name = getattr(scorer, "__name__", type(scorer).__name__)
         return Scorer(f"{name} (your own)" if name in BUILT_IN else name, scorer)  # what is known of the built-in one is not true of it
-    if config.token_scorer not in scorer_names():
-        raise ConfigError(
-            [
-                f"token_scorer: got {config.token_scorer!r}, expected one of {', '.join(scorer_names())}, or a name given to "
-                "hf_memtune.register_scorer before."
-            ]
-        )
     weights = filled_in(config.context_weight), filled_in(config.gradient_weight)
-    return make_scorer(config.token_scorer, *weights, config.token_selection == "sample")
+    return make_scorer(filled_in(config.token_scorer), *weights, config.token_selection == "sample")

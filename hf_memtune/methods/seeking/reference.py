@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_memtune.errors import ConfigError, TokenScoreError
+from hf_memtune.errors import ConfigError, TokenScoreError, first_line
 
 _LOSS = "token_loss"
 _ROWS = ("input_ids", "attention_mask", "position_ids")
@@ -49,9 +49,10 @@ def reference_model(name: str, device: torch.device) -> nn.Module:
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
         raise ConfigError(
-            [f"reference_model: got {name!r}, which cannot be loaded: {why} Expected the folder or hub name of a causal model."]
+            [
+                f"reference_model: got {name!r}, which cannot be loaded: {first_line(error)}. Expected the folder or hub name of a causal model."
+            ]
         ) from error
     return model.to(device).eval().requires_grad_(False)
 

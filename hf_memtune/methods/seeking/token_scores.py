@@ -47,6 +47,7 @@ class TokenScores:
         compute: dict[str, Callable[[], Tensor]] = {
             "context_score": lambda: self.context_score(stack),
             "gradient_score": lambda: self.gradient_scores[stack],
+            "has_label": lambda: self._predictions(stack).has_label,
             "token_loss": lambda: self.token_loss(stack),
             "softmax_residual": lambda: self.softmax_residual(stack),
             "reference_loss": self.reference_loss,
@@ -102,10 +103,7 @@ class TokenScores:
     def token_loss(self, stack: str) -> Tensor:
         """(B, T) float32: loss of each position's own prediction, 0 without a label."""
         known = self._predictions(stack)
-        if known is not self.loss or "gradient_scores" not in vars(self):  # which has asked for them on its way
-            for start, hidden in self._outputs():
-                known.cotangent(hidden, start)
-        return known.losses()
+        return torch.cat([known.losses(hidden, start) for start, hidden in self._outputs()], dim=1)
 
     def softmax_residual(self, stack: str) -> Tensor:
         """(B, T) float32: norm of softmax - onehot of each position's own prediction, 0 without a label."""

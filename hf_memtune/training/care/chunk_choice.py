@@ -9,18 +9,18 @@ import sys
 import time
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune._compat import wait_for
+from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.memory import available_bytes
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.recovery.advice import advice
-from hf_memtune.training.care.report.savings import BatchShape, own_steps, predicted_step
+from hf_memtune.training.care.savings import BatchShape, own_steps, predicted_step
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes, parse_bytes
@@ -52,8 +52,9 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 
 def _longest(trainer: RunningTrainer) -> tuple[Longest, BatchShape]:
-    with preserved_rng(trainer.args.device):  # a collator may draw
-        found = longest_batch(trainer.callback_handler.train_dataloader, trainer._train_batch_size)
+    loader = trainer.callback_handler.train_dataloader
+    with preserved_rng(trainer.args.device, loader.collate_fn):
+        found = longest_batch(loader, trainer._train_batch_size)
     if found is not None and found.tokens is not None and (shape := BatchShape.of(found.batch)) is not None:
         return found, shape
     raise ConfigError(
@@ -95,9 +96,8 @@ def _predicted(trainer: RunningTrainer, shape: BatchShape, size: int) -> Any:
     try:
         return predicted_step(trainer, shape, {"sequence_chunk_size": size, "chunk_budget": None})
     except MemTuneError as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {why}. Give a number of tokens, such as 512."]
+            [f"sequence_chunk_size: got 'auto', but no step can be predicted: {first_line(error)}. Give a number of tokens, such as 512."]
         ) from error
 
 
@@ -125,20 +125,15 @@ def _seconds(trainer: RunningTrainer, config: StreamingConfig, inputs: dict[str,
     trainer.model.train()
     with Streaming(trainer.model, config, check=False):
         for _ in range(2):
-            _synchronise(trainer.args.device)
+            wait_for(trainer.args.device)
             began = time.perf_counter()
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model, dict(inputs))
             loss.backward()
-            _synchronise(trainer.args.device)
+            wait_for(trainer.args.device)
             seconds = time.perf_counter() - began
             trainer.model.zero_grad()
     return seconds
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device.type).synchronize(device)
 
 
 def _no_room(trainer: RunningTrainer, found: dict[int, Any], budget: int, longest: Longest) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, InverseError, MemTuneError
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
 from hf_memtune.methods.reversible.start import StartReport
@@ -48,9 +49,16 @@ class ReversibleCallback(TrainerCallback, Restorable):
         if self.handle is None:
             self.handle = make_reversible(model, self.config)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.handle is None:
             raise MemTuneError("the reversible layers were taken out of this model, so there is nothing to train: make a new trainer.")
+        if unwrapped(model) is not unwrapped(self.handle.model):
+            raise ConfigError(
+                [
+                    "model_init: got a function, which made another model since the layers of the first one became reversible: it would be trained "
+                    "without them, whole. Pass a model to the trainer in its place."
+                ]
+            )
 
     def verify(self, inputs: dict[str, Any], device) -> StartReport:
         """Measure on one batch of inputs. Raises InverseError where the inverse should be exact and is not."""

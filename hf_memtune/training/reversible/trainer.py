@@ -133,7 +133,7 @@ class ReversibleMixin:
         """What a function of the user's reads of the model is not known before it runs."""
         if not self.args.token_seeking:
             return False
-        return scorer is not None or resolve_scorer(TokenSeekingConfig.of(self.args), None).runs_last_block
+        return scorer is not None or resolve_scorer(TokenSeekingConfig.of(self.args), None).facts.runs_last_block
 
     def _layer_arguments(self) -> tuple:
         return ReversibleConfig.of(self.args), self.args.checkpoint_levels

@@ -12,7 +12,8 @@ from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.care.recovery.advice import advice
 from hf_memtune.training.care.recovery.halving import HalvingSteps
-from hf_memtune.training.care.report.savings import BatchShape
+from hf_memtune.training.care.savings import BatchShape
+from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes
 
@@ -122,7 +123,8 @@ class Flight:
     def _evaluate_one(self, name: str | None) -> None:
         trainer, args = self.trainer, self.trainer.args
         loader = trainer.get_eval_dataloader(name)
-        found = longest_batch(loader, args.eval_batch_size)
+        with preserved_rng(args.device, loader.collate_fn):  # often the collator of training
+            found = longest_batch(loader, args.eval_batch_size)
         if found is None:
             self.report.notes.append("evaluation was not tried: a data set without length cannot be looked through")
             return

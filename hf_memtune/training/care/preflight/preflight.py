@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_memtune._compat import is_fake
-from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.training.care.preflight.flight import Flight
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.watch import LeverWatch
-from hf_memtune.training.care.recovery.advice import first_line, is_out_of_memory
+from hf_memtune.training.care.recovery.advice import is_out_of_memory
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
@@ -92,8 +92,9 @@ class Preflight(TrainerCallback):
         return False
 
     def _fly(self, batches: list[dict[str, Any]]) -> PreflightReport:
-        with preserved_rng(self.trainer.args.device):  # a collator may draw
-            found = longest_batch(self.trainer.callback_handler.train_dataloader, self.trainer._train_batch_size)
+        loader = self.trainer.callback_handler.train_dataloader
+        with preserved_rng(self.trainer.args.device, loader.collate_fn):
+            found = longest_batch(loader, self.trainer._train_batch_size)
         if found is None:
             why = "the first batch: a data set without length cannot be looked through, so its longest row is not known"
             found = Longest(batches[0], _rows(batches[0]), None, why)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_memtune.memory import MemoryAccount, PhaseBytes
-from hf_memtune.training.care.report.savings import BatchShape, savings_of
+from hf_memtune.training.care.savings import BatchShape, savings_of
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes
 

@@ -31,8 +31,3 @@ def run_of(trainer: RunningTrainer, rows: int, tokens: int | None = None) -> Run
     four_bits = bool(getattr(model, "is_loaded_in_4bit", False))
     rank, size, changes_model = max(ranks, default=int(frozen)), trainer.args.per_device_train_batch_size, not trainer.args.is_reversible
     return Run(trainer.args, rows, tokens, rank, four_bits, changes_model, batch_size=size)
-
-
-def first_line(error: BaseException) -> str:
-    """What an allocator says first; the rest is statistics."""
-    return str(error).strip().split("\n")[0][:300]

@@ -21,10 +21,10 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_memtune.errors import MemTuneError
+from hf_memtune.errors import MemTuneError, first_line
 from hf_memtune.levers.facts import steps_in_backward
 from hf_memtune.methods.overrides import instance_attribute
-from hf_memtune.training.care.recovery.advice import advice, first_line, is_out_of_memory
+from hf_memtune.training.care.recovery.advice import advice, is_out_of_memory
 from hf_memtune.training.care.recovery.batch_parts import leaves_out_answers, parts_of, row_count, shares, why_not_cut
 from hf_memtune.training.restorable import keep_counters
 from hf_memtune.training.rng import Generators, preserved_rng

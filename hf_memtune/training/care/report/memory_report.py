@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from hf_memtune.files import write_text
 from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory import MemoryAccount
-from hf_memtune.training.callbacks import MemoryCallback
 from hf_memtune.training.care.preflight.preflight import Preflight
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.recovery.halving import HalvingSteps
-from hf_memtune.training.care.report.savings import Advice, BatchShape, Lever, savings_of
 from hf_memtune.training.care.report.step_account import StepAccountCallback
+from hf_memtune.training.care.savings import Advice, BatchShape, LeverSaving, savings_of
+from hf_memtune.training.memory_callback import MemoryCallback
 from hf_memtune.training.running import RunningTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class MemoryReport:
     allocator_peaks: dict[str, int] | None
     batch: str
     conditions: dict[str, Any]
-    levers: list[Lever]
+    levers: list[LeverSaving]
     advice: Advice | None
     notes: list[str]
 
@@ -80,6 +80,7 @@ class MemoryReportCallback(TrainerCallback):
         self._shape: BatchShape | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.close()  # training begins again where a batch size that did not fit was halved, perhaps in the middle of the step
         self._taken = None
         if args.reports and not args.preflights:
             self._take(state)
@@ -139,7 +140,7 @@ class MemoryReportCallback(TrainerCallback):
         notes = [] if self.preflight.why_none is None else [self.preflight.why_none]
         return PreflightReport(str(self.trainer.args.device), rows, tokens, f"step {taken.step}", shape, taken.account, notes=notes)
 
-    def _savings(self, found: PreflightReport, notes: list[str]) -> tuple[Any, list[Lever], Advice | None]:
+    def _savings(self, found: PreflightReport, notes: list[str]) -> tuple[Any, list[LeverSaving], Advice | None]:
         savings = savings_of(self.trainer, found.shape, notes, found.predicted)
         if savings is None:
             return None, [], None

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures.stacks import unwrapped
-from hf_memtune.errors import MemTuneError
+from hf_memtune.errors import MemTuneError, first_line
 from hf_memtune.levers.facts import checkpoint_names
 from hf_memtune.levers.table import LEVERS, offers_of
 from hf_memtune.methods.overrides import not_checkpointing
@@ -44,7 +44,7 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
-class Lever:
+class LeverSaving:
     """A setting that is on, and the peak without it and with it, in bytes; None where that is not known, and `note` says why."""
 
     setting: str
@@ -74,19 +74,19 @@ class Savings:
         self.trainer, self.args, self.shape = trainer, trainer.args, shape
         self.predicted = self._estimate() if predicted is None else predicted
 
-    def levers(self) -> Iterator[Lever]:
+    def levers(self) -> Iterator[LeverSaving]:
         """Every setting that is on, with what it saves."""
         with_bytes = self.predicted.peak_bytes
         for setting, changes, around in self._enabled():
             if changes is None:
-                yield Lever(setting, None, with_bytes, "not traced: it would have to be taken out of the model")
+                yield LeverSaving(setting, None, with_bytes, "not traced: it would have to be taken out of the model")
                 continue
             found = self._try(changes, around=around)
-            yield Lever(setting, found if isinstance(found, int) else None, with_bytes, None if isinstance(found, int) else found)
+            yield LeverSaving(setting, found if isinstance(found, int) else None, with_bytes, None if isinstance(found, int) else found)
         if hasattr(self.trainer.model, "peft_config"):
             found = self._try({}, model=unwrapped(self.trainer.model).config)
             note = "without: every parameter trained" if isinstance(found, int) else found
-            yield Lever("adapters (peft)", found if isinstance(found, int) else None, with_bytes, note)
+            yield LeverSaving("adapters (peft)", found if isinstance(found, int) else None, with_bytes, note)
 
     def advice(self) -> Advice | None:
         """The best setting that is not on."""
@@ -109,7 +109,7 @@ class Savings:
             with around():
                 return self._estimate(changes, rows, model).peak_bytes
         except Exception as error:  # whatever a step without values runs into: a report must not cost a finished run
-            return f"not traced: {str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__}"
+            return f"not traced: {first_line(error)}"
 
     # -- settings
 
@@ -192,7 +192,7 @@ def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[st
         try:
             return Savings(trainer, shape, predicted)
         except Exception as error:  # whatever a step without values runs into: a report must not cost a run
-            why = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            why = first_line(error)
     if (note := f"Nothing is predicted: {why}.") not in notes:
         notes.append(note)
     return None
