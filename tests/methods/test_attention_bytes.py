@@ -85,8 +85,15 @@ def most_numbers(model, batch, chunk, order):
     return seen.numbers
 
 
-@pytest.mark.parametrize("order", ["chunks", "layers"])
-@pytest.mark.parametrize("name, side", [("llama", "right"), ("llama", "left"), ("qwen2-sliding", "right"), ("mistral-sliding", "left")])
+@pytest.mark.parametrize(
+    "name, side, order",
+    [
+        ("llama", "right", "chunks"),
+        ("llama", "left", "layers"),
+        ("qwen2-sliding", "right", "layers"),
+        ("mistral-sliding", "left", "chunks"),
+    ],
+)
 def test_no_tensor_of_queries_times_keys_is_made(monkeypatch, name, side, order):
     """A chunk is longer than anything else of a token is wide, so that what has fewer numbers is all that a step needs beside."""
     monkeypatch.setattr(masks, "SQUARE", 64)
