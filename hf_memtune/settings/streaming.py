@@ -41,7 +41,8 @@ class StreamingConfig(MethodSettings):
         "With sequence_chunk_size, or token_gradient=stream or skip, on a GPU: keep the keys and values of all tokens, and the "
         "gradients summed for them, in pinned host memory, with two blocks of 2048 tokens of a layer on the GPU. Memory of the GPU then hardly "
         "grows with the row; every chunk copies the keys, values and sums of the tokens before it over the bus. By layers (stream_order): the "
-        "inputs of the layers, each of which is copied there once and back three times; keys and values of one layer stay on the GPU.",
+        "inputs of the layers, each of which is copied there once and back three times; keys, values and sums of one layer stay on the GPU, which "
+        "needs some 17 KB for each token of an 8B model then.",
     )
 
     keep_attention_outputs: bool = setting(
