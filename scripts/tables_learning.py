@@ -343,6 +343,7 @@ def _ratio(arm: str) -> float:
 
 
 def precision_table(rows: Rows) -> str:
-    """Sums in bfloat16 and float32, by the tokens of a chunk."""
-    columns = {"method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
-    return f"{listing(rows, columns, 'lrl')}\n\n{conditions_of(rows)}"
+    """Sums in bfloat16 and float32, by the tokens of a row and of a chunk."""
+    columns = {"tokens": "{tokens}", "method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
+    columns["error of keys' and values' weights"] = "{error_of_keys_and_values:.4f}"
+    return f"{listing(rows, columns, 'rlrl')}\n\n{conditions_of(rows)}"
