@@ -82,6 +82,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
         **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in RACED},
         "quality": lambda: summary_table(quality()),
+        "quality-sentence": lambda: summary_sentence(quality()),
         "quality-pairs": lambda: pairs_table(quality()),
         "quality-screening": lambda: screening_section(screened(quality())),
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
@@ -223,6 +224,27 @@ def summary_table(found: Rows) -> str:
                 )
                 lines.append([described, title, above, *shares])
     return table("data | method | held-out loss minus plain | peak bytes | step time", lines, "ll")
+
+
+def summary_sentence(found: Rows, task: str = "smollm2-alpaca") -> str:
+    """What a few arms of one task lose, for who reads one sentence."""
+    groups = finals(found, task)
+    if (plain := named(groups, PLAIN)) is None:
+        return UNMEASURED
+    run, told = plain.any_run, []
+    for title in (
+        "exact streaming",
+        "`token_seeking`, ratio 0.3",
+        "`token_seeking`, ratio 0.1",
+        "`--preset tokentune`",
+        "`--preset tokenseek`",
+    ):
+        group = next(found for arm in SUMMARY_ARMS[title] if (found := named(groups, arm)))
+        told.append(f"{title.replace(',', ' at')}: {group.minus(plain):+}")
+    return (
+        f"Held-out loss minus that of plain training ({SUMMARY_TASKS[task]}; {run['steps']} steps of {run['rows']} short rows, {len(plain.runs)} seeds): "
+        f"{'; '.join(told)}."
+    )
 
 
 def pairs_table(found: Rows) -> str:
