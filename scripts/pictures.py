@@ -42,6 +42,8 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     draw_screening(screened(quality), folder / "quality-screening.png")
     if estimators := rows_of("estimator"):
         draw_estimators(estimators, folder / "estimator.png")
+    if scorers := rows_of("scorers"):
+        draw_scorers(scorers, folder / "scorers.png")
     draw_accuracy(groups_of(latest(rows_of("glue")), FLAGS), folder / "reversible-glue.png")
     draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
@@ -83,6 +85,36 @@ def draw_estimators(rows: Rows, file: Path) -> None:
         all_axes[0].set(ylabel="bias, relative to the gradient", xlim=(0, far), ylim=(-0.03, far))
         named = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}
         legend_below(figure, [*named.values()], [*named], columns=min(5, 1 + 2 * len(pairs)))
+
+
+KINDS = (BLUE, SKY, YELLOW, ORANGE, GREY, PINK)  # of tokens
+
+
+def draw_scorers(rows: Rows, file: Path) -> None:
+    """What kinds of tokens each scorer keeps, beside all tokens; and how far two scorers keep the same ones."""
+    names = [row["scorer"] for row in rows]
+    shown = [("all tokens", rows[0]), *zip(names, rows)]
+    with panels(file, 1, 2, (11, 4.4), {**STYLE, "axes.grid": False}) as (figure, (left, right)):
+        from_left = [0.0] * len(shown)
+        for kind, colour in zip(rows[0]["shares"]["token class"]["all tokens"], KINDS):
+            parts = [100 * row["shares"]["token class"][who][kind] for who, row in shown]
+            left.barh(range(len(shown)), parts, left=from_left, color=colour, label=kind)
+            from_left = [start + part for start, part in zip(from_left, parts)]
+        for place, (who, row) in enumerate(shown):
+            answer = next(iter(row["shares"]["role"][who].values()))
+            left.text(101, place, f"{answer:.0%} in the answer", va="center", fontsize=8)
+        left.set_yticks(range(len(shown)), [who for who, _ in shown])
+        left.invert_yaxis()
+        left.set(xlim=(0, 130), xticks=range(0, 101, 20), xlabel="% of the tokens that are kept", title="Kinds of tokens")
+        overlap = [[row["overlap"][other] for other in names] for row in rows]
+        right.imshow(overlap, vmin=0, vmax=1, cmap="Blues")
+        for y, line in enumerate(overlap):
+            for x, value in enumerate(line):
+                right.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else BLACK)
+        right.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        right.set_yticks(range(len(names)), names)
+        right.set(title="How far two keep the same tokens (Jaccard index)")
+        legend_below(figure, *left.get_legend_handles_labels(), columns=6)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         "quality-conditions": lambda: conditions_of(quality(), leave_out=("model", "data")),
         "skip": lambda: skip_table(rows_of("skip")),
         "estimator": lambda: estimator_table(rows_of("estimator")),
+        "scorers": lambda: scorer_table(rows_of("scorers")),
         "precision": lambda: precision_table(rows_of("precision")),
     }
 
@@ -369,3 +370,18 @@ def precision_table(rows: Rows) -> str:
     columns = {"tokens": "{tokens}", "method": "{method}", "tokens of a chunk": "{chunk}", "sums": "{sums}", "error": "{error:.4f}"}
     columns["error of keys' and values' weights"] = "{error_of_keys_and_values:.4f}"
     return f"{listing(rows, columns, 'rlrl')}\n\n{conditions_of(rows)}"
+
+
+def scorer_table(rows: Rows) -> str:
+    """Of what each scorer keeps, the share with a label, at either end of the row, and of each kind of token; that of all tokens on top."""
+    if not rows:
+        return UNMEASURED
+    lines = []
+    for who, row in (("all tokens", rows[0]), *((row["scorer"], row) for row in rows)):
+        role, position, kinds = (list(row["shares"][name][who].values()) for name in ("role", "position", "token class"))
+        name = who if who == "all tokens" else f"`{who}`"
+        lines.append([name, *(f"{100 * share:.0f} %" for share in (role[0], position[0], position[-1], *kinds))])
+    heads = ["", "with a label", "first tenth of the row", "last tenth", *rows[0]["shares"]["token class"]["all tokens"]]
+    first = rows[0]
+    said = f"{first['task']}: {first['rows']} rows, {first['of']:,.0f} tokens, of which the {100 * first['ratio']:.0f} % with the highest scores in each row are kept."
+    return "\n\n".join([table(heads, lines), f"{said} {conditions_of(rows)}"])
