@@ -17,7 +17,7 @@ from hf_memtune.errors import InverseError
 _RUN = "run"
 
 
-def _is_no_container(value: Any) -> bool:
+def is_no_container(value: Any) -> bool:
     """A KV cache may be registered as a tree: taken apart, it would be put together again as a copy."""
     return not isinstance(value, (tuple, list, dict))
 
@@ -26,7 +26,7 @@ class Arguments:
     """Positional and keyword arguments of a call, taken apart: its tensors, nested ones too, and all the rest."""
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]):
-        self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=_is_no_container)
+        self._leaves, self._spec = tree_flatten((args, kwargs), is_leaf=is_no_container)
         self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [self._leaves[place] for place in self._places]
         for place in self._places:
@@ -139,7 +139,7 @@ class Outputs:
     """
 
     def __init__(self, extras: tuple, arguments: Sequence[Tensor]):
-        leaves, self._spec = tree_flatten(extras, is_leaf=_is_no_container)
+        leaves, self._spec = tree_flatten(extras, is_leaf=is_no_container)
         self.tensors: list[Tensor] = []
         self._recipe: list[tuple[str, Any]] = [self._place(leaf, arguments) for leaf in leaves]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_memtune.evaluation.harness_tasks import Tasks
 from hf_memtune.files import write_text
+from hf_memtune.methods.overrides import modes_kept
 
 BOOTSTRAP_ITERS = 1000  # resamplings for the standard errors of metrics that are no means; 0 would leave out all of them
 BATCH_SIZE = 8
@@ -91,17 +92,6 @@ def write_results(results: dict[str, Any], path: str | Path) -> Path:
     from lm_eval.utils import handle_non_serializable
 
     return write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def modes_kept(model) -> Iterator[None]:
-    """Put every module back into the mode, training or evaluation, that it had."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from hf_memtune._compat import wait_for
 from hf_memtune.core.loss import IGNORED, linear_loss
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.memory.fake import sdpa_without_padding, use_sdpa
@@ -141,26 +142,22 @@ class CausalLMStep:
 
     def seconds(self, then: Callable[[], None] | None = None) -> float:
         """The seconds of one step, which is run, until the device has done it. then: what belongs to it after backward."""
-        self._wait()
+        wait_for(self._ids.device)
         began = time.perf_counter()
         self._run()
         if then is not None:
             then()
-        self._wait()
+        wait_for(self._ids.device)
         return time.perf_counter() - began
-
-    def _wait(self) -> None:
-        if self._ids.is_cuda:
-            torch.cuda.synchronize(self._ids.device)
 
     def _on_cuda(self) -> tuple[int, int]:
         device = self._ids.device
-        self._wait()
+        wait_for(self._ids.device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         host = _count_host(self._installed)
         self._run()
-        self._wait()
+        wait_for(self._ids.device)
         return torch.cuda.max_memory_allocated(device) - before, host.live.peak_bytes
 
     def _counted(self) -> tuple[int, int]:

@@ -95,6 +95,17 @@ def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module back into the mode, training or evaluation, that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout and activation checkpointing off, without losing which submodules were in training mode."""
     training = [m for m in module.modules() if m.training and not is_quantised_kernel(m)]
@@ -120,10 +131,7 @@ def not_checkpointing(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def forwards_as(pairs: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """`forward_as` for several modules."""
-    pairs = list(pairs)
-    if not pairs:
-        yield
-        return
-    (module, forward), *rest = pairs
-    with forward_as(module, forward), forwards_as(rest):
+    with ExitStack() as stack:
+        for module, forward in pairs:
+            stack.enter_context(forward_as(module, forward))
         yield

@@ -16,6 +16,7 @@ from hf_memtune.architectures import Architecture
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
+from hf_memtune.methods.overrides import modes_kept
 from hf_memtune.methods.verify import probe_batch
 from hf_memtune.methods.verify_parts import FAILURES
 
@@ -92,14 +93,10 @@ def require_no_trace(architecture: Architecture) -> None:
 @contextmanager
 def _training(base: nn.Module) -> Iterator[None]:
     """As it is where it trains already, and else as `train()` makes it."""
-    modes = [(module, module.training) for module in base.modules()]
-    if not base.training:
-        base.train()
-    try:
+    with modes_kept(base):
+        if not base.training:
+            base.train()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _and_more(names: list[str]) -> str:

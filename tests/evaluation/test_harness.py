@@ -11,8 +11,9 @@ lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 from hf_memtune.errors import ConfigError  # noqa: E402
 from hf_memtune.evaluation import harness_tasks  # noqa: E402
-from hf_memtune.evaluation.harness import Score, logged, modes_kept, score, scores_of, table_of, write_results  # noqa: E402
+from hf_memtune.evaluation.harness import Score, logged, score, scores_of, table_of, write_results  # noqa: E402
 from hf_memtune.evaluation.harness_tasks import load_tasks  # noqa: E402
+from hf_memtune.methods.overrides import modes_kept  # noqa: E402
 from tests.support.folders import llama, tokenizer  # noqa: E402
 from tests.support.questions import questions, task_folder  # noqa: E402
 

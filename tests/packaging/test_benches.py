@@ -106,6 +106,16 @@ def test_bias_and_noise_of_chosen_tokens(assets):
             assert row["bias"] == pytest.approx(max(0.0, row["bias_squared"]) ** 0.5, abs=0.01) and row["bias_squared_error"] > 0
 
 
+def test_what_scorers_keep(assets):
+    rows = {row["scorer"]: row for row in rows_of("bench_scorers", assets, "--rows", "3", "--assets", assets)}
+    assert len({row["kept"] for row in rows.values()}) == 1 and rows["loss"]["kept"] < rows["loss"]["of"]
+    for name, row in rows.items():
+        assert row["overlap"][name] == 1 and row["overlap"]["loss"] == pytest.approx(rows["loss"]["overlap"][name])
+        assert all(sum(shares[name].values()) == pytest.approx(1) for shares in row["shares"].values())
+    answers = {name: row["shares"]["role"][name]["with a label (answer)"] for name, row in rows.items()}
+    assert answers["loss"] > answers["random"]  # a token without a label has no loss
+
+
 def test_ways_to_choose_that_are_measured_have_settings():
     every_arm = scripts.load("bench_estimator").every_arm
     from learning.arms import check

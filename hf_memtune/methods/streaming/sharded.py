@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hf_memtune.architectures import is_sharded
 from hf_memtune.core.head_call import HeadOnDemand
+from hf_memtune.core.recompute import is_no_container
 from hf_memtune.core.sums import GradientSums
 from hf_memtune.errors import LogitsError, UnsupportedModelError
 from hf_memtune.methods.attention.batch import BodyCall
@@ -200,7 +201,7 @@ class Units:
     def _before(self, unit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._runs_forward:
             return None
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_no_container)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_no_container)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places:
             return None
@@ -222,11 +223,6 @@ class Units:
             for parameter in group.fsdp_params:
                 _settle(parameter)
         unit.reshard()
-
-
-def _is_no_container(value: Any) -> bool:
-    """A KV cache may be registered as a tree, and would be put together again as a copy."""
-    return not isinstance(value, (tuple, list, dict))
 
 
 def _groups(unit: Any) -> list[Any]:
