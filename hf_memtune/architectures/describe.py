@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 
 from hf_memtune.architectures import tables
+from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import UnsupportedModelError
 
 
@@ -109,7 +110,7 @@ def describe(model: nn.Module) -> Architecture:
 
     Raises UnsupportedModelError, which names the model, the reason and the remedy.
     """
-    head_model = _unwrapped(model)
+    head_model = _without_adapters(model)
     task = _task(head_model)
     base, stacks = _body(head_model)
     if "encoder" in stacks and task is not Task.SEQ2SEQ_LM:
@@ -144,7 +145,8 @@ def _own_class(module: nn.Module | None) -> type:
     return type(module).__bases__[-1] if _is_unit(module) else type(module)
 
 
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
+def _without_adapters(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under a PEFT wrapper, of a kind that may be given parts of a row."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} with a prompt-learning adapter (prompt, prefix or p-tuning): its virtual tokens shift every "
@@ -152,12 +154,7 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
         )
     for name, adapter in getattr(model, "peft_config", {}).items():
         _refuse_adapter(type(model).__name__, name, adapter)
-    head_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(head_model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model (expected a PreTrainedModel, or a PEFT model around one)."
-        )
-    return head_model
+    return unwrapped(model)
 
 
 def _refuse_adapter(model: str, name: str, adapter) -> None:
