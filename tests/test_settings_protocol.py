@@ -1,5 +1,7 @@
 """Settings of every method keep to one protocol, alone and together in a trainer's arguments."""
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from importlib import import_module
@@ -57,7 +59,12 @@ def test_what_cannot_work_is_refused_alone_and_among_others(kind, arguments):
 @EVERY
 def test_what_has_no_effect_is_named_alone_and_among_others(kind, arguments):
     idle = CASES[kind][2]
-    assert [message.split()[0] for message in kind(**idle).ineffective()] == list(idle)
+    with pytest.warns(UserWarning, match=f"{next(iter(idle))} has no effect") if idle else nullcontext():
+        alone = kind(**idle)
+    assert [message.split()[0] for message in alone.ineffective()] == list(idle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is taken out of settings was told of them
+        assert kind.of(alone) == alone
     if idle:
         with pytest.warns(UserWarning, match=f"{next(iter(idle))} has no effect"):
             assert [message.split()[0] for message in arguments(**idle).ineffective()] == list(idle)

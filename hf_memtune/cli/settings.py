@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import told
 
 NOTHING = ("", "null", "~")
 SHORTER = ("--model", "--dataset", "--budget")  # aliases by which help calls a setting
@@ -184,7 +185,8 @@ def _words(name: str, node: yaml.Node, typed) -> list[str]:
 def build(kind: type, values: dict, problems: list[str]):
     """An instance of a dataclass, or None with its problems added."""
     try:
-        settings = kind(**values)
+        with told():  # by `idle_flags`
+            settings = kind(**values)
         found = settings.problems()
     except ConfigError as error:
         found = error.problems

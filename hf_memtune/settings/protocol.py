@@ -4,7 +4,10 @@ Flat dataclass fields, each with a default and a help text; `of`, `problems` and
 hands on to the next (`super()`): the messages of several, mixed into one class of arguments, are those of all.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
@@ -25,18 +28,34 @@ def setting(default: Any, help_text: str, choices: Sequence[str] | None = None, 
     return field(default=default, metadata=metadata)
 
 
+_is_told: ContextVar[bool] = ContextVar("_is_told", default=False)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """While open, settings that are made say nothing of what has no effect: somebody else does."""
+    before = _is_told.set(True)
+    try:
+        yield
+    finally:
+        _is_told.reset(before)
+
+
 @dataclass
 class MethodSettings:
-    """Settings of one method, or of several. Raises ConfigError with every problem when it is made."""
+    """Settings of one method, or of several. When it is made, raises ConfigError with every problem, and warns of what has no effect."""
 
     def __post_init__(self) -> None:
         if found := self.problems():
             raise ConfigError(found)
+        for message in () if _is_told.get() else self.ineffective():
+            warnings.warn(message, stacklevel=4)  # whoever makes it: between are __init__ and the method of a subclass
 
     @classmethod
     def of(cls, settings: "MethodSettings", **changed: Any) -> Self:
-        """These settings alone, out of arguments that have more fields, with some of them changed."""
-        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)} | changed)
+        """These settings alone, out of arguments that have more fields, with some of them changed; what has no effect was told of the arguments."""
+        with told():
+            return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)} | changed)
 
     def problems(self) -> list[str]:
         """Every value that cannot work, as one message each: setting, got, expected."""

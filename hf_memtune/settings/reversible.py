@@ -3,7 +3,7 @@
 What is not given is None until `filled()`.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_memtune.settings.presets import ADAPTER_DEFAULTS, COUPLING_FACTORS
@@ -84,7 +84,7 @@ class ReversibleConfig(MethodSettings):
     def filled(self) -> "ReversibleConfig":
         """With what was not given; but reversible_output, reversible_fraction_bits, reversible_layers and train_head need the model."""
         missing = {name: value for name, value in _defaults(self).items() if getattr(self, name) is None}
-        return replace(ReversibleConfig.of(self), **missing)
+        return ReversibleConfig.of(self, **missing)
 
     def problems(self) -> list[str]:
         found = [

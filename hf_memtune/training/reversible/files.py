@@ -24,6 +24,7 @@ from hf_memtune import __version__, files
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, MemTuneError
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
+from hf_memtune.settings.protocol import told
 from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.training.fingerprint import Marks, parameter_marks, same_marks
 
@@ -55,7 +56,9 @@ def load_reversible(model: nn.Module, folder: str | Path) -> ReversibleHandle:
     _require_lora(model, Path(folder))
     _require_base(model, saved["base"], Path(folder))
     try:
-        handle = make_reversible(model, ReversibleConfig(**saved["settings"]))
+        with told():  # when they were trained
+            config = ReversibleConfig(**saved["settings"])
+        handle = make_reversible(model, config)
     except (TypeError, ConfigError) as error:  # of another version of this library
         raise MemTuneError(f"{Path(folder, SETTINGS)}: its settings cannot be used here: {error}") from error
     try:
