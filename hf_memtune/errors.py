@@ -16,6 +16,9 @@ class ConfigError(MemTuneError, ValueError):
         heading = "1 problem with the settings:" if count == 1 else f"{count} problems with the settings:"
         super().__init__("\n  - ".join([heading, *self.problems]))
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problems,)  # and not its message, from process to process
+
 
 class UnsupportedModelError(MemTuneError, ValueError):
     """A model on which a strategy would not be exact. Names the model, the reason and the remedy."""

@@ -9,6 +9,7 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -74,7 +75,8 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 def progress_of(checkpoint: Path) -> TrainerState:
     """What was done when a complete checkpoint was written: global_step, epoch (None where that was not written) and max_steps among it."""
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    saved, known = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), {each.name for each in fields(TrainerState)}
+    return TrainerState(**{name: value for name, value in saved.items() if name in known})  # that of another version may have more
 
 
 def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None:

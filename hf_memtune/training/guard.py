@@ -88,13 +88,21 @@ class FullLossLog(Listener):
     """
 
     def __init__(self, trainer: RunningTrainer):
-        args = trainer.args
-        self.trainer, self.is_on = trainer, bool(args.is_mean_of_kept and not args.keeps_all and args.full_loss_rows)
-        self._guard = FullLossGuard()
+        self.trainer = trainer
         self._rows: list[dict[str, Any]] | None = None
-        self.is_of_kept = False
+        self.begin()
         if trainer.method_callback is not None:
             trainer.method_callback.listeners.append(self)
+
+    def begin(self) -> None:
+        """Forget an earlier training: its losses, and what it took."""
+        self._guard, self.is_of_kept = FullLossGuard(), False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the settings ask for it; a search of hyperparameters changes them."""
+        args = self.trainer.args
+        return bool(args.is_mean_of_kept and not args.keeps_all and args.full_loss_rows)
 
     def loss_of_kept(self) -> None:
         self.is_of_kept = True

@@ -66,8 +66,10 @@ class MethodMixin:
 
         Raises ConfigError where they cannot work, or would turn a method on or off: what is around it was made with the trainer.
         """
+        callback = self.method_callback
         found = [*self.args.problems(), *refusals_of_arguments(self.args)]
-        config, callback = (None if found else self._method_settings()), self.method_callback
+        found = found or self._problems_of_method(getattr(callback, "scorer", None))
+        config = None if found else self._method_settings()
         had = None if callback is None else callback.config
         if not found and (type(config) is not type(had) or (callback is not None and config.switch != had.switch)):
             found = [

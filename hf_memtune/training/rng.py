@@ -54,20 +54,35 @@ def preserved_rng(device: torch.device, collator: object = None) -> Iterator[Non
 
 @contextmanager
 def _with_copies(collator: object) -> Iterator[None]:
-    """Let a collator, and one inside of it, draw from copies of its generators, or from such as it makes now and will not keep."""
-    holders = [each for each in (collator, getattr(collator, "data_collator", None)) if isinstance(getattr(each, "__dict__", None), dict)]
-    kept = [(vars(each), vars(each).copy()) for each in holders]
-    for attributes, before in kept:
-        attributes.update({name: _copied(value) for name, value in before.items() if isinstance(value, _GENERATORS)})
+    """Let a collator, and those inside of it, draw from copies of their generators, or from such as they make now and will not keep."""
+    kept = [(attributes, attributes.copy()) for attributes in _attributes(collator, set())]
     try:
+        for attributes, before in kept:
+            attributes.update({name: _copied(value) for name, value in before.items() if _draws(value)})
         yield
     finally:
         for attributes, before in kept:
-            for name in [name for name, value in attributes.items() if isinstance(value, _GENERATORS)]:
+            for name in [name for name in {**attributes, **before} if _draws(attributes.get(name)) or _draws(before.get(name))]:
                 if name in before:
                     attributes[name] = before[name]
                 else:
                     del attributes[name]
+
+
+def _attributes(collator: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
+    """Those of an object, of what a bound method or a partial is of, and of callables that it holds."""
+    collator = getattr(collator, "__self__", getattr(collator, "func", collator))
+    attributes = getattr(collator, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(collator, torch.nn.Module) or id(collator) in seen:
+        return
+    seen.add(id(collator))
+    yield attributes
+    for held in [each for each in attributes.values() if callable(each)]:
+        yield from _attributes(held, seen)
+
+
+def _draws(value: object) -> bool:
+    return isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom)  # which has no state
 
 
 def _copied(generator: Any) -> Any:

@@ -68,7 +68,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             self.add_callback(callback)
         self.callback_handler.callbacks.insert(0, self.preflight)  # it takes steps of its own, before anyone measures
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args, **kwargs):
         """As in Trainer; True resumes from the newest checkpoint of output_dir that is whole, and a folder that is not is refused."""
         self._require_same_layers()
         if resume_from_checkpoint is True:
@@ -77,10 +77,12 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
             require_complete(resume_from_checkpoint, self.args.save_only_model)
         if resume_from_checkpoint:
             require_same_model(resume_from_checkpoint, self.model)
-        if (wanted := self._method_settings()) != (had := getattr(self.method_callback, "config", None)):
+        # a search changes arguments after this, and between its trials there is no model
+        if trial is None and (wanted := self._method_settings()) != (had := getattr(self.method_callback, "config", None)):
             raise ConfigError([f"args: got {wanted}, changed since the trainer was made with {had}. Make a new trainer."])
+        self.full_loss.begin()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, trial, *args, **kwargs)
         finally:  # transformers does not call on_train_end when training fails
             for each in (self.report_callback, self.memory_callback, self.preflight):
                 each.close()
@@ -91,9 +93,14 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         return result
 
     def _hp_search_setup(self, trial: Any) -> None:
+        before = vars(self.args).copy()
         super()._hp_search_setup(trial)
-        if trial is not None:
-            self._retake_method()
+        try:
+            if trial is not None:
+                self._retake_method()
+        except ConfigError:
+            vars(self.args).update(before)  # or the trials after it would be refused for it
+            raise
 
     def get_batch_samples(self, *args, **kwargs):
         batches, count = super().get_batch_samples(*args, **kwargs)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_memtune.settings.scorers import facts_of
+
 EXPLANATIONS = {
     "context": "how much attention the other tokens pay to this token",
     "gradient": "how strongly the training loss reacts to this token",
@@ -97,6 +99,11 @@ class Decision:
         return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
 
     def _weighed(self) -> str:
+        if not self.samples and facts_of(self.scorer).known_in_backward:
+            return (
+                "No token has a probability here (token_selection=top): it is kept or it is not. The loss is that of all tokens, whose gradient says "
+                "which are kept; what is learned is the part of it that reaches these."
+            )
         if not self.samples:
             return (
                 "No token has a probability here (token_selection=top): it is kept or it is not, and a kept token counts once in the loss"

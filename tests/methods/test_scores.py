@@ -540,13 +540,14 @@ def test_scores_are_computed_when_asked_for_and_only_then(computed, settings, at
 @pytest.mark.parametrize("name", ["loss", "softmax_residual"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_the_last_block_runs_where_its_output_is_not_at_hand(computed, kind, name, settings):
-    """Where the head is given a transform of it. A loss of one's own chooses anew, with a pass over all tokens that gives it again."""
+    """Where the head is given a transform of it, and of a stream, which ran with dropout. A loss of one's own chooses anew, with a pass over all
+    tokens that gives it again."""
     if kind == "bert" and settings:
         pytest.skip("not causal")
     model, batch, _ = model_and_batch(kind)
     for take in (loss_of, lambda model, batch: model(**batch).logits.square().mean()):
         step_counted(computed, model, batch, take=take, token_scorer=name, **settings)
-        assert computed["only_last_block"] == (kind == "bert")
+        assert computed["only_last_block"] == (kind == "bert" or bool(settings))
 
 
 def test_scores_are_computed_once(computed):
@@ -690,3 +691,30 @@ def test_tokens_below_a_probability_are_left_out(ratio, token_gradient):
     assert (scores[kept & (scores < least)] == scores.amax(1)[scores.amax(1) < least]).all()
     without = take_step(model, batch, **settings).kept["decoder"] if ratio < 1 else labelled
     assert not torch.equal(kept, without)  # the sibling
+
+
+@pytest.mark.parametrize("asked", [("token_loss",), ("gradient_score", "token_loss")], ids=["alone", "after a gradient"])
+@pytest.mark.parametrize(
+    "settings", [{"token_gradient": "cut"}, {"token_gradient": "stream", "sequence_chunk_size": 4}], ids=["cut", "stream"]
+)
+def test_scores_are_without_dropout_whatever_ran_with_it(settings, asked):
+    model, batch, _ = model_and_batch("gpt2")
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.0
+    for module in model.transformer.h[-1].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected, seen = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), {}
+    model.train()
+
+    def scorer(context):
+        seen.update({name: getattr(context, name).clone() for name in asked})
+        return torch.zeros(context.attention_mask.shape)
+
+    with seeking_on(model, scorer, **settings):
+        model(**batch).loss.backward()
+    torch.testing.assert_close(seen["token_loss"].double(), expected.double(), rtol=1e-6, atol=1e-6)

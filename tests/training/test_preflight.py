@@ -1,7 +1,9 @@
 """The worst batch first: found, measured, refused where it does not fit, and taken back bit by bit."""
 
+import random
 from argparse import Namespace
 from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -238,11 +240,24 @@ class Masking:
         return pad_right(rows)
 
 
-def test_a_collator_with_a_generator_of_its_own_draws_the_same(tmp_path):
+class Around:
+    def __init__(self, inner):
+        self.inner, self.entropy = inner, random.SystemRandom()
+
+    def __call__(self, rows):
+        return self.inner(rows)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda each: each, lambda each: each.__call__, lambda each: partial(each), Around],
+    ids=["itself", "a method", "a partial", "inside another"],
+)
+def test_a_collator_with_a_generator_of_its_own_draws_the_same(tmp_path, given):
     drawn = {}
     for flies in (False, True):
         collator = Masking()
-        train(llama(), make_arguments(tmp_path / str(flies), PLAIN, flies), ROWS, data_collator=collator)
+        train(llama(), make_arguments(tmp_path / str(flies), PLAIN, flies), ROWS, data_collator=given(collator))
         drawn[flies] = collator.drawn
     without, beside = drawn[False], drawn[True]
     assert len(beside) > len(without) > 1 and [number for number in beside if beside.count(number) == 1] != beside  # some were drawn twice

@@ -4,6 +4,7 @@ import argparse
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -499,6 +500,7 @@ def searched(tmp_path, *trials, **settings):
         trainer.hp_space = lambda trial: trial.params
         trainer.train(trial=SimpleNamespace(params=params, number=number))
         yield trainer
+        trainer.model = None  # as between the trials of a search
 
 
 def test_a_search_trains_with_what_each_trial_asks_for(no_backend, tmp_path):
@@ -533,3 +535,29 @@ def weights_of(model) -> torch.Tensor:
 def test_a_search_that_cannot_be_followed_is_refused(no_backend, tmp_path, settings, trial, told):
     with pytest.raises(ConfigError, match=told):
         list(searched(tmp_path, trial, **settings))
+
+
+def test_a_search_over_scorers_beside_a_function_is_refused(no_backend, tmp_path):
+    """The function would be what scores in every trial."""
+    args = arguments(tmp_path, token_scorer=None)
+    trainer = trainer_for(None, args, ROWS, model_init=lambda: llama(), token_scorer=lambda seen: seen.context_score)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    with pytest.raises(ConfigError, match="token_scorer: got a function and args.token_scorer='loss'"):
+        trainer.train(trial=SimpleNamespace(params={"token_scorer": "loss"}, number=0))
+
+
+def test_a_trial_that_was_refused_spoils_no_other(no_backend, tmp_path):
+    trainer = trainer_for(None, arguments(tmp_path), ROWS, model_init=lambda: llama())
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    for number, ratio in enumerate((1.5, 0.5)):
+        with pytest.raises(ConfigError, match="token_ratio: got 1.5") if ratio > 1 else nullcontext():
+            trainer.train(trial=SimpleNamespace(params={"token_ratio": ratio}, number=number))
+    assert trainer.method_callback.config.token_ratio == 0.5 and trainer.state.global_step == 2
+
+
+def test_a_search_logs_what_each_trial_takes(no_backend, tmp_path):
+    settings = {"token_selection": "sample", "select_from": "labels", "context_normalize": None, "token_scorer": "loss"}
+    logged = []
+    for trainer in searched(tmp_path, {"token_selection": "top"}, {"token_selection": "sample"}, **settings):
+        logged.append(any("full_loss" in entry for entry in trainer.state.log_history))
+    assert logged == [True, False]

@@ -69,7 +69,8 @@ class _ChoosingLoss(HeadOnDemand):
         choice = run.choice
         weight_VD.detach()[:, 0].gather(0, target_BT.flatten().clamp_min(0))  # raises for what is no class, of tokens that are not kept too
         is_of_body = self._body == _memory(hidden_BTD)
-        choice.by_labels(target_BT, hidden_BTD.detach() if is_of_body else None)
+        is_whole = is_of_body and isinstance(run, DitchedCall)  # a stream ran with dropout, and scores are without
+        choice.by_labels(target_BT, hidden_BTD.detach() if is_whole else None)
         assert choice.target is not None
         weight: Tensor | None
         if is_live := isinstance(run, DitchedCall):

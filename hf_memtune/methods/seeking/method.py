@@ -67,6 +67,7 @@ class TokenSeeking(Method[TokenSeekingConfig]):
         require_seeking(config)
         self._given_scorer = scorer
         self._reference_loss: ReferenceLoss | None = None
+        self._reference_name = ""
         self.lookup: Lookup | None = None
         super().__init__(model, config, check, looks_only)
         self._chooser = Chooser(self.config, self.scorer, self.facts, self.listeners, self._reference_loss)
@@ -104,17 +105,19 @@ class TokenSeeking(Method[TokenSeekingConfig]):
 
     def _load_reference(self, settings: TokenSeekingConfig) -> None:
         """What token_scorer=excess_loss compares with, once, on the device of the model; where these settings read such a score."""
-        if self._reference_loss is not None or settings.token_selection == "labelled":
-            return
-        if not facts_of(settings.token_scorer).asks_for("reference_loss"):
+        if settings.token_selection == "labelled" or not facts_of(settings.token_scorer).asks_for("reference_loss"):
             return
         base, name = self.architecture.base, filled_in(settings.reference_model)
+        if self._reference_loss is not None:
+            if name != self._reference_name:
+                raise ConfigError([f"reference_model: got {name!r} beside {self._reference_name!r}. Compare with one at a time."])
+            return
         require_same_tokens(name, getattr(base.config, "_name_or_path", ""))  # before the weights are read
         reference = reference_model(name, next(base.parameters()).device)
         config = TokenSeekingConfig(token_seeking=True, token_scorer="loss", context_chunk_size=self.config.context_chunk_size)
         looking = TokenSeeking(reference, config, looks_only=True)
         vocabulary = looking.architecture.base.config.get_text_config().vocab_size
-        self._reference_loss = ReferenceLoss(reference, looking, vocabulary)
+        self._reference_loss, self._reference_name = ReferenceLoss(reference, looking, vocabulary), name
 
     def require(self, facts: Facts) -> None:
         super().require(facts)
