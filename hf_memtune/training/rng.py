@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def _attributes(collator: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
     """Those of an object, of what a bound method or a partial is of, and of callables that it holds."""
     collator = getattr(collator, "__self__", getattr(collator, "func", collator))
     attributes = getattr(collator, "__dict__", None)
-    if not isinstance(attributes, dict) or isinstance(collator, torch.nn.Module) or id(collator) in seen:
+    if not isinstance(attributes, dict) or isinstance(collator, (torch.nn.Module, ModuleType)) or id(collator) in seen:
         return
     seen.add(id(collator))
     yield attributes

@@ -1,5 +1,6 @@
 """The worst batch first: found, measured, refused where it does not fit, and taken back bit by bit."""
 
+import builtins
 import random
 from argparse import Namespace
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from hf_memtune.training.care.preflight import flight, snapshot
 from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.restorable import keep_plain
+from hf_memtune.training.rng import preserved_rng
 from tests.support.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
 
@@ -246,6 +248,14 @@ class Around:
 
     def __call__(self, rows):
         return self.inner(rows)
+
+
+def test_a_function_of_a_module_has_no_generators():
+    """Its `__self__` is the module, whose functions are nobody's collators."""
+    before = dict(vars(builtins))
+    with preserved_rng(torch.device("cpu"), len):
+        torch.rand(1)
+    assert vars(builtins) == before
 
 
 @pytest.mark.parametrize(
