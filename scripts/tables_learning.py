@@ -36,7 +36,9 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("combined/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
         ("random/sample/stream/10%/labels", "random/sample/cut/10%/labels"),
         ("random/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
+        ("true_gradient/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
         ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
+        ("softmax_residual/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
         ("true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/30%/labels"),
     ),
     ("smollm2-alpaca", "race"): (
