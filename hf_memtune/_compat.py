@@ -61,7 +61,12 @@ def has_repacked_4bit(model: torch.nn.Module) -> bool:
 def wait_for(device: torch.device) -> None:
     """Until a device has done what was asked of it: launches return before, and would be timed in place of the work."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize(*(() if device.type == "mps" else (device,)))  # of mps there is one
+        torch.get_device_module(device).synchronize(*which(device))
+
+
+def which(device: torch.device) -> tuple[torch.device, ...]:
+    """What functions of a device's module take to say which is meant: of mps there is one, and its module takes no name for it."""
+    return () if device.type == "mps" else (device,)
 
 
 def accumulates(node) -> bool:

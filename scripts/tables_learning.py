@@ -242,7 +242,7 @@ def summary_sentence(found: Rows, task: str = "smollm2-alpaca") -> str:
         "`--preset tokentune`",
         "`--preset tokenseek`",
     ):
-        group = next(found for arm in SUMMARY_ARMS[title] if (found := named(groups, arm)))
+        group = next(filter(None, (named(groups, arm) for arm in SUMMARY_ARMS[title])))
         told.append(f"{title.replace(',', ' at')}: {group.minus(plain):+}")
     return (
         f"Held-out loss minus that of plain training ({SUMMARY_TASKS[task]}; {run['steps']} steps of {run['rows']} short rows, {len(plain.runs)} seeds): "

@@ -156,7 +156,6 @@ class Loaded(NamedTuple):
 
 def load(settings: Settings) -> Loaded:
     """The rows, then the model. Raises ConfigError for what only shows with the data."""
-
     from hf_memtune.cli.data import collator
     from hf_memtune.cli.model import load_on_device, load_tokenizer
 

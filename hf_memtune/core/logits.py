@@ -93,9 +93,8 @@ class LazyLogits(torch.Tensor):
             if (geometry := geometry_of(func, *args, **kwargs)) is not None:
                 return cls._on(args[0]._memory, geometry)
             if (dtype := operation(func, *args, **kwargs)) is not None:
-                constants = tuple(
-                    each.clone() if isinstance(each, Tensor) else each for each in args[1:]
-                )  # which may change until it is done
+                # constants may change until it is done
+                constants = tuple(each.clone() if isinstance(each, Tensor) else each for each in args[1:])
                 return args[0]._made_by(partial(_applied, func, constants, kwargs), dtype, is_cast(func))
             # inference mode sends whole what autograd would have taken apart
             if torch.is_inference_mode_enabled() and (out := func.decompose(*args, **kwargs)) is not NotImplemented:

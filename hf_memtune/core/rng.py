@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_memtune._compat import with_values
+from hf_memtune._compat import which, with_values
 
 
 class RandomTape:
@@ -63,12 +63,8 @@ class RandomTape:
 
 def device_state(device: torch.device) -> Tensor:
     """The state of the generator of a device that has one of its own."""
-    return torch.get_device_module(device).get_rng_state(*_which(device))
+    return torch.get_device_module(device).get_rng_state(*which(device))
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
-    torch.get_device_module(device).set_rng_state(state, *_which(device))
-
-
-def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one, and its module takes no name for it
+    torch.get_device_module(device).set_rng_state(state, *which(device))

@@ -67,10 +67,8 @@ class Override:
 def runs_its_own(module: nn.Module) -> bool:
     """Whether the forward of a module is that of its class, whatever this package has put in its place."""
     own = vars(module).get("forward")
-    is_of_class = (
-        isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward
-    )  # of a copy made under a method
-    return own is None or is_of_class or (isinstance(own, Override) and not own.had_own)
+    is_of_copy = own == _forward_of(module, None)  # made while it was overridden
+    return own is None or is_of_copy or (isinstance(own, Override) and not own.had_own)
 
 
 def _forward_of(module: nn.Module, earlier: Callable | None) -> Callable:

@@ -75,7 +75,8 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 def progress_of(checkpoint: Path) -> TrainerState:
     """What was done when a complete checkpoint was written: global_step, epoch (None where that was not written) and max_steps among it."""
-    saved, known = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), {each.name for each in fields(TrainerState)}
+    saved = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    known = {each.name for each in fields(TrainerState)}
     return TrainerState(**{name: value for name, value in saved.items() if name in known})  # that of another version may have more
 
 

@@ -72,14 +72,15 @@ def _with_copies(collator: object) -> Iterator[None]:
 
 def _attributes(collator: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
     """Those of an object, of what a bound method or a partial is of, and of callables that it holds."""
-    collator = getattr(collator, "__self__", getattr(collator, "func", collator))
-    attributes = getattr(collator, "__dict__", None)
-    if not isinstance(attributes, dict) or isinstance(collator, (torch.nn.Module, ModuleType)) or id(collator) in seen:
+    if collator is None or isinstance(collator, (torch.nn.Module, ModuleType)) or id(collator) in seen:
         return
     seen.add(id(collator))
-    yield attributes
-    for held in [each for each in attributes.values() if callable(each)]:
-        yield from _attributes(held, seen)
+    attributes = getattr(collator, "__dict__", None)
+    own = attributes if isinstance(attributes, dict) else {}
+    if own is attributes:
+        yield own
+    for inside in (getattr(collator, "__self__", None), getattr(collator, "func", None), *filter(callable, [*own.values()])):
+        yield from _attributes(inside, seen)
 
 
 def _draws(value: object) -> bool:

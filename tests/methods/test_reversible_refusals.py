@@ -16,7 +16,7 @@ from tests.support.tolerances import NOTICED
 from tests.support.twin import worst_difference
 
 
-def refused(model, coupling="centred", match=None, **changed):
+def assert_refused(model, coupling="centred", match=None, **changed):
     before = state_of(model)
     with pytest.raises(UnsupportedModelError, match=match):
         reversible_of(model, coupling, **changed)
@@ -25,7 +25,7 @@ def refused(model, coupling="centred", match=None, **changed):
 
 @pytest.mark.parametrize("name, key", [("opt", "layerdrop"), ("bart", "encoder_layerdrop"), ("bart", "decoder_layerdrop")])
 def test_layerdrop_is_refused(name, key):
-    refused(model_of(name, **{key: 0.1}), match=f"{key}=0.1: layers are left out at random")
+    assert_refused(model_of(name, **{key: 0.1}), match=f"{key}=0.1: layers are left out at random")
 
 
 def test_adapters_that_peft_put_in_without_a_wrapper_are_refused():
@@ -33,7 +33,7 @@ def test_adapters_that_peft_put_in_without_a_wrapper_are_refused():
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = model_of("llama")
     model.add_adapter(lora)
-    refused(model, match="put in by add_adapter.*get_peft_model")
+    assert_refused(model, match="put in by add_adapter.*get_peft_model")
     reversible_of(model, "centred", adapter_rank=0)
     wrapped = get_peft_model(model_of("llama"), lora)
     reversible_of(wrapped, "centred")
@@ -42,11 +42,11 @@ def test_adapters_that_peft_put_in_without_a_wrapper_are_refused():
 
 
 def test_router_losses_are_refused():
-    refused(model_of("mixtral", output_router_logits=True), match="auxiliary loss of its routers")
+    assert_refused(model_of("mixtral", output_router_logits=True), match="auxiliary loss of its routers")
 
 
 def test_attention_weights_are_refused():
-    refused(model_of("bert", attn_implementation="eager", output_attentions=True), match="output_attentions=True")
+    assert_refused(model_of("bert", attn_implementation="eager", output_attentions=True), match="output_attentions=True")
     model = model_of("llama", attn_implementation="eager")
     reversible_of(model, "centred")
     with pytest.raises(UnsupportedModelError, match="without a gradient"):
@@ -55,7 +55,7 @@ def test_attention_weights_are_refused():
 
 @pytest.mark.parametrize("name", ["gpt_neox", "cohere2"])
 def test_parallel_blocks_are_refused_for_meft3_alone(name):
-    refused(model_of(name), "meft3", match="beside each other")
+    assert_refused(model_of(name), "meft3", match="beside each other")
     reversible_of(model_of(name), "meft1")
 
 
@@ -74,24 +74,24 @@ def test_a_layer_that_holds_more_than_its_halves_is_refused(name, kind, problem)
 @pytest.mark.parametrize("changed, match", [({"num_hidden_layers": 1}, "no stack of two"), ({"reversible_layers": 4}, "expected 2 to 3")])
 def test_too_few_layers_are_refused(changed, match):
     of_model = {key: value for key, value in changed.items() if key.startswith("num")}
-    refused(model_of("llama", **of_model), match=match, **{key: value for key, value in changed.items() if key not in of_model})
+    assert_refused(model_of("llama", **of_model), match=match, **{key: value for key, value in changed.items() if key not in of_model})
 
 
 def test_a_model_on_several_devices_is_refused():
     model = model_of("llama")
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-    refused(model, match="spread over 0, cpu")
+    assert_refused(model, match="spread over 0, cpu")
 
 
 def test_an_unknown_layout_is_refused_for_adapters_alone():
-    refused(model_of("modernbert"), match="is laid out is not known")
+    assert_refused(model_of("modernbert"), match="is laid out is not known")
     reversible_of(model_of("modernbert"), "centred", adapter_rank=0)
 
 
 def test_one_layer_in_two_places_is_refused():
     model = model_of("llama")
     model.model.layers[2] = model.model.layers[0]
-    refused(model, match="several places")
+    assert_refused(model, match="several places")
 
 
 def test_reversible_twice_is_refused():

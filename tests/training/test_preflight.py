@@ -260,8 +260,8 @@ def test_a_function_of_a_module_has_no_generators():
 
 @pytest.mark.parametrize(
     "given",
-    [lambda each: each, lambda each: each.__call__, lambda each: partial(each), Around],
-    ids=["itself", "a method", "a partial", "inside another"],
+    [lambda each: each, lambda each: each.__call__, lambda each: partial(each), lambda each: partial(each.__call__), Around],
+    ids=["itself", "a method", "a partial", "a partial of a method", "inside another"],
 )
 def test_a_collator_with_a_generator_of_its_own_draws_the_same(tmp_path, given):
     drawn = {}

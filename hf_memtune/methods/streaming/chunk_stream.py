@@ -155,10 +155,8 @@ class ChunkStream:
         """Refuse a call of which no attention was kept; warn of modules whose attention was not, once of each."""
         if self.kept_attention is None:
             return
-        name, own = (
-            self.router.architecture.name,
-            "its own kernel computes it, as it does with dropout, a bias of positions, soft-capped scores or sinks",
-        )
+        name = self.router.architecture.name
+        own = "its own kernel computes it, as it does with dropout, a bias of positions, soft-capped scores or sinks"
         if self.kept_attention.is_empty:
             raise MemTuneError(
                 f"{name}: keep_attention_outputs: got True, but no attention of this call could be kept: {own}. Leave keep_attention_outputs out."
