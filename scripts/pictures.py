@@ -221,7 +221,7 @@ def draw_finals(groups: list[Group], file: Path) -> None:
         for group in groups:
             places, losses = zip(*((step, loss.mean) for step, loss in group.curve()))
             for axes, factor in ((steps, 1.0), (seconds, group.seconds)):
-                axes.plot([step * factor for step in places], losses, label=group.label, **look(group.arm))
+                axes.plot([step * factor for step in places], losses, label=group.arm, **look(group.arm))
             style, end = {**look(group.arm), "linestyle": "none", "markersize": 7}, group.at(-1)
             half = None if end.half is None else [end.half]
             size.errorbar([group.peak_bytes / MIB], [end.mean], yerr=half, capsize=2, elinewidth=1, **style)
@@ -249,7 +249,7 @@ def draw_race(race: list[Raced], file: Path) -> None:
             half = None if end.half is None else [end.half]
             axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **style | {"markerfacecolor": style["color"]})
             crowded = place + 1 < len(sizes) and sizes[place + 1] < 1.3 * size  # its name goes to the left
-            axes.annotate(arm.group.arm, (size, end.mean), (-9 if crowded else 9, 5), textcoords="offset points", fontsize=8,
+            axes.annotate(arm.label, (size, end.mean), (-9 if crowded else 9, 5), textcoords="offset points", fontsize=8,
                           ha="right" if crowded else "left", color="#444444")  # fmt: skip
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set(

@@ -28,7 +28,7 @@ SUMMARY_ARMS = {
     "`--preset tokenseek`": ("combined/top/cut/10%",),
 }
 
-PAIRS = {  # by task and stage: arms of which one differs from the other by one choice, or that compete for the same seconds
+PAIRS = {  # by task and stage: arms of which one differs from the other by one choice, or that compete for the same seconds; also with other rows
     ("smollm2-alpaca", "final"): (
         ("combined/top/cut/10%", "random/top/cut/10%"),
         ("combined/top/cut/10%/labels", "combined/top/cut/10%"),
@@ -48,6 +48,14 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("checkpointing@1", "true_gradient/sample/cut/30%/labels"),
         ("streaming", "random/sample/cut/30%/labels"),
         ("streaming", "true_gradient/sample/cut/30%/labels"),
+        ("plain@1", "random/sample/cut/30%/labels"),
+        (("random/sample/cut/10%/labels", 8), ("random/sample/cut/10%/labels", 4)),
+        (("random/sample/cut/30%/labels", 6), ("random/sample/cut/30%/labels", 4)),
+        (("checkpointing@1", 2), ("checkpointing@1", 4)),
+        (("plain@1", 2), ("plain@1", 4)),
+        (("checkpointing@1", 4), ("random/sample/cut/10%/labels", 8)),
+        (("streaming", 4), ("random/sample/cut/30%/labels", 6)),
+        (("plain@1", 4), ("random/sample/cut/30%/labels", 6)),
     ),
     ("stories-imdb", "final"): (
         ("combined/top/cut/10%", "random/top/cut/10%"),
@@ -64,6 +72,10 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
         ("streaming", "random/sample/cut/30%"),
         ("streaming", "true_gradient/sample/cut/30%"),
+        (("random/sample/cut/10%", 12), ("random/sample/cut/10%", 4)),
+        (("random/sample/cut/30%", 8), ("random/sample/cut/30%", 4)),
+        (("streaming", 2), ("streaming", 4)),
+        (("streaming", 4), ("random/sample/cut/30%", 8)),
     ),
     ("minilm-reviews", "final"): (
         ("context/top/cut/10%", "random/top/cut/10%"),
@@ -115,7 +127,7 @@ def quality_table(groups: list[Group]) -> str:
         plain = baseline(groups, group)
         learned = [cell for field in fields for cell in (shown(group.at(-1, field)), shown(group.minus(plain, field), "+"))]
         shares = ["-" if share is None else f"{100 * share:.1f} %" for share in map(group.mean_of, ("kept_share", "learned_share"))]
-        lines.append([group.label, group.rate, *learned, *shares, *group.costs])
+        lines.append([group.arm, group.rate, *learned, *shares, *group.costs])
     heads = [head for field in fields.values() for head in (field, "minus plain")]
     return table(["arm", "rate", *heads, "kept", "learned", "peak MiB", "s a step"], lines)
 
@@ -137,7 +149,7 @@ def quality_sentences(groups: list[Group]) -> Iterator[str]:
         group, difference = min(compared, key=lambda pair: pair[1].mean)
         size, time = (getattr(group, name) / getattr(baseline(groups, group), name) for name in ("peak_bytes", "seconds"))
         yield (
-            f"The lowest against plain is `{group.label}` ({difference:+}), with {size:.0%} of plain's peak bytes and {time:.0%} of its "
+            f"The lowest against plain is `{group.arm}` ({difference:+}), with {size:.0%} of plain's peak bytes and {time:.0%} of its "
             "seconds a step."
         )
     yield from _against_tokentune(groups)
@@ -154,9 +166,9 @@ def _against_tokentune(groups: list[Group]) -> Iterator[str]:
         found = {word: listed(compared, sign) for word, sign in (("below", -1), ("above", 1))}
         for word, arms in found.items():
             if arms:
-                yield f"By more than the interval {word} random tokens of the papers (`{reference.label}`): {arms}."
+                yield f"By more than the interval {word} random tokens of the papers (`{reference.arm}`): {arms}."
         if compared and not any(found.values()):
-            yield f"None differs from `{reference.label}` by more than the interval."
+            yield f"None differs from `{reference.arm}` by more than the interval."
 
 
 def streaming_differences(groups: list[Group]) -> Iterator[float]:
@@ -172,12 +184,19 @@ def streaming_differences(groups: list[Group]) -> Iterator[float]:
 
 
 class Raced(NamedTuple):
-    """An arm with what its step costs, and its loss above that of plain training after as many steps, and in as many seconds (of `steps`)."""
+    """An arm with what its step costs, and its loss above that of plain training after as many steps, and in as many seconds (of `steps`).
+
+    After as many steps: of batches of the same size only.
+    """
 
     group: Group
     same_steps: Interval | None
     same_seconds: Interval | None
     steps: int | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.group.arm}, {self.group.rows} rows"
 
 
 def race_of(found: Rows, task: str) -> list[Raced]:
@@ -185,8 +204,8 @@ def race_of(found: Rows, task: str) -> list[Raced]:
     timed, ended, raced = (finals(found, task, stage) for stage in ("time", "final", "race"))
     plain, zero, race = named(ended, PLAIN), Interval(0.0, None), []
     for group in sorted(timed, key=lambda group: group.peak_bytes) if raced else ():
-        steps, seconds = named(ended, group.arm), named(raced, group.arm)
-        same_steps = zero if is_exact(group.arm) else steps and steps.minus(plain)
+        steps, seconds = named(ended, group.arm, group.rows), named(raced, group.arm, group.rows)
+        same_steps = zero if is_exact(group.arm) and plain and group.rows == plain.rows else steps and steps.minus(plain)
         if group.arm == PLAIN:
             race.append(Raced(group, zero, zero, plain and plain.any_run["steps"]))
         else:
@@ -198,8 +217,11 @@ def race_section(race: list[Raced]) -> str:
     """What a step of each arm costs, what as many steps learn, and what as many seconds learn."""
     if not race:
         return UNMEASURED
-    lines = [[arm.group.arm, *arm.group.costs, shown(arm.same_steps, "+"), arm.steps or "-", shown(arm.same_seconds, "+")] for arm in race]
-    heads = "arm | peak MiB | s a step | minus plain, same steps | steps in plain's seconds | minus plain, same seconds"
+    lines = [
+        [arm.group.arm, arm.group.rows, *arm.group.costs, shown(arm.same_steps, "+"), arm.steps or "-", shown(arm.same_seconds, "+")]
+        for arm in race
+    ]
+    heads = "arm | rows | peak MiB | s a step | minus plain, same steps | steps in plain's seconds | minus plain, same seconds"
     return "\n\n".join([table(heads, lines), race_sentence(race)])
 
 
@@ -209,7 +231,7 @@ def race_sentence(race: list[Raced]) -> str:
     for arm in race:
         if arm.same_seconds and arm.same_seconds.mean < best:
             best = arm.same_seconds.mean
-            leading.append(f"from {mib(arm.group.peak_bytes)} MiB `{arm.group.label}` ({arm.same_seconds:+})")
+            leading.append(f"from {mib(arm.group.peak_bytes)} MiB `{arm.group.arm}`, {arm.group.rows} rows ({arm.same_seconds:+})")
     return f"In the seconds of plain training the lowest loss ends with: {', '.join(leading)}."
 
 
@@ -256,11 +278,13 @@ def pairs_table(found: Rows) -> str:
     for (task, stage), pairs in PAIRS.items():
         groups = finals(found, task, stage)
         for arms in pairs:
-            one, other = (named(groups, arm) for arm in arms)
+            sized = [arm if isinstance(arm, tuple) else (arm,) for arm in arms]
+            one, other = (named(groups, *arm) for arm in sized)
             if one and other and (difference := one.minus(other)):
                 rates = " / ".join(dict.fromkeys(f"{group.any_run['learning_rate']:g}" for group in (one, other)))
                 cells = [f"{difference:+}", "yes" if difference.is_clear else "no"]
-                lines.append([task, AT[stage], *(f"`{arm}`" for arm in arms), rates, *cells])
+                told = (f"`{arm}`" + "".join(f", {rows} rows" for rows in size) for arm, *size in sized)
+                lines.append([task, AT[stage], *told, rates, *cells])
     return table("data | the same | arm | minus | rates | difference of the loss | clear", lines, "llll") if lines else UNMEASURED
 
 

@@ -74,10 +74,6 @@ class Group:
         return {seed: run for seed, run in self.runs.items() if not run["diverged"]}
 
     @property
-    def label(self) -> str:
-        return self.arm if self.rows < 32 else f"{self.arm} ({self.rows} rows)"
-
-    @property
     def costs(self) -> list[str]:
         """Cells of a table."""
         return [mib(self.peak_bytes), f"{self.seconds:.2f}" + ("" if self.alone else "*")]
@@ -133,4 +129,4 @@ def shown(value: Interval | None, sign: str = "") -> str:
 
 def listed(pairs: Iterable[tuple[Group, Interval]], sign: int) -> str:
     """The arms that clearly are on one side of what they are compared with."""
-    return ", ".join(f"`{group.label}` ({d:+})" for group, d in pairs if d.is_clear and sign * d.mean > 0)
+    return ", ".join(f"`{group.arm}` ({d:+})" for group, d in pairs if d.is_clear and sign * d.mean > 0)

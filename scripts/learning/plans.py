@@ -4,7 +4,8 @@ screen  arms of your choice, few steps, for a first impression
 tune    the arms of the finals on rows held out for tuning: which learning rate each gets
 final   at those rates, other seeds, and rows that nothing was chosen on
 time    a few steps of the same arms, for seconds a step: to be run alone on the machine, with --timed
-race    the finals again, but of as many steps as fit into the seconds of plain training; what `time` found says how many
+race    the finals again, but of as many steps as fit into the seconds of plain training; what `time` found says how many. Also arms with
+        batches of another size: token seeking affords more rows, and exact ways with fewer rows afford more steps
 """
 
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ class Plan:
     """steps: of tuning and of the finals. learning_rates: that are tuned among; rates_of: of arms that need others.
 
     timed: arms that `time` runs beside the others, for their bytes and seconds: what they learn is known. raced: the arms of `race`.
+    resized: the arms of `race` that are also run with batches of other sizes; tuned with these, too.
     """
 
     task: str
@@ -51,12 +53,13 @@ class Plan:
     measured: int | None = None  # where a run can be measured less often than the stage says
     timed: tuple[str, ...] = ()
     raced: tuple[str, ...] = ()
+    resized: tuple[tuple[str, int], ...] = ()
 
-    def arms_of(self, stage: str) -> tuple[str, ...]:
-        """Of tuning: but for exact streaming, which takes the rate of plain training."""
-        if stage == "tune":
-            return tuple(arm for arm in self.arms if arm != STREAMING)
-        return {"time": (*self.arms, *self.timed), "race": self.raced}.get(stage, self.arms)
+    def sized_arms(self, stage: str) -> tuple[tuple[str, int], ...]:
+        """Arms with the rows of their batches. Of tuning: but for exact ways, which take the rate of plain training."""
+        arms = {"time": (*self.arms, *self.timed), "race": self.raced}.get(stage, self.arms)
+        sized = [*((arm, self.rows) for arm in arms), *(self.resized if stage in ("tune", "time", "race") else ())]
+        return tuple(dict.fromkeys((PLAIN if is_exact(arm) else arm, rows) for arm, rows in sized) if stage == "tune" else sized)
 
 
 AT_A_TIME = (CHECKPOINTING, *(f"{arm}@1" for arm in (PLAIN, CHECKPOINTING, STREAMING)))
@@ -70,6 +73,7 @@ PLANS = {
              "random/sample/stream/30%", "true_gradient/sample/cut/30%", "true_gradient/sample/stream/30%"),
             rows=4, steps=(50, 100), learning_rates=(3e-5, 8e-5, 2e-4, 5e-4), timed=AT_A_TIME,
             raced=(STREAMING, "random/sample/cut/30%", "random/sample/stream/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
+            resized=((STREAMING, 2), ("random/sample/cut/10%", 12), ("random/sample/cut/30%", 8)),
         ),
         Plan(
             "smollm2-imdb",
@@ -91,6 +95,7 @@ PLANS = {
             rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3), timed=AT_A_TIME,
             raced=(STREAMING, f"{PLAIN}@1", f"{CHECKPOINTING}@1", "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
                    "random/sample/cut/10%/labels"),
+            resized=((f"{CHECKPOINTING}@1", 2), (f"{PLAIN}@1", 2), ("random/sample/cut/10%/labels", 8), ("random/sample/cut/30%/labels", 6)),
         ),
     ),
     # all but full fine-tuning have few parameters, and take larger steps
@@ -128,14 +133,15 @@ class Run:
 
 
 class Cell(NamedTuple):
-    """One arm at one seed. grid: its learning rates; empty where its tuning says which."""
+    """One arm at one seed. grid: its learning rates; empty where its tuning says which. plain_rows: of the plain training it is raced against."""
 
     run: Run
     grid: tuple[float, ...]
+    plain_rows: int
 
     def runs(self, done: list[dict]) -> list[Run]:
         """Those that can be named by now: a final once its rate is chosen, one of a race once its steps are timed."""
-        steps = steps_in_time(self.run, done) if self.run.stage == "race" else (self.run.steps,)
+        steps = steps_in_time(self.run, self.plain_rows, done) if self.run.stage == "race" else (self.run.steps,)
         return [replace(self.run, learning_rate=rate, steps=n) for n in steps for rate in self.grid or chosen_rate(self.run, done)]
 
 
@@ -146,9 +152,9 @@ def chosen_rate(run: Run, done: list[dict]) -> tuple[float, ...]:
     return (min(found, key=final_loss)["learning_rate"],) if found else ()
 
 
-def steps_in_time(run: Run, done: list[dict]) -> tuple[int, ...]:
+def steps_in_time(run: Run, plain_rows: int, done: list[dict]) -> tuple[int, ...]:
     """How many steps fit into the seconds that plain training takes for those of the run. None until both were timed."""
-    timed = [{"timed": True, "task": run.task, "rows": run.rows, "arm": arm} for arm in (PLAIN, run.arm)]
+    timed = [{"timed": True, "task": run.task, "rows": rows, "arm": arm} for arm, rows in ((PLAIN, plain_rows), (run.arm, run.rows))]
     found = [[record["seconds_per_step"] for record in done if wanted.items() <= record.items()] for wanted in timed]
     return (round(run.steps * median(found[0]) / median(found[1])),) if all(found) else ()
 
@@ -165,10 +171,11 @@ def cells(study: str, options) -> list[Cell]:
             continue
         steps = options.steps or stage.steps or plan.steps[options.stage in ("final", "race")]
         measured = min(stage.measured, plan.measured or stage.measured) if options.measured is None else options.measured
+        sized = [(arm, plan.rows) for arm in options.arms or ()] or plan.sized_arms(options.stage)
         for seed in options.seeds or stage.seeds:
-            for arm in options.arms or plan.arms_of(options.stage):
-                run = Run(options.stage, plan.task, arm, options.rows or plan.rows, steps, 0.0, seed, stage.held_out, measured)
-                found.append(Cell(run, tuple(options.learning_rates or _grid(options.stage, plan, arm))))
+            for arm, rows in sized:
+                run = Run(options.stage, plan.task, arm, options.rows or rows, steps, 0.0, seed, stage.held_out, measured)
+                found.append(Cell(run, tuple(options.learning_rates or _grid(options.stage, plan, arm)), options.rows or plan.rows))
     return found
 
 

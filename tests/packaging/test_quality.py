@@ -100,8 +100,32 @@ def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results
     (arm,) = [arm for arm in race if arm.group.arm == ARMS[3]]
     assert arm.same_seconds.mean == pytest.approx(sum(above) / 2) and arm.same_steps.mean != arm.same_seconds.mean
     assert (
-        f"| {ARMS[3]} | 0 | 1.00 | {arm.same_steps:+} | 12 | {arm.same_seconds:+} |" in text and "| plain | 0 | 3.00 | +0.000 | 4 |" in text
+        f"| {ARMS[3]} | 2 | 0 | 1.00 | {arm.same_steps:+} | 12 | {arm.same_seconds:+} |" in text
+        and "| plain | 2 | 0 | 3.00 | +0.000 | 4 |" in text
     )
+
+
+def test_batches_of_another_size_race_against_plain_training_of_the_plan():
+    """At a rate of their own, of that size; the exact ways at that of plain training. Seconds of batches of the plan say how many steps fit."""
+    options = scripts.load("bench_learning").parse(["quality", "--stage", "race", "--tasks", "stories-imdb"])
+    from learning import plans
+
+    plan = next(plan for plan in plans.PLANS["quality"] if plan.task == "stories-imdb")
+    assert {"streaming": 2, "random/sample/cut/10%": 12}.items() <= dict(plan.resized).items()
+    common = {"task": "stories-imdb", "seed": 0, "steps": 50, "diverged": False}
+    tuned = [
+        common | {"stage": "tune", "arm": arm, "rows": rows, "learning_rate": rate, "losses": [[50, loss]], "timed": False}
+        for arm, rows, rate, loss in (("plain", 2, 1e-3, 2.0), ("plain", 2, 2e-3, 1.0), ("plain", 4, 3e-3, 0.5))
+    ]
+    timed = [
+        common
+        | {"stage": "time", "arm": arm, "rows": rows, "learning_rate": 1e-4, "losses": [], "timed": True, "seconds_per_step": seconds}
+        for arm, rows, seconds in (("plain", 4, 3.0), ("plain", 2, 1.2), ("streaming", 2, 1.5))
+    ]
+    cell = next(cell for cell in plans.cells("quality", options) if (cell.run.arm, cell.run.rows) == ("streaming", 2))
+    (run,) = cell.runs([*tuned, *timed])
+    assert (run.learning_rate, run.steps, run.rows) == (2e-3, 200, 2)  # 100 steps of 3 seconds; not of the 1.2 of batches of its own size
+    assert cell.runs(tuned) == [] and cell.runs(timed) == []
 
 
 def test_long_rows_are_long_and_chunks_grow_with_them(assets, tmp_path):
