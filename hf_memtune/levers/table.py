@@ -89,7 +89,7 @@ REVERSIBLE = Lever(
     is_on=lambda args: args.is_reversible,
     written=lambda args: f"reversible={args.reversible}",
     judge=judgements.runs_again("reversible"),
-    excludes=lambda args: _OF_LAYERS | ({args.streamed_by: _STREAMED_LAYERS} if args.streamed_by else {}),
+    excludes=lambda args: _OF_LAYERS | ({by: _STREAMED_LAYERS} if (by := getattr(args, "streamed_by", None)) else {}),
     sharded=_FSDP_LAYERS,
 )
 CHECKPOINT_LEVELS = Lever(
@@ -98,7 +98,9 @@ CHECKPOINT_LEVELS = Lever(
     written=lambda args: f"checkpoint_levels={args.checkpoint_levels}",
     off=lambda args: {"checkpoint_levels": None},
     judge=judgements.runs_again("checkpoint_levels"),
-    excludes=lambda args: _OF_LAYERS | ({"reversible": "it keeps no inputs; leave one out"} if args.is_reversible else {}),
+    excludes=lambda args: (
+        _OF_LAYERS | ({"reversible": "it keeps no inputs; leave one out"} if getattr(args, "is_reversible", False) else {})
+    ),
     sharded=_FSDP_LAYERS,
 )
 LEVERS = (

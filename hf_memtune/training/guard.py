@@ -21,6 +21,7 @@ from hf_memtune.core.loss import IGNORED
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.overrides import evaluating
 from hf_memtune.methods.seeking.targets import LABEL_NAMES, targets
+from hf_memtune.training.arguments import MemEfficientArgumentsMixin
 from hf_memtune.training.loss_alone import logits_on_demand
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
@@ -96,7 +97,7 @@ class FullLossLog(Listener):
 
     def begin(self) -> None:
         """Forget an earlier training: its losses, and what it took."""
-        self._guard, self.is_of_kept = FullLossGuard(), False
+        self._guard, self.is_of_kept, self._is_told = FullLossGuard(), False, False
 
     @property
     def is_on(self) -> bool:
@@ -110,7 +111,10 @@ class FullLossLog(Listener):
     def add_to(self, logs: dict[str, float]) -> None:
         """Measure, and put it into the logs."""
         trainer = self.trainer
-        if not (self.is_on and self.is_of_kept) or trainer.method is None:
+        if not self.is_on or trainer.method is None:
+            return
+        if not self.is_of_kept:
+            self._tell_idle(trainer.args)
             return
         count = trainer.args.full_loss_rows
         if self._rows is None and trainer.eval_dataset is not None:
@@ -124,6 +128,16 @@ class FullLossLog(Listener):
             logs["full_loss"] = full_loss(trainer.model, map(trainer._prepare_inputs, batches))
         if warning := self._guard.add(logs["loss"], logs["full_loss"]):
             logger.warning(warning)
+
+    def _tell_idle(self, args: MemEfficientArgumentsMixin) -> None:
+        """Once, and where rows were asked for: which loss a model has, shows in its calls alone."""
+        if args.full_loss_rows != MemEfficientArgumentsMixin.full_loss_rows and not self._is_told:
+            self._is_told = True
+            logger.warning(
+                "full_loss_rows=%d has no effect here: no loss of these steps was a mean over kept tokens (one for a row, or of the trainer's own, "
+                "is that of all tokens as it is). Leave it out.",
+                args.full_loss_rows,
+            )
 
 
 def full_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:

@@ -2,10 +2,12 @@
 
 import copy
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from itertools import chain
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import Tensor
 from hf_memtune.core.rng import device_state, set_device_state
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_MANY = 1000  # a container of more is data
 
 
 @dataclass(frozen=True)
@@ -43,49 +47,86 @@ class Generators:
 
 
 @contextmanager
-def preserved_rng(device: torch.device, collator: object = None) -> Iterator[None]:
-    """Put back every generator that training draws from: Python's, numpy's, torch's on the CPU and on `device`, and the collator's own."""
+def preserved_rng(device: torch.device, *given: object) -> Iterator[None]:
+    """Put back every generator that training draws from: Python's, numpy's, torch's on the CPU and on `device`, and those of what is given.
+
+    given: collators and data sets. Theirs are the generators in their attributes, in what these are made of (functions, methods and partials,
+    lists and dicts of moderate size), and those that a function draws from by a name outside of it. One that is first made meanwhile is forgotten.
+    """
     before = Generators.now(device)
+    found = [*chain.from_iterable(_inside(each, {}) for each in given)]
+    states = [(restore, copy.deepcopy(state())) for state, restore in map(_state_of, filter(_draws, found))]
+    attributes = [(each, each.copy()) for each in found if isinstance(each, dict)]
     try:
-        with _with_copies(collator):
-            yield
-    finally:
-        before.restore()
-
-
-@contextmanager
-def _with_copies(collator: object) -> Iterator[None]:
-    """Let a collator, and those inside of it, draw from copies of their generators, or from such as they make now and will not keep."""
-    kept = [(attributes, attributes.copy()) for attributes in _attributes(collator, set())]
-    try:
-        for attributes, before in kept:
-            attributes.update({name: _copied(value) for name, value in before.items() if _draws(value)})
         yield
     finally:
-        for attributes, before in kept:
-            for name in [name for name in {**attributes, **before} if _draws(attributes.get(name)) or _draws(before.get(name))]:
-                if name in before:
-                    attributes[name] = before[name]
-                else:
-                    del attributes[name]
+        before.restore()
+        for now, then in attributes:
+            for name in [name for name in {**now, **then} if _draws(now.get(name)) or _draws(then.get(name))]:
+                now.pop(name, None)
+                now.update({name: then[name]} if name in then else {})
+        for restore, state in states:
+            restore(state)
 
 
-def _attributes(collator: Any, seen: set[int]) -> Iterator[dict[str, Any]]:
-    """Those of an object, of what a bound method or a partial is of, and of callables that it holds."""
-    if collator is None or isinstance(collator, (torch.nn.Module, ModuleType)) or id(collator) in seen:
+def _inside(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """The generators in an object, and the dicts of attributes that such may be put into. seen: objects by id, which so stay theirs."""
+    if id(value) in seen or isinstance(value, (torch.nn.Module, ModuleType, type)):
         return
-    seen.add(id(collator))
-    attributes = getattr(collator, "__dict__", None)
-    own = attributes if isinstance(attributes, dict) else {}
-    if own is attributes:
+    seen[id(value)] = value
+    if _draws(value):
+        yield value
+        return
+    own = getattr(value, "__dict__", None)
+    if isinstance(own, dict):
         yield own
-    for inside in (getattr(collator, "__self__", None), getattr(collator, "func", None), *filter(callable, [*own.values()])):
-        yield from _attributes(inside, seen)
+    for part in _parts(value):
+        if _draws(part) or callable(part) or isinstance(part, (*_CONTAINERS, torch.utils.data.Dataset)):
+            yield from _inside(part, seen)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What an object is made of, as far as generators may be in it."""
+    if isinstance(value, _CONTAINERS):
+        if len(value) <= _MANY:
+            yield from value.values() if isinstance(value, dict) else value
+    elif isinstance(value, FunctionType):
+        yield from _outside(value)
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    else:
+        yield from (getattr(value, name, None) for name in ("__self__", "__func__"))
+        yield from _attributes(value)
+
+
+def _outside(function: FunctionType) -> Iterator[Any]:
+    """What it takes from outside of its arguments; of what its module has, generators alone."""
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+    yield from filter(_draws, (function.__globals__.get(name) for name in function.__code__.co_names))
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    """Of an object, and the functions of its classes."""
+    own = getattr(value, "__dict__", None)
+    yield from [*own.values()] if isinstance(own, dict) else ()
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        yield from (getattr(value, name, None) for name in ([slots] if isinstance(slots, str) else slots))
+        yield from filter(callable, vars(cls).values()) if cls.__module__ != "builtins" else ()
 
 
 def _draws(value: object) -> bool:
     return isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom)  # which has no state
 
 
-def _copied(generator: Any) -> Any:
-    return generator.clone_state() if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
+def _state_of(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What reads its state, and what sets it."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return lambda: bits.state, partial(setattr, bits, "state")
+    if isinstance(generator, random.Random):
+        return generator.getstate, generator.setstate
+    return generator.get_state, generator.set_state

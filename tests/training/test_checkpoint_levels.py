@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
-from hf_memtune import (
-    MemEfficientTrainer,
-)
+from hf_memtune import CheckpointCallback, ConfigError, MemEfficientTrainer
 from tests.support.reversible_runs import ROWS, deep, quiet  # noqa: F401  a fixture for all
 from tests.support.runs import SEEKING, arguments, text_rows, train, worst_step
 from tests.support.tolerances import NOTICED, tolerance
@@ -22,6 +21,19 @@ def test_two_levels_train_as_none(tmp_path, strategy):
     assert worst_step(levels, train(deep(dtype=torch.float64), arguments(tmp_path, **settings, seed=8), rows)) > NOTICED
     assert levels.trainer.checkpoint_callback.handle is None
     assert not any("forward" in vars(module) for module in levels.trainer.model.model.layers)
+
+
+def test_a_plain_trainer_takes_the_callback_and_is_refused_what_it_does_not_support(tmp_path):
+    rows = text_rows(16)
+    plain, ours = (
+        train(deep(), arguments(tmp_path, seeking=False), rows, cls=Trainer, callbacks=callbacks)
+        for callbacks in ([], [CheckpointCallback()])
+    )
+    assert ours.losses == plain.losses
+    model = deep()
+    with pytest.raises(ConfigError, match="gradient_checkpointing: got True with checkpoint_levels.*set it to False"):
+        train(model, arguments(tmp_path, seeking=False, gradient_checkpointing=True), rows, cls=Trainer, callbacks=[CheckpointCallback()])
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
 def test_two_levels_are_on_in_training_and_off_after_a_failure(tmp_path):

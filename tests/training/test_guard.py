@@ -240,6 +240,15 @@ def test_it_is_not_taken_beside_a_loss_that_tokens_had_no_choice_of(tmp_path):
     assert [run.trainer.full_loss.is_of_kept for run in (of_rows, own, models_own)] == [False, False, True]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_rows_that_were_asked_for_in_vain_are_told_of_once(tmp_path, asked, caplog):
+    settings = {"full_loss_rows": 4, "max_steps": 3} if asked else {"max_steps": 3}
+    train(llama(), arguments(tmp_path, **settings), text_rows(24))
+    assert "full_loss_rows" not in caplog.text
+    train(llama(), arguments(tmp_path, **settings), text_rows(24), compute_loss_func=of_logits)
+    assert caplog.text.count("full_loss_rows=4 has no effect") == asked
+
+
 def test_the_warning_reaches_the_log(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(FullLossGuard, "add", lambda self, kept, full: f"parted at {full:.1f}")
     train(llama(), arguments(tmp_path), text_rows(24))

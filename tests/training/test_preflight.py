@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -272,6 +273,93 @@ def test_a_collator_with_a_generator_of_its_own_draws_the_same(tmp_path, given):
     without, beside = drawn[False], drawn[True]
     assert len(beside) > len(without) > 1 and [number for number in beside if beside.count(number) == 1] != beside  # some were drawn twice
     assert any(beside[:n] + beside[n + 1 :] == without for n in range(len(beside)))
+
+
+DRAWN_AT_RANDOM = np.random.default_rng(5)
+
+
+def from_a_default(rows, generator=np.random.default_rng(5)):
+    return generator.random()
+
+
+def from_the_module(rows):
+    return DRAWN_AT_RANDOM.random()
+
+
+def from_a_closure():
+    generator = random.Random(5)
+    return lambda rows: generator.random()
+
+
+class InSlots:
+    __slots__ = ("generator",)
+
+    def __init__(self):
+        self.generator = np.random.RandomState(5)
+
+    def __call__(self, rows):
+        return self.generator.random_sample()
+
+
+class InAList:
+    def __init__(self):
+        self.generators = {"masks": [torch.Generator().manual_seed(5)]}
+
+    def __call__(self, rows):
+        return torch.rand((), generator=self.generators["masks"][0]).item()
+
+
+class Replacing:
+    """Makes its generator anew with every batch."""
+
+    def __init__(self):
+        self.generator = random.Random(5)
+
+    def __call__(self, rows):
+        drawn = self.generator.random()
+        self.generator = random.Random(drawn)
+        return drawn
+
+
+class FromItsModule:
+    def __call__(self, rows):
+        return from_the_module(rows) + DRAWN_AT_RANDOM.random()
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        from_a_default,
+        from_the_module,
+        from_a_closure(),
+        InSlots(),
+        InAList(),
+        Replacing(),
+        FromItsModule(),
+        partial(from_a_default, generator=random.Random(5)),
+    ],
+    ids=["a default", "of the module", "a closure", "slots", "a list in a dict", "replaced", "a method's module", "a partial's argument"],
+)
+def test_generators_wherever_a_collator_has_them(collator):
+    """Go on from where they were."""
+    with preserved_rng(torch.device("cpu"), Around(collator)):
+        meanwhile = [collator([]) for _ in range(3)]
+    assert [collator([]) for _ in range(3)] == meanwhile
+    assert [collator([]) for _ in range(3)] != meanwhile
+
+
+def test_a_data_set_that_draws_gives_the_same_rows():
+    class Drawing(torch.utils.data.Dataset):
+        def __init__(self):
+            self.generator = random.Random(5)
+
+        def __getitem__(self, number):
+            return self.generator.random()
+
+    rows = torch.utils.data.Subset(Drawing(), [0, 1])
+    with preserved_rng(torch.device("cpu"), None, rows):
+        meanwhile = rows[0]
+    assert rows[0] == meanwhile != rows[0]
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -14,6 +14,7 @@ from hf_memtune import (
     ReversibleCallback,
     ReversibleConfig,
     StreamOverflowError,
+    make_reversible,
 )
 from tests.support.reversible_runs import (
     ADAPTERS,
@@ -64,6 +65,19 @@ def test_a_plain_trainer_takes_the_callback(tmp_path):
     callback.remove()
     with pytest.raises(MemTuneError, match="nothing to train"):
         plain.trainer.train()
+
+
+def test_arguments_that_the_layers_do_not_support_are_refused_under_any_trainer(tmp_path):
+    """Before a layer changes; also where layers that are reversible already are given, of which the arguments know nothing."""
+    model, callback = deep(), ReversibleCallback(ReversibleConfig(reversible="centred", **ADAPTERS))
+    args = arguments(tmp_path, seeking=False, gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing: got True with reversible.*set it to False"):
+        train(model, args, ROWS, cls=Trainer, callbacks=[callback])
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+    handle = make_reversible(model, ReversibleConfig(reversible="centred", **ADAPTERS))
+    given = arguments(tmp_path, token_seeking=False, gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing: got True with reversible"):
+        trainer_for(model, given, ROWS, reversible=handle)
 
 
 def test_a_plain_trainer_that_makes_another_model_is_refused(tmp_path):

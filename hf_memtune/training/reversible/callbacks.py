@@ -10,10 +10,12 @@ from transformers import TrainerCallback
 
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, InverseError, MemTuneError
+from hf_memtune.levers.table import CHECKPOINT_LEVELS, REVERSIBLE
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
 from hf_memtune.methods.reversible.start import StartReport
 from hf_memtune.methods.two_level import TwoLevelHandle, checkpoint_in_two_levels
 from hf_memtune.settings.reversible import ReversibleConfig
+from hf_memtune.training.launch import problems_of
 from hf_memtune.training.restorable import Restorable
 from hf_memtune.training.rng import preserved_rng
 
@@ -38,14 +40,15 @@ class ReversibleCallback(TrainerCallback, Restorable):
         self.report: StartReport | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        found = problems_of(args, REVERSIBLE)
         if getattr(args, "precompute_ref_log_probs", False):
-            raise ConfigError(
-                [
-                    "precompute_ref_log_probs: got True with reversible layers. trl keeps what the reference says under a hash of the weights, and "
-                    "the same weights say something else in reversible layers: this run might read what the plain model said, and leave a later "
-                    "run what this one says. Set precompute_ref_log_probs=False."
-                ]
+            found.append(
+                "precompute_ref_log_probs: got True with reversible layers. trl keeps what the reference says under a hash of the weights, and "
+                "the same weights say something else in reversible layers: this run might read what the plain model said, and leave a later "
+                "run what this one says. Set precompute_ref_log_probs=False."
             )
+        if found:
+            raise ConfigError(found)
         if self.handle is None:
             self.handle = make_reversible(model, self.config)
 
@@ -105,6 +108,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.remove()  # training begins again where a batch size that did not fit was halved
+        if found := problems_of(args, CHECKPOINT_LEVELS):
+            raise ConfigError(found)
         self.handle = checkpoint_in_two_levels(model)
 
     def on_train_end(self, args, state, control, **kwargs):

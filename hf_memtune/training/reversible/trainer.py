@@ -20,7 +20,7 @@ from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.methods.seeking.method import resolve_scorer
 from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.settings.seeking import TokenSeekingConfig
-from hf_memtune.training.launch import problems_of_devices, problems_of_launch
+from hf_memtune.training.launch import problems_of, problems_of_devices, problems_of_launch
 from hf_memtune.training.reversible.callbacks import CheckpointCallback, ReversibleCallback, model_inputs_alone
 from hf_memtune.training.reversible.files import is_saved_reversible, load_into, save_reversible
 
@@ -66,7 +66,9 @@ class ReversibleMixin:
         if self._is_launch_refused:
             return found
         lever = CHECKPOINT_LEVELS if self.args.checkpoint_levels else REVERSIBLE
-        return found + [*problems_of_devices(self.args, lever), *problems_of_launch(self, lever)]
+        is_given = handle is not None and not self.args.is_reversible  # the arguments, which do not know of it, have not refused any
+        problems = problems_of if is_given else problems_of_devices
+        return found + [*problems(self.args, lever), *problems_of_launch(self, lever)]
 
     @property
     def _is_launch_refused(self) -> bool:

@@ -93,7 +93,7 @@ class Preflight(TrainerCallback):
 
     def _fly(self, batches: list[dict[str, Any]]) -> PreflightReport:
         loader = self.trainer.callback_handler.train_dataloader
-        with preserved_rng(self.trainer.args.device, loader.collate_fn):
+        with preserved_rng(self.trainer.args.device, loader.collate_fn, loader.dataset):
             found = longest_batch(loader, self.trainer._train_batch_size)
         if found is None:
             why = "the first batch: a data set without length cannot be looked through, so its longest row is not known"
