@@ -35,6 +35,7 @@ class Streaming(Method[StreamingConfig]):
 
     model: a causal transformers model with a head, an encoder-decoder model (its decoder streams), or a PEFT model around one. It may be
     sharded by `fully_shard` (FSDP2), before or after: see sharded.py.
+    config: StreamingConfig, its sequence_chunk_size a number. check: False leaves out what of the probe needs tensors with values.
     sums_dtype: dtype of the sums of gradients that chunks owe to the keys and values of earlier ones; None: as they come, which in
     bfloat16 is as exact as plain training in bfloat16 (results/precision.jsonl), at half the bytes of float32.
     Raises ConfigError and UnsupportedModelError before the model is touched.
