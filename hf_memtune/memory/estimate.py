@@ -14,8 +14,9 @@ class MemoryEstimate:
 
     account: bytes by phase and category; peak_bytes, peak_phase and by_category are those of its peak. conditions: what it was traced
     for (rows, tokens, micro-batches, dtypes, versions of torch and transformers). flops: floating point operations of the step, for
-    comparing times. extrapolated: how the account follows from shorter models, or None where every layer was traced. All bytes are of tensors: what a device needs beside them (its context, the allocator's rounding and cache, workspaces of
-    kernels) is not in it.
+    comparing times. extrapolated: how the account follows from shorter models, or None where every layer was traced. All
+    bytes are of tensors: what a device needs beside them (its context, the allocator's rounding and cache, workspaces of kernels) is not
+    in it.
     """
 
     account: MemoryAccount

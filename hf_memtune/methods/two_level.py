@@ -17,9 +17,9 @@ from hf_memtune.methods.layer_override import LayerOverride, override_of
 
 
 def checkpoint_in_two_levels(model: nn.Module, segment_layers: int | None = None) -> "TwoLevelHandle":
-    """Checkpoint every stack of layers of `model`, a transformers model, possibly inside a PEFT model, on two levels, until `restore()` of the
-    handle that is returned.
+    """Checkpoint every stack of layers of `model`, a transformers model, possibly inside a PEFT model, on two levels.
 
+    `restore()` of the handle that is returned takes it off again.
     segment_layers: layers between two inputs that are kept; None: the root of the number of layers, rounded up, which needs least.
     Raises ConfigError or UnsupportedModelError before the model is touched.
     """

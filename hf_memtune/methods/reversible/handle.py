@@ -43,8 +43,8 @@ POST_NORM_FRACTION_BITS, PRE_NORM_FRACTION_BITS = 20, 12
 def make_reversible(model: nn.Module, config: ReversibleConfig) -> "ReversibleHandle":
     """Couple the layers of `model`, a transformers model, possibly inside a PEFT model, into reversible ones, and add adapters.
 
-    With adapters, everything else but the head is frozen. `restore()` of what is returned takes both out. Raises UnsupportedModelError or ConfigError before the model is touched. In
-    float numerics a warning states the expected error of the inverse.
+    With adapters, everything else but the head is frozen. `restore()` of what is returned takes both out. Raises UnsupportedModelError or
+    ConfigError before the model is touched. In float numerics a warning states the expected error of the inverse.
     """
     return ReversibleHandle(model, config)
 
