@@ -33,13 +33,16 @@ def run(arguments: list[str]) -> None:
     rows = settings.training.per_device_train_batch_size if "per_device_train_batch_size" in settings.given else 1
     traced = Traced(settings, blanks, "tokens", rows=rows)
     longest = longest_row(traced, room.tensor_bytes, settings.training.stream_chunk_size, _positions(settings))
-    following = _next(settings, traced.estimates[longest.size or min(traced.estimates)])
+    at_most = traced.estimates[longest.size or min(traced.estimates)]
     if not longest.size:
-        raise ConfigError([_nothing(room, traced, following)])
+        raise ConfigError([_nothing(room, traced, _next(settings, at_most, "both"))])
     batch = largest(Traced(settings, blanks, "rows", tokens=settings.tokens), room.tensor_bytes, 1, MOST_ROWS)
     if settings.what.json:
         print(json.dumps({"budget_bytes": room.tensor_bytes, "rows": rows, "row": longest._asdict(), "batch": batch._asdict()}))
         return
+    limited = {"rows": longest.bytes_beyond is not None, "batches": batch.bytes_beyond is not None}
+    larger = "both" if all(limited.values()) else next((name for name, by_memory in limited.items() if by_memory), None)
+    following = _next(settings, at_most, larger) if larger else "nothing: memory limits neither"
     print("\n".join([*_said(settings, longest, batch, rows), f"next: {following}."]))
 
 
@@ -88,16 +91,17 @@ def _said(settings, longest, batch, rows: int) -> list[str]:
     return [*lines, f"largest batch: {_counted(batch.size, 'rows')} of {settings.tokens} tokens ({_gib(batch.bytes)}; {beyond})."]
 
 
-def _next(settings, found) -> str:
-    """What to change. found: the estimate of the longest row, or of the shortest where none fits."""
+def _next(settings, found, larger: str) -> str:
+    """What to change. found: the estimate of the longest row, or of the shortest where none fits. larger: what memory limits, both, rows or
+    batches."""
     from hf_memtune.cli.verdict import less_evaluation
     from hf_memtune.levers.table import offers_of
 
-    if found.peak_phase == "evaluation":
+    if found.peak_phase == "evaluation" and larger != "batches":
         return f"{less_evaluation(found)} makes rows longer"
     offers = [offer for offer in offers_of(forecast.run_of(settings), one_each=True) if offer.missing is None]
     offers = [offer for offer in offers if "per_device_train_batch_size" not in offer.changes]  # which is searched for here
-    return f"{offers[0]} makes both larger" if offers else "a smaller model, or more memory"
+    return f"{offers[0]} makes {larger} larger" if offers else "a smaller model, or more memory"
 
 
 def _counted(size: int, name: str) -> str:

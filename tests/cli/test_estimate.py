@@ -341,9 +341,15 @@ def test_the_batch_that_is_searched_for_is_not_what_makes_it_larger(capsys):
     settings = [*short_of(32), *LEAST, "--eval_fraction", "0"]
     run = forecast.run_of(forecast.parse(settings, forecast.make_parser("longest", RoomArguments), RoomArguments))
     assert "per_device_train_batch_size" in str(next(offer for offer in offers_of(run, one_each=True) if offer.missing is None))
-    assert main(["longest", *settings, "--budget", "1GiB"]) == 0
+    assert main(["longest", *settings, "--budget", short_of_the_longest(capsys, *settings)]) == 0
     said = capsys.readouterr().out
-    assert "next: " in said and "per_device_train_batch_size" not in said
+    assert "next: " in said and " larger." in said and "per_device_train_batch_size" not in said
+
+
+def short_of_the_longest(capsys, *settings: str) -> str:
+    """A budget for a row of half as many tokens as the model has positions for."""
+    positions = int(settings[3].rpartition("=")[2])
+    return str(estimated(capsys, *settings, "--per_device_train_batch_size", 1, "--sequence_length", positions // 2)["peak_bytes"])
 
 
 @pytest.mark.usefixtures("two_rows_at_most")
@@ -355,7 +361,17 @@ def test_the_batch_that_is_searched_for_is_not_what_makes_it_larger(capsys):
     ],
 )
 def test_where_evaluation_needs_most_it_is_what_makes_rows_longer(flags, words, capsys):
-    assert main(["longest", *short_of(64), *LEAST, *flags, "--budget", "1GiB"]) == 0
+    settings = [*short_of(64), *LEAST, *flags]
+    assert main(["longest", *settings, "--budget", short_of_the_longest(capsys, *settings)]) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("most_rows, words", [(2, "next: nothing: memory limits neither."), (1024, " makes batches larger.")])
+def test_what_memory_does_not_limit_nothing_makes_larger(most_rows, words, capsys, monkeypatch):
+    """Rows end with the positions of the model."""
+    monkeypatch.setattr(longest, "MOST_ROWS", most_rows)
+    settings = [*short_of(32), *LEAST, "--eval_fraction", "0"]
+    assert main(["longest", *settings, "--budget", "60MiB"]) == 0
     assert words in capsys.readouterr().out
 
 
