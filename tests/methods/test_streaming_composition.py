@@ -129,6 +129,32 @@ def test_autocast_is_as_near_to_float32_as_plain_training_under_it(name, chunk, 
     assert whole_error(found.gradients, expected) <= 1.5 * whole_error(plain, expected)
 
 
+@pytest.mark.parametrize("order", ["chunks", "layers"])
+def test_what_leaves_autocast_goes_backward_in_its_own_precision(order):
+    """As in plain training, whose backward comes after autocast: under it, products in float32 would have a gradient rounded to bfloat16."""
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS, dtype=torch.float32)
+    seen, own = [], model.model.layers[1].mlp.forward
+
+    def in_float32(hidden):
+        with torch.autocast("cpu", enabled=False):
+            made = own(hidden.float())
+        if made.requires_grad:
+            made.register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
+        return made
+
+    model.model.layers[1].mlp.forward = in_float32
+    with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order=order)):
+        seen.clear()  # of the probe
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        outside, seen[:] = list(seen), []
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch).loss.backward()
+    assert outside == [False] * 3
+    assert seen == [True] * 3
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 64])
 def test_bfloat16_is_as_near_to_float64_as_plain_training_in_bfloat16(chunk):
     """What is owed is summed over as many as 48 chunks."""

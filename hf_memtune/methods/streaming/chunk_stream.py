@@ -222,7 +222,7 @@ class ChunkStream:
             self.sums.add(self._matrix, of_head)
             del of_head
         given = self.going(given)
-        with torch.enable_grad(), self.autocast.restored(), self.sums.standing_in(), self._summed_rows():
+        with torch.enable_grad(), self.sums.standing_in(), self._summed_rows():
             self._all_go_backward(given)
         return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
 
@@ -241,7 +241,7 @@ class ChunkStream:
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         ran, self._last = self._last, None
         if ran is None:
-            with self.tape.replaying(number):
+            with self.autocast.restored(), self.tape.replaying(number):  # what goes backward does so without, as after any forward
                 ran = self._run(number, span, stores=False)
         tensors, gradients = self.outputs.roots(ran.output, cotangents, span)
         require_seeing(self._blind, gradients)

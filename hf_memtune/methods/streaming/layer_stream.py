@@ -156,7 +156,7 @@ class LayerStream(ChunkStream):
         with not_checkpointing(self.router.architecture.base), torch.no_grad():
             seen = []
             for number in range(self.count):
-                with self.tape.replaying(("before", number)), torch.set_grad_enabled(self._learns_around):
+                with self.autocast.restored(), self.tape.replaying(("before", number)), torch.set_grad_enabled(self._learns_around):
                     seen.append(self._around(self._stream(number)))
                 self._require_constants(seen[-1])
                 seen[-1].entry()  # with its graph: let go of it
@@ -176,7 +176,7 @@ class LayerStream(ChunkStream):
             return
         for number, around in enumerate(seen[:-1]):
             hidden = self._input(layer, around.span) if layer else self._entry(number)
-            with self.tape.replaying((layer, number)):
+            with self.autocast.restored(), self.tape.replaying((layer, number)):
                 self._run_layer(layer, around, hidden, KeysPass(around.running, self._attending[layer]))
 
     def _layer_backward(self, layer: int, number: int, around: Around, cotangents: list[Tensor | None], arriving: RowTensor | None) -> bool:
@@ -187,7 +187,7 @@ class LayerStream(ChunkStream):
         torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
         span = around.span
         leaf = self._input(layer, span).requires_grad_(layer > self._first) if layer else None
-        with torch.enable_grad():
+        with torch.enable_grad(), self.autocast.restored():
             entry = self._entry(number, self._learns_around) if leaf is None else leaf.view_as(leaf)
             with self.tape.replaying((layer, number)):
                 hidden = self._run_layer(layer, around, entry)
@@ -203,8 +203,8 @@ class LayerStream(ChunkStream):
                 # of the first layer that goes backward, nothing may have been learned in this call: adapters that are not used
                 tensors, gradients = ([hidden], [arriving.get(span.first, span.index.shape[1])]) if hidden.requires_grad else ([], [])
             del hidden, entry
-            if tensors:
-                torch.autograd.backward(tensors, gradients)
+        if tensors:
+            torch.autograd.backward(tensors, gradients)
         self.means.listeners.tell("chunk_ends")
         if leaf is None or not leaf.requires_grad:
             return False
@@ -213,7 +213,7 @@ class LayerStream(ChunkStream):
 
     def _entry(self, number: int, learns: bool = False) -> Tensor:
         """What the first layer is given of a chunk, made again by the body. learns: with what may be learned before the first layer."""
-        with self.tape.replaying(("before", number)), torch.set_grad_enabled(learns):
+        with self.autocast.restored(), self.tape.replaying(("before", number)), torch.set_grad_enabled(learns):
             hidden = self._around(self._stream(number)).entry()
         return hidden if learns else hidden.detach()
 

@@ -294,7 +294,7 @@ class ShardedStream(ChunkStream):
     def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         with self._units.running_again():
             found = super()._gradients(cotangents, nodes)
-            with torch.enable_grad(), self.autocast.restored():
+            with torch.enable_grad():
                 self._run_missing()
         return found or [None]
 
@@ -309,7 +309,7 @@ class ShardedStream(ChunkStream):
     def _run_missing(self) -> None:
         """What other processes have more of: the body on one token, and backward with a gradient of 0. Nothing is drawn for it."""
         for _ in range(self._chunks - self.count):
-            with self.tape.replaying("missing"), self._units.forward():
+            with self.autocast.restored(), self.tape.replaying("missing"), self._units.forward():
                 hidden = self.call.forward(**self._one_token(), use_cache=False).last_hidden_state
             if hidden.requires_grad:
                 torch.autograd.backward(hidden, torch.zeros_like(hidden))
