@@ -20,8 +20,8 @@ from hf_memtune.errors import MemTuneError
 class Replay(Protocol):
     """One call that can go backward once.
 
-    inputs: the tensors whose gradients it finds. outputs: the tensors it gave; they are taken from it, so that they live no longer
-    than whoever uses them.
+    inputs: the tensors whose gradients it finds. take_outputs: the tensors that it gave, held by it no longer, so that they live only as long
+    as somebody uses them.
     """
 
     inputs: list[Tensor]

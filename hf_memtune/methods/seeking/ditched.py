@@ -6,18 +6,14 @@ they are detached. The context pass runs without dropout.
 Shape legend: B rows of a batch, T tokens in a row, S kept tokens, D hidden size.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_memtune.core.recompute import Autocast
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore, place
-from hf_memtune.core.sums import GradientSums
-from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
 from hf_memtune.methods.attention.outputs import BodyOutputs
@@ -26,26 +22,42 @@ from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.attention.states import States
+from hf_memtune.methods.repeated import RepeatedCall
 from hf_memtune.methods.seeking.choice import Choice
 from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.tied import tied_matrix
 
 
-class DitchedCall:
-    """A `core.replay.Replay`. chunk: tokens of a row that go through the context pass at a time. records: what it leaves for scores.
+class ChosenCall(RepeatedCall):
+    """A call whose tokens are chosen. records: what its pass over all tokens leaves for scores. chunk: tokens of a row that this ran at a time."""
+
+    choice: Choice
+    records: Records
+    chunk: int
+
+    def let_go_of_scores(self) -> None:
+        """When tokens are chosen: before those that are kept need the memory."""
+        self.records.clear()
+        self.choice.block = self.choice.scores = None
+
+    def choose_by(self, gradient: Tensor | None) -> None:
+        """In backward, by dL/dhidden (B, T, D). Where tokens were chosen already it was for another loss of the same call: they are chosen again."""
+        with self.autocast.restored(), self.sums.as_called():
+            if self.choice.selection is not None:
+                self.choice = _chosen_again(self)
+            self.choice.by_gradient(gradient)
+
+
+class DitchedCall(ChosenCall):
+    """chunk: tokens of a row that go through the context pass at a time. records: what it leaves for scores.
 
     matrix: after `focus`, what the head is to use in place of its weight, where it shares that with the embedding; else None.
     gives_encoded: whether the last of the outputs is that of an encoder, which ran with the call.
     """
 
     def __init__(self, router: Router, call: BodyCall, choice: Choice, chunk: int, records: Records):
-        self.router, self.call, self.choice, self.chunk, self.records = router, call, choice, chunk, records
-        self.router.calls.add(self)
-        self.unchanged = Unchanged(router.architecture.base, router.architecture.name)
-        self.sums = GradientSums(router.architecture.base)
-        self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
-        self.outputs = BodyOutputs(self.call)
-        self.autocast = Autocast(call.decoder.positions.device)
+        super().__init__(router, call)
+        self.choice, self.chunk, self.records = choice, chunk, records
         self.matrix: Tensor | None = None
         self.gives_encoded = False
         self._store: KeyValueStore | None = KeyValueStore()
@@ -69,12 +81,13 @@ class DitchedCall:
         self.choice.block.known = self.outputs.tensors[0]
 
     def take_outputs(self) -> list[Tensor]:
-        self.unchanged.settle({**self.call.given, "encoder_outputs": self.call.encoder_output})
+        """Of all tokens; and the output of an encoder that ran with the call."""
         if self.choice.block is not None:
             self.choice.block.known = None  # or it would live until backward, whoever reads the outputs
         encoded, self.outputs.encoded = self.outputs.encoded, None
         self.gives_encoded = encoded is not None
-        return self.outputs.take() if encoded is None else [*self.outputs.take(), encoded]
+        found = super().take_outputs()
+        return found if encoded is None else [*found, encoded]
 
     def focus(self, live: bool) -> Any:
         """The body's output for the kept tokens, with gradient. live: to the model's own parameters and inputs, in forward."""
@@ -106,11 +119,6 @@ class DitchedCall:
         self.matrix = None if tied is None else tied.of_head()
         return output
 
-    def let_go_of_scores(self) -> None:
-        """Before the kept tokens need the memory."""
-        self.records.clear()
-        self.choice.block = self.choice.scores = None
-
     def placed(self, tensors: list[Tensor], output: Any) -> list[Tensor]:
         """Outputs of all tokens, (B, T, ...) each, in which those of the kept ones are live."""
         selection = self.choice.decoder
@@ -121,18 +129,15 @@ class DitchedCall:
         ]
         return self.outputs.as_returned(found)
 
-    def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
-        """Gradients of `inputs`, of the kept tokens' part in the loss; chosen now, if they were not before the loss was taken."""
-        self.unchanged.check()
-        self.router.call_begins()  # checkpointing may have been turned on since
-        given = list(cotangents)
-        of_encoder = given.pop() if self.gives_encoded else None
-        self._choose(given[0])
-        self.sums.begin(nodes[len(self.call.inputs) :])
+    def _run_again(self, cotangents: list[Tensor | None]) -> None:
+        """The kept tokens, of whose part in the loss the gradients are; chosen now, if they were not before the loss was taken."""
+        of_encoder = cotangents.pop() if self.gives_encoded else None
+        if cotangents[0] is not None or self.choice.selection is None:  # else it is a loss of router logits beside the one that chose
+            self.choose_by(cotangents[0])
         with torch.enable_grad(), self.sums.standing_in():
             output = self.focus(live=False)
             span = self.call.decoder.kept(self.choice.decoder)
-            tensors, gradients = self.outputs.roots(output, given, span)
+            tensors, gradients = self.outputs.roots(output, cotangents, span)
             gradients = [_weighted(gradient, self.choice.decoder) for gradient in gradients]
             if of_encoder is not None and output.encoder_last_hidden_state.requires_grad:
                 selection = self.choice.made["encoder"]
@@ -140,15 +145,6 @@ class DitchedCall:
                 gradients.append(_weighted(selection.gather(of_encoder, fill=0), selection))
             del output
             torch.autograd.backward(tensors, gradients)
-        return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
-
-    def _choose(self, gradient: Tensor | None) -> None:
-        if gradient is None and self.choice.selection is not None:
-            return  # a loss of router logits beside the one that chose
-        with self.autocast.restored(), self.sums.as_called():
-            if self.choice.selection is not None:
-                self.choice = chosen_again(self)
-            self.choice.by_gradient(gradient)
 
 
 def _weighted(gradient: Tensor, selection: Selection) -> Tensor:
@@ -158,8 +154,8 @@ def _weighted(gradient: Tensor, selection: Selection) -> Tensor:
     return gradient * selection.weight.reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2)).to(gradient.dtype)
 
 
-def chosen_again(run: Any) -> Choice:
-    """A choice for another loss of the call of `run`, a DitchedCall or a ChosenStream; with a pass over all tokens if scores want one."""
+def _chosen_again(run: ChosenCall) -> Choice:
+    """A choice for another loss of the same call; with a pass over all tokens if scores want one."""
     choice, records = run.choice.again(), Records(run.records.context_modules, run.records.wanted)
     if records.wanted:
         DitchedCall(run.router, run.call, choice, run.chunk, records).run_context()

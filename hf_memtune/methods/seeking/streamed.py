@@ -12,12 +12,12 @@ from torch import Tensor
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.records import Records
 from hf_memtune.methods.seeking.choice import Choice
-from hf_memtune.methods.seeking.ditched import chosen_again
+from hf_memtune.methods.seeking.ditched import ChosenCall
 from hf_memtune.methods.seeking.last_block import LastBlock
 from hf_memtune.methods.streaming.chunk_stream import ChunkStream, Means
 
 
-class ChosenStream(ChunkStream):
+class ChosenStream(ChunkStream, ChosenCall):
     """The stream of a call whose tokens are chosen. records: what the context pass leaves for scores.
 
     carries_loss: whether the gradient that comes is, if only in part, that of the loss that chose the tokens.
@@ -31,11 +31,6 @@ class ChosenStream(ChunkStream):
         """The pass over all tokens."""
         self.run_forward(self.records)
         self.choice.block = LastBlock(self.router, self.call, self.records, self.store, self.chunk)
-
-    def let_go_of_scores(self) -> None:
-        """When tokens are chosen, what they were chosen by is in the way."""
-        self.records.clear()
-        self.choice.block = self.choice.scores = None
 
     def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         found = super().backward(cotangents, nodes)
@@ -53,10 +48,7 @@ class ChosenStream(ChunkStream):
         return cotangents
 
     def _chosen_now(self, cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        with self.autocast.restored(), self.sums.as_called():
-            if self.choice.selection is not None:
-                self.choice = chosen_again(self)
-            self.choice.by_gradient(cotangents[0])
+        self.choose_by(cotangents[0])
         kept, weight = self.choice.decoder.kept_mask(), self.choice.weight
         factor = kept if weight is None else kept * weight
         return [None if c is None else _times(c, factor) for c in cotangents]

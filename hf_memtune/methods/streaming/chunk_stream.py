@@ -25,16 +25,12 @@ from hf_memtune.architectures import Architecture
 from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import OwedGradients
-from hf_memtune.core.recompute import Autocast
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
-from hf_memtune.core.sums import GradientSums
-from hf_memtune.core.unchanged import Unchanged
 from hf_memtune.errors import MemTuneError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.attention.context import context_pass
-from hf_memtune.methods.attention.outputs import BodyOutputs
 from hf_memtune.methods.attention.passes import StreamPass
 from hf_memtune.methods.attention.positions import at_positions
 from hf_memtune.methods.attention.records import Records
@@ -43,6 +39,7 @@ from hf_memtune.methods.attention.spans import Span
 from hf_memtune.methods.attention.states import States
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.layer_override import override_of
+from hf_memtune.methods.repeated import RepeatedCall
 from hf_memtune.methods.streaming.embedding import rows_summed_in_place
 from hf_memtune.methods.tied import is_tied
 
@@ -88,8 +85,8 @@ class Ran:
     cache: Cache | None
 
 
-class ChunkStream:
-    """One call of a model's body on its way: a `core.replay.Replay`.
+class ChunkStream(RepeatedCall):
+    """One call of a model's body on its way.
 
     keeps_last: whether the last chunk runs with gradient in forward. tokens_run: in backward, over all rows.
     """
@@ -97,23 +94,16 @@ class ChunkStream:
     leaves_out = False  # whether some tokens may not run in backward
 
     def __init__(self, means: Means, call: BodyCall, keeps_last: bool = True):
-        self.means, self.call = means, call
-        self.router, self.rows, self.chunk = means.router, call.decoder, means.chunk
+        super().__init__(means.router, call)
+        self.means, self.rows, self.chunk = means, call.decoder, means.chunk
         self.states = States(self.router.cache, means.host)
         self.chunks = call.chunks(self.chunk, self.router.cache)
-        self.router.calls.add(self)
-        base = self.router.architecture.base
-        self.unchanged = Unchanged(base, self.router.architecture.name)
         self.store, self.owed = self._new_stores()
         self.tape = RandomTape({p.device for p in self.router.architecture.head_model.parameters()})
-        self.sums = self._new_sums(base)
         self._matrix = _tied_matrix(self.router.architecture, self.sums.parameters) if means.shares_head else None
-        self.inputs: list[Tensor] = [*call.inputs, *self.sums.parameters]
-        self.outputs = BodyOutputs(self.call)
         self.count, self.tokens_run = self.chunks.count, 0
         # a chunk that is the whole row attends in the model's own way
         self.kept_attention = KeptAttention(means.host) if means.keeps_attention and self.count > 1 else None
-        self.autocast = Autocast(self.rows.positions.device)
         self._keeps_last = keeps_last and not self.leaves_out
         self._last: Ran | None = None
         self._blind: Tensor | None = None  # of the chunk that ran last: see StreamPass
@@ -124,10 +114,6 @@ class ChunkStream:
         if host is None:
             return KeyValueStore(), OwedGradients(dtype)
         return OffloadedStore(host), OwedGradients(dtype, OffloadedSums(host))
-
-    def _new_sums(self, base: nn.Module) -> GradientSums:
-        """What sums gradients of parameters over the chunks, and hands them to autograd."""
-        return GradientSums(base)
 
     # -- forward
 
@@ -176,9 +162,8 @@ class ChunkStream:
             self.outputs.put(self._last.output, self._last.span)
 
     def take_outputs(self) -> list[Tensor]:
-        """Of all tokens, in the shapes of the body's own; and the matrix for the head to use, where it shares its gradient."""
-        self.unchanged.settle({**self.call.given, "encoder_outputs": self.call.encoder_output})
-        found = self.outputs.take()
+        """Of all tokens; and the matrix for the head to use, where it shares its gradient."""
+        found = super().take_outputs()
         return found if self._matrix is None else [*found, self._matrix.view_as(self._matrix)]
 
     @property
@@ -208,23 +193,14 @@ class ChunkStream:
 
     # -- backward
 
-    def backward(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
-        """Gradients of `inputs`; every chunk runs and goes backward by itself."""
-        self.unchanged.check()
-        self.router.call_begins()  # checkpointing may have been turned on since
-        return self._gradients(cotangents, nodes)
-
-    def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
-        own = len(self.call.inputs)
-        self.sums.begin(nodes[own:])
-        given = list(cotangents)
-        if self._matrix is not None and (of_head := given.pop()) is not None:
+    def _run_again(self, cotangents: list[Tensor | None]) -> None:
+        """Every chunk runs and goes backward by itself."""
+        if self._matrix is not None and (of_head := cotangents.pop()) is not None:
             self.sums.add(self._matrix, of_head)
             del of_head
-        given = self.going(given)
+        cotangents = self.going(cotangents)
         with torch.enable_grad(), self.sums.standing_in(), self._summed_rows():
-            self._all_go_backward(given)
-        return [*(leaf.grad for leaf in self.call.leaves), *self.sums.take()]
+            self._all_go_backward(cotangents)
 
     def _all_go_backward(self, cotangents: list[Tensor | None]) -> None:
         for number in reversed(range(self.count)):

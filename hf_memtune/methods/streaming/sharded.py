@@ -291,7 +291,7 @@ class ShardedStream(ChunkStream):
         with torch.no_grad():
             self._run_missing()
 
-    def _gradients(self, cotangents: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+    def _gradients(self, cotangents: list[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         with self._units.running_again():
             found = super()._gradients(cotangents, nodes)
             with torch.enable_grad():
