@@ -63,6 +63,12 @@ class Autocast:
             yield
 
 
+def forget_casts() -> None:
+    """Between a run without gradient and one with it: autocast keeps casts of weights, and up to torch 2.9 uses those that were made without a
+    gradient where one is wanted, so that the weights would learn nothing."""
+    torch.clear_autocast_cache()
+
+
 class Surroundings:
     """Random numbers and autocast of one run. Made before it; `settle` after it; `restored` around the second run."""
 

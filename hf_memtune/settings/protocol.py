@@ -5,7 +5,7 @@ hands on to the next (`super()`): the messages of several, mixed into one class 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields
@@ -64,6 +64,23 @@ class MethodSettings:
     def ineffective(self) -> list[str]:
         """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
         return []
+
+
+Condition = tuple[bool, str, str]
+"""Whether it holds, the setting that it is of, and what is expected of that."""
+
+
+def one_of(settings: Any, allowed: Mapping[str, Sequence[Any]]) -> list[Condition]:
+    """By setting, the values that it may have, None where it may be left out."""
+    return [
+        (getattr(settings, name) in values, name, f"one of {tuple(value for value in values if value is not None)}")
+        for name, values in allowed.items()
+    ]
+
+
+def unmet(settings: Any, conditions: Iterable[Condition]) -> list[str]:
+    """A message for each condition that does not hold."""
+    return [f"{name}: got {getattr(settings, name)!r}, expected {wanted}." for holds, name, wanted in conditions if not holds]
 
 
 def changed_fields(settings: Any, kind: type[MethodSettings]) -> list[Field[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_memtune.settings.presets import ADAPTER_DEFAULTS, COUPLING_FACTORS
-from hf_memtune.settings.protocol import MethodSettings, changed_fields, setting
+from hf_memtune.settings.protocol import Condition, MethodSettings, changed_fields, one_of, setting, unmet
 
 COUPLINGS = ("none", *COUPLING_FACTORS)
 NUMERICS = ("exact", "float")
@@ -87,12 +87,7 @@ class ReversibleConfig(MethodSettings):
         return ReversibleConfig.of(self, **missing)
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name}: got {getattr(self, name)!r}, expected {wanted}."
-            for holds, name, wanted in [*_choices(self), *_ranges(self)]
-            if not holds
-        ]
-        return (found or _combinations(self)) + super().problems()
+        return (unmet(self, [*_choices(self), *_ranges(self)]) or _combinations(self)) + super().problems()
 
     def ineffective(self) -> list[str]:
         given = [each.name for each in changed_fields(self, ReversibleConfig)]
@@ -104,20 +99,17 @@ def _defaults(config: Any) -> dict[str, Any]:
     return ADAPTER_DEFAULTS | factors
 
 
-def _choices(config: Any) -> list[tuple[bool, str, str]]:
+def _choices(config: Any) -> list[Condition]:
     allowed = {
         "reversible": COUPLINGS,
         "reversible_numerics": NUMERICS,
         "reversible_output": (None, *OUTPUTS),
         "adapter_activation": (None, *ACTIVATIONS),
     }
-    return [
-        (getattr(config, name) in choices, name, f"one of {tuple(c for c in choices if c is not None)}")
-        for name, choices in allowed.items()
-    ]
+    return one_of(config, allowed)
 
 
-def _ranges(config: Any) -> list[tuple[bool, str, str]]:
+def _ranges(config: Any) -> list[Condition]:
     def given(name: str, holds) -> bool:
         value = getattr(config, name)
         return value is None or holds(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_memtune.settings.presets import PRESET_NAMES, PRESETS, described_default, preset_values, row_loss_values
-from hf_memtune.settings.protocol import changed_fields, setting
+from hf_memtune.settings.protocol import Condition, changed_fields, one_of, setting, unmet
 from hf_memtune.settings.scorers import facts_of
 from hf_memtune.settings.streaming import StreamingConfig
 
@@ -236,14 +236,9 @@ class TokenSeekingConfig(StreamingConfig):
         return self.of(self, **changed) if changed else self
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name}: got {getattr(self, name)!r}, expected {wanted}."
-            for holds, name, wanted in [*self._ranges(), *self._choices()]
-            if not holds
-        ]
-        return found + self._impossible_combinations() + super().problems()
+        return unmet(self, [*self._ranges(), *self._choices()]) + self._impossible_combinations() + super().problems()
 
-    def _ranges(self) -> list[tuple[bool, str, str]]:
+    def _ranges(self) -> list[Condition]:
         return [
             (0 < self.token_ratio <= 1, "token_ratio", "a fraction in (0, 1], such as 0.1 for a tenth of the tokens"),
             (self.context_weight >= 0, "context_weight", "0 or more"),
@@ -255,7 +250,7 @@ class TokenSeekingConfig(StreamingConfig):
             (self.weight_cap is None or self.weight_cap >= 1, "weight_cap", "1 or more: what a token that is always kept counts for"),
         ]
 
-    def _choices(self) -> list[tuple[bool, str, str]]:
+    def _choices(self) -> list[Condition]:
         allowed = {
             "preset": (None, *PRESET_NAMES),
             "context_normalize": CONTEXT_NORMALIZERS,
@@ -267,10 +262,7 @@ class TokenSeekingConfig(StreamingConfig):
             "always_keep": (None, *ALWAYS_KEPT),
             "seek_schedule": SCHEDULES,
         }
-        return [
-            (getattr(self, name) in choices, name, f"one of {tuple(c for c in choices if c is not None)}")
-            for name, choices in allowed.items()
-        ]
+        return one_of(self, allowed)
 
     def _impossible_combinations(self) -> list[str]:
         found = []

@@ -415,9 +415,23 @@ def test_casts_are_gone_before_what_follows_the_pass_without_gradient(make, monk
     assert before[-2:] == ["cleared", "context ended"]
 
 
+def test_casts_of_scores_are_gone_before_what_follows_the_choice(monkeypatch):
+    model, batch, _ = model_and_batch("llama", dtype=torch.float32)
+    happened, original = [], torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (happened.append("cleared"), original()))
+    with seeking_on(model, token_scorer="gradient", token_gradient="stream") as method, torch.autocast("cpu", torch.bfloat16):
+        method.listeners.add(Casting(happened))
+        model(**batch)
+        before = list(happened)
+    assert before[before.index("context ended") :][:3] == ["context ended", "cleared", "chosen"]
+
+
 class Casting(Listener):
     def __init__(self, happened):
         self.happened = happened
+
+    def chosen(self, selection):
+        self.happened.append("chosen")
 
     def context_ends(self):
         self.happened.append("context ended")

@@ -5,6 +5,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 
 from hf_memtune.core.kept_attention import KeptAttention
+from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.methods.attention.batch import BodyCall
@@ -62,4 +63,4 @@ def context_pass(
             into.put(output, spans["decoder"])
             number += count
             count = min(together, until - number)
-    torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+    forget_casts()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_memtune.core.loss import IGNORED
+from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.sampling import Draw, probabilities, sample
 from hf_memtune.core.scorers import Scorer, SeekingContext
 from hf_memtune.core.selection import Selection, select
@@ -174,6 +175,7 @@ class Choice:
         assert self.block is not None  # the pass over all tokens comes first
         self.scores = TokenScores(self.chooser.config, self.chooser.facts, self.block, loss, labels, gradient, self.chooser.reference)
         self.selection = {name: self._select(name, labelled if name == "decoder" else None) for name in self.stacks}
+        forget_casts()  # those of scores
         self._count(kept=sum(self._kept(name) for name in self.stacks))
         self.chooser.listeners.tell("chosen", self.selection)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore, place
 from hf_memtune.methods.attention.batch import BodyCall
@@ -108,7 +109,7 @@ class DitchedCall(ChosenCall):
         self.let_go_of_scores()
         store, self._store = self.store, None  # the graph alone holds it now, and lets go of it layer by layer
         spans = self.call.spans_of(self.choice.made)
-        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        forget_casts()
         running = FocusPass(spans, store, self.router.places)
         with ExitStack() as stack:
             tied = stack.enter_context(tied_matrix(self.router.architecture)) if live else None

@@ -25,6 +25,7 @@ from hf_memtune.architectures import Architecture
 from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory, OffloadedStore, OffloadedSums
 from hf_memtune.core.owed import OwedGradients
+from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.selection import Selection
 from hf_memtune.core.store import KeyValueStore
@@ -214,7 +215,7 @@ class ChunkStream(RepeatedCall):
         span = self._span(number)
         if span is None:
             return
-        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        forget_casts()
         ran, self._last = self._last, None
         if ran is None:
             with self.autocast.restored(), self.tape.replaying(number):  # what goes backward does so without, as after any forward
@@ -231,14 +232,17 @@ class ChunkStream(RepeatedCall):
     def _run(self, number: int, span: Span, stores: bool) -> "Ran":
         """One chunk with gradient."""
         spans = self.call.spans(span)
-        running = StreamPass(
-            spans, self.store, self.router.places, self.router.kernel_facts, self.owed, stores, self._is_alone, self.kept_attention
-        )
+        running = self._pass(spans, stores)
         cache = self.states.begin_live(number, self.chunks.bounds(number)[0], running)
         with self.router.running(running, cache), at_positions(self.router.architecture, self.call, spans):
             output = self.call.forward(**self.call.at(spans, running, cache=cache))
         self._blind = running.blind
         return Ran(span, output, cache)
+
+    def _pass(self, spans: dict[str, Span], stores: bool) -> StreamPass:
+        """Of one chunk, with gradient. stores: whether its keys and values are not stored yet."""
+        places, facts = self.router.places, self.router.kernel_facts
+        return StreamPass(spans, self.store, places, facts, self.owed, stores, self._is_alone, self.kept_attention)
 
     @property
     def _is_alone(self) -> bool:
@@ -265,12 +269,12 @@ class ChunkStream(RepeatedCall):
         if not self.leaves_out:
             return self.rows.chunk(start, stop)
         kept = self.wanted(start, stop)
-        if not bool(kept.any()):
-            return None
         counts = kept.sum(1).tolist()
+        if not any(counts):
+            return None
         if min(counts) == stop - start:
             return self.rows.chunk(start, stop)
-        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(1, *counts)]
+        order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
         index = order.sort(dim=1).values
         selection = Selection(index + start, kept.gather(1, index), tuple(counts), self.rows.length)
         return self.rows.kept_of_chunk(selection, start, stop)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from hf_memtune.architectures import Architecture
 from hf_memtune.architectures.tables import OF_TRL
 from hf_memtune.core.owed import OwedGradients
+from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.rows import RowTensor
 from hf_memtune.core.store import KeyValueStore
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
@@ -106,7 +107,7 @@ class LayerStream(ChunkStream):
                 for number, around in enumerate(seen):
                     self._layer_forward(layer, number, around, self._input(layer, around.span))
                 self._layer_done(layer)
-        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        forget_casts()
         self._require_kept()
 
     def _first_that_learns(self) -> int:
@@ -184,7 +185,7 @@ class LayerStream(ChunkStream):
 
         Returns whether there is any.
         """
-        torch.clear_autocast_cache()  # casts of weights that were made without gradient must not be used where one is wanted
+        forget_casts()
         span = around.span
         leaf = self._input(layer, span).requires_grad_(layer > self._first) if layer else None
         with torch.enable_grad(), self.autocast.restored():
@@ -256,10 +257,12 @@ class LayerStream(ChunkStream):
         )
 
     def _stream(self, number: int) -> StreamPass:
-        stores, facts = number + 1 == self.count, self.router.kernel_facts
-        return StreamPass(
-            self._spans(number), self.store, self.router.places, facts, self.owed, stores, self.count == 1, self.kept_attention
-        )
+        return self._pass(self._spans(number), stores=number + 1 == self.count)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the row is one chunk."""
+        return self.count == 1
 
     def _around(self, running: ChunkPass, instead: Tensor | None = None) -> Around:
         """The body on one chunk, with layers that do nothing. instead: what the last of them returns."""
