@@ -10,6 +10,7 @@ from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core import owed
 from hf_memtune.core.logits import LazyLogits
 from hf_memtune.core.rng import RandomTape
+from hf_memtune.core.store import KeyValueStore
 from hf_memtune.memory import LiveBytes, SavedBytes
 from hf_memtune.methods.attention import passes
 from hf_memtune.methods.attention.passes import ChunkPass
@@ -127,6 +128,21 @@ def test_autocast_is_as_near_to_float32_as_plain_training_under_it(name, chunk, 
     assert abs(found.loss - loss) <= RELATIVE[torch.bfloat16] * loss
     assert whole_error(found.gradients, expected) <= RELATIVE[torch.bfloat16]
     assert whole_error(found.gradients, expected) <= 1.5 * whole_error(plain, expected)
+
+
+@pytest.mark.parametrize("order", ["chunks", "layers"])
+def test_keys_are_stored_in_the_dtype_in_which_autocast_attends(order, monkeypatch):
+    """Rotary embeddings leave them in float32, which is twice the bytes that attention reads."""
+    model, batch, _ = model_and_batch("llama", lengths=LENGTHS, dtype=torch.float32)
+    seen, write = set(), KeyValueStore.write
+    monkeypatch.setattr(KeyValueStore, "write", lambda store, of, *pair: (seen.update(p.dtype for p in pair[:2]), write(store, of, *pair)))
+    with Streaming(model, StreamingConfig(sequence_chunk_size=5, stream_order=order)):
+        for dtype in (torch.float32, torch.bfloat16):
+            seen.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+            assert seen == {dtype}
 
 
 @pytest.mark.parametrize("order", ["chunks", "layers"])

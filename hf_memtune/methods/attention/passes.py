@@ -65,6 +65,13 @@ class ChunkPass(ModelPass):
         asked.given = asked.whole
         return asked.given
 
+    def keep(self, module: nn.Module, key: Tensor, value: Tensor, start: int, length: int) -> None:
+        """Store keys and values of a chunk, from token `start` on of `length`: where sdpa computes attention in the dtype to which it would cast
+        them. Under autocast rotary embeddings leave keys in float32, of which it reads half of the bytes."""
+        if self.kernel.in_pieces:
+            key, value = _as_computed(key), _as_computed(value)
+        self.store.write(id(module), key, value, start, length)
+
     @property
     def takes_pieces(self) -> bool:
         """Whether attention of the decoder to itself goes piece by piece in this pass."""
@@ -133,7 +140,7 @@ class ContextPass(ChunkPass):
         if of == "encoder" and not self._encodes:  # all tokens of which are there in every pass
             self.records.attention_call(self, module, query, mask, kwargs)
             return attention(module, query, key, value, mask, **kwargs)
-        self.store.write(id(module), key, value, keys.first, keys.rows.length)
+        self.keep(module, key, value, keys.first, keys.rows.length)
         self.records.attention_call(self, module, query, mask, kwargs)
         if of == "decoder":
             if (prefix := self.prefix_of(module, query, mask, kwargs)) is not None:
@@ -194,7 +201,7 @@ class KeysPass(ContextPass):
         if self._left:
             return super().attend(module, query, key, value, mask, attention, kwargs)
         keys = self.spans["decoder"]
-        self.store.write(id(module), key, value, keys.first, keys.rows.length)
+        self.keep(module, key, value, keys.first, keys.rows.length)
         raise Made
 
 
@@ -216,8 +223,9 @@ class FocusPass(ModelPass):
             return attention(module, query, key, value, mask, **kwargs)
         stored = self.store.prefix(id(module), span.rows.length)
 
-        def among(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            return place(stored[0], key, span.index, span.valid), place(stored[1], value, span.index, span.valid)
+        def among(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            pairs = zip(stored, (key, value))
+            return tuple(place(whole.to(live.dtype), live, span.index, span.valid) for whole, live in pairs)
 
         return _computed_again(module, attention, kwargs, mask, among, query, key, value), None
 
@@ -280,7 +288,7 @@ class StreamPass(ChunkPass):
         if self.alone or self.places.key_stack(module) == "encoder":
             return attention(module, query, key, value, mask, **kwargs)
         if self.stores:
-            self.store.write(id(module), key, value, self.live.start, self.live.stop)
+            self.keep(module, key, value, self.live.start, self.live.stop)
         if (prefix := self.prefix_of(module, query, mask, kwargs, self.owed, self.live)) is not None:
             return _returned(attend_with_gradient(_as_computed(query), key, value, prefix, self._known(module)))
         if kwargs.get("s_aux") is None:
@@ -294,7 +302,9 @@ class StreamPass(ChunkPass):
         return self.kept_attention.get(id(module), self.live.start, self.live.stop - self.live.start)
 
     def _among(self, of: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.owed.attach(of, (key, value), self.store.prefix(of, self.live.stop), self.live)
+        stored = self.store.prefix(of, self.live.stop)
+        # in the dtypes of the live ones, in which the model would sum their gradients over the queries that share them
+        return self.owed.attach(of, (key, value), (stored[0].to(key.dtype), stored[1].to(value.dtype)), self.live)
 
     def extended(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of a layer with hand-written attention: the keys and values of all tokens up to the chunk's end, connected to the chunk's own."""

@@ -68,7 +68,7 @@ class TokenScores:
 
         query = torch.cat(block.records.queries[stack], dim=2)
         key, _ = block.store.prefix(module, rows.length)
-        received, seen_by = attention_received(query, key, visible, real=rows.scored, **call)
+        received, seen_by = attention_received(query, key.to(query.dtype), visible, real=rows.scored, **call)
         return received / seen_by.clamp_min(1) if self.config.context_normalize == "mean" else received
 
     @cached_property
