@@ -32,6 +32,7 @@ def verify_stream(router: Router, call: BodyCall) -> None:
     """
     if is_sharded(router.architecture.base):
         return  # FSDP2 lets no part of a model go backward by itself
+    _require_embedding_by_token(router, call)
     make = partial(_by_chunks, router)
     with _probing(router, call) as foreign:
         embedded, expected = _plain(router, call, foreign)
@@ -47,6 +48,18 @@ def verify_stream(router: Router, call: BodyCall) -> None:
             router.follow_by(earlier)
     if problem is not None:
         raise UnsupportedModelError(f"{router.architecture.name} {problem}. {_reason(router)} {tables.REMEDY}")
+
+
+def _require_embedding_by_token(router: Router, call: BodyCall) -> None:
+    """Refuse an embedding that makes something else of a part of a row: what comes after it is compared on what it has made of a whole one."""
+    embedding, ids = router.architecture.base.get_input_embeddings(), call.input_ids("decoder")
+    with torch.no_grad():
+        whole, parts = embedding(ids), torch.cat([embedding(part) for part in ids.split(CHUNK, dim=1)], dim=1)
+    if whole.shape != parts.shape or not deviation_of(parts, whole) <= _allowed(router, whole):
+        raise UnsupportedModelError(
+            f"{router.architecture.name}: its embedding ({type(embedding).__name__}, with its hooks) gives tokens other vectors in chunks of {CHUNK} than "
+            f"in a whole row: it looks at where they are, or at their neighbours. {tables.REMEDY}"
+        )
 
 
 def problem_of(router: Router, call: BodyCall, make: Callable[[BodyCall], ChunkStream]) -> str | None:

@@ -544,3 +544,12 @@ def test_an_output_that_is_dropped_leaves_nothing(streams):
         assert streams[-1]() is None
     assert registered() <= names
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_embedding_that_looks_at_places_is_refused():
+    model = tiny_model("llama")
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: torch.cat([output[:, :1] * 5, output[:, 1:]], dim=1))
+    before = traces(model)
+    with pytest.raises(UnsupportedModelError, match="its embedding"):
+        streaming_on(model)
+    assert traces(model) == before
