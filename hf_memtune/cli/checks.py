@@ -119,6 +119,27 @@ def problems_of_folder(name: str, reversible_adapters: str | None) -> list[str]:
     return []
 
 
+def problems_of_output(model, training) -> list[str]:
+    """An output_dir that is no folder, that is the model's own, or that holds a model of another kind: whoever loads it would get that one, or both."""
+    folder = Path(training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir: {training.output_dir!r} is a file, expected a folder. Name another one."]
+    source = Path(model.model_name_or_path or "")
+    if model.model_name_or_path and source.is_dir() and folder.is_dir() and folder.samefile(source):
+        wrong = f"{training.output_dir!r} is the folder of the model that is trained, whose files would be changed"
+        return [f"output_dir: {wrong}. Name another one."]
+    is_reversible = training.is_reversible or model.reversible_adapters is not None
+    written = {ADAPTERS} if model.lora_r else {REVERSIBLE_CONFIG} if is_reversible else {"config.json"}
+    written |= {REVERSIBLE_CONFIG} if is_reversible else set()
+    if is_reversible and training.adapter_rank == 0 and not model.lora_r:
+        written |= {"config.json"}
+    other = [name for name in (*CONFIGS, REVERSIBLE_CONFIG) if name not in written and (folder / name).is_file()]
+    if not other:
+        return []
+    wrong = f"{training.output_dir!r} holds what another kind of run has saved ({', '.join(other)}), which would be loaded with, or in place of, this one"
+    return [f"output_dir: {wrong}. Name another one, or remove what is in it."]
+
+
 def problems_of_trained(name: str) -> list[str]:
     """A folder of LoRA adapters, named as the model to train: what is trained would replace them, or leave them as they are."""
     folder = Path(name)

@@ -13,6 +13,7 @@ from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.cli.checks import (
     problems_of_folder,
     problems_of_optimizer,
+    problems_of_output,
     problems_of_reports,
     problems_of_resuming,
     problems_of_scores,
@@ -96,6 +97,8 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
             *problems_of_optimizer(built.training),
             *problems_of_scores(built.data, built.training),
         ]
+    if built.model is not None and built.training is not None:
+        problems += problems_of_output(built.model, built.training)
     idle, ineffective = idle_flags((*built, *further), parser)
     problems += idle if of_user else []
     if problems:

@@ -321,3 +321,42 @@ def test_what_is_left_of_epochs(step, epoch, most, wanted, is_over, tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": epoch, "max_steps": most}))
     found = _problems_of_steps(tmp_path, SimpleNamespace(max_steps=-1, num_train_epochs=wanted))
     assert bool(found) is is_over
+
+
+# -- dates, and files that would be read as others ---------------------------------------------------------------------
+
+
+def test_texts_that_look_like_dates_are_what_was_written(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a day", "completion": day} for day in ("2024-03-05", "2024-03-06 00:00:00")])
+    assert [row["completion"] for row in read(file)] == ["2024-03-05", "2024-03-06 00:00:00"]
+    turns = [{"role": "user", "content": "2024-03-05"}, {"role": "assistant", "content": "2024-03-06"}]
+    assert read(write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])) == [{"messages": turns}]
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    from decimal import Decimal
+
+    Dataset.from_dict({"text": [Decimal("1.50")]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="a text is a Decimal"):
+        prepare(data_of(tmp_path / "rows.parquet"), tokenizer())
+
+
+def test_csv_files_whose_columns_would_be_mistaken_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output\nname,red,green\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="more cells than its first line has names"):
+        prepare(data_of(tmp_path / "rows.csv"), tokenizer())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_text("instruction,output\nname,red\n", encoding="utf-8")
+    (folder / "b.csv").write_text("instruction,output,input\nname,red,green\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected the same of every file"):
+        prepare(data_of(folder), tokenizer())
+
+
+def test_a_folder_whose_name_stands_for_others_is_refused(tmp_path):
+    for name in ("d0", "d[0]"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", [{"text": name}])
+    with pytest.raises(ConfigError, match="Rename it"):
+        prepare(data_of(tmp_path / "d[0]"), tokenizer())
+    assert len(prepare(data_of(tmp_path / "d[0]" / "rows.jsonl"), tokenizer()).train) == 1

@@ -144,3 +144,20 @@ def test_a_dtype_that_the_cpu_has_no_units_for_is_said(dtype, has_units, said, m
     message = slow_dtype(Weights(dtype), torch.device("cpu"))
     assert (message is not None and "--dtype float32" in message) == said
     assert slow_dtype(Weights(dtype), torch.device("meta")) is None
+
+
+def test_a_folder_that_would_hold_two_models_is_refused(model, instructions, tmp_path, capsys):
+    assert main(["train", *arguments(model, instructions, "--lora_r", "2")]) == 0
+    assert main(["train", *arguments(model, instructions)]) == 2
+    assert "holds what another kind of run has saved (adapter_config.json)" in capsys.readouterr().err
+    assert main(["train", *arguments(model, instructions, "--lora_r", "2")]) == 0
+
+
+def test_the_folder_of_the_model_is_no_output_dir(model, instructions, capsys):
+    before = sorted(path.name for path in model.iterdir())
+    for more in ([], ["--lora_r", "2"]):
+        assert main(["train", *arguments(model, instructions, "--output_dir", str(model), *more)]) == 2
+        assert "is the folder of the model that is trained" in capsys.readouterr().err
+    assert main(["train", *arguments(model, instructions, "--output_dir", str(instructions))]) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+    assert sorted(path.name for path in model.iterdir()) == before

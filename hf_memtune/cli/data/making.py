@@ -23,7 +23,13 @@ def as_text(value: Any) -> str:
     """Text as it is, nothing as nothing, and what has structure as JSON."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(without_nones(value), ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(without_nones(value), ensure_ascii=False)
+    except TypeError as error:  # dates, decimals, bytes: nobody said how they are written
+        wrong = f"a text is a {type(value).__name__}, or has what JSON cannot write ({error})"
+        raise ConfigError([f"dataset_name: {wrong}. Store it as text, the way it is to be learned."]) from error
 
 
 def dropped_row(reason: str) -> dict:

@@ -26,12 +26,14 @@ def load_rows(data: DataSource, split: str):
         options = _as_text(csv) if csv else {}
         if path.is_file():
             kind = BUILDERS[path.suffix.lower()]
-            rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split=split, **options)
+            rows = _loaded(split, options, kind, data_files=glob.escape(str(path)))
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             rows = _saved_rows(datasets.load_from_disk(path), split)
         else:
-            rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, **options)
+            rows = _loaded(split, options, data.dataset_name, data.dataset_config)
         rows = _with_numbers(rows, data) if csv else rows
+    except ConfigError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError([f"dataset_name: {data.dataset_name!r}, split {split!r}: {_cause(error)}"]) from error
     if not len(rows):
@@ -39,20 +41,60 @@ def load_rows(data: DataSource, split: str):
     return rows
 
 
+def _loaded(split: str, options: dict, *where, **files):
+    """The rows; texts of json files that look like dates as they are written: by themselves 2024-03-05 would be a datetime."""
+    import datasets
+
+    rows = datasets.load_dataset(*where, split=split, **files, **options)
+    if not options and rows.info.builder_name == "json" and (as_written := _without_dates(rows.features)) != rows.features:
+        rows = datasets.load_dataset(*where, split=split, **files, features=datasets.Features(as_written))
+    return rows
+
+
+def _without_dates(feature):
+    """The feature with JSON, which keeps texts, in place of dates; as it is where `datasets` has no such type."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _without_dates(each) for name, each in feature.items()}
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return type(feature)(_without_dates(inner))
+    is_date = isinstance(feature, datasets.Value) and feature.dtype.startswith("timestamp")
+    return datasets.Json() if is_date and hasattr(datasets, "Json") else feature
+
+
 def _csv_of(path: Path) -> Path | None:
-    """The csv file, or the first of a folder that has files of no other kind."""
+    """The csv file, or the first of a folder that has files of no other kind. Raises ConfigError for files with other columns than the first."""
     if path.is_file():
         return path if path.suffix.lower() == ".csv" else None
     files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS) if path.is_dir() else []
-    return files[0] if files and all(file.suffix == ".csv" for file in files) else None
+    if not files or any(file.suffix != ".csv" for file in files):
+        return None
+    columns = [_columns_of(file) for file in files]
+    for file, found in zip(files, columns):
+        if set(found) != set(columns[0]):
+            wrong = f"{str(files[0])!r} has the columns {', '.join(columns[0])}, and {str(file)!r} {', '.join(found)}"
+            raise ConfigError([f"dataset_name: {wrong}: expected the same of every file. Add those that lack, or train on one file."])
+    return files[0]
+
+
+def _columns_of(path: Path) -> list[str]:
+    """Names of columns. Raises ConfigError for rows with more cells than names, of which pandas would take the last ones."""
+    import pandas
+
+    found = pandas.read_csv(path, nrows=100, dtype=str)
+    if not isinstance(found.index, pandas.RangeIndex):
+        wrong = f"the rows of {str(path)!r} have more cells than its first line has names ({', '.join(found.columns)})"
+        raise ConfigError([f"dataset_name: {wrong}. Put cells that have a comma in quotes, or name every column."])
+    return list(found.columns)
 
 
 def _as_text(path: Path) -> dict:
     """Options to read a csv file as it is written: by themselves 007 would be 7, True a boolean, and None or NA nothing. An empty cell is nothing."""
-    import pandas
     from datasets import Features, Value
 
-    columns = pandas.read_csv(path, nrows=0).columns
+    columns = _columns_of(path)
     return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False, "na_values": [""]}
 
 
@@ -77,6 +119,8 @@ def _problem_of_path(name: str, path: Path) -> str | None:
         if path.suffix.lower() not in BUILDERS:
             return f"dataset_name: got a {path.suffix or 'nameless'} file, expected one of {', '.join(BUILDERS)}."
         return f"dataset_name: the file {name!r} is empty." if path.stat().st_size == 0 else None
+    if path.is_dir() and glob.escape(str(path.resolve())) != str(path.resolve()):
+        return f"dataset_name: the folder {name!r} has one of * ? [ in its path, by which `datasets` would look for others. Rename it, or name a file."
     # a hub name is NAME or OWNER/NAME
     is_local = path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return f"dataset_name: {name!r} does not exist." if is_local and not path.exists() else None
