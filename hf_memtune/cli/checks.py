@@ -140,6 +140,18 @@ def problems_of_output(model, training) -> list[str]:
     return [f"output_dir: {wrong}. Name another one, or remove what is in it."]
 
 
+def problems_of_adapters(model, training) -> list[str]:
+    """A checkpoint with LoRA adapters for a run without, or without them for one that trains them."""
+    from hf_memtune.training.checkpoints import look_for
+
+    wanted = training.resume_from_checkpoint
+    found = look_for(Path(training.output_dir), training.save_only_model)[0] if wanted is True else wanted and Path(wanted)
+    if not found or not found.is_dir() or (found / ADAPTERS).is_file() == bool(model.lora_r):
+        return []
+    got, remedy = ("no LoRA adapters", "leave lora_r out") if model.lora_r else ("LoRA adapters", "give the lora_r of that run")
+    return [f"resume_from_checkpoint: {str(found)!r} has {got}, and lora_r is {model.lora_r}. To go on with it {remedy}."]
+
+
 def problems_of_trained(name: str) -> list[str]:
     """A folder of LoRA adapters, named as the model to train: what is trained would replace them, or leave them as they are."""
     folder = Path(name)

@@ -93,6 +93,9 @@ def require_complete(checkpoint: str | Path, weights_only: bool = False) -> None
         )
 
 
+_OF_LORA = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # what adapters do, by
+
+
 def require_same_model(checkpoint: str | Path, model: nn.Module) -> None:
     """Raises ConfigError where a checkpoint is of another kind of model: transformers would load what has the same names, and go on.
 
@@ -111,6 +114,27 @@ def require_same_model(checkpoint: str | Path, model: nn.Module) -> None:
                     "or leave it out, with an output_dir of its own."
                 ]
             )
+    _require_same_lora(Path(checkpoint), model)
+
+
+def _require_same_lora(checkpoint: Path, model: nn.Module) -> None:
+    """Raises ConfigError where adapters of other sizes, places or scaling were saved: those of another scaling would be loaded, and be others."""
+    configs, file = list((getattr(model, "peft_config", None) or {}).values()), checkpoint / "adapter_config.json"
+    if len(configs) != 1 or not file.is_file():
+        return
+    saved, found = json.loads(file.read_text(encoding="utf-8")), []
+    for name in _OF_LORA:
+        had, has = (_plain(value) for value in (saved.get(name), getattr(configs[0], name, None)))
+        if name in saved and had != has:
+            found.append("other modules" if isinstance(had, set) or isinstance(has, set) else f"{name}={had}, expected {has}")
+    if found:
+        wrong = f"the LoRA adapters in {str(checkpoint)!r} have {', '.join(found)}"
+        raise ConfigError([f"resume_from_checkpoint: {wrong}. Give the settings of that run, or leave it out, with an output_dir of its own."])
+
+
+def _plain(value):
+    """Lists of names in any order."""
+    return set(value) if isinstance(value, (list, tuple, set)) else value
 
 
 def why_incomplete(checkpoint: Path, weights_only: bool = False) -> str | None:

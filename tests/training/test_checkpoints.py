@@ -86,6 +86,13 @@ def test_lora_of_another_kind_of_task_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
     require_same_model(tmp_path, get_peft_model(llama(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])))
     require_same_model(tmp_path, llama())
+    saved = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    saved.save_pretrained(tmp_path / "lora")
+    require_same_model(tmp_path / "lora", get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])))
+    for settings, said in (({"r": 8}, "r=4, expected 8"), ({"lora_alpha": 9}, "lora_alpha=8, expected 9"), ({"target_modules": ["q_proj"]}, "other modules")):
+        other = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings)
+        with pytest.raises(ConfigError, match=said):
+            require_same_model(tmp_path / "lora", get_peft_model(llama(), other))
     with pytest.raises(ConfigError, match="of SEQ_CLS, expected CAUSAL_LM"):
         require_same_model(tmp_path, get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
 
