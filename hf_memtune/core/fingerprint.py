@@ -16,8 +16,9 @@ _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling
 _NOT_ADAPTED = (None,) * len(_ADAPTERS)
 _KERNELS = ("_attn_implementation", "_experts_implementation")  # of a module's config
 _FIELDS = ("module", "training", "forward pre-hooks", "forward hooks", *_KERNELS, *_ADAPTERS)
-_RECORDS_ALONE = "transformers.utils.output_capturing"  # puts hooks on at the first call that asks for what they record, for good
-_REQUIRE_GRAD = "make_inputs_require_grad"  # as transformers, peft and trl call such hooks
+# The first puts hooks on at the first call that asks for what they record, for good; those of the second only watch others.
+_ONLY_LOOK = ("transformers.utils.output_capturing", "hf_memtune.methods.hooked")
+REQUIRE_GRAD = "make_inputs_require_grad"  # as transformers, peft and trl call such hooks
 
 
 class Fingerprint:
@@ -107,8 +108,8 @@ def _hooks(hooks: dict[int, Any]) -> tuple[int | str, ...]:
     """
     found: dict[int | str, None] = {}
     for key, hook in hooks.items():
-        if getattr(hook, "__module__", None) != _RECORDS_ALONE:
-            found[_REQUIRE_GRAD if getattr(hook, "__name__", "").startswith(_REQUIRE_GRAD) else key] = None
+        if getattr(hook, "__module__", None) not in _ONLY_LOOK:
+            found[REQUIRE_GRAD if getattr(hook, "__name__", "").startswith(REQUIRE_GRAD) else key] = None
     return tuple(found)
 
 

@@ -129,7 +129,9 @@ def _require_same_lora(checkpoint: Path, model: nn.Module) -> None:
             found.append("other modules" if isinstance(had, set) or isinstance(has, set) else f"{name}={had}, expected {has}")
     if found:
         wrong = f"the LoRA adapters in {str(checkpoint)!r} have {', '.join(found)}"
-        raise ConfigError([f"resume_from_checkpoint: {wrong}. Give the settings of that run, or leave it out, with an output_dir of its own."])
+        raise ConfigError(
+            [f"resume_from_checkpoint: {wrong}. Give the settings of that run, or leave it out, with an output_dir of its own."]
+        )
 
 
 def _plain(value):

@@ -89,7 +89,11 @@ def test_lora_of_another_kind_of_task_is_refused(tmp_path):
     saved = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     saved.save_pretrained(tmp_path / "lora")
     require_same_model(tmp_path / "lora", get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])))
-    for settings, said in (({"r": 8}, "r=4, expected 8"), ({"lora_alpha": 9}, "lora_alpha=8, expected 9"), ({"target_modules": ["q_proj"]}, "other modules")):
+    for settings, said in (
+        ({"r": 8}, "r=4, expected 8"),
+        ({"lora_alpha": 9}, "lora_alpha=8, expected 9"),
+        ({"target_modules": ["q_proj"]}, "other modules"),
+    ):
         other = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings)
         with pytest.raises(ConfigError, match=said):
             require_same_model(tmp_path / "lora", get_peft_model(llama(), other))
