@@ -119,3 +119,8 @@ def is_sink_of_ddp(node) -> bool:
 
 
 def _nothing(*args) -> None: ...
+
+
+def is_in_function_transform() -> bool:
+    """Whether torch.func (grad, vjp, vmap, ...) is at work on what runs now. torch has no public question for it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

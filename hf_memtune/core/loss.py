@@ -15,6 +15,7 @@ from hf_memtune.errors import LogitsError
 
 IGNORED = -100  # the label that transformers and torch give to a token without loss
 LOGIT_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
+FLOAT16_SCALE = 2.0**8  # of residuals in a product in float16, which knows nothing below 6e-8: as much as many classes have
 RESIDUAL_BYTES = 64 * 2**20  # residuals in half precision, of the tokens whose part of a head's gradient is rounded once
 
 
@@ -114,13 +115,14 @@ def linear_loss_gradient(
     have gradient 0 and loss 0. All gradients are of the sum weighted by `token_weight_N`; the token losses are not weighted.
     """
     gradient, losses, cast_VD = torch.zeros_like(hidden_ND), _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
+    bias_V = None if bias_V is None else bias_V.detach()  # of a parameter autocast would keep a cast that is made without gradient
     dtype = cast_VD.dtype if cast_VD.dtype == torch.bfloat16 else weight_VD.dtype
     rows = logit_rows(weight_VD.shape[0]) if weight_gradient_VD is None else _summed_rows(weight_VD.shape[0], dtype)
     for part in _labelled_parts(target_N, rows):
         hidden, factor = hidden_ND[part].to(dtype), None if token_weight_N is None else token_weight_N[part]
         residual, loss = _residuals(hidden, cast_VD, bias_V, target_N[part], label_smoothing, factor, pointwise)
         losses[part] = loss.to(losses.dtype)
-        gradient[part] = (residual @ cast_VD).to(gradient.dtype)
+        gradient[part] = _of_hidden(residual, cast_VD).to(gradient.dtype)
         if weight_gradient_VD is not None:
             _add_product(weight_gradient_VD, residual, hidden)
         if bias_gradient_V is not None:
@@ -158,6 +160,13 @@ def _residuals(
     return residuals_NV, torch.cat(losses)
 
 
+def _of_hidden(residual_NV: Tensor, cast_VD: Tensor) -> Tensor:
+    """residual W, (N, D)."""
+    if cast_VD.dtype != torch.float16 or residual_NV.dtype == torch.float16:
+        return residual_NV @ cast_VD
+    return (residual_NV * FLOAT16_SCALE @ cast_VD).to(residual_NV.dtype) / FLOAT16_SCALE
+
+
 def _add_product(sum_VD: Tensor, residual_NV: Tensor, hidden_ND: Tensor) -> None:
     """sum += residual^T hidden, in place; of another dtype than theirs, which it is under autocast, for some classes at a time."""
     if sum_VD.dtype == hidden_ND.dtype:
@@ -179,6 +188,7 @@ def _token_losses(
 ) -> Tensor:
     """The loss of each token, (N,), where nothing learns."""
     losses, cast_VD = _no_losses(target_N, weight_VD), _as_autocast(weight_VD)
+    bias_V = None if bias_V is None else bias_V.detach()
     for part in _labelled_parts(target_N, logit_rows(weight_VD.shape[0])):
         logits = F.linear(hidden_ND[part].to(weight_VD.dtype), cast_VD, bias_V)
         logits = logits if pointwise is None else pointwise(logits)

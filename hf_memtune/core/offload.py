@@ -121,6 +121,7 @@ class Fetched:
 
     def __init__(self, copy: Tensor, arrival: Any = None):
         self._copy, self._arrival = copy, arrival
+        self._made_in = None if arrival is None else torch.cuda.current_stream(copy.device)  # whose memory the copy has
 
     def ready(self) -> Tensor:
         """The copy, for use in the present stream."""
@@ -129,7 +130,8 @@ class Fetched:
         return self._copy
 
     def __del__(self):
-        self.ready()  # or, never used, it might arrive where the present stream has put something else by then
+        if self._made_in is not None:  # or, never used, it might arrive where that stream has put something else by then
+            self._made_in.wait_event(self._arrival)
 
 
 def tokens_first(part: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, has_repacked_4bit
+from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, has_repacked_4bit, is_in_function_transform
 from hf_memtune.architectures import Architecture, describe, is_sharded
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
@@ -193,6 +193,11 @@ class Method(Generic[Config]):
             self._notice_evaluation_mode(args, kwargs)
             return forward(*args, **kwargs)
         self.require_gathered()
+        if is_in_function_transform():
+            raise MemTuneError(
+                f"{self.architecture.name}: was called inside of torch.func (grad, vjp, vmap, ...), which sees through no backward pass but autograd's. "
+                f"Use loss.backward() or torch.autograd.grad, or call the model without {type(self).__name__}."
+            )
         self.router.call_begins()
         self._hooks.look(probed=False)
         call = BodyCall(self.architecture, forward, args, kwargs, self.router.packs)

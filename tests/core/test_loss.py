@@ -333,6 +333,20 @@ def test_autocast_to_float16_sums_tokens_in_float32():
     assert torch.isfinite(found).all() and found.abs().max() > torch.finfo(torch.float16).max
 
 
+def test_autocast_to_float16_keeps_what_many_unlikely_classes_add_to_the_gradient():
+    """Probabilities of 3e-8 each, which float16 rounds to 6e-8; a scaler that works on the loss comes too late for them."""
+    classes = 4096
+    hidden, weight = torch.ones(2, 1), torch.full((classes, 1), 1.0)
+    bias = torch.full((classes,), -17.3)
+    bias[0] = 0.0
+    target = torch.zeros(2, dtype=torch.int64)
+    weight[0] = 0.0  # of the likely class nothing comes
+    exact, _ = linear_loss_gradient(hidden.double(), weight.double(), bias.double() - torch.eye(classes)[0].double(), target)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found, _ = linear_loss_gradient(hidden, weight, bias - torch.eye(classes)[0], target)
+    assert found.double() == pytest.approx(exact, rel=0.03)
+
+
 # -- the gradient without autograd -----------------------------------------------------------------------------------
 
 

@@ -170,6 +170,22 @@ def test_scores_of_a_wrong_shape_are_refused(scorer, got):
         take_step(model, batch, scorer=scorer)
 
 
+@pytest.mark.parametrize("settings", [{"token_ratio": 0.5}, {"token_gradient": "stream", "sequence_chunk_size": 4}])
+def test_calls_inside_of_torch_func_are_refused(settings):
+    model, batch, _ = model_and_batch("llama")
+
+    def loss_of(parameters):
+        return torch.func.functional_call(model, parameters, kwargs=batch).loss
+
+    given = dict(model.train().named_parameters())
+    expected = torch.func.grad(loss_of)(given)
+    with TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings)):
+        with pytest.raises(MemTuneError, match="torch.func.*loss.backward"):
+            torch.func.grad(loss_of)(given)
+        loss_of(given).backward()
+    assert expected.keys() >= {name for name, parameter in given.items() if parameter.grad is not None} != set()
+
+
 def test_scores_without_an_order_are_refused():
     """NaN would silently sort before every number."""
     model, batch, _ = model_and_batch("llama")

@@ -175,10 +175,11 @@ class LayerStream(ChunkStream):
         """Keys and values of all chunks but the last, which stores its own when it runs."""
         if not self._attending[layer]:
             return
-        for number, around in enumerate(seen[:-1]):
-            hidden = self._input(layer, around.span) if layer else self._entry(number)
-            with self.autocast.restored(), self.tape.replaying((layer, number)):
-                self._run_layer(layer, around, hidden, KeysPass(around.running, self._attending[layer]))
+        with self.autocast.restored():  # around all chunks: weights are cast once
+            for number, around in enumerate(seen[:-1]):
+                hidden = self._input(layer, around.span) if layer else self._entry(number)
+                with self.tape.replaying((layer, number)):
+                    self._run_layer(layer, around, hidden, KeysPass(around.running, self._attending[layer]))
 
     def _layer_backward(self, layer: int, number: int, around: Around, cotangents: list[Tensor | None], arriving: RowTensor | None) -> bool:
         """One chunk of one layer. arriving: dL/d(its output), None for the last layer. dL/d(its input) takes the place of its input.
