@@ -53,6 +53,7 @@ def verify_stream(router: Router, call: BodyCall) -> None:
 def _require_embedding_by_token(router: Router, call: BodyCall) -> None:
     """Refuse an embedding that makes something else of a part of a row: what comes after it is compared on what it has made of a whole one."""
     embedding, ids = router.architecture.base.get_input_embeddings(), call.input_ids("decoder")
+    assert ids is not None  # a probe has them
     with torch.no_grad():
         whole, parts = embedding(ids), torch.cat([embedding(part) for part in ids.split(CHUNK, dim=1)], dim=1)
     if whole.shape != parts.shape or not deviation_of(parts, whole) <= _allowed(router, whole):
