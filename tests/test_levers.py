@@ -51,7 +51,7 @@ def test_what_is_on_is_seen_written_and_taken_out(arguments, name):
     "settings, expected",
     [
         ({}, []),
-        ({"sequence_chunk_size": 8, "activation_checkpointing": True}, ["gradient_checkpointing", "sequence_chunk_size=8"]),
+        ({"sequence_chunk_size": 8, "activation_checkpointing": True}, ["activation_checkpointing", "sequence_chunk_size=8"]),
         ({"token_seeking": True}, ["token_seeking, token_ratio=0.3, token_gradient=cut"]),
         (
             {"token_seeking": True, "token_scorer": "context", "token_gradient": "skip"},

@@ -108,7 +108,7 @@ LEVERS = (
     Lever(
         "gradient_checkpointing",
         is_on=checkpoints,
-        written=lambda args: "gradient_checkpointing",
+        written=lambda args: checkpoint_names(args)[0],
         off=lambda args: dict.fromkeys(checkpoint_names(args), False),
         offers=offers.activation_checkpointing,
         judge=judgements.runs_again("gradient_checkpointing"),

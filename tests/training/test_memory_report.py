@@ -51,7 +51,7 @@ def test_it_is_written_and_changes_nothing(reported, tmp_path):
     plain = json.loads(open(f"{folders[0]}/{FILES[0]}").read())
     assert MemoryAccount.from_dict(plain["measured"]) == with_report.trainer.report_callback.report.measured
     page = open(f"{folders[0]}/{FILES[1]}").read()
-    assert "gradient_checkpointing" in page and "base_model.model.model.layers" in page
+    assert "activation_checkpointing" in page and "base_model.model.model.layers" in page
     with pytest.raises(FileNotFoundError):
         open(f"{folders[1]}/{FILES[0]}")
 
@@ -67,11 +67,11 @@ def test_what_was_measured_was_predicted(reported):
 def test_what_a_setting_saved_is_the_difference_of_two_steps(reported):
     trainer = reported[0].trainer
     levers = {lever.setting: lever for lever in trainer.report_callback.report.levers}
-    assert set(levers) == {"gradient_checkpointing", "adapters (peft)"}
+    assert set(levers) == {"activation_checkpointing", "adapters (peft)"}
     taken = trainer.report_callback._shape
     bare = arguments(trainer.args.output_dir, memory_report=False, **PLAIN)
     without = estimate(with_lora(), bare, batch_size=taken.rows, sequence_length=taken.tokens, padded=taken.padded)
-    found = levers["gradient_checkpointing"]
+    found = levers["activation_checkpointing"]
     assert found.without_bytes == without.peak_bytes and found.saved_bytes == without.peak_bytes - found.with_bytes > 0
     assert levers["adapters (peft)"].saved_bytes > 0
     embedding = trainer.model.get_input_embeddings()
