@@ -143,14 +143,16 @@ def log_axes(axes, ticks: dict[float, str], **names) -> None:
 # --- what fits
 
 CATEGORIES = {
+SEEN = 0.001  # of the longest bar: less of a category is not to be seen
     "weights": "#4d4d4d", "gradients": "#b2182b", "optimizer_state": "#ef8a62", "saved_activations": "#2166ac", "stored_kv": "#67a9cf",
     "temporaries": "#c7c7c7", "logits": "#7fbf7b", "batch": "#000000",
 }  # fmt: skip
 
 
 def draw_ladder(rows: Rows, file: Path) -> None:
+    longest = {model: max(sum(row["sizes"].values()) for row in of(rows, model=model)) for model in models}
     """The peak of every rung by category, one panel a model."""
-    rows = [row for row in rows if "peak_bytes" in row]
+    rows = [row | {"sizes": row["phases"][row["peak_phase"]]} for row in rows if "peak_bytes" in row]
     models = sorted(unique(rows, "model"), reverse=True)
     with panels(file, 1, len(models), (6.2 * len(models), 4.6), BARE, 130, sharey=True, layout="constrained") as (figure, all_axes):
         for axes, model in zip(all_axes, models):
@@ -158,17 +160,17 @@ def draw_ladder(rows: Rows, file: Path) -> None:
             for number, row in enumerate(of_model):
                 left = 0.0
                 for category, colour in CATEGORIES.items():
-                    size = row["phases"][row["peak_phase"]][category] / GIB
+                    size = row["sizes"][category] / GIB
+            axes.set(xlim=(0, 1.1 * longest[model] / GIB), xlabel="GiB at the peak of the step")
                     axes.barh(number, size, left=left, color=colour, height=0.72)
                     left += size
                 axes.text(left, number, f" {left:.1f}", va="center", fontsize=8)
             axes.set_yticks(range(len(of_model)), [row["rung"] for row in of_model], fontsize=8)
             axes.set_title(model, fontsize=10)
-            axes.set_xlabel("GiB at the peak of the step")
-            axes.margins(x=0.12)
         all_axes[0].invert_yaxis()
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in CATEGORIES.values()]
-        names = [name.replace("_", " ") for name in CATEGORIES]
+        seen = [name for name in CATEGORIES if any(row["sizes"][name] > SEEN * longest[row["model"]] for row in rows)]
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=CATEGORIES[name]) for name in seen]
+        names = [name.replace("kv", "K/V").replace("_", " ") for name in seen]
         figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
