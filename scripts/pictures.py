@@ -1,4 +1,4 @@
-"""Pictures of what was measured: one style, files that are the same bytes from the same numbers. Colours are Okabe and Ito's."""
+"""Pictures of what was measured: one style, files that are the same bytes from the same numbers. Colours are Okabe and Ito's, but for scorers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
-from learning.arms import ADAPTERS, FLAGS, FULL, LORA, PLAIN, is_seeking, parts_of, way_of
+from learning.arms import ADAPTERS, EVERY_LABEL, FLAGS, FULL, LORA, is_seeking, parts_of
 from learning.groups import Group, finals
 from learning.plans import TASKS, latest
-from pages import GIB, MIB, Rows, by, of, unique
+from looks import PATHS, colour_of, draw_interval, draw_sample, in_order, key_below, look, named_lines, scorer_of
+from pages import GIB, MIB, Rows, by, mib, of, unique
 from tables_commands import groups_of
 from tables_learning import Raced, race_of, screened
 from tables_reversible import BOUNDS, FACTORS, START, TWO_LEVELS, alone, over_depth
@@ -23,6 +24,7 @@ STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
 }  # fmt: skip
+LINED = STYLE | {"ytick.major.size": 0}  # of pictures with a line for each arm
 BARE = {"axes.spines.top": False, "axes.spines.right": False}
 PEAK = "peak MiB of a step, above weights and optimizer state"
 BLACK, GREY, BLUE, SKY, GREEN, YELLOW, ORANGE, RED, PINK = (
@@ -49,42 +51,37 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
 
 
-MARKS = {"cut": "o", "stream": "^", "skip": "D"}
-SCORED = {
-    "random": BLACK,
-    "context": YELLOW,
-    "combined": RED,
-    "gradient": ORANGE,
-    "loss": PINK,
-    "softmax_residual": SKY,
-    "true_gradient": BLUE,
-}
-
-
 def draw_estimators(rows: Rows, file: Path) -> None:
-    """Bias against error of every way to choose tokens, one panel a point of training and a ratio. On the diagonal all error is bias."""
-    pairs = [
-        (ratio, point)
-        for ratio in ("10%", "30%")
-        for point in unique(rows, "point")
-        if any(ratio in r["arm"] for r in of(rows, point=point))
-    ]
-    with panels(file, 1, len(pairs), (4 + 3 * len(pairs), 4.2), sharex=True, sharey=True) as (figure, all_axes):
-        far = 1.1 * max(row["rms"] for row in rows)
-        for axes, (ratio, point) in zip(all_axes, pairs):
-            axes.plot([0, far], [0, far], color=GREY, linewidth=0.8, zorder=1)
-            for row in of(rows, point=point):
-                if row["arm"] == "labelled/cut":
-                    axes.plot(row["rms"], row["bias"], "*", color=GREEN, markersize=11, label="every label, cut")
-                elif ratio in row["arm"]:
-                    scorer, selection, path, _, _ = parts_of(row["arm"])
-                    filled = {"sample": SCORED[scorer], "top": "none"}[selection]
-                    axes.plot(row["rms"], row["bias"], MARKS[path], color=SCORED[scorer], markerfacecolor=filled, markersize=7,
-                              label=f"{scorer}, {selection}, {path}")  # fmt: skip
-            axes.set(title=f"{ratio.replace('%', ' %')} of the tokens, {point} of training", xlabel="error (rms), relative to the gradient")
-        all_axes[0].set(ylabel="bias, relative to the gradient", xlim=(0, far), ylim=(-0.03, far))
-        named = {label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels())}
-        legend_below(figure, [*named.values()], [*named], columns=min(5, 1 + 2 * len(pairs)))
+    """The error of every way to choose tokens, a dot, and the bias in it, a ring: a line a way, a panel a ratio. Small: before training."""
+    rows = [row | way_to_choose(row["arm"]) for row in rows]
+    ratios = [ratio for ratio in ("10%", "30%") if of(rows, ratio=ratio)]
+    names = by(rows, "way", "name")
+    ways = sorted(names, key=lambda way: (in_order(way[0]), *way[1:]))
+    size = (2.6 + 4.4 * len(ratios), 1.4 + 0.21 * len(ways))
+    with panels(file, 1, len(ratios), size, LINED, sharey=True, layout="constrained") as (figure, all_axes):
+        for axes, ratio in zip(all_axes, ratios):
+            for row in (row for row in rows if row["ratio"] in (ratio, "100%")):
+                draw_estimator(axes, ways.index(row["way"]), row)
+            axes.set(title=f"{ratio.replace('%', ' %')} of the tokens", xlabel="size, relative to the gradient", xlim=(0, None))
+        named_lines(all_axes[0], [names[way] for way in ways], pad=9)
+        key = {"error (rms)": {"markersize": 5}, "bias, the part of it that averaging leaves": {"markersize": 9, "markerfacecolor": "none"}}
+        key["small, above: before training"] = {"markersize": 3}
+        key_below(figure, [style | {"label": name} for name, style in key.items()])
+
+
+def way_to_choose(arm: str) -> dict:
+    """Of an arm of the study of estimators its ratio, the rest in the order of the lines (scorer, path, selection, pool), and that rest as a name."""
+    scorer, selection, path, ratio, pool = parts_of(EVERY_LABEL if arm == "labelled/cut" else arm)
+    return {"ratio": ratio, "way": (scorer, path, selection, pool), "name": arm.replace(f"/{ratio}", "")}
+
+
+def draw_estimator(axes, line: float, row: dict) -> None:
+    """Error and bias of one way at one point of training."""
+    size, line = (1.0, line + 0.1) if row["point"] == "end" else (0.6, line - 0.25)
+    style = {"color": colour_of(row["way"][0]), "clip_on": False}
+    axes.plot([row["bias"], row["rms"]], [line, line], linewidth=1.4 * size, **style)
+    axes.plot([row["rms"]], [line], "o", markersize=5 * size, **style)
+    axes.plot([row["bias"]], [line], "o", markersize=9 * size, markerfacecolor="none", **style)
 
 
 KINDS = (BLUE, SKY, YELLOW, ORANGE, GREY, PINK)  # of tokens
@@ -143,17 +140,17 @@ def log_axes(axes, ticks: dict[float, str], **names) -> None:
 # --- what fits
 
 CATEGORIES = {
-SEEN = 0.001  # of the longest bar: less of a category is not to be seen
     "weights": "#4d4d4d", "gradients": "#b2182b", "optimizer_state": "#ef8a62", "saved_activations": "#2166ac", "stored_kv": "#67a9cf",
     "temporaries": "#c7c7c7", "logits": "#7fbf7b", "batch": "#000000",
 }  # fmt: skip
+SEEN = 0.001  # of the longest bar: less of a category is not to be seen
 
 
 def draw_ladder(rows: Rows, file: Path) -> None:
-    longest = {model: max(sum(row["sizes"].values()) for row in of(rows, model=model)) for model in models}
     """The peak of every rung by category, one panel a model."""
     rows = [row | {"sizes": row["phases"][row["peak_phase"]]} for row in rows if "peak_bytes" in row]
     models = sorted(unique(rows, "model"), reverse=True)
+    longest = {model: max(sum(row["sizes"].values()) for row in of(rows, model=model)) for model in models}
     with panels(file, 1, len(models), (6.2 * len(models), 4.6), BARE, 130, sharey=True, layout="constrained") as (figure, all_axes):
         for axes, model in zip(all_axes, models):
             of_model = of(rows, model=model)
@@ -161,10 +158,10 @@ def draw_ladder(rows: Rows, file: Path) -> None:
                 left = 0.0
                 for category, colour in CATEGORIES.items():
                     size = row["sizes"][category] / GIB
-            axes.set(xlim=(0, 1.1 * longest[model] / GIB), xlabel="GiB at the peak of the step")
                     axes.barh(number, size, left=left, color=colour, height=0.72)
                     left += size
                 axes.text(left, number, f" {left:.1f}", va="center", fontsize=8)
+            axes.set(xlim=(0, 1.1 * longest[model] / GIB), xlabel="GiB at the peak of the step")
             axes.set_yticks(range(len(of_model)), [row["rung"] for row in of_model], fontsize=8)
             axes.set_title(model, fontsize=10)
         all_axes[0].invert_yaxis()
@@ -190,15 +187,8 @@ def draw_contract(rows: Rows, file: Path) -> None:
         axes.set_title(f"{len(rows)} runs on a CPU; green: never under, at most 5 % over, as are {within}", fontsize=10)
 
 
-# --- how well methods learn: colour tells the scorer, the line the gradient, the marker the selection
+# --- how well methods learn
 
-SCORERS = {
-    "plain": BLACK, "checkpointing": YELLOW, "streaming": GREY, "random": BLUE, "context": PINK, "gradient": ORANGE, "combined": RED,
-    "combined-mean": SKY, "loss": GREEN, "true_gradient": "#5e3c99", "softmax_residual": "#b8860b", "every": "#8c510a",
-}  # fmt: skip
-LINES = {"cut": "-", "stream": "--", "skip": ":"}
-MARKERS = {"top": "o", "sample": "^"}
-FILLS = {"cut": "full", "stream": "none", "skip": "left"}  # in the picture of single runs, which has no lines
 # Reversible arms end near one another: markers tell them apart where they overlap
 GLUE = {
     FULL: (BLACK, "o"), LORA: (BLUE, "o"), ADAPTERS: (GREEN, "o"), "MEFT1 float": (ORANGE, "s"), "MEFT1 exact": (RED, "^"),
@@ -206,82 +196,80 @@ GLUE = {
 }  # fmt: skip
 
 
-def look(arm: str) -> dict:
-    """How an arm is drawn, the same in every picture. Wider lines keep more tokens; hollow markers choose among labels alone."""
-    if not is_seeking(arm):
-        return {"color": SCORERS[way_of(arm)], "linestyle": "-" if arm == PLAIN else "-.", "marker": "s", "linewidth": 2.0, "markersize": 5}
-    scorer, selection, gradient, ratio, pool = parts_of(arm)
-    lines = {"linestyle": LINES[gradient], "linewidth": 2.4 if ratio != "10%" else 1.3}
-    marker = {"marker": MARKERS.get(selection, "D"), "markersize": 5} | ({"markerfacecolor": "white"} if pool == "labels" else {})
-    return {"color": SCORERS.get(scorer, YELLOW), **lines, **marker}
-
-
 def draw_finals(groups: list[Group], file: Path) -> None:
-    """Held-out loss against steps, against seconds, and at the end against bytes."""
-    groups = [group for group in groups if group.ended]
-    with panels(file, 1, 3, (13, 5.4), sharey=True) as (figure, (steps, seconds, size)):
-        for group in groups:
+    """Held-out loss against steps and against seconds; and at the end, a line an arm with its bytes, the fewest on top."""
+    groups = sorted((group for group in groups if group.ended), key=lambda group: (mebibytes(group), group.at(-1).mean))
+    with panels(file, 1, 3, (14.5, max(4, 1 + 0.28 * len(groups))), layout="constrained") as (_, (steps, seconds, ends)):
+        for line, group in [*enumerate(groups)][::-1]:  # plain training, which has the most bytes, below what equals it
             places, losses = zip(*((step, loss.mean) for step, loss in group.curve()))
             for axes, factor in ((steps, 1.0), (seconds, group.seconds)):
-                axes.plot([step * factor for step in places], losses, label=group.arm, **look(group.arm))
-            style, end = {**look(group.arm), "linestyle": "none", "markersize": 7}, group.at(-1)
-            half = None if end.half is None else [end.half]
-            size.errorbar([group.peak_bytes / MIB], [end.mean], yerr=half, capsize=2, elinewidth=1, **style)
+                axes.plot([step * factor for step in places], losses, **look(group.arm))
+            draw_interval(ends, line, group.at(-1), **look(group.arm))
+            draw_sample(ends, line, look(group.arm))
+        loss = "held-out loss" + ("" if groups and groups[0].any_run["accuracies"] else " of all labelled tokens")
         alone = all(group.alone for group in groups)
-        steps.set(xlabel="optimizer steps", ylabel="held-out loss of all labelled tokens")
+        steps.set(xlabel="optimizer steps", ylabel=loss)
         seconds.set(xlabel="seconds of training" + ("" if alone else " (other work ran beside it)"))
-        size.set(xlabel=PEAK)
+        seconds.sharey(steps)
+        seconds.tick_params(labelleft=False)
+        named_lines(ends, [f"{group.arm}: {mib(group.peak_bytes)} MiB" for group in groups], pad=44)
+        ends.set(xlabel=f"{loss}, at the end")
+        ends.set_title(f"beside each: {PEAK}", loc="right")
         # the first measured losses are far above the last, which are what is compared: a narrow view of all that came after
         later = [loss.mean for group in groups for _, loss in group.curve()[1:]]
         room = 0.08 * (max(later) - min(later)) or 0.01
         steps.set_ylim(min(later) - room, max(later) + room)
-        legend_below(figure, *steps.get_legend_handles_labels(), handlelength=3.5)
+
+
+def mebibytes(group: Group) -> int:
+    """As the tables say them: arms with as many are alike."""
+    return round(group.peak_bytes / MIB)
 
 
 def draw_race(race: list[Raced], file: Path) -> None:
-    """What was learned in the seconds of plain training against bytes; hollow, and joined to it, in as many steps. Arms that were raced alone."""
-    race = [arm for arm in race if arm.same_seconds]
-    sizes = [arm.group.peak_bytes / MIB for arm in race]
-    with panels(file, 1, 1, (9, 4.8), layout="constrained") as (_, (axes,)):
-        for place, (arm, size) in enumerate(zip(race, sizes)):
-            style, end = look(arm.group.arm) | {"linestyle": "none", "markersize": 8}, arm.same_seconds
-            if arm.same_steps:
-                axes.plot([size] * 2, [arm.same_steps.mean, end.mean], color=style["color"], linewidth=1)
-                axes.plot([size], [arm.same_steps.mean], **style | {"markerfacecolor": "white"})
-            half = None if end.half is None else [end.half]
-            axes.errorbar([size], [end.mean], yerr=half, capsize=3, elinewidth=1, **style | {"markerfacecolor": style["color"]})
-            crowded = place + 1 < len(sizes) and sizes[place + 1] < 1.3 * size  # its name goes to the left
-            axes.annotate(arm.label, (size, end.mean), (-9 if crowded else 9, 5), textcoords="offset points", fontsize=8,
-                          ha="right" if crowded else "left", color="#444444")  # fmt: skip
-        axes.axhline(0, color="#999999", linewidth=0.8)
-        axes.set(
-            xlabel=PEAK,
-            ylabel="held-out loss, above plain training",
-            title="filled: in the seconds of plain training; hollow: in its steps",
-        )
-        ticks = [2.0**n for n in range(3, 12) if min(sizes) / 2 < 2**n < max(sizes) * 2]
-        axes.set(xscale="log", xlim=(min(sizes) / 2, max(sizes) * 2))
-        axes.set_xticks(ticks, labels=[f"{tick:.0f}" for tick in ticks])
-        axes.minorticks_off()
+    """What was learned in the seconds of plain training, and in as many steps: a line an arm that was raced, the fewest bytes on top."""
+    race = sorted((arm for arm in race if arm.same_seconds), key=lambda arm: (mebibytes(arm.group), arm.same_seconds.mean))
+    with panels(file, 1, 1, (9, 1.5 + 0.4 * len(race)), LINED, layout="constrained") as (figure, (axes,)):
+        axes.axvline(0, color="#999999", linewidth=0.8)
+        for line, arm in enumerate(race):
+            colour = colour_of(scorer_of(arm.group.arm))
+            for loss, place, fill in ((arm.same_seconds, line - 0.14, colour), (arm.same_steps, line + 0.14, "white")):
+                if loss:
+                    draw_interval(axes, place, loss, color=colour, marker="o", markersize=6, markerfacecolor=fill)
+        named_lines(axes, [f"{arm.label}: {mib(arm.group.peak_bytes)} MiB" for arm in race])
+        axes.set(xlabel="held-out loss, above plain training", title=f"beside each: {PEAK}")
+        key_below(figure, [{"label": "in the seconds of plain training"}, {"label": "in its steps", "markerfacecolor": "white"}])
 
 
 def draw_screening(runs: Rows, file: Path) -> None:
-    """The loss of every screened arm against its bytes, a panel for each batch size. There are too many arms to name each."""
-    sizes = sorted(unique(runs, "rows"))
-    with panels(file, 1, len(sizes), (6.5 * len(sizes), 5.4)) as (figure, all_axes):
+    """The loss of every screened arm: a line a way to choose tokens, a marker a path of the gradient, with its bytes; a panel a batch size."""
+    runs = [run | choice_of(run["arm"]) for run in runs if math.isfinite(run["loss"])]
+    sizes, ways = sorted(unique(runs, "rows")), sorted(unique(runs, "way"), key=lambda way: (in_order(way[0]), *way[1:]))
+    size = (2.6 + 4.6 * len(sizes), 1.8 + 0.25 * len(ways))
+    with panels(file, 1, len(sizes), size, LINED, sharey=True, layout="constrained") as (_, all_axes):
         for axes, rows in zip(all_axes, sizes):
-            for run in of(runs, rows=rows):
-                fill = FILLS[parts_of(run["arm"])[2]] if is_seeking(run["arm"]) else "full"
-                style = {**look(run["arm"]), "linestyle": "none", "markersize": 7, "fillstyle": fill}
-                if math.isfinite(run["loss"]):
-                    axes.plot([run["peak_bytes"] / MIB], [run["loss"]], **style)
-            axes.set(xlabel="peak MiB of a step", ylabel="held-out loss at the end", title=f"batches of {rows} rows")
-        used = {parts_of(arm)[0] if is_seeking(arm) else arm for arm in unique(runs, "arm")}
-        styles = [{"color": colour, "marker": "s", "label": name} for name, colour in SCORERS.items() if name in used]
-        styles += [{"color": "#555555", "marker": marker, "label": name} for name, marker in MARKERS.items()]
-        styles += [{"color": "#555555", "marker": "D", "fillstyle": fill, "label": name} for name, fill in FILLS.items()]
-        handles = [pyplot.Line2D([], [], linestyle="none", **style) for style in styles]
-        legend_below(figure, handles, columns=-(-len(handles) // 2), columnspacing=1.2, handletextpad=0.3)
+            for path, style in PATHS.items():
+                if drawn := of(runs, rows=rows, path=path):
+                    draw_path(axes, drawn, ways, {**style, "linestyle": "none"})
+            axes.set(xlabel="held-out loss at the end", title=f"batches of {rows} rows")
+            axes.legend(title=PEAK, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8.5, title_fontsize=8.5)
+        named_lines(all_axes[0], ["/".join(filter(None, way)) for way in ways])
+
+
+def choice_of(arm: str) -> dict:
+    """How an arm chooses tokens, and the path of its gradient."""
+    if not is_seeking(arm):
+        return {"way": (arm,), "path": "all tokens"}
+    scorer, selection, path, ratio, pool = parts_of(arm)
+    return {"way": (scorer, selection, ratio, "labels" if pool == "labels" else ""), "path": path}
+
+
+def draw_path(axes, runs: Rows, ways: list[tuple], style: dict) -> None:
+    """All arms of one path, each on the line of its way; and the path in the legend."""
+    for run in runs:
+        axes.plot([run["loss"]], [ways.index(run["way"])], color=colour_of(run["way"][0]), **style)
+    bytes_of = dict.fromkeys(mib(find(run["peak_bytes"] for run in runs)) for find in (min, max))
+    axes.plot([], [], color=GREY, label=f"{runs[0]['path']}: {' to '.join(bytes_of)}", **style)
 
 
 def draw_accuracy(groups: list[Group], file: Path) -> None:
