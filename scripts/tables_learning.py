@@ -37,6 +37,8 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("random/sample/stream/10%/labels", "random/sample/cut/10%/labels"),
         ("random/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
         ("true_gradient/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
+        ("true_gradient/top/cut/10%/labels", "true_gradient/sample/cut/10%/labels"),
+        ("true_gradient/top/cut/30%/labels", "true_gradient/sample/cut/30%/labels"),
         ("true_gradient/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
         ("softmax_residual/sample/cut/30%/labels", "random/sample/cut/30%/labels"),
         ("true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/30%/labels"),

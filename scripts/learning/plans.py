@@ -91,7 +91,7 @@ PLANS = {
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "combined/top/cut/10%/labels", "random/sample/cut/10%/labels",
              "combined/sample/cut/10%/labels", "random/sample/stream/10%/labels", "random/sample/cut/30%/labels", EVERY_LABEL,
              "true_gradient/sample/cut/30%/labels", "true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/10%/labels",
-             "softmax_residual/sample/cut/30%/labels"),
+             "softmax_residual/sample/cut/30%/labels", "true_gradient/top/cut/10%/labels", "true_gradient/top/cut/30%/labels"),
             rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3), timed=AT_A_TIME,
             raced=(STREAMING, f"{PLAIN}@1", f"{CHECKPOINTING}@1", "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
                    "random/sample/cut/10%/labels"),
