@@ -178,6 +178,7 @@ def held_out(trainer) -> dict[str, float]:
 
 def fit(trainer, settings: Settings, measure: Callable = held_out):
     """Measure, train and save, measure. Under FSDP2 transformers evaluates no model before its training."""
+    from hf_memtune.cli.same_base import note_base
     from hf_memtune.cli.same_rows import note_rows
     from hf_memtune.cli.saving import BestAfterMove, SaveFirst, SaveLabels
     from hf_memtune.cli.summary import StepTimes, Summary
@@ -186,6 +187,7 @@ def fit(trainer, settings: Settings, measure: Callable = held_out):
     for callback in (times, BestAfterMove(), SaveFirst(trainer), SaveLabels(trainer)):
         trainer.add_callback(callback)
     note_rows(trainer, resumed)
+    note_base(trainer, resumed)
     before = {} if resumed or trainer.is_fsdp_enabled else measure(trainer)
     result = trainer.train(resume_from_checkpoint=resumed)
     logs = [*trainer.state.log_history, trainer.memory_callback.since_last_log()]

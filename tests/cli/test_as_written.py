@@ -1,6 +1,7 @@
 """Texts are learned letter by letter as the file has them, whatever else stands beside them; and what would be learned in their place is refused."""
 
 import json
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -301,6 +302,33 @@ def test_a_run_that_goes_on_with_other_rows_says_so(changed, told, model, instru
         assert main(["train", *run, "--resume_from_checkpoint", "out/checkpoint-1", *changed]) == 0
     said = [str(each.message) for each in said if "are others than those that this run began with" in str(each.message)]
     assert len(said) == len(told) and all(words in message for words, message in zip(told, said))
+
+
+def test_adapters_that_go_on_beside_other_weights_say_so(model, instructions, tmp_path):
+    """Also where the folder is the same and one tensor was changed in it; not where the same weights are loaded in another dtype."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_memtune.cli import main
+    from tests.support.train import arguments
+
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--lora_r", "2"]
+
+    def said(*more):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert main(["train", *arguments(None, base, instructions, *flags, *more)]) == 0
+        return sum("were trained beside the weights of" in str(each.message) for each in found)
+
+    assert said() == 0 and said("--resume_from_checkpoint", "out/checkpoint-1") == 0
+    assert said("--resume_from_checkpoint", "out/checkpoint-1", "--seed", "5") == 0
+    assert said("--resume_from_checkpoint", "out/checkpoint-1", "--dtype", "bfloat16") == 0
+    changed = AutoModelForCausalLM.from_pretrained(base)
+    changed.model.layers[1].mlp.up_proj.weight.data += 0.01
+    changed.save_pretrained(base)
+    assert said("--resume_from_checkpoint", "out/checkpoint-1") == 1
+    assert said("--resume_from_checkpoint", "--max_steps", "3") == 0  # the newest: that run went on from what the others had left
 
 
 @pytest.mark.parametrize(
