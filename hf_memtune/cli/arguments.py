@@ -111,7 +111,7 @@ class DataSource:
 
     dataset_name: str | None = setting(
         None,
-        "Data: a json, jsonl, csv, parquet or txt file (a line a row), a folder of such files, a folder written by save_to_disk, or a hub name. Rows "
+        "Data: a json, jsonl, csv, parquet or txt file (a line a row), or one with .gz, a folder of such files, a folder written by save_to_disk, or a hub name. Rows "
         "are known by their columns: messages, conversations, prompt and completion, instruction and output, text, or text and label.",
         aliases=["--dataset"],
     )

@@ -171,7 +171,7 @@ def _text_row(settings: Settings, tokenizer):
 
     path = Path(settings.examples.text)
     data = DataSource(task="causal_lm", text_column="text", max_length=settings.data.max_length)
-    row = text_row({"text": path.read_text(encoding="utf-8")}, data, tokenizer)
+    row = text_row({"text": path.read_text(encoding="utf-8-sig")}, data, tokenizer)
     if len(row["input_ids"]) < 2:
         raise ConfigError([f"text: {path} has no two tokens, so nothing in it can be predicted."])
     return [row], [path.name], None, data, {}

@@ -1,5 +1,6 @@
 """Texts are learned letter by letter as the file has them, whatever else stands beside them; and what would be learned in their place is refused."""
 
+import gzip
 import json
 import shutil
 import warnings
@@ -388,3 +389,56 @@ def test_a_folder_whose_name_stands_for_others_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="Rename it"):
         prepare(data_of(tmp_path / "d[0]"), tokenizer())
     assert len(prepare(data_of(tmp_path / "d[0]" / "rows.jsonl"), tokenizer()).train) == 1
+
+
+@pytest.mark.parametrize(
+    "names, left",
+    [
+        (["a.jsonl", "b.csv"], "b.csv is not read; a.jsonl is"),
+        (["z.jsonl", "notes.txt", "more.txt"], "z.jsonl is not read; more.txt, notes.txt are"),
+        (["train.jsonl", "more.jsonl", "validation.jsonl"], "more.jsonl is not read; train.jsonl, validation.jsonl are"),
+        (["train.jsonl", "test.jsonl", "README.txt", ".cache/old.jsonl"], None),
+        (["a.jsonl", "b.jsonl.gz", "sub/c.jsonl"], None),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_named(names, left, tmp_path):
+    for name in names:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "text\nsun\n" if name.endswith("csv") else json.dumps({"text": "sun"}) + "\n"
+        file.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_rows(DataSource(dataset_name=str(tmp_path / "data")), "train")
+    told = [str(each.message) for each in told if "not read" in str(each.message)]
+    assert len(told) == (left is not None) and all(left in message for message in told)
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_the_mark_at_the_beginning_of_a_file_is_no_text(name, in_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    lines = {"rows.txt": "sun\nsea\n", "rows.csv": "text\nsun\nsea\n", "rows.jsonl": '{"text": "sun"}\n{"text": "sea"}\n'}
+    (tmp_path / "data" / name).write_text(lines[name], encoding="utf-8-sig")
+    assert read(tmp_path / "data" / ("" if in_folder else name)) == [{"text": "sun"}, {"text": "sea"}]
+
+
+@pytest.mark.parametrize("where", ["data", "data/rows.csv.gz"])
+def test_a_compressed_csv_file_is_read_as_one_is(where, tmp_path):
+    (tmp_path / "data").mkdir()
+    with gzip.open(tmp_path / "data" / "rows.csv.gz", "wt") as file:
+        file.write("instruction,output\nname colours,007\nname colours,NA\n")
+    (tmp_path / "data" / "README.txt").write_text("how they were made\n")  # it made the folder one of several kinds
+    assert [row["output"] for row in read(tmp_path / where)] == ["007", "NA"]
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output,output\nname colours,red,green\n")
+    with pytest.raises(ConfigError, match="names output twice"):
+        prepare(data_of(tmp_path / "rows.csv"), tokenizer())
+
+
+def test_cells_between_tabs_in_a_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.tsv").write_text("instruction\toutput\nname, colours\tNA\n")
+    assert read(tmp_path / "data") == [{"instruction": "name, colours", "output": "NA"}]

@@ -2,6 +2,7 @@
 
 import glob
 import re
+import warnings
 from pathlib import Path
 
 from hf_memtune.cli.arguments import DataSource
@@ -9,6 +10,8 @@ from hf_memtune.errors import ConfigError
 
 _WHOLE, _NUMBER = re.compile(r"-?(0|[1-9]\d*)"), re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "readme.txt", "license.txt", "requirements.txt")
+_NAMED = 5  # files of a folder, in a message
 
 
 def load_rows(data: DataSource, split: str):
@@ -22,16 +25,14 @@ def load_rows(data: DataSource, split: str):
         wrong = f"got {data.dataset_config!r}, which chooses on the hub, and {data.dataset_name!r} is a file or a folder here"
         raise ConfigError([f"dataset_config: {wrong}. Leave it out."])
     try:
-        csv = _csv_of(path)
-        options = _as_text(csv) if csv else {}
+        kind, options = _read_as(path)
         if path.is_file():
-            kind = BUILDERS[path.suffix.lower()]
             rows = _loaded(split, options, kind, data_files=glob.escape(str(path)))
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        elif _is_saved(path):
             rows = _saved_rows(datasets.load_from_disk(path), split)
         else:
             rows = _loaded(split, options, data.dataset_name, data.dataset_config)
-        rows = _with_numbers(rows, data) if csv else rows
+        rows = _with_numbers(rows, data) if kind == "csv" else rows
     except ConfigError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -64,38 +65,86 @@ def _without_dates(feature):
     return datasets.Json() if is_date and hasattr(datasets, "Json") else feature
 
 
-def _csv_of(path: Path) -> Path | None:
-    """The csv file, or the first of a folder that has files of no other kind. Raises ConfigError for files with other columns than the first."""
+def kind_of_file(path: Path) -> str | None:
+    """What reads a file, by its name without .gz; None where nothing does."""
+    return BUILDERS.get((path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower())
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _read_as(path: Path) -> tuple[str | None, dict]:
+    """What reads a file or a folder of files, and the options with which it reads texts as they are written; None for what lies elsewhere."""
+    import datasets
+
     if path.is_file():
-        return path if path.suffix.lower() == ".csv" else None
-    files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS) if path.is_dir() else []
-    if not files or any(file.suffix != ".csv" for file in files):
-        return None
-    columns = [_columns_of(file) for file in files]
-    for file, found in zip(files, columns):
-        if set(found) != set(columns[0]):
-            wrong = f"{str(files[0])!r} has the columns {', '.join(columns[0])}, and {str(file)!r} {', '.join(found)}"
-            raise ConfigError([f"dataset_name: {wrong}: expected the same of every file. Add those that lack, or train on one file."])
-    return files[0]
+        kind, files, separator = kind_of_file(path), [path], ","
+    elif path.is_dir() and not _is_saved(path):
+        builder = datasets.load_dataset_builder(str(path))
+        given = [Path(file) for part in (builder.config.data_files or {}).values() for file in part]
+        kind, files, separator = builder.name, sorted(file for file in given if file.is_file()), getattr(builder.config, "sep", ",")
+        _warn_of_unread(path, kind, files)
+    else:
+        return None, {}
+    if kind == "csv" and files:
+        return kind, _as_text(files, separator)
+    return kind, {"encoding": "utf-8-sig"} if kind == "text" else {}  # or the mark at the beginning of some files would be learned
 
 
-def _columns_of(path: Path) -> list[str]:
-    """Names of columns. Raises ConfigError for rows with more cells than names, of which pandas would take the last ones."""
+def _warn_of_unread(folder: Path, kind: str, read: list[Path]) -> None:
+    """Name the files of data that are not among those that `datasets` chose."""
+    if kind not in BUILDERS.values() or not read:
+        return
+    chosen = {file.resolve() for file in read}
+    found = [file for file in sorted(folder.rglob("*")) if kind_of_file(file) and file.is_file() and file.resolve() not in chosen]
+    names = [file.relative_to(folder) for file in found if file.name.lower() not in _NO_DATA]
+    names = [name for name in names if not any(part.startswith((".", "__")) for part in name.parts)]
+    if names:
+        used = [file.relative_to(folder.resolve()) for file in sorted(chosen) if file.is_relative_to(folder.resolve())]
+        warnings.warn(
+            f"dataset_name: of the folder {str(folder)!r} {_listed(names)} not read; {_listed(used)}. Of a folder, files of one kind are read, and "
+            "where names stand for splits (train, validation, test), those files alone. Put what belongs together into files of one kind and "
+            "names without splits, and the rest elsewhere; or name one file.",
+            stacklevel=4,
+        )
+
+
+def _listed(names: list[Path]) -> str:
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return f"{', '.join([*map(str, names[:_NAMED]), *more])} {'is' if len(names) == 1 else 'are'}"
+
+
+def _columns_of(path: Path, separator: str) -> list[str]:
+    """Names of columns. Raises ConfigError for a name given twice, of which pandas would make another, and for rows with more cells than names,
+    of which it would take the last ones."""
     import pandas
 
-    found = pandas.read_csv(path, nrows=100, dtype=str)
+    first = list(pandas.read_csv(path, header=None, nrows=1, dtype=str, sep=separator).iloc[0].dropna())
+    if twice := [name for name in dict.fromkeys(first) if first.count(name) > 1]:
+        raise ConfigError(
+            [f"dataset_name: the first line of {str(path)!r} names {', '.join(twice)} twice. Rename the one that is not to be read."]
+        )
+    found = pandas.read_csv(path, nrows=100, dtype=str, sep=separator)
     if not isinstance(found.index, pandas.RangeIndex):
         wrong = f"the rows of {str(path)!r} have more cells than its first line has names ({', '.join(found.columns)})"
         raise ConfigError([f"dataset_name: {wrong}. Put cells that have a comma in quotes, or name every column."])
     return list(found.columns)
 
 
-def _as_text(path: Path) -> dict:
-    """Options to read a csv file as it is written: by themselves 007 would be 7, True a boolean, and None or NA nothing. An empty cell is nothing."""
+def _as_text(files: list[Path], separator: str) -> dict:
+    """Options to read csv files as they are written: by themselves 007 would be 7, True a boolean, and None or NA nothing. An empty cell is nothing.
+
+    Raises ConfigError for files with other columns than the first.
+    """
     from datasets import Features, Value
 
-    columns = _columns_of(path)
-    return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False, "na_values": [""]}
+    columns = [_columns_of(file, separator) for file in files]
+    for file, found in zip(files, columns):
+        if set(found) != set(columns[0]):
+            wrong = f"{str(files[0])!r} has the columns {', '.join(columns[0])}, and {str(file)!r} {', '.join(found)}"
+            raise ConfigError([f"dataset_name: {wrong}: expected the same of every file. Add those that lack, or train on one file."])
+    return {"features": Features({name: Value("string") for name in columns[0]}), "keep_default_na": False, "na_values": [""]}
 
 
 def _with_numbers(rows, data: DataSource):
@@ -116,13 +165,13 @@ def _problem_of_path(name: str, path: Path) -> str | None:
     if path.is_dir() and not any(path.iterdir()):
         return f"dataset_name: the folder {name!r} is empty, expected files of one of {', '.join(BUILDERS)}."
     if path.is_file():
-        if path.suffix.lower() not in BUILDERS:
+        if kind_of_file(path) is None:
             return f"dataset_name: got a {path.suffix or 'nameless'} file, expected one of {', '.join(BUILDERS)}."
         return f"dataset_name: the file {name!r} is empty." if path.stat().st_size == 0 else None
     if path.is_dir() and glob.escape(str(path.resolve())) != str(path.resolve()):
         return f"dataset_name: the folder {name!r} has one of * ? [ in its path, by which `datasets` would look for others. Rename it, or name a file."
     # a hub name is NAME or OWNER/NAME
-    is_local = path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    is_local = kind_of_file(path) is not None or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return f"dataset_name: {name!r} does not exist." if is_local and not path.exists() else None
 
 
