@@ -15,6 +15,7 @@ from hf_memtune.cli.arguments import DataArguments, DataSource, ModelSource
 from hf_memtune.cli.data import load_rows, prepare, resolved
 from hf_memtune.cli.data.making import as_text
 from hf_memtune.cli.data.mixed import as_stored, written
+from hf_memtune.cli.data.showing import show
 from hf_memtune.cli.glue_data import _classes
 from hf_memtune.errors import ConfigError
 from tests.support.folders import tokenizer, write_rows
@@ -412,6 +413,44 @@ def test_files_of_a_folder_that_are_not_read_are_named(names, left, tmp_path):
         load_rows(DataSource(dataset_name=str(tmp_path / "data")), "train")
     told = [str(each.message) for each in told if "not read" in str(each.message)]
     assert len(told) == (left is not None) and all(left in message for message in told)
+
+
+TURNS = [{"from": "human", "value": "name colours"}, {"from": "gpt", "value": "red green"}]
+REQUEST = {"instruction": "name colours", "output": "red"}
+
+
+@pytest.mark.parametrize(
+    "row, names, lost",
+    [
+        (
+            {"conversations": TURNS, "system": "be brief", "id": "3"},
+            ["system", "id"],
+            "columns not read: system, id. Answers may depend on system.",
+        ),
+        (REQUEST | {"history": [["a", "b"]], "score": 1}, ["history", "score"], "columns not read: history, score."),
+        (REQUEST | {"input": "the sun", "id": "3"}, ["id"], None),
+        (REQUEST | {"system": "", "history": []}, ["system", "history"], None),
+        ({"prompt": "name colours", "completion": "red", "tools": "[]"}, ["tools"], "columns not read: tools."),
+        ({"prompt": [ASK], "completion": [ANSWER], "tools": "[]"}, [], None),
+        ({"messages": [ASK, ANSWER], "tools": "[]", "source": "x"}, ["source"], None),
+        ({"text": "name colours", "context": "x"}, ["context"], None),
+    ],
+)
+def test_columns_that_are_not_read_are_named(row, names, lost, tmp_path, capsys):
+    rows = prepare(data_of(write_rows(tmp_path / "rows.jsonl", [row] * 2)), words := tokenizer(chat=True))
+    found, warning = rows.unread
+    assert sorted(found) == sorted(names) and ((warning is None) if lost is None else (lost in warning))
+    show(rows, words, 0)
+    assert ("columns not read" in capsys.readouterr().err) == (bool(names) and lost is None)
+
+
+def test_a_command_warns_of_a_column_that_answers_depend_on(model, tmp_path, capsys):
+    from hf_memtune.cli import main
+    from tests.support.train import arguments
+
+    rows = write_rows(tmp_path / "rows.jsonl", [REQUEST | {"system": "be brief"}] * 24)
+    with pytest.warns(UserWarning, match="Answers may depend on system"):
+        assert main(["train", *arguments(None, model, rows)]) == 0
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.csv", "rows.jsonl"])

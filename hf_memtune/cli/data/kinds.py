@@ -11,6 +11,15 @@ _RECOGNISED = (
     ("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",), ("text", "label")
 )  # fmt: skip
 
+_OF_MEANING = ("system", "system_prompt", "system_message", "history", "context", "input", "tools", "functions", "documents")
+_NOTHING = (None, "", [], {})
+_REMEDY = {
+    CHAT: "Put them into the messages (a system prompt is a first message of the role system)",
+    SHAREGPT: "Put them into the conversations (a system prompt is a first message from system)",
+    COMPLETION: "Put them into the prompt, which may be a list of messages",
+    INSTRUCTION: "Put them into the instruction; or name one more column of the request (--input_column); or write the rows as messages",
+}
+
 
 def resolved(data: DataSource, columns: list[str]) -> DataSource:
     """The settings with the task that the rows are for, where it was left to them."""
@@ -73,6 +82,31 @@ def check_columns(data: DataSource, columns: list[str]) -> None:
     ]
     if missing:
         raise ConfigError(missing)
+
+
+def unread(data: DataSource, rows) -> tuple[list[str], str | None]:
+    """The columns that nothing is learned from, and a warning where some would, by their names, change what an answer means. data: resolved."""
+    columns = rows.column_names
+    if data.task == CLASSES:
+        return [name for name in columns if name not in (text_column(data), data.label_column)], None
+    kind = kind_of(data, columns)
+    read = {
+        CHAT: ["messages", "tools"],
+        SHAREGPT: ["conversations", "tools"],
+        COMPLETION: ["prompt", "completion", *["tools"] * (not _is_text(rows, "prompt") or not _is_text(rows, "completion"))],
+        INSTRUCTION: [data.instruction_column, data.input_column, data.output_column],
+        TEXT: [text_column(data)],
+    }[kind]
+    names = [name for name in columns if name not in read]
+    lost = [name for name in names if kind in _REMEDY and name in _OF_MEANING and any(value not in _NOTHING for value in rows[name])]
+    if not lost:
+        return names, None
+    told = f"columns not read: {', '.join([*lost, *(name for name in names if name not in lost)])}"
+    return names, f"dataset_name: {told}. Answers may depend on {', '.join(lost)}. {_REMEDY[kind]}; or leave them out of the data."
+
+
+def _is_text(rows, name: str) -> bool:
+    return getattr(rows.features.get(name), "dtype", None) in ("string", "large_string")
 
 
 def class_names(data: DataSource, rows) -> list | None:

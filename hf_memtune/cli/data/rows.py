@@ -14,7 +14,7 @@ from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSo
 from hf_memtune.cli.data.chats import without_nones
 from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
-from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved
+from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved, unread
 from hf_memtune.cli.data.making import CUT, IGNORED, BadRow, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
 from hf_memtune.cli.data.mixed import as_stored, written
@@ -29,13 +29,14 @@ HOLD_OUT_SEED = 0  # not the seed of training: runs with different seeds are mea
 @dataclass
 class Rows:
     """Tokenised rows. data: the settings, with the task that the rows are for. reasons: of the rows that were dropped, how many for each.
-    classes: of sequence classification, in order."""
+    classes: of sequence classification, in order. unread: columns, and a warning or None."""
 
     train: Any
     held_out: Any | None
     data: DataSource
     reasons: dict[str, int]
     classes: list | None
+    unread: tuple[list[str], str | None] = ([], None)
 
     @property
     def dropped(self) -> int:
@@ -47,6 +48,7 @@ def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) ->
     train, held_out = _split(data)
     data = resolved(data, train.column_names)
     check_columns(data, train.column_names)
+    not_read = unread(data, train)
     use_template(data, tokenizer)
     if data.task == CLASSES and model is not None:
         parts = relabelled(data, known_classes(model), *(rows for rows in (train, held_out) if rows is not None))
@@ -56,7 +58,7 @@ def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) ->
     if held_out is not None:
         held_out, more = tokenised(held_out, data, tokenizer, classes, "held-out rows (eval_split, eval_fraction)")
         reasons += more
-    return Rows(packed(train, data), held_out, data, dict(reasons), classes)
+    return Rows(packed(train, data), held_out, data, dict(reasons), classes, not_read)
 
 
 def use_template(data: DataSource, tokenizer) -> None:

@@ -9,13 +9,16 @@ _LONGEST = 240  # characters of a piece that are shown; the middle of longer one
 
 
 def show(rows: Rows, tokenizer, count: int) -> None:
-    """Print the first rows to train on as a table, and what was dropped. What carries a label stands between « and »."""
+    """Print the first rows to train on as a table, what was dropped, and which columns are not read. What carries a label stands between « and »."""
     from rich.console import Console
 
     console = Console(stderr=True)
     if rows.reasons:
         told = ", ".join(f"{number} {reason}" for reason, number in rows.reasons.items())
         console.print(f"dropped {rows.dropped} rows: {told}", highlight=False)
+    names, warning = rows.unread
+    if names and warning is None:  # which names them too
+        console.print(f"columns not read: {', '.join(names)}", highlight=False, markup=False)
     if count:
         console.print(table_of(rows, tokenizer, count))
 
