@@ -1,8 +1,10 @@
 """The model that the settings describe, without its weights: from its config alone, a folder's, the hub's, or one spelt out in sizes."""
 
+import json
 from pathlib import Path
 
 from hf_memtune.cli.arguments import DataSource, ModelArguments
+from hf_memtune.cli.checks import ADAPTERS
 from hf_memtune.errors import ConfigError
 
 
@@ -34,6 +36,8 @@ def read_config(name: str, sizes: str | None):
 
     from hf_memtune.memory.shapes import SHAPES
 
+    if Path(name, ADAPTERS).is_file() and not Path(name, "config.json").is_file():
+        raise ConfigError([_of_adapters(Path(name))])
     try:
         if is_without_weights(name) and name in SHAPES:
             config = SHAPES[name]()
@@ -46,6 +50,13 @@ def read_config(name: str, sizes: str | None):
         known = f"a folder with a config.json, a hub name, a model type with --config_overrides, or one of {', '.join(SHAPES)}"
         raise ConfigError([f"model_name_or_path: no config in {name!r} ({error}). Expected {known}."]) from error
     return config
+
+
+def _of_adapters(folder: Path) -> str:
+    saved = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+    base, rank = saved.get("base_model_name_or_path") or "M", saved.get("r") or "N"
+    wrong = f"the folder {str(folder)!r} holds LoRA adapters ({ADAPTERS}), expected a model"
+    return f"model_name_or_path: {wrong}. Name the model that they were trained on, and their rank: --model {base} --lora_r {rank}."
 
 
 def is_without_weights(name: str) -> bool:

@@ -1,6 +1,7 @@
 """What can be known to be wrong before anything is loaded: integrations, checkpoints, the folder of a model."""
 
 import math
+import os
 from pathlib import Path
 
 from hf_memtune.errors import ConfigError
@@ -62,6 +63,12 @@ def warnings_of_other_runs(training) -> list[str]:
     ]
 
 
+def idle_epochs(training, given) -> list[str]:
+    """Epochs beside steps, by which transformers goes alone. given: names of settings that were given."""
+    is_idle = training is not None and training.max_steps > 0 and "num_train_epochs" in given
+    return [f"num_train_epochs has no effect with max_steps={training.max_steps}"] if is_idle else []
+
+
 def problems_of_scores(data, training) -> list[str]:
     """Scores made before training are found by row, and of packed rows a batch is one."""
     if not getattr(data, "packing", False) or not training.token_seeking or training.seek_schedule == "step":
@@ -119,11 +126,26 @@ def problems_of_folder(name: str, reversible_adapters: str | None) -> list[str]:
     return []
 
 
+def why_unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which may have to be made; None where nothing speaks against it. Makes nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{str(there)!r} is no folder"
+    made_up = {
+        os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)
+    }  # where root may do anything, and nothing can be made
+    if not os.access(there, os.W_OK | os.X_OK) or there.stat().st_dev in made_up:
+        return f"nothing can be written into {str(there)!r}"
+    return None
+
+
 def problems_of_output(model, training) -> list[str]:
-    """An output_dir that is no folder, that is the model's own, or that holds a model of another kind: whoever loads it would get that one, or both."""
+    """An output_dir that is no folder, or cannot be one, that is the model's own, or that holds a model of another kind: whoever loads it would get that one, or both."""
     folder = Path(training.output_dir)
     if folder.exists() and not folder.is_dir():
         return [f"output_dir: {training.output_dir!r} is a file, expected a folder. Name another one."]
+    if (why := why_unwritable(folder)) is not None:
+        return [f"output_dir: got {training.output_dir!r}, and {why}. Name another one."]
     source = Path(model.model_name_or_path or "")
     if model.model_name_or_path and source.is_dir() and folder.is_dir() and folder.samefile(source):
         wrong = f"{training.output_dir!r} is the folder of the model that is trained, whose files would be changed"

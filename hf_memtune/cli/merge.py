@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_memtune.cli.checks import ADAPTERS, REVERSIBLE_CONFIG
+from hf_memtune.cli.checks import ADAPTERS, REVERSIBLE_CONFIG, why_unwritable
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError, first_line
 from hf_memtune.files import is_partial, whole_folder
@@ -56,7 +56,8 @@ class Merging:
         folder = Path(self.output_dir)
         if folder.exists() and (not folder.is_dir() or not all(map(is_partial, folder.iterdir()))):
             return [f"output_dir: {str(folder)!r} exists and is not an empty folder. Name a new one."]
-        return []
+        why = why_unwritable(folder)
+        return [] if why is None else [f"output_dir: got {str(folder)!r}, and {why}. Name another one."]
 
 
 def run(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_memtune.cli import budget, forecast
 from hf_memtune.cli.blank import is_without_weights
 from hf_memtune.cli.budget import BudgetArguments
+from hf_memtune.cli.checks import why_unwritable
 from hf_memtune.errors import ConfigError
 from hf_memtune.files import write_text
 
@@ -32,7 +33,13 @@ class PlanArguments(BudgetArguments):
             found.append("memory_budget: got nothing, expected bytes, such as --budget 8GiB, or a card, such as --gpu rtx4090.")
         if Path(self.out).suffix not in (".yaml", ".yml"):
             found.append(f"out: got {self.out!r}, expected a name that ends in .yaml.")
+        elif (why := self._why_unwritable()) is not None:
+            found.append(f"out: got {self.out!r}, and {why}. Name another file.")
         return found
+
+    def _why_unwritable(self) -> str | None:
+        path = Path(self.out)
+        return f"{self.out!r} is a folder" if path.is_dir() else why_unwritable(path.parent)
 
 
 def run(arguments: list[str]) -> None:

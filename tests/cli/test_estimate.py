@@ -80,6 +80,21 @@ def test_what_cannot_be_estimated_is_said(arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_adapters_are_no_model_to_estimate(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "my/base", "r": 8}))
+    assert main(["estimate", "--model", str(tmp_path), "--use_cpu", "--report_to", "none"]) == 2
+    assert "holds LoRA adapters (adapter_config.json), expected a model" in (said := capsys.readouterr().err)
+    assert "--model my/base --lora_r 8" in said
+
+
+def test_a_plan_that_cannot_be_written_is_refused_before_anything_is_traced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_memtune.cli.forecast.predict", pytest.fail)
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "a.yaml").mkdir()
+    for out, why in ((tmp_path / "notes" / "plan.yaml", "notes' is no folder"), (tmp_path / "a.yaml", "a.yaml' is a folder")):
+        assert why in planned(capsys, out, "--budget", "1GiB", *OF_A_TYPE, code=2)
+
+
 def test_offloaded_keys_and_values_are_predicted_where_there_is_no_gpu(capsys):
     streamed = [*OF_A_TYPE, "--sequence_length", 128, "--sequence_chunk_size", 16]
     kept, moved = (estimated(capsys, *streamed, *more)["peak_bytes"] for more in ([], ["--kv_offload"]))

@@ -1,12 +1,15 @@
 """What `hf-memtune train` leaves behind and shows: a folder that can be moved, a model card, readable log lines, no noise."""
 
 import json
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_memtune.cli import main
+from hf_memtune.cli.checks import why_unwritable
 from hf_memtune.cli.model import slow_dtype
 from hf_memtune.cli.quiet import quiet
 
@@ -161,3 +164,32 @@ def test_the_folder_of_the_model_is_no_output_dir(model, instructions, capsys):
     assert main(["train", *arguments(model, instructions, "--output_dir", str(instructions))]) == 2
     assert "is a file, expected a folder" in capsys.readouterr().err
     assert sorted(path.name for path in model.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["train", "merge"])
+@pytest.mark.parametrize(
+    "where, why",
+    [
+        pytest.param(
+            "/proc/run/out",
+            "nothing can be written into '/proc'",
+            marks=pytest.mark.skipif(not os.path.ismount("/proc"), reason="no /proc"),
+        ),
+        ("notes/run/out", "notes' is no folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    command, where, why, model, instructions, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.setattr("hf_memtune.cli.train.make_trainer", pytest.fail)
+    flags = arguments(model, instructions) if command == "train" else ["--model", str(model)]
+    assert main([command, *flags, "--output_dir", where]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_folder_is_made_where_one_can_be(tmp_path, monkeypatch):
+    assert why_unwritable(tmp_path / "a" / "b") is None and why_unwritable(Path("a/b")) is None
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert why_unwritable(tmp_path / "a" / "b") == f"nothing can be written into {str(tmp_path)!r}"
