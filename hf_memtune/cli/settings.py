@@ -196,9 +196,12 @@ def build(kind: type, values: dict, problems: list[str]):
     return settings if not found else None
 
 
-def idle_flags(built: Iterable, parser: Parser) -> tuple[list[str], list[str]]:
-    """What settings say has no effect: that of flags as problems, and all of it as it was said. None among `built` could not be built."""
-    said = [message for part in built if part is not None for message in part.ineffective()]
+def idle_flags(built: Iterable, parser: Parser, more: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """What settings say has no effect: that of flags as problems, and all of it as it was said. None among `built` could not be built.
+
+    more: what else was found to have none.
+    """
+    said = [*(message for part in built if part is not None for message in part.ineffective()), *more]
     return [f"{message}. Leave it out." for message in said if message.split()[0] in parser.flags], said
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.cli.budget import BudgetArguments, within_budget
 from hf_memtune.cli.checks import (
+    idle_epochs,
     problems_of_adapters,
     problems_of_folder,
     problems_of_optimizer,
@@ -101,7 +102,7 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
     if built.model is not None and built.training is not None:
         problems += problems_of_output(built.model, built.training)
         problems += problems_of_adapters(built.model, built.training)
-    idle, ineffective = idle_flags((*built, *further), parser)
+    idle, ineffective = idle_flags((*built, *further), parser, idle_epochs(built.training, parser.given))
     problems += idle if of_user else []
     if problems:
         raise ConfigError(problems)

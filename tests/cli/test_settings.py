@@ -164,6 +164,7 @@ def test_a_second_recipe_is_a_problem(tmp_path):
         (["--eval_split", "test", "--eval_fraction", "0.2"], "eval_fraction has no effect with eval_split"),
         (["--eval_fraction", "0", "--max_eval_rows", "9"], "max_eval_rows has no effect with eval_fraction=0"),
         (["--token_ratio", "0.2"], "token_ratio has no effect without token_seeking"),
+        (["--max_steps", "2", "--num_train_epochs", "5"], "num_train_epochs has no effect with max_steps=2"),
         (["--preset", "tokenseek"], "preset has no effect without token_seeking"),
         (["--token_seeking", "--sequence_chunk_size", "64"], "sequence_chunk_size has no effect with token_gradient=cut"),
     ],
@@ -175,7 +176,12 @@ def test_a_flag_without_effect_is_an_error(flags, expected, recwarn):
 
 
 @pytest.mark.parametrize(
-    "line, expected", [("token_ratio: 0.2", "token_ratio has no effect"), ("lora_alpha: 8", "lora_alpha has no effect")]
+    "line, expected",
+    [
+        ("token_ratio: 0.2", "token_ratio has no effect"),
+        ("lora_alpha: 8", "lora_alpha has no effect"),
+        ("num_train_epochs: 2\nmax_steps: 3", "num_train_epochs has no effect"),
+    ],
 )
 def test_a_line_of_a_recipe_without_effect_is_warned_of(line, expected, tmp_path):
     with pytest.warns(UserWarning, match=expected):
