@@ -1,6 +1,8 @@
 """The command line: `hf-memtune train ...`, `hf-memtune evaluate ...`, and others. One file a command, imported when it is called."""
 
 import difflib
+import os
+import select
 import sys
 from importlib import import_module
 
@@ -26,7 +28,31 @@ hf-memtune COMMAND --help shows the settings that matter, --help-all every one.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, or 2 for settings, models or data that cannot be used."""
+    """Run a command. Returns the exit status: 0, 2 for settings, models or data that cannot be used, or 1 where nobody reads on (`| head`)."""
+    try:
+        try:
+            return _command(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):  # it is of something else, such as a connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+        return 1
+
+
+def _is_closed(stream) -> bool:
+    """Whether a stream goes to somebody who reads no more."""
+    try:
+        number = stream.fileno()
+    except OSError:  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+
+
+def _command(arguments: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())

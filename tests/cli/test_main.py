@@ -32,6 +32,35 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"hf_memtune {__version__}"
 
 
+PIPE = """
+import os, sys
+from hf_memtune.cli import main
+reading, writing = os.pipe()
+os.dup2(writing, 1)
+os.close(writing)
+os.close(reading)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["merge", "--help-all"]])
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_reader_that_goes_away_is_no_error(arguments, buffers, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "" if buffers else "1")
+    done = in_new_process("-c", PIPE, *arguments, cwd=ROOT)
+    silent = arguments[-1] == "--help-all" and not buffers  # argparse says nothing of it
+    assert (done.returncode, done.stderr) == (0 if silent else 1, "")
+
+
+def test_a_connection_that_breaks_is_one(monkeypatch):
+    def broken(name, arguments):
+        raise BrokenPipeError("of a tracker")
+
+    monkeypatch.setattr("hf_memtune.cli._run", broken)
+    with pytest.raises(BrokenPipeError, match="of a tracker"):
+        main(["train"])
+
+
 def test_an_unknown_command_names_the_closest(capsys):
     assert main(["trian"]) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
