@@ -56,7 +56,7 @@ def known_base(model: nn.Module) -> dict[str, Any]:
     for name, parameter in sorted(inner.named_parameters()):
         if parameter.requires_grad or ".original_module." in name:  # of a head that is trained, random beforehand
             continue
-        values, kind = _sample(parameter.detach())
+        values, kind = _sample(parameter.data)
         formats.add(kind)
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
         digest.update(values.cpu().numpy())
@@ -64,7 +64,10 @@ def known_base(model: nn.Module) -> dict[str, Any]:
 
 
 def _sample(tensor: Tensor) -> tuple[Tensor, str]:
-    """Values from all over a tensor, as bytes, and their format: one for all that are equal once they are rounded to bfloat16."""
+    """Values from all over a tensor, as bytes, and their format: one for all that are equal once they are rounded to bfloat16. Of classes of tensors
+    that hold their values in ways of their own, none."""
+    if type(tensor) is not Tensor:
+        return torch.empty(0), type(tensor).__name__
     values = tensor.reshape(-1)[:: max(1, -(-tensor.numel() // _SAMPLED))].contiguous()
     if tensor.dtype in _ROUNDED:
         return values.to(torch.bfloat16).view(torch.uint8), "bfloat16"

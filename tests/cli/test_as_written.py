@@ -333,6 +333,26 @@ def test_adapters_that_go_on_beside_other_weights_say_so(model, instructions, tm
     assert said("--resume_from_checkpoint", "--max_steps", "3") == 0  # the newest: that run went on from what the others had left
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "uint8"])
+def test_weights_of_any_dtype_are_known_by_what_they_are(dtype):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_memtune.cli.same_base import known_base
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False)
+    weight, expected = model.model.layers[0].mlp.up_proj.weight, known_base(model)
+    assert expected["formats"] == ["bfloat16"] and known_base(model) == expected
+    weight.data = (weight.data * 100).to(getattr(torch, dtype))
+    before = known_base(model)
+    assert before["formats"] == sorted({"bfloat16"} | ({f"{dtype} of cpu"} if dtype != "bfloat16" else set()))
+    weight.data[::3] += 1
+    assert known_base(model)["digest"] != before["digest"] != expected["digest"]
+    weight.requires_grad_(dtype != "uint8")
+    assert dtype == "uint8" or known_base(model)["formats"] == ["bfloat16"]
+
+
 @pytest.mark.parametrize(
     "step, epoch, most, wanted, is_over",
     [
