@@ -17,7 +17,7 @@ _NOT_ADAPTED = (None,) * len(_ADAPTERS)
 _KERNELS = ("_attn_implementation", "_experts_implementation")  # of a module's config
 _FIELDS = ("module", "training", "forward pre-hooks", "forward hooks", *_KERNELS, *_ADAPTERS)
 # The first puts hooks on at the first call that asks for what they record, for good; those of the second only watch others.
-_ONLY_LOOK = ("transformers.utils.output_capturing", "hf_memtune.methods.hooked")
+_ONLY_LOOK = ("transformers.utils.output_capturing", "hf_memtune.methods.attention.hooked")
 REQUIRE_GRAD = "make_inputs_require_grad"  # as transformers, peft and trl call such hooks
 
 

@@ -24,7 +24,6 @@ from hf_memtune.methods.attention.routing import Router
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.facts import Facts
 from hf_memtune.methods.head import Head
-from hf_memtune.methods.hooked import HookWatch
 from hf_memtune.methods.overrides import Override, runs_its_own
 from hf_memtune.methods.verify import verify
 from hf_memtune.methods.verify_training import buffers_kept, require_no_dropout_per_call, require_no_trace
@@ -165,9 +164,7 @@ class Method(Generic[Config]):
         self._undo.append(Override(architecture.head_model, self._model).put_on())
         if architecture.output_head is not None:
             self._undo.append(Override(architecture.output_head, self._head).put_on())
-        self._hooks = HookWatch(self.router)
-        self._undo.append(self._hooks.remove)
-        self._hooks.look(probed=True)
+        self.router.hooks.probed()
 
     @property
     def _acts(self) -> bool:
@@ -199,7 +196,6 @@ class Method(Generic[Config]):
                 f"Use loss.backward() or torch.autograd.grad, or call the model without {type(self).__name__}."
             )
         self.router.call_begins()
-        self._hooks.look(probed=False)
         call = BodyCall(self.architecture, forward, args, kwargs, self.router.packs)
         found = self.run(call, self._heads[-1] if self._heads else None)
         if found is None:

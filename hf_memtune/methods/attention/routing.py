@@ -9,7 +9,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Protocol
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_memtune.architectures import Architecture, tables
 from hf_memtune.errors import UnsupportedModelError
+from hf_memtune.methods.attention.hooked import HookWatch
 from hf_memtune.methods.attention.model_pass import KernelFacts, Places
 from hf_memtune.methods.attention.positions import at_temperature
 from hf_memtune.methods.attention.spans import Span, additive
@@ -60,12 +61,14 @@ class Router:
     body's cache looks, where layers are followed through it; set by the probe. packs: whether the body's masks tell sequences of a row apart by
     positions that begin anew; set by the probe. makes_masks: whether masks are made in full even where attention
     could go piece by piece, for layers that change what they are given; set by the probe. told_of: attention modules of which a warning was given.
+    hooks: those of a user on modules of the body.
     """
 
     def __init__(self, architecture: Architecture):
         self.architecture, self.places = architecture, Places(architecture)
         self.calls: weakref.WeakSet = weakref.WeakSet()
         self.told_of: set[int] = set()
+        self.hooks = HookWatch(architecture.base, architecture.name)
         self.name = f"{OWN}{next(_numbers)}"
         self.active: Pass | None = None
         self.makes_masks, self.packs = False, True
@@ -124,8 +127,10 @@ class Router:
             yield
 
     def call_begins(self) -> None:
-        """What may checkpoint its activations is looked up anew, once a call: going through all modules takes longer than a small chunk."""
+        """What may checkpoint its activations, and has hooks, is looked up anew, once a call: going through all modules takes longer than a small
+        chunk."""
         self._running_again = None
+        self.hooks.look()
 
     def _modules(self) -> list[nn.Module]:
         if self._running_again is None:
@@ -153,7 +158,8 @@ class Router:
             config._attn_implementation_internal = self.name
         self._kernels = {id(c): name for c, name in names} if previous is None else self._kernels
         try:
-            yield
+            with self.hooks.handing_on() if previous is None else nullcontext():
+                yield
         finally:
             self.active = previous
             for config, name in names:

@@ -6,18 +6,18 @@ plain training, without a word. So hooks are handed stand-ins for the values, wh
 """
 
 import logging
-import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from hf_memtune.core.fingerprint import REQUIRE_GRAD
 from hf_memtune.errors import InverseError
-from hf_memtune.methods.attention.routing import Router
 
 logger = logging.getLogger(__name__)
 # Hooks of these gather parameters, choose adapters or record what a caller asked for; they keep nothing that a loss is taken of.
@@ -25,37 +25,41 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbyte
 
 
 class HookWatch:
-    """Over the hooks of one model, until `remove`. See the module."""
+    """Over the hooks on the modules of one body. name: of the model, in messages."""
 
-    def __init__(self, router: Router):
-        self._router = router
-        self._watched: dict[int, _Watched] = {}
+    def __init__(self, base: nn.Module, name: str):
+        self._base, self._name = base, name
+        self._probed: set[int] | None = None
+        self._modules: list[tuple[str, nn.Module]] = []
+        self.look()
 
-    def look(self, probed: bool) -> None:
-        """Watch hooks that are new. probed: whether the probe has seen them; of others it says that they are unchecked."""
-        base, new = self._router.architecture.base, []
-        for name, module in _hooked(base):
-            keys = *_of_users(module._forward_pre_hooks), *_of_users(module._forward_hooks)
-            before = self._watched.get(id(module))
-            if before is not None and before.keys == keys:
-                continue
-            if before is not None:
-                before.remove()
-            if keys:
-                self._watched[id(module)] = _Watched(module, f"{self._router.architecture.name}: {name}", self._router, keys)
-                new.append(name)
-        if new and not probed:
+    def look(self) -> None:
+        """Before a call: which hooks there are. Of those that the probe has not seen it is told that they are unchecked."""
+        self._modules = [(name, module) for name, module in _hooked(self._base) if _keys(module)]
+        if self._probed is None or not self._modules:
+            return
+        new = {name: keys for name, module in self._modules if (keys := _keys(module) - self._probed)}
+        if new:
+            self._probed.update(*new.values())
             logger.warning(
                 "%s: forward hooks were put on %s after the method. They run once for each pass over a part of the tokens, and have not been checked "
                 "to give a token the same whatever is beside it. Put them on before.",
-                self._router.architecture.name, ", ".join(new),
+                self._name, ", ".join(new),
             )  # fmt: skip
 
-    def remove(self) -> None:
-        """May be called twice."""
-        for watched in self._watched.values():
-            watched.remove()
-        self._watched.clear()
+    def probed(self) -> None:
+        """The hooks that are there have been checked."""
+        self._probed = set().union(*(_keys(module) for _, module in self._modules))
+
+    @contextmanager
+    def handing_on(self) -> Iterator[None]:
+        """While open, as long as a pass runs, hooks are handed stand-ins."""
+        handles = [handle for name, module in self._modules for handle in _put_on(module, f"{self._name}: {name}")]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _hooked(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -68,8 +72,9 @@ def _hooked(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         left.extend((f"{name}.{inner}" if name else inner, child) for inner, child in module._modules.items() if child is not None)
 
 
-def _of_users(hooks: dict[int, Any]) -> list[int]:
-    return [key for key, hook in hooks.items() if _is_of_user(hook)]
+def _keys(module: nn.Module) -> set[int]:
+    """Of the hooks that a user has put on a module."""
+    return {key for hooks in (module._forward_pre_hooks, module._forward_hooks) for key, hook in hooks.items() if _is_of_user(hook)}
 
 
 def _is_of_user(hook: Any) -> bool:
@@ -79,81 +84,43 @@ def _is_of_user(hook: Any) -> bool:
     return home.partition(".")[0] not in _LIBRARIES and not getattr(hook, "__name__", "").startswith(REQUIRE_GRAD)
 
 
-class _Watched:
-    """One module: hooks before and behind those of the user, on its inputs and on its outputs."""
-
-    def __init__(self, module: nn.Module, name: str, router: Router, keys: tuple[int, ...]):
-        self.keys = keys
-        inputs, outputs = _Handover(name, router), _Handover(name, router)
-        self._handles = [
-            module.register_forward_pre_hook(_Hook(inputs.give_inputs), prepend=True, with_kwargs=True),
-            module.register_forward_pre_hook(_Hook(inputs.take_inputs), with_kwargs=True),
-            module.register_forward_hook(_Hook(outputs.give_outputs), prepend=True),
-            module.register_forward_hook(_Hook(outputs.take_outputs)),
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class _Hook:
-    """On this module alone: a copy of it, deep or pickled, has none."""
-
-    def __init__(self, function):
-        self._function = function
-
-    def __call__(self, *args):
-        return self._function(*args)
-
-    def __deepcopy__(self, memo: dict):
-        return _no_hook
-
-    def __reduce__(self):
-        return _of_copies, ()
-
-
-def _no_hook(*args) -> None:
-    """What a copy has in its place."""
-
-
-def _of_copies():
-    return _no_hook
+def _put_on(module: nn.Module, name: str) -> list[RemovableHandle]:
+    """Hooks before and behind those of the user, on inputs and on outputs."""
+    inputs, outputs = _Handover(name), _Handover(name)
+    return [
+        module.register_forward_pre_hook(inputs.give_inputs, prepend=True, with_kwargs=True),
+        module.register_forward_pre_hook(inputs.take_inputs, with_kwargs=True),
+        module.register_forward_hook(outputs.give_output, prepend=True),
+        module.register_forward_hook(outputs.take_output),
+    ]
 
 
 class _Handover:
-    """Of the inputs, or of the outputs, of one module in the passes of a router: given to hooks as stand-ins, and taken back."""
+    """Of the inputs, or of the outputs, of one module: given to hooks as stand-ins, and taken back."""
 
-    def __init__(self, name: str, router: Router):
-        self._name, self._router = name, weakref.ref(router)
+    def __init__(self, name: str):
+        self._name = name
         self._handed: _Handed | None = None
 
-    def give_inputs(self, module: nn.Module, args: tuple, kwargs: dict):
+    def give_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         return self._give((args, kwargs))
 
-    def take_inputs(self, module: nn.Module, args: tuple, kwargs: dict):
+    def take_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         return self._take((args, kwargs))
 
-    def give_outputs(self, module: nn.Module, args: tuple, output: Any):
+    def give_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return self._give(output)
 
-    def take_outputs(self, module: nn.Module, args: tuple, output: Any):
+    def take_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return self._take(output)
 
     def _give(self, value: Any) -> Any:
-        if not self._in_pass:
-            return None
         self._handed = _Handed(self._name, value)
         return self._handed.begin()
 
     def _take(self, value: Any) -> Any:
         handed, self._handed = self._handed, None
         return None if handed is None else handed.end(value)
-
-    @property
-    def _in_pass(self) -> bool:
-        router = self._router()
-        return router is not None and router.active is not None
 
 
 class _Handed:
