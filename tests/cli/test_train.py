@@ -213,7 +213,7 @@ def test_adapters_that_no_folder_shows_are_refused_once_loaded(model, instructio
     assert main(["train", *arguments(None, model, instructions, "--lora_r", "2")]) == 0
     monkeypatch.setattr("hf_memtune.cli.train.problems_of_trained", lambda name: [])
     for name, works in (("out", False), (model, True)):
-        settings = train.parse(arguments(None, name, instructions))
+        settings = train.parse(arguments(None, name, instructions, "--output_dir", "more"))
         if works:
             train.make_trainer(settings)
         else:

@@ -175,6 +175,7 @@ def test_copies_are_waited_for_before_they_are_used_and_before_they_are_dropped(
 def test_a_copy_that_is_not_waited_for_is_noticed(late, monkeypatch):
     model, batch = made()
     monkeypatch.setattr(Fetched, "ready", lambda self: self._copy)
+    monkeypatch.setattr(Fetched, "__del__", lambda self: None)  # waits, too
     assert any(gradient.isnan().any() for gradient in step(model, batch).gradients.values())
 
 

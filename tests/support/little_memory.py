@@ -30,6 +30,7 @@ def small(model, most: int, where: str = "forward"):
             raise torch.OutOfMemoryError(MESSAGE)
         return FailsInBackward.apply(output)
 
+    fail.__module__ = "torch.cuda"  # the device's, not a hook of a user, which is told in every pass that gradients are on
     layers = [m for name, m in model.named_modules() if name.endswith(("layers.0.mlp", "h.0.mlp", "layer.0.intermediate"))]
     layers[0].register_forward_hook(fail)
     return model
