@@ -69,7 +69,10 @@ def test_training_goes_on_with_the_same_classes(model, named, tmp_path, capsys):
     assert json.loads((tmp_path / "more" / "config.json").read_text())["id2label"] == dict(zip("012", NAMES))
     others = rows_of(tmp_path / "others.jsonl", {"positive": "fine", "negative": "negative", "neutral": "so so"}.get)
     capsys.readouterr()
-    for command in (["train", *arguments(None, "out", others, "--output_dir", "further")], ["evaluate", "--model", "out", "--dataset", str(others)]):
+    for command in (
+        ["train", *arguments(None, "out", others, "--output_dir", "further")],
+        ["evaluate", "--model", "out", "--dataset", str(others)],
+    ):
         assert main(command) == 2
         shown = capsys.readouterr().err
         assert "'fine', 'so so'" in shown and "'positive', 'negative', 'neutral'" in shown
