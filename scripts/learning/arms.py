@@ -99,12 +99,16 @@ def settings_of(arm: str, max_length: int) -> dict:
     """The fields of TokenSeekingConfig, or of StreamingConfig, for rows of so many tokens; none where nothing is installed."""
     if not is_seeking(arm):
         return _chunked("stream", max_length) if way_of(arm) == STREAMING else {}
+    from hf_memtune.settings.scorers import facts_of
+
     scorer, selection, gradient, ratio, pool = parts_of(arm)
     if selection == "labelled":
         return {"token_selection": selection, "token_gradient": gradient, **_chunked(gradient, max_length)}
+    name = scorer.removesuffix("-mean")
+    normalized = {"context_normalize": "sum" if name == scorer else "mean"} if facts_of(name).asks_for("context_score") else {}
     return {
-        "token_scorer": scorer.removesuffix("-mean"),
-        "context_normalize": "mean" if scorer.endswith("-mean") else "sum",
+        "token_scorer": name,
+        **normalized,
         "token_selection": selection,
         "token_gradient": gradient,
         "token_ratio": float(ratio.removesuffix("%")) / 100,
