@@ -131,9 +131,8 @@ def why_unwritable(folder: Path) -> str | None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         return f"{str(there)!r} is no folder"
-    made_up = {
-        os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)
-    }  # where root may do anything, and nothing can be made
+    # where root may do anything, and nothing can be made
+    made_up = {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}
     if not os.access(there, os.W_OK | os.X_OK) or there.stat().st_dev in made_up:
         return f"nothing can be written into {str(there)!r}"
     return None
@@ -151,10 +150,9 @@ def problems_of_output(model, training) -> list[str]:
         wrong = f"{training.output_dir!r} is the folder of the model that is trained, whose files would be changed"
         return [f"output_dir: {wrong}. Name another one."]
     is_reversible = training.is_reversible or model.reversible_adapters is not None
-    written = {ADAPTERS} if model.lora_r else {REVERSIBLE_CONFIG} if is_reversible else {"config.json"}
-    written |= {REVERSIBLE_CONFIG} if is_reversible else set()
-    if is_reversible and training.adapter_rank == 0 and not model.lora_r:
-        written |= {"config.json"}
+    is_whole = not model.lora_r and (not is_reversible or training.adapter_rank == 0)
+    kinds = {ADAPTERS: model.lora_r, REVERSIBLE_CONFIG: is_reversible, "config.json": is_whole}
+    written = {name for name, is_written in kinds.items() if is_written}
     other = [name for name in (*CONFIGS, REVERSIBLE_CONFIG) if name not in written and (folder / name).is_file()]
     if not other:
         return []
@@ -164,10 +162,9 @@ def problems_of_output(model, training) -> list[str]:
 
 def problems_of_adapters(model, training) -> list[str]:
     """A checkpoint with LoRA adapters for a run without, or without them for one that trains them."""
-    from hf_memtune.training.checkpoints import look_for
+    from hf_memtune.training.checkpoints import resumed_from
 
-    wanted = training.resume_from_checkpoint
-    found = look_for(Path(training.output_dir), training.save_only_model)[0] if wanted is True else wanted and Path(wanted)
+    found = resumed_from(training, training.resume_from_checkpoint)
     if not found or not found.is_dir() or (found / ADAPTERS).is_file() == bool(model.lora_r):
         return []
     got, remedy = ("no LoRA adapters", "leave lora_r out") if model.lora_r else ("LoRA adapters", "give the lora_r of that run")

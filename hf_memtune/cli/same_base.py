@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_memtune import files
 from hf_memtune.architectures.stacks import unwrapped
-from hf_memtune.training.checkpoints import look_for
+from hf_memtune.training.checkpoints import resumed_from
 
 BASE = "base_weights.json"
 _SAMPLED = 2048  # values of a tensor, at most
@@ -37,7 +37,7 @@ def note_base(trainer, resumed: str | bool | None) -> None:
         return
     now = known_base(trainer.model)
     trainer.add_callback(NoteBase(now))
-    folder = look_for(trainer.args.output_dir, trainer.args.save_only_model)[0] if resumed is True else resumed and Path(resumed)
+    folder = resumed_from(trainer.args, resumed)
     file = folder / BASE if folder else None
     then = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
     if then is not None and then["formats"] == now["formats"] and then["digest"] != now["digest"]:

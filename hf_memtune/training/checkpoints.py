@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -71,6 +71,13 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     named = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     found = [path for path in named if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def resumed_from(args: TrainingArguments, wanted: str | bool | None) -> Path | None:
+    """The checkpoint that is gone on from: the one that is named, or for True the newest that is whole; None where there is none."""
+    if wanted is True:
+        return look_for(args.output_dir, args.save_only_model)[0]
+    return Path(wanted) if wanted else None
 
 
 def progress_of(checkpoint: Path) -> TrainerState:

@@ -35,10 +35,11 @@ class HookWatch:
 
     def look(self) -> None:
         """Before a call: which hooks there are. Of those that the probe has not seen it is told that they are unchecked."""
-        self._modules = [(name, module) for name, module in _hooked(self._base) if _keys(module)]
-        if self._probed is None or not self._modules:
+        found = [(name, module, _keys(module)) for name, module in _hooked(self._base)]
+        self._modules = [(name, module) for name, module, keys in found if keys]
+        if self._probed is None:
             return
-        new = {name: keys for name, module in self._modules if (keys := _keys(module) - self._probed)}
+        new = {name: fresh for name, _, keys in found if (fresh := keys - self._probed)}
         if new:
             self._probed.update(*new.values())
             logger.warning(
