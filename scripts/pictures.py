@@ -12,8 +12,9 @@ from learning.plans import TASKS, latest
 from looks import PATHS, colour_of, draw_interval, draw_sample, in_order, key_below, look, named_lines, scorer_of
 from pages import GIB, MIB, Rows, by, mib, of, unique
 from tables_commands import groups_of
-from tables_learning import Raced, race_of, screened
+from tables_races import Raced, race_of
 from tables_reversible import BOUNDS, FACTORS, START, TWO_LEVELS, alone, over_depth
+from tables_screening import screened
 
 from hf_memtune.files import whole
 

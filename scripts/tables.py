@@ -13,9 +13,12 @@ import pages
 import store
 import tables_commands
 import tables_few_shot
+import tables_gradients
 import tables_learning
 import tables_longest
+import tables_races
 import tables_reversible
+import tables_screening
 from gpu.tables import tables as gpu_tables
 from methods import LOGIT_FREE
 from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
@@ -24,6 +27,9 @@ PAGES = (
     "README",
     *(f"docs/{name}" for name in ("measurements", "architectures", "results", "reversible", "reversible-glue", "evaluation", "what-fits")),
 )
+OTHERS = (  # that make the rest of the tables
+    tables_commands, tables_few_shot, tables_gradients, tables_learning, tables_longest, tables_races, tables_reversible, tables_screening,
+)  # fmt: skip
 METHODS = (
     "plain", "checkpointing", "checkpointing + fused loss", LOGIT_FREE, "exact streaming 256", "exact streaming 512 + checkpointing",
     "exact streaming 512 + checkpointing, by chunks", *(f"seeking {ratio} + checkpointing" for ratio in ("0.1", "0.3", "0.5", "1")),
@@ -244,11 +250,7 @@ SECTIONS = {
         f"{name}-conditions": lambda name=name: conditions_of(rows_of(name))
         for name in ("coverage", "gpu", "speed", "profile", "length", "inverse")
     },
-    **tables_commands.sections(rows_of),
-    **tables_few_shot.sections(rows_of),
-    **tables_learning.sections(rows_of),
-    **tables_longest.sections(rows_of),
-    **tables_reversible.sections(rows_of),
+    **{name: made for module in OTHERS for name, made in module.sections(rows_of).items()},
 }
 
 

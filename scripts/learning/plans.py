@@ -40,7 +40,7 @@ STAGES = {
 class Plan:
     """steps: of tuning and of the finals. learning_rates: that are tuned among; rates_of: of arms that need others.
 
-    timed: arms that `time` runs beside the others, for their bytes and seconds: what they learn is known. raced: the arms of `race`.
+    timed: arms that `time` runs beside the others, for their bytes and seconds: what they learn is known; at `timed_seeds`. raced: the arms of `race`.
     resized: the arms of `race` that are also run with batches of other sizes; tuned with these, too.
     """
 
@@ -52,6 +52,7 @@ class Plan:
     rates_of: dict[str, tuple[float, ...]] = field(default_factory=dict)
     measured: int | None = None  # where a run can be measured less often than the stage says
     timed: tuple[str, ...] = ()
+    timed_seeds: tuple[int, ...] = STAGES["time"].seeds
     raced: tuple[str, ...] = ()
     resized: tuple[tuple[str, int], ...] = ()
 
@@ -79,7 +80,7 @@ PLANS = {
             "smollm2-imdb",
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "random/sample/cut/10%", "random/sample/cut/30%",
              "true_gradient/sample/cut/30%"),
-            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=AT_A_TIME,
+            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=AT_A_TIME, timed_seeds=(0,),
             raced=(STREAMING, f"{CHECKPOINTING}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
         ),
         Plan(
@@ -172,7 +173,7 @@ def cells(study: str, options) -> list[Cell]:
         steps = options.steps or stage.steps or plan.steps[options.stage in ("final", "race")]
         measured = min(stage.measured, plan.measured or stage.measured) if options.measured is None else options.measured
         sized = [(arm, plan.rows) for arm in options.arms or ()] or plan.sized_arms(options.stage)
-        for seed in options.seeds or stage.seeds:
+        for seed in options.seeds or (plan.timed_seeds if options.stage == "time" else stage.seeds):
             for arm, rows in sized:
                 run = Run(options.stage, plan.task, arm, options.rows or rows, steps, 0.0, seed, stage.held_out, measured)
                 found.append(Cell(run, tuple(options.learning_rates or _grid(options.stage, plan, arm)), options.rows or plan.rows))

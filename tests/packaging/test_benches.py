@@ -128,7 +128,7 @@ def test_ways_to_choose_that_are_measured_have_settings():
 
 def test_a_bias_is_shown_with_what_its_batches_leave_open():
     """Rows of before, which lack it, stand as they were."""
-    tables = scripts.load("tables_learning")
+    tables = scripts.load("tables_gradients")
     old = {
         "task": "t",
         "point": "end",

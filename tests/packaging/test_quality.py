@@ -93,7 +93,7 @@ def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results
     raced = records_of(file, "race")
     assert [(key, row["steps"], row["losses"][-1][0]) for key, row in raced.items()] == [((ARMS[3], 1), 12, 12), ((ARMS[3], 2), 12, 12)]
     assert raced[ARMS[3], 1]["learning_rate"] == records_of(file, "final")[ARMS[3], 1]["learning_rate"]
-    tables = scripts.load("tables_learning")
+    tables = scripts.load("tables_races")
     race = tables.race_of([json.loads(line) for line in file.read_text().splitlines()], "stories-imdb")
     ended, text = records_of(file, "final"), tables.race_section(race)
     above = [raced[ARMS[3], seed]["losses"][-1][1] - ended["plain", seed]["losses"][-1][1] for seed in (1, 2)]

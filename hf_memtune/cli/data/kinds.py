@@ -1,6 +1,7 @@
 """What kind of rows a data set has, by its columns; settings that name columns come first."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, COLUMNS, DataSource, changed
 from hf_memtune.cli.data.mixed import require_one_kind
@@ -84,11 +85,18 @@ def check_columns(data: DataSource, columns: list[str]) -> None:
         raise ConfigError(missing)
 
 
-def unread(data: DataSource, rows) -> tuple[list[str], str | None]:
-    """The columns that nothing is learned from, and a warning where some would, by their names, change what an answer means. data: resolved."""
+class Unread(NamedTuple):
+    """Columns that nothing is learned from, and a warning that names them where some would, by their names, change what an answer means."""
+
+    columns: list[str]
+    warning: str | None = None
+
+
+def unread(data: DataSource, rows) -> Unread:
+    """What is not read of the columns. data: resolved."""
     columns = rows.column_names
     if data.task == CLASSES:
-        return [name for name in columns if name not in (text_column(data), data.label_column)], None
+        return Unread([name for name in columns if name not in (text_column(data), data.label_column)])
     kind = kind_of(data, columns)
     read = {
         CHAT: ["messages", "tools"],
@@ -100,9 +108,9 @@ def unread(data: DataSource, rows) -> tuple[list[str], str | None]:
     names = [name for name in columns if name not in read]
     lost = [name for name in names if kind in _REMEDY and name in _OF_MEANING and any(value not in _NOTHING for value in rows[name])]
     if not lost:
-        return names, None
+        return Unread(names)
     told = f"columns not read: {', '.join([*lost, *(name for name in names if name not in lost)])}"
-    return names, f"dataset_name: {told}. Answers may depend on {', '.join(lost)}. {_REMEDY[kind]}; or leave them out of the data."
+    return Unread(names, f"dataset_name: {told}. Answers may depend on {', '.join(lost)}. {_REMEDY[kind]}; or leave them out of the data.")
 
 
 def _is_text(rows, name: str) -> bool:

@@ -14,7 +14,7 @@ from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSo
 from hf_memtune.cli.data.chats import without_nones
 from hf_memtune.cli.data.classes import known_classes, relabelled
 from hf_memtune.cli.data.collating import packed
-from hf_memtune.cli.data.kinds import COMPLETION, check_columns, class_names, kind_of, resolved, unread
+from hf_memtune.cli.data.kinds import COMPLETION, Unread, check_columns, class_names, kind_of, resolved, unread
 from hf_memtune.cli.data.making import CUT, IGNORED, BadRow, classified_row, language_row
 from hf_memtune.cli.data.mapping import mapped
 from hf_memtune.cli.data.mixed import as_stored, written
@@ -29,14 +29,14 @@ HOLD_OUT_SEED = 0  # not the seed of training: runs with different seeds are mea
 @dataclass
 class Rows:
     """Tokenised rows. data: the settings, with the task that the rows are for. reasons: of the rows that were dropped, how many for each.
-    classes: of sequence classification, in order. unread: columns, and a warning or None."""
+    classes: of sequence classification, in order."""
 
     train: Any
     held_out: Any | None
     data: DataSource
     reasons: dict[str, int]
     classes: list | None
-    unread: tuple[list[str], str | None] = ([], None)
+    unread: Unread = Unread([])
 
     @property
     def dropped(self) -> int:

@@ -16,9 +16,8 @@ def show(rows: Rows, tokenizer, count: int) -> None:
     if rows.reasons:
         told = ", ".join(f"{number} {reason}" for reason, number in rows.reasons.items())
         console.print(f"dropped {rows.dropped} rows: {told}", highlight=False)
-    names, warning = rows.unread
-    if names and warning is None:  # which names them too
-        console.print(f"columns not read: {', '.join(names)}", highlight=False, markup=False)
+    if rows.unread.columns and rows.unread.warning is None:
+        console.print(f"columns not read: {', '.join(rows.unread.columns)}", highlight=False, markup=False)
     if count:
         console.print(table_of(rows, tokenizer, count))
 

@@ -215,7 +215,7 @@ class LayerStream(ChunkStream):
 
     def _entry(self, number: int, learns: bool = False) -> Tensor:
         """What the first layer is given of a chunk, made again by the body. learns: with what may be learned before the first layer."""
-        with self.autocast.restored(), self.tape.replaying(("before", number)), torch.set_grad_enabled(learns):
+        with self.tape.replaying(("before", number)), torch.set_grad_enabled(learns):
             hidden = self._around(self._stream(number)).entry()
         return hidden if learns else hidden.detach()
 
