@@ -273,7 +273,7 @@ class TokenMapCallback(TrainerCallback):
 
         folder = Path(self.folder or Path(args.output_dir) / "token_maps")
         folder.mkdir(parents=True, exist_ok=True)
-        with preserved_rng(args.device):
+        with preserved_rng(args.device, self.collator):
             batch = {k: v.to(args.device) for k, v in self.collator(self.examples).items() if torch.is_tensor(v)}
             maps = token_maps(model, batch, self.config, processing_class, self.scorer)
         write_token_map_html(maps, folder / f"step-{state.global_step:06d}.html", {"step": state.global_step})

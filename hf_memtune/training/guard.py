@@ -181,7 +181,7 @@ def first_batches(dataset, count: int, collate: Callable, device: torch.device) 
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    with preserved_rng(device, collate):
+    with preserved_rng(device, collate, dataset):
         rows = (dataset[n] for n in range(min(count, len(dataset)))) if sized else islice(dataset, count)
         return [collate([row]) for row in rows]
 

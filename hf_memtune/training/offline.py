@@ -99,7 +99,7 @@ class OfflineScores:
         """One pass over the training rows, scoring those that are not known yet. Returns how many were new."""
         known, found = set(self.rows), {}
         hidden = self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero()
-        with preserved_rng(self.trainer.args.device, self.trainer.data_collator):
+        with preserved_rng(self.trainer.args.device, self.trainer.data_collator, self.trainer.train_dataset):
             for batch in tqdm(self._loader(), desc="Seeking tokens", unit="batch", disable=hidden):
                 keys = list(row_digests(batch, pairs=len(self.stacks) > 1))
                 if not known.issuperset(keys):

@@ -1,9 +1,11 @@
 """Short training runs on tiny models: rows, a collator, and everything a run leaves that a test may want to compare."""
 
+import random
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_memtune import MemEfficientTrainer, MemEfficientTrainingArguments
@@ -42,6 +44,24 @@ def pad_right(rows: list[dict], padding: int = 0) -> dict[str, Tensor]:
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     return batch
+
+
+class DrawingRows(Dataset):
+    """Rows that draw from a generator of their own when they are read, as augmented ones do."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows, self.generator = rows, random.Random(5)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        self.generator.random()
+        return self.rows[number]
+
+    @property
+    def next_draw(self) -> float:
+        return self.generator.random()
 
 
 class GradientRecorder(TrainerCallback):

@@ -276,6 +276,27 @@ def test_maps_are_written_and_training_draws_the_same(tmp_path, scorer):
     assert same_parameters(drawn, run("plain"))
 
 
+class Masking:
+    """A collator that draws from a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, rows):
+        torch.rand((), generator=self.generator)
+        return pad_right(rows)
+
+
+def test_maps_draw_nothing_from_the_collator_of_training(tmp_path):
+    states = []
+    for draws in (True, False):
+        collator = Masking()
+        maps = [TokenMapCallback(ROWS[:2], collator, CONFIG)] if draws else []
+        train(llama(), arguments(tmp_path), ROWS, callbacks=maps, processing_class=Words(), data_collator=collator)
+        states.append(collator.generator.get_state())
+    assert torch.equal(*states)
+
+
 def test_maps_show_the_scores_of_a_function(tmp_path):
     def by_position(seen):
         return torch.arange(seen.attention_mask.shape[1]).expand(seen.attention_mask.shape)

@@ -10,7 +10,7 @@ from hf_memtune import ConfigError, MemEfficientTrainingArguments, Streaming, St
 from hf_memtune.memory import available_bytes
 from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.training.care import chunk_choice
-from tests.support.runs import arguments, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import DrawingRows, arguments, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
 from tests.support.two_processes import found_by_two
 
@@ -106,12 +106,13 @@ def test_the_remedy_works(monkeypatch, tmp_path):
 
 
 def test_by_a_real_clock_the_trial_leaves_no_trace(tmp_path):
-    """With dropout: the bits of a run that was given the number."""
-    found = train(model(), settings(tmp_path / "auto", chunk_budget="1GiB"), ROWS)
+    """With dropout, and rows that draw: the bits of a run that was given the number."""
+    rows, others = DrawingRows(ROWS), DrawingRows(ROWS)
+    found = train(model(), settings(tmp_path / "auto", chunk_budget="1GiB"), rows)
     size = found.trainer.args.sequence_chunk_size
     assert size in SIZES
-    expected = train(model(), settings(tmp_path / "given", size), ROWS)
-    assert found.losses == expected.losses and same_parameters(found, expected)
+    expected = train(model(), settings(tmp_path / "given", size), others)
+    assert found.losses == expected.losses and same_parameters(found, expected) and rows.next_draw == others.next_draw
     other = train(model(), settings(tmp_path / "other", size, seed=1), ROWS)
     assert not same_parameters(found, other)
 

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from hf_memtune.core.head_call import HeadCall
 from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, first_batches, full_loss, rose, rows_of
 from hf_memtune.training.loss_alone import on_demand
-from tests.support.runs import arguments, llama, pad_right, same_parameters, text_rows, train
+from tests.support.runs import DrawingRows, arguments, llama, pad_right, same_parameters, text_rows, train
 from tests.support.tiny_models import batch_for, tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE
 
@@ -172,6 +172,13 @@ def test_a_collator_that_draws_takes_nothing_from_training():
     assert len(first_batches(ROWS, 2, drawing, CPU)) == 2 and torch.equal(torch.get_rng_state(), state)
     drawing(ROWS[:1])
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_that_draw_take_nothing_from_training():
+    rows, untouched = DrawingRows(ROWS), DrawingRows(ROWS)
+    first_batches(rows, 2, pad_right, CPU)
+    assert rows.next_draw == untouched.next_draw
+    assert rows[0] and rows.next_draw != untouched.next_draw
 
 
 def test_rows_of_a_batch_keep_what_they_share():

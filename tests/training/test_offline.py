@@ -13,7 +13,18 @@ from hf_memtune import MemEfficientMixin, MemEfficientTrainer, StaleCacheError, 
 from hf_memtune.methods.seeking.method import TokenSeeking
 from hf_memtune.training import offline
 from hf_memtune.training.fingerprint import model_fingerprint
-from tests.support.runs import arguments, exact_model, llama, pad_right, same_parameters, text_rows, train, trainer_for, worst_step
+from tests.support.runs import (
+    DrawingRows,
+    arguments,
+    exact_model,
+    llama,
+    pad_right,
+    same_parameters,
+    text_rows,
+    train,
+    trainer_for,
+    worst_step,
+)
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE, close
 
@@ -295,7 +306,7 @@ def test_a_resumed_run_without_its_scores_is_refused(tmp_path):
 
 
 def test_a_scoring_pass_does_not_change_what_training_draws(tmp_path):
-    """Generators that the collator uses are put back too."""
+    """Generators that the collator and the rows use are put back too."""
 
     def drawing(rows):
         random.random(), np.random.rand(), torch.rand(1)
@@ -311,8 +322,9 @@ def test_a_scoring_pass_does_not_change_what_training_draws(tmp_path):
                 order.append((inputs["input_ids"][:, 0].tolist(), random.random(), np.random.rand(), torch.rand(1).item()))
                 return super().training_step(model, inputs, *args)
 
-        train(llama(), arguments(tmp_path, **settings), ROWS, cls=Watching, data_collator=drawing)
-        return order
+        rows = DrawingRows(ROWS)
+        train(llama(), arguments(tmp_path, **settings), rows, cls=Watching, data_collator=drawing)
+        return [*order, rows.next_draw]
 
     drawn = run("step")
     assert run("epoch") == run("once") == drawn

@@ -23,7 +23,7 @@ from hf_memtune.training.care.preflight.longest import longest_batch, longest_ro
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.restorable import keep_plain
 from hf_memtune.training.rng import preserved_rng
-from tests.support.runs import Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
+from tests.support.runs import DrawingRows, Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
 
 ROWS = text_rows(24)
@@ -360,6 +360,16 @@ def test_a_data_set_that_draws_gives_the_same_rows():
     with preserved_rng(torch.device("cpu"), None, rows):
         meanwhile = rows[0]
     assert rows[0] == meanwhile != rows[0]
+
+
+def test_rows_that_are_evaluated_draw_the_same(tmp_path):
+    draws = []
+    for flies in (False, True):
+        rows = DrawingRows(ROWS)
+        settings = CASES["evaluation"][1]
+        train(llama(), make_arguments(tmp_path / str(flies), settings, flies), ROWS, eval_dataset=rows)
+        draws.append(rows.next_draw)
+    assert draws[0] == draws[1]
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -53,7 +53,7 @@ def choose_chunk(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 def _longest(trainer: RunningTrainer) -> tuple[Longest, BatchShape]:
     loader = trainer.callback_handler.train_dataloader
-    with preserved_rng(trainer.args.device, loader.collate_fn):
+    with preserved_rng(trainer.args.device, loader.collate_fn, loader.dataset):
         found = longest_batch(loader, trainer._train_batch_size)
     if found is not None and found.tokens is not None and (shape := BatchShape.of(found.batch)) is not None:
         return found, shape

@@ -123,7 +123,7 @@ class Flight:
     def _evaluate_one(self, name: str | None) -> None:
         trainer, args = self.trainer, self.trainer.args
         loader = trainer.get_eval_dataloader(name)
-        with preserved_rng(args.device, loader.collate_fn):  # often the collator of training
+        with preserved_rng(args.device, loader.collate_fn, loader.dataset):  # often those of training
             found = longest_batch(loader, args.eval_batch_size)
         if found is None:
             self.report.notes.append("evaluation was not tried: a data set without length cannot be looked through")
