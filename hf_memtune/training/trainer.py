@@ -97,6 +97,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         super()._hp_search_setup(trial)
         try:
             if trial is not None:
+                self._require_same_layers()
                 self._retake_method()
         except ConfigError:
             vars(self.args).update(before)  # or the trials after it would be refused for it

@@ -529,8 +529,9 @@ def weights_of(model) -> torch.Tensor:
         ),
         ({}, {"token_seeking": False}, "asks for no method.*with token_seeking"),
         ({}, {"token_ratio": 1.5}, "token_ratio"),
+        ({}, {"checkpoint_levels": 2}, "changed since the trainer was made"),
     ],
-    ids=["on", "off", "bad"],
+    ids=["on", "off", "bad", "layers"],
 )
 def test_a_search_that_cannot_be_followed_is_refused(no_backend, tmp_path, settings, trial, told):
     with pytest.raises(ConfigError, match=told):
