@@ -138,6 +138,7 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with being_written(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

@@ -72,6 +72,19 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(harm, folder, run, caplog):
         assert torch.equal(parameter, run[1][name]), name
 
 
+def test_a_checkpoint_is_whole_when_every_process_has_written_its_part(tmp_path, monkeypatch):
+    """Others may still write the state of their generators when the first one is done."""
+    trainer, checkpoint, waited = (
+        trainer_for(dropping(), arguments(tmp_path, **SAVING | {"max_steps": 1}), ROWS),
+        tmp_path / "checkpoint-1",
+        [],
+    )
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: waited.append(why_incomplete(checkpoint)))
+    trainer.train()
+    assert (checkpoint / "trainer_state.json").is_file() and waited[-1] == "it was being written when its process ended"
+    assert why_incomplete(checkpoint) is None
+
+
 def test_a_checkpoint_of_another_kind_of_model_is_refused(folder):
     """What has the same names would be loaded, and the rest left as it is."""
     trainer = trainer_for(dropping(), arguments(folder, **SAVING), ROWS)
