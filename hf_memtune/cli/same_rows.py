@@ -13,17 +13,16 @@ _COLUMNS = ("input_ids", "labels")
 
 
 def note_rows(trainer, resumed: str | bool | None) -> None:
-    """Write down the rows of a run that begins; warn where one that is resumed has others."""
+    """Write down the rows of a run that begins, or that goes on in another folder; warn where one that is resumed has others."""
     if not trainer.is_world_process_zero():
         return
     now = {"train": _known(trainer.train_dataset), "held_out": _known(trainer.eval_dataset)}
-    own = Path(trainer.args.output_dir)
-    if not resumed:
-        own.mkdir(parents=True, exist_ok=True)
-        files.write_text(own / ROWS, json.dumps(now, indent=1) + "\n")
-        return
-    file = (own if resumed is True else Path(resumed).parent) / ROWS
-    then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = Path(trainer.args.output_dir, ROWS)
+    file = Path(resumed).parent / ROWS if isinstance(resumed, str) else own
+    then = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
+    if not resumed or not own.is_file():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(own, json.dumps(now, indent=1) + "\n")
     for name, words in (("train", "rows to train on"), ("held_out", "held-out rows")):
         if name in then and then[name] != now[name]:
             warnings.warn(

@@ -306,6 +306,22 @@ def test_a_run_that_goes_on_with_other_rows_says_so(changed, told, model, instru
     assert len(said) == len(told) and all(words in message for words, message in zip(told, said))
 
 
+def test_a_run_that_goes_on_elsewhere_knows_its_rows_there(tmp_path):
+    from hf_memtune.cli.same_rows import ROWS, note_rows
+
+    def trainer(rows, folder):
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        args = SimpleNamespace(output_dir=str(tmp_path / folder))
+        return SimpleNamespace(is_world_process_zero=lambda: True, train_dataset=data, eval_dataset=None, args=args)
+
+    rows, others = [[1, 2], [3]], [[1, 2], [4]]
+    note_rows(trainer(rows, "first"), None)
+    note_rows(trainer(rows, "second"), str(tmp_path / "first" / "checkpoint-1"))
+    assert (tmp_path / "second" / ROWS).read_text() == (tmp_path / "first" / ROWS).read_text()
+    with pytest.warns(UserWarning, match="the rows to train on .* are others"):
+        note_rows(trainer(others, "second"), True)
+
+
 def test_adapters_that_go_on_beside_other_weights_say_so(model, instructions, tmp_path):
     """Also where the folder is the same and one tensor was changed in it; not where the same weights are loaded in another dtype."""
     from transformers import AutoModelForCausalLM
