@@ -90,14 +90,14 @@ class FullLossLog(Listener):
 
     def __init__(self, trainer: RunningTrainer):
         self.trainer = trainer
-        self._rows: list[dict[str, Any]] | None = None
         self.begin()
         if trainer.method_callback is not None:
             trainer.method_callback.listeners.append(self)
 
     def begin(self) -> None:
-        """Forget an earlier training: its losses, and what it took."""
+        """Forget an earlier training: its rows, its losses, and what it took."""
         self._guard, self.is_of_kept, self._is_told = FullLossGuard(), False, False
+        self._rows: list[dict[str, Any]] | None = None
 
     @property
     def is_on(self) -> bool:

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from hf_memtune.core.head_call import HeadCall
 from hf_memtune.training.guard import IN_A_ROW, WINDOW, FullLossGuard, first_batches, full_loss, rose, rows_of
 from hf_memtune.training.loss_alone import on_demand
-from tests.support.runs import DrawingRows, arguments, llama, pad_right, same_parameters, text_rows, train
+from tests.support.runs import DrawingRows, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import batch_for, tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE
 
@@ -214,6 +214,17 @@ def test_it_is_the_evaluation_loss_of_its_rows(tmp_path):
     run = train(llama(), arguments(tmp_path, full_loss_rows=12), text_rows(24), eval_dataset=held_out)
     expected = [full_loss(run.trainer.model, first_batches(held_out, n, pad_right, CPU)) for n in (12, 6)]
     assert full_losses(run)[-1] == pytest.approx(expected[0], rel=EXACT) != pytest.approx(expected[1], rel=1e-4)
+
+
+def test_a_second_training_is_watched_on_its_own_rows(tmp_path):
+    held_out = [text_rows(8, seed=seed) for seed in (5, 6)]
+    trainer = trainer_for(llama(), arguments(tmp_path), text_rows(24), eval_dataset=held_out[0])
+    for rows in held_out:
+        trainer.eval_dataset = rows
+        trainer.train()
+        last = [entry["full_loss"] for entry in trainer.state.log_history if "full_loss" in entry][-1]
+        expected = [full_loss(trainer.model, first_batches(each, 8, pad_right, CPU)) for each in (rows, *held_out)]
+        assert last == pytest.approx(expected[0], rel=EXACT) and expected[1] != pytest.approx(expected[2], rel=1e-4)
 
 
 @pytest.mark.parametrize(
