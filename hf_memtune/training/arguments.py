@@ -67,8 +67,6 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
                 "full_loss_rows has no effect without token_seeking and token_selection=top, and another token_scorer than true_gradient: the "
                 "loss is then that of the kept tokens"
             )
-        if not self.reversible_require_exact and not (self.is_reversible and self.reversible_numerics == "exact"):
-            found.append("reversible_require_exact has no effect without reversible and reversible_numerics=exact")
         return found + super().ineffective()
 
     @property

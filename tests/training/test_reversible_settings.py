@@ -8,9 +8,10 @@ from hf_memtune import (
     ConfigError,
     MemEfficientTrainingArguments,
     ReversibleConfig,
+    make_reversible,
 )
 from tests.support.reversible_runs import ROWS, deep, quiet, reversible  # noqa: F401  a fixture for all
-from tests.support.runs import trainer_for
+from tests.support.runs import arguments, trainer_for
 
 
 def test_flags_are_parsed(tmp_path):
@@ -77,11 +78,20 @@ def test_one_argument_that_two_strategies_refuse_is_named_once(tmp_path):
 
 def test_what_has_no_effect_is_named(tmp_path):
     with pytest.warns(UserWarning) as warned:
-        MemEfficientTrainingArguments(str(tmp_path), use_cpu=True, adapter_rank=4, reversible_require_exact=False)
-    assert [str(each.message).split()[0] for each in warned] == ["reversible_require_exact", "adapter_rank"]
+        MemEfficientTrainingArguments(str(tmp_path), use_cpu=True, adapter_rank=4)
+    assert [str(each.message).split()[0] for each in warned] == ["adapter_rank"]
 
 
 # -- what only a trainer can see ---------------------------------------------------------------------------------------
+
+
+def test_exactness_is_asked_of_reversible_layers_that_were_loaded_too(tmp_path, recwarn):
+    args = arguments(tmp_path, seeking=False, cls=MemEfficientTrainingArguments, reversible_require_exact=False)
+    handle = make_reversible(deep(), ReversibleConfig("centred"))
+    assert not trainer_for(handle.model, args, ROWS, reversible=handle).reversible_callback.require_exact
+    assert not [each for each in recwarn if "reversible_require_exact" in str(each.message)]
+    with pytest.warns(UserWarning, match="reversible_require_exact has no effect without reversible layers"):
+        trainer_for(deep(), args, ROWS)
 
 
 def test_an_optimizer_made_before_the_adapters_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """What a trainer does of layers that are changed: puts them in, verifies, saves and loads. The steps themselves are plain."""
 
 import logging
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class ReversibleMixin:
 
     def _prepare_layers(self, scorer: TokenScorer | None, handle: ReversibleHandle | None) -> None:
         self._layer_settings, self._is_verified = self._layer_arguments(), False
+        self._warn_of_exactness(handle)
         if self.args.checkpoint_levels:
             self.checkpoint_callback = CheckpointCallback()
             self.add_callback(self.checkpoint_callback)
@@ -90,6 +92,13 @@ class ReversibleMixin:
         self.reversible_callback = ReversibleCallback(config, self.args.reversible_require_exact, handle)
         self.reversible_callback.on_init_end(self.args, self.state, self.control, model=self.model)
         self.add_callback(self.reversible_callback)
+
+    def _warn_of_exactness(self, handle: ReversibleHandle | None) -> None:
+        """Not among the arguments, which do not know of layers that are reversible already."""
+        settings = self.args if handle is None else handle.config
+        is_exact = settings.reversible != "none" and settings.reversible_numerics == "exact"
+        if not self.args.reversible_require_exact and not is_exact:
+            warnings.warn("reversible_require_exact has no effect without reversible layers of reversible_numerics=exact", stacklevel=2)
 
     def _reversible_config(self, scorer: TokenScorer | None) -> ReversibleConfig:
         """As the arguments say; where tokens are scored through the last block, that one stays an ordinary layer."""
