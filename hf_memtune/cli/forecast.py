@@ -1,5 +1,6 @@
 """What `estimate` and `plan` have in common: the flags of `train`, read without a data set, and the model without weights."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def make_parser(command: str, more: type | None = None):
 def parse(arguments: list[str], parser, more: type | None = None, *, as_given: bool = False) -> Forecast:
     """Settings from a recipe and flags. Raises ConfigError with every problem.
 
-    as_given: nothing else will be tried, so a flag without effect is a problem.
+    as_given: nothing else will be tried, so a flag without effect is a problem, and a line of a recipe without effect is warned of.
     """
     from hf_memtune.cli.settings import build, idle_flags, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
@@ -79,13 +80,16 @@ def parse(arguments: list[str], parser, more: type | None = None, *, as_given: b
     values = {kind: values_of(kind, namespace) for kind in kinds}
     offloads = values[MemEfficientTrainingArguments].pop("kv_offload", False)  # refused on a CPU, which need not be where training will run
     built = [build(kind, values[kind], problems) for kind in kinds]
-    problems += idle_flags(built[:3], parser)[0] if as_given else []
+    idle, ineffective = idle_flags(built[:3] if as_given else (), parser)
+    problems += idle
     if offloads and built[2] is not None:
         problems += [] if built[2].streams else ["kv_offload: has no effect without sequence_chunk_size. Leave it out."]
         built[2].kv_offload = True
     extra = None if more is None else build(more, values_of(more, namespace), problems)
     if problems:
         raise ConfigError(problems)
+    for message in ineffective:
+        warnings.warn(message, stacklevel=2)
     return Forecast(*built, extra, {name: getattr(namespace, name) for name in parser.given})
 
 

@@ -85,10 +85,8 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
     meaningless = parser.given & WITHOUT_MEANING.keys()
     problems += [f"{name}: has no meaning here ({WITHOUT_MEANING[name]}). Leave it out." for name in sorted(meaningless)]
     kinds = (ModelArguments, data, MemEfficientTrainingArguments)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* has no effect ", UserWarning)  # told below
-        built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
-        further = [build(kind, values_of(kind, namespace), problems) for kind in more]
+    built = Settings(*(build(kind, values_of(kind, namespace), problems) for kind in kinds))
+    further = [build(kind, values_of(kind, namespace), problems) for kind in more]
     if built.model is not None:
         name = built.model.model_name_or_path
         problems += problems_of_trained(name) or problems_of_folder(name, built.model.reversible_adapters)

@@ -48,8 +48,12 @@ class MethodSettings:
     def __post_init__(self) -> None:
         if found := self.problems():
             raise ConfigError(found)
+        self.warn_of_ineffective(stacklevel=5)  # whoever makes it: between are __init__ and the method of a subclass
+
+    def warn_of_ineffective(self, stacklevel: int) -> None:
+        """Warn of what has no effect, where nobody else tells of it (`told`)."""
         for message in () if _is_told.get() else self.ineffective():
-            warnings.warn(message, stacklevel=4)  # whoever makes it: between are __init__ and the method of a subclass
+            warnings.warn(message, stacklevel=stacklevel)
 
     @classmethod
     def of(cls, settings: "MethodSettings", **changed: Any) -> Self:

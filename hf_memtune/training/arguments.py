@@ -1,6 +1,5 @@
 """TrainingArguments with the settings of every strategy as further flat fields."""
 
-import warnings
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -56,8 +55,7 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
             raise ConfigError(found)
         super(MethodSettings, self).__post_init__()  # of TrainingArguments, or SFTConfig: it sets up devices and processes
         self._require_device_memory()
-        for message in self.ineffective():
-            warnings.warn(message, stacklevel=3)
+        self.warn_of_ineffective(stacklevel=4)
 
     def ineffective(self) -> list[str]:
         found = []

@@ -63,6 +63,17 @@ def test_a_recipe_and_a_table(tmp_path, capsys):
         assert words in said
 
 
+def test_lines_of_a_recipe_without_effect_are_told_where_nothing_else_will_be_tried(tmp_path, recwarn):
+    """A rung of a plan may give them one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora_alpha: 4\ntoken_ratio: 0.2\n")
+    forecast.parse([str(recipe), *OF_A_TYPE, "--budget", "1GiB"], make_parser(), PlanArguments)
+    assert not [each for each in recwarn if "has no effect" in str(each.message)]
+    forecast.parse([str(recipe), *OF_A_TYPE], forecast.make_parser("estimate", RoomArguments), RoomArguments, as_given=True)
+    told = [str(each.message).split()[0] for each in recwarn if "has no effect" in str(each.message)]
+    assert told == ["lora_alpha", "token_ratio"]
+
+
 @pytest.mark.parametrize(
     "arguments, problem",
     [
