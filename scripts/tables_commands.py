@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
 from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, QA
-from learning.groups import BESIDE, Group, finals, listed, named, shown
-from learning.plans import latest
+from learning.groups import BESIDE, Group, finals, left_out, listed, named, shown
+from learning.plans import PLANS, latest
 from pages import UNMEASURED, Rows, conditions_of, of, table, unique
 
 QA_TASKS = ("boolq",)  # of which there are finals
@@ -63,9 +63,7 @@ def sentences(groups: list[Group], base: str) -> Iterator[str]:
             yield f"{word} `{base}` by more than the interval: {arms}."
     if within := [f"`{group.arm}`" for group, d in compared if not d.is_clear]:
         yield f"Within the interval of `{base}`: {', '.join(within)}."
-    counts = [(group, len(group.runs) - len(group.ended)) for group in groups]
-    if diverged := [f"`{group.arm}` ({count} of {len(group.runs)} seeds)" for group, count in counts if count]:
-        yield f"Diverged: {', '.join(diverged)}."
+    yield from left_out(groups)
     ends = [(group, group.at(0, "accuracies"), group.at(-1, "accuracies")) for group in groups if group.ended]
     if still := [f"`{group.arm}` ({start} to {end})" for group, start, end in ends if start and end.mean - start.mean < CHANCE_MARGIN]:
         yield f"Learned next to nothing in so many steps: {', '.join(still)}."

@@ -24,7 +24,7 @@ def skip_table(rows: Rows) -> str:
 
 
 POINTS = ("beginning", "end")
-BIAS_RANGE = "In brackets: the bias at two standard errors of its square below and above. Where there are none, these were not kept; 0.00 is then any mean of the square up to 0."
+BIAS_RANGE = "In brackets: the bias at two standard errors of its square below and above. Where there are none, these were not kept; 0.00 is then any mean of the square up to 0. 0.00 to 0.00: by chance the mean of the square is further below 0 than that."
 UNSCALED = (
     "`true_gradient/top` sends the kept tokens' part of the gradient of all tokens as it is; the gradient of other highest scores is that of the "
     "mean over the kept tokens."

@@ -1,11 +1,11 @@
 """Arms against one another: in the same seconds and bytes, and seed by seed; from results/quality.jsonl."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from learning.arms import PLAIN, is_exact
-from learning.groups import Group, Interval, finals, named, shown
+from learning.groups import CONFIDENCE, Group, Interval, finals, left_out, named, shown
 from learning.plans import RACED, latest
 from pages import UNMEASURED, Rows, mib, table
 
@@ -15,6 +15,7 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("combined/top/cut/10%/labels", "combined/top/cut/10%"),
         ("combined/sample/cut/10%/labels", "combined/top/cut/10%/labels"),
         ("combined/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
+        ("random/sample/cut/10%/labels", "random/top/cut/10%"),
         ("random/sample/stream/10%/labels", "random/sample/cut/10%/labels"),
         ("random/sample/cut/30%/labels", "random/sample/cut/10%/labels"),
         ("true_gradient/sample/cut/10%/labels", "random/sample/cut/10%/labels"),
@@ -39,6 +40,8 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         (("checkpointing@1", 4), ("random/sample/cut/10%/labels", 8)),
         (("streaming", 4), ("random/sample/cut/30%/labels", 6)),
         (("plain@1", 4), ("random/sample/cut/30%/labels", 6)),
+        (("plain@1", 4), ("true_gradient/sample/cut/30%/labels", 4)),
+        (("plain@1", 2), ("random/sample/cut/30%/labels", 4)),
     ),
     ("stories-imdb", "final"): (
         ("combined/top/cut/10%", "random/top/cut/10%"),
@@ -50,15 +53,18 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         ("random/sample/cut/30%", "random/sample/cut/10%"),
         ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
         ("true_gradient/sample/stream/30%", "random/sample/stream/30%"),
+        ("true_gradient/sample/stream/30%", "true_gradient/sample/cut/30%"),
     ),
     ("stories-imdb", "race"): (
         ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
         ("streaming", "random/sample/cut/30%"),
         ("streaming", "true_gradient/sample/cut/30%"),
+        ("streaming", "random/sample/stream/30%"),
         (("random/sample/cut/10%", 12), ("random/sample/cut/10%", 4)),
         (("random/sample/cut/30%", 8), ("random/sample/cut/30%", 4)),
         (("streaming", 2), ("streaming", 4)),
         (("streaming", 4), ("random/sample/cut/30%", 8)),
+        (("streaming", 2), ("random/sample/cut/30%", 4)),
     ),
     ("minilm-reviews", "final"): (
         ("context/top/cut/10%", "random/top/cut/10%"),
@@ -76,7 +82,7 @@ def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
         return latest(rows_of("quality"))
 
     return {
-        **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task)) for task in RACED},
+        **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task), finals(quality(), task, "race")) for task in RACED},
         "quality-pairs": lambda: pairs_table(quality()),
     }
 
@@ -114,8 +120,8 @@ def race_of(found: Rows, task: str) -> list[Raced]:
     return race
 
 
-def race_section(race: list[Raced]) -> str:
-    """What a step of each arm costs, what as many steps learn, and what as many seconds learn."""
+def race_section(race: list[Raced], raced: Iterable[Group] = ()) -> str:
+    """What a step of each arm costs, what as many steps learn, and what as many seconds learn. raced: the groups of the race."""
     if not race:
         return UNMEASURED
     lines = [
@@ -123,7 +129,7 @@ def race_section(race: list[Raced]) -> str:
         for arm in race
     ]
     heads = "arm | rows | peak MiB | s a step | minus plain, same steps | steps in plain's seconds | minus plain, same seconds"
-    return "\n\n".join([table(heads, lines), race_sentence(race)])
+    return "\n\n".join([table(heads, lines), " ".join([race_sentence(race), *left_out([*raced])])])
 
 
 def race_sentence(race: list[Raced]) -> str:
@@ -140,16 +146,29 @@ def race_sentence(race: list[Raced]) -> str:
 
 
 def pairs_table(found: Rows) -> str:
-    """Differences between arms, seed by seed, and whether they are larger than their interval; of each at the rate that was best for it."""
-    lines = []
+    """Differences between arms, seed by seed, and whether they are larger than their interval; of each at the rate that was best for it.
+
+    Beside that, whether they would be where all intervals are as wide as it takes to hold at once (Bonferroni).
+    """
+    compared = []
     for (task, stage), pairs in PAIRS.items():
         groups = finals(found, task, stage)
         for arms in pairs:
             sized = [arm if isinstance(arm, tuple) else (arm,) for arm in arms]
             one, other = (named(groups, *arm) for arm in sized)
-            if one and other and (difference := one.minus(other)):
-                rates = " / ".join(dict.fromkeys(f"{group.any_run['learning_rate']:g}" for group in (one, other)))
-                cells = [f"{difference:+}", "yes" if difference.is_clear else "no"]
+            if one and other and one.minus(other):
                 told = (f"`{arm}`" + "".join(f", {rows} rows" for rows in size) for arm, *size in sized)
-                lines.append([task, AT[stage], *told, rates, *cells])
-    return table("data | the same | arm | minus | rates | difference of the loss | clear", lines, "llll") if lines else UNMEASURED
+                compared.append(([task, AT[stage], *told], one, other))
+    if not compared:
+        return UNMEASURED
+    at_once, lines, clear = 1 - (1 - CONFIDENCE) / len(compared), [], []
+    for told, one, other in compared:
+        rates = " / ".join(dict.fromkeys(f"{group.any_run['learning_rate']:g}" for group in (one, other)))
+        difference, wider = one.minus(other), one.minus(other, confidence=at_once)
+        clear.append("all" if wider.is_clear else "yes" if difference.is_clear else "no")
+        lines.append([*told, rates, f"{difference:+}", clear[-1]])
+    return "\n\n".join([
+        table("data | the same | arm | minus | rates | difference of the loss | clear", lines, "llll"),
+        f"{len(clear) - clear.count('no')} of {len(clear)} are clear, each by itself; if nothing differed, some {(1 - CONFIDENCE) * len(clear):.0f} would be. "
+        f"With intervals so wide that all of them hold at once in {CONFIDENCE:.0%} of cases (Bonferroni), {clear.count('all')} are: those with *all*.",
+    ])  # fmt: skip

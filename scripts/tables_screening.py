@@ -44,7 +44,7 @@ def screening_section(runs: Rows) -> str:
     counted = f"{len(runs)} arms, {sum(bool(run['reasons']) for run in runs)} screened out; a difference counts from {MARGIN:g} of loss."
     told = [run | {"reasons": "; ".join(run["reasons"]) or "no"} for run in runs]
     columns = {"rows": "{rows}", "arm": "{arm}", "rate": "{learning_rate:g}", "loss": "{loss:.3f}", "peak MiB": "{peak_bytes:mib}"}
-    choices = table("choice | against | pairs of arms | change of the loss", effects(runs), "ll")
+    choices = table("choice | against | pairs of arms | change of the loss, ± over pairs", effects(runs), "ll")
     return "\n\n".join([counted, choices, listing(told, columns | {"screened out": "{reasons}"}, "rlrrrl")])
 
 
@@ -52,7 +52,10 @@ REFERENCES = {"scorer": "random", "selection": "top", "gradient": "cut", "ratio"
 
 
 def effects(runs: Rows) -> list[list]:
-    """What one choice does when all others stay: the mean difference over pairs of arms that differ in it alone, of one seed each."""
+    """What one choice does when all others stay: the mean difference over pairs of arms that differ in it alone, of one seed each.
+
+    Pairs have arms in common, so that their interval says how far pairs differ, and not what another seed would give.
+    """
     losses = {(run["rows"], *parts_of(run["arm"])): run["loss"] for run in runs if is_seeking(run["arm"]) and math.isfinite(run["loss"])}
     lines = []
     for place, (factor, reference) in enumerate(REFERENCES.items(), start=1):

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -32,14 +32,14 @@ class Interval(NamedTuple):
         return f"{self.mean:{sign}.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
-def interval(values: Iterable[float]) -> Interval | None:
+def interval(values: Iterable[float], confidence: float = CONFIDENCE) -> Interval | None:
     """By Student's t distribution: the values are few. None of no values."""
     from scipy.stats import t
 
     values = list(values)
     if len(values) < 2:
         return Interval(values[0], None) if values else None
-    return Interval(mean(values), float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values)))
+    return Interval(mean(values), float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values)))
 
 
 @dataclass
@@ -93,12 +93,12 @@ class Group:
         found = [run[field] for run in self.runs.values() if run[field] is not None]
         return mean(found) if found else None
 
-    def minus(self, other: "Group | None", field: str = "losses") -> Interval | None:
+    def minus(self, other: "Group | None", field: str = "losses", confidence: float = CONFIDENCE) -> Interval | None:
         """The final difference to another arm, seed by seed; None without a seed in common."""
         if other is None or other is self:
             return None
         seeds = sorted(self.ended.keys() & other.ended.keys())
-        return interval(self.runs[seed][field][-1][1] - other.runs[seed][field][-1][1] for seed in seeds)
+        return interval((self.runs[seed][field][-1][1] - other.runs[seed][field][-1][1] for seed in seeds), confidence)
 
 
 def finals(found: Rows, task: str, stage: str = "final") -> list[Group]:
@@ -121,6 +121,16 @@ def named(groups: list[Group], arm: str, rows: int | None = None) -> Group | Non
 def baseline(groups: list[Group], group: Group) -> Group | None:
     """Plain training with batches of the same size."""
     return named(groups, PLAIN, group.rows)
+
+
+def left_out(groups: list[Group]) -> Iterator[str]:
+    """What means over seeds lack: seeds that diverged, and seeds that other arms have."""
+    counts = [(f"`{group.arm}`, {group.rows} rows", len(group.runs), len(group.ended)) for group in groups]
+    most = max((runs for _, runs, _ in counts), default=0)
+    if diverged := [f"{name} ({runs - ended} of {runs} seeds)" for name, runs, ended in counts if ended < runs]:
+        yield f"Diverged, and in no mean: {', '.join(diverged)}."
+    if fewer := [f"{name} ({runs})" for name, runs, _ in counts if runs < most]:
+        yield f"Of fewer than {most} seeds: {', '.join(fewer)}."
 
 
 def shown(value: Interval | None, sign: str = "") -> str:

@@ -105,6 +105,68 @@ def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results
     )
 
 
+def final(arm: str, seed: int, loss: float | None, **changed) -> dict:
+    """A record of a final; of loss None, of one that diverged."""
+    run = {"stage": "final", "task": "stories-imdb", "arm": arm, "rows": 4, "steps": 4, "learning_rate": 0.1, "seed": seed}
+    cost = {"timed": False, "seconds_per_step": 1.0, "peak_bytes": 2**20}
+    return run | cost | {"losses": [[0, 3.0], [4, loss]], "diverged": loss is None, **changed}
+
+
+def test_which_differences_are_clear_by_themselves_and_which_are_all_at_once():
+    tables = scripts.load("tables_races")
+    losses = {
+        "random/top/cut/10%": (2.0, 2.0, 2.0),
+        "combined/top/cut/10%": (
+            2.19,
+            2.29,
+            2.39,
+        ),  # five standard errors above: of two degrees of freedom 4.3 are enough, of three intervals 7.6
+        "random/sample/cut/10%": (1.9, 2.0, 2.1),
+        "random/sample/stream/10%": (0.9, 1.01, 1.09),
+    }
+    rows = [final(arm, seed, loss) for arm, each in losses.items() for seed, loss in enumerate(each, 1)]
+    text = tables.pairs_table(rows)
+    lines = {tuple(line.split(" | ")[2:4]): line for line in text.splitlines() if "`" in line}
+    assert [line.rpartition(" | ")[2] for line in lines.values()] == ["yes |", "no |", "all |"]
+    assert "2 of 3 are clear" in text and "(Bonferroni), 1 are" in text
+    alone = tables.pairs_table([row for row in rows if "top" in row["arm"]])  # one interval holds at once with itself
+    assert alone.splitlines()[2].endswith("| +0.290 ± 0.248 | all |") and "1 of 1 are clear" in alone
+
+
+def test_what_a_mean_leaves_out_is_told():
+    """Seeds that diverged, and seeds that were not run: under the finals, and under the race."""
+    tables, races = scripts.load("tables_learning"), scripts.load("tables_races")
+    rows = [final(arm, seed, 2.0 + seed) for arm in ("plain", "streaming", "random/top/cut/10%") for seed in (1, 2, 3)]
+    less = [final("random/top/cut/10%", 3, None)], [final("combined/top/cut/10%", seed, 2.5) for seed in (1, 2)]
+    told = (
+        "Diverged, and in no mean: `random/top/cut/10%`, 4 rows (1 of 3 seeds). Of fewer than 3 seeds: `combined/top/cut/10%`, 4 rows (2)."
+    )
+    for found, said in ((rows, False), ([*rows[:-1], *less[0], *less[1]], True)):
+        groups = tables.finals(found, "stories-imdb")
+        raced = [races.Raced(groups[0], races.Interval(0.0, None), races.Interval(0.0, None), 4)]
+        assert [told in " ".join(tables.quality_sentences(groups)), told in races.race_section(raced, groups)] == [said, said]
+
+
+def test_what_is_called_a_preset_has_its_settings():
+    """That of TokenSeek scores once, before training, for which the loop of the study has no place: so it is not called by the preset alone."""
+    from hf_memtune import TokenSeekingConfig
+    from hf_memtune.settings.presets import PRESETS
+
+    tables = scripts.load("tables_learning")
+    from learning.arms import settings_of
+
+    def values(**settings) -> dict:
+        config = TokenSeekingConfig(token_seeking=True, **settings)
+        return {name: getattr(config, name) for name in PRESETS[None]}
+
+    found = {title.strip("`").split()[1]: (title, arm) for title, (arm, *_) in tables.SUMMARY_ARMS.items() if "--preset" in title}
+    assert set(found) == {"tokentune", "tokenseek"}
+    for preset, (title, arm) in found.items():
+        anew = {"seek_schedule": "step"} if "--seek_schedule step" in title else {}
+        assert values(preset=preset, **anew) == values(**settings_of(arm, 128))
+        assert (values(preset=preset) == values(**settings_of(arm, 128))) == (not anew)
+
+
 def test_batches_of_another_size_race_against_plain_training_of_the_plan():
     """At a rate of their own, of that size; the exact ways at that of plain training. Seconds of batches of the plan say how many steps fit."""
     options = scripts.load("bench_learning").parse(["quality", "--stage", "race", "--tasks", "stories-imdb"])
