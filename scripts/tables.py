@@ -7,7 +7,9 @@ import argparse
 import json
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 
 import pages
 import store
@@ -129,6 +131,26 @@ def compared(run: Rows) -> Rows:
     return [row | {name: base and row["seconds"] / base for name, base in bases.items()} for row in run]
 
 
+def scatter_sentence() -> str:
+    """How far seconds of the same step of one method lie apart: in one run, and in two, of those that were not the first of a run."""
+    within = sorted(
+        (max(row["spread"]) - min(row["spread"])) / row["seconds"] for row in rows_of("speed") if row["conditions"].get("repeats", 1) > 1
+    )
+    between: dict[tuple, list[float]] = {}
+    for _, run in groupby(rows_of("speed"), key=lambda row: (row["model"], row["train"], row["tokens"], row["conditions"])):
+        for row in [*run][1:]:
+            between.setdefault((row["model"], row["train"], row["conditions"]["rows"], row["tokens"], row["method"]), []).append(
+                row["seconds"]
+            )
+    apart = [max(seconds) / min(seconds) - 1 for seconds in between.values()]
+    if not within or not any(apart):
+        return pages.UNMEASURED
+    return (
+        f"Where a run has several steps of one method, they lie up to {max(within):.0%} of their mean apart, half of them {median(within):.0%} or less; "
+        f"steps of one method in two runs, of two commits, up to {max(apart):.0%} (but for the first of a run)."
+    )
+
+
 def length_table() -> str:
     """One step on one long row: what was run, and what was traced alone."""
     rows = [dict.fromkeys(("seconds", "loss", "gradient_difference", "against")) | row for row in rows_of("length")]
@@ -244,6 +266,7 @@ SECTIONS = {
     "gpu": lambda: gpu_tables(rows_of("gpu")),
     "speed": speed_table,
     "speed-ratios": ratios_table,
+    "speed-scatter": scatter_sentence,
     "profile": profile_table,
     "length": length_table,
     **{

@@ -201,6 +201,20 @@ def test_seconds_are_compared_within_the_last_run(monkeypatch):
     assert "| 3.00 | - | 0.50 | 0.75 |" in tables.speed_table()
 
 
+def test_how_far_seconds_of_one_step_lie_apart(monkeypatch):
+    """In one run, and in two; the first method of a run, which pays for what happens once, is left out between runs."""
+    tables = scripts.load("tables")
+
+    def run(when, repeats, **spreads):
+        step = {"model": "m", "train": "lora", "tokens": 64, "conditions": {"rows": 1, "repeats": repeats, "commit": when}}
+        return [step | {"method": name, "seconds": sum(spread) / 2, "spread": [*spread]} for name, spread in spreads.items()]
+
+    rows = run("old", 2, plain=(9.0, 11.0), checkpointing=(2.0, 2.0)) + run("new", 1, plain=(50.0, 50.0), checkpointing=(3.0, 3.0))
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
+    assert "up to 20% of their mean apart, half of them 10% or less" in tables.scatter_sentence()
+    assert "of two commits, up to 50% (" in tables.scatter_sentence()
+
+
 def test_the_longest_row_is_read_off_between_predictions():
     """Bytes grow as the largest of several straight lines: what is read off is no longer than what fits."""
     from tables_longest import cell, longest
