@@ -8,7 +8,7 @@ from learning.groups import BESIDE, Group, finals, left_out, listed, named, show
 from learning.plans import PLANS, latest
 from pages import UNMEASURED, Rows, conditions_of, of, table, unique
 
-QA_TASKS = ("boolq",)  # of which there are finals
+QA_TASKS = tuple(plan.task for plan in PLANS["qa"])
 CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it began has learned nothing to speak of
 
 
