@@ -81,7 +81,7 @@ PLANS = {
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "random/sample/cut/10%", "random/sample/cut/30%",
              "true_gradient/sample/cut/30%"),
             rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=AT_A_TIME, timed_seeds=(0,),
-            raced=(STREAMING, f"{CHECKPOINTING}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
+            raced=(f"{STREAMING}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
         ),
         Plan(
             "minilm-reviews", (PLAIN, *(f"{scorer}/top/cut/10%" for scorer in ("random", "context", "gradient", "combined"))),
