@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 
 # One scorer, one colour, in this order: 3 to 1 and more against white, and told apart with the common forms of colour blindness
 SCORERS = {
-    "plain": "#000000", "checkpointing": "#89602f", "streaming": "#7f7f7f", "every": "#6f9440", "random": "#1b6bf8", "context": "#e74ab9",
+    "plain": "#000000", "checkpointing": "#89602f", "streaming": "#7f7f7f", "streaming+checkpointing": "#178f94", "every": "#6f9440", "random": "#1b6bf8", "context": "#e74ab9",
     "gradient": "#56350b", "combined": "#cd500f", "combined-mean": "#74353e", "loss": "#3a9f66", "softmax_residual": "#00415c",
     "true_gradient": "#4a1d93",
 }  # fmt: skip

@@ -7,7 +7,8 @@ Of the study `quality`:
     streaming                               all tokens, exact gradients in chunks: must equal plain
     SCORER/SELECTION/GRADIENT/RATIO[/labels]    token seeking, such as random/sample/stream/10%/labels
     every/labelled/GRADIENT/100%            every token with a label, none drawn
-    plain@N, checkpointing@N, streaming@N   the same, N rows at a time, as with gradient accumulation
+    streaming+checkpointing                 the same with both: layer by layer
+    plain@N, checkpointing@N, ...           the same, N rows at a time, as with gradient accumulation
 
 SCORER: whatever token_scorer takes; with -mean behind it context_normalize=mean. GRADIENT: cut, stream or skip. RATIO: the percentage of
 tokens that are kept. labels: chosen among labelled tokens only. Of the study `glue`: the keys of FLAGS, of `qa`
@@ -15,6 +16,7 @@ those of QA, of `few_shot` those of FEW_SHOT.
 """
 
 PLAIN, CHECKPOINTING, STREAMING, TOKENTUNE, LABELS = "plain", "checkpointing", "streaming", "random/top/cut", "/labels"
+BY_LAYERS = f"{STREAMING}+{CHECKPOINTING}"
 AT_ONCE = "@"
 EVERY_LABEL = "every/labelled/cut/100%"
 CHUNKS = {"cut": 0, "stream": 2, "skip": 4}  # of the longest row: a stream has two, or four of which some can be skipped
@@ -78,7 +80,7 @@ def at_once(arm: str) -> int | None:
 
 def is_exact(arm: str) -> bool:
     """Whether its gradient is that of plain training."""
-    return way_of(arm) in (PLAIN, CHECKPOINTING, STREAMING)
+    return way_of(arm) in (PLAIN, CHECKPOINTING, STREAMING, BY_LAYERS)
 
 
 def is_seeking(arm: str) -> bool:
@@ -90,7 +92,7 @@ def parts_of(arm: str) -> tuple[str, str, str, str, str]:
     parts = arm.removesuffix(LABELS).split("/")
     if len(parts) != 4 or parts[2] not in CHUNKS or not parts[3].removesuffix("%").isdigit():
         raise ValueError(
-            f"arm {arm!r}: expected plain, checkpointing, streaming or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
+            f"arm {arm!r}: expected plain, checkpointing, streaming, {BY_LAYERS} or SCORER/SELECTION/GRADIENT/RATIO[/labels], such as {TOKENTUNE}/10%"
         )
     return (*parts, "labels" if arm.endswith(LABELS) else "all")
 
@@ -98,7 +100,7 @@ def parts_of(arm: str) -> tuple[str, str, str, str, str]:
 def settings_of(arm: str, max_length: int) -> dict:
     """The fields of TokenSeekingConfig, or of StreamingConfig, for rows of so many tokens; none where nothing is installed."""
     if not is_seeking(arm):
-        return _chunked("stream", max_length) if way_of(arm) == STREAMING else {}
+        return _chunked("stream", max_length) if way_of(arm) in (STREAMING, BY_LAYERS) else {}
     from hf_memtune.settings.scorers import facts_of
 
     scorer, selection, gradient, ratio, pool = parts_of(arm)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
 
-from learning.arms import CHECKPOINTING, EVERY_LABEL, FLAGS, FULL, LORA, PLAIN, QA, STREAMING, check, is_exact
+from learning.arms import BY_LAYERS, CHECKPOINTING, EVERY_LABEL, FLAGS, FULL, LORA, PLAIN, QA, STREAMING, check, is_exact
 
 KEY = ("stage", "task", "arm", "rows", "steps", "learning_rate", "seed")
 
@@ -80,8 +80,8 @@ PLANS = {
             "smollm2-imdb",
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "random/sample/cut/10%", "random/sample/cut/30%",
              "true_gradient/sample/cut/30%"),
-            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=AT_A_TIME, timed_seeds=(0,),
-            raced=(f"{STREAMING}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
+            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=(*AT_A_TIME, f"{BY_LAYERS}@1"), timed_seeds=(0,),
+            raced=(f"{STREAMING}@1", f"{BY_LAYERS}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
         ),
         Plan(
             "minilm-reviews", (PLAIN, *(f"{scorer}/top/cut/10%" for scorer in ("random", "context", "gradient", "combined"))),

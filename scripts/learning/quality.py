@@ -11,7 +11,7 @@ import torch
 from conditions import conditions
 
 from hf_memtune.methods.events import Listener
-from learning.arms import CHECKPOINTING, STREAMING, at_once, is_seeking, settings_of, way_of
+from learning.arms import BY_LAYERS, CHECKPOINTING, at_once, is_seeking, settings_of, way_of
 from learning.plans import Run
 from learning.tasks import TASKS, Task
 
@@ -60,13 +60,11 @@ def install(arm: str, model: torch.nn.Module, settings: dict):
     """The strategy of this arm on the model, to be removed after use; None where there is none."""
     from hf_memtune import Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
 
-    if way_of(arm) == STREAMING:
-        return Streaming(model, StreamingConfig(**settings))
     if is_seeking(arm):
         return TokenSeeking(model, TokenSeekingConfig(token_seeking=True, **settings))
-    if way_of(arm) == CHECKPOINTING:
+    if way_of(arm) in (CHECKPOINTING, BY_LAYERS):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return None
+    return Streaming(model, StreamingConfig(**settings)) if settings else None
 
 
 class Counts(Listener):

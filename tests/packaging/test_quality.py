@@ -7,6 +7,7 @@ import pytest
 from tests.support import scripts
 from tests.support.folders import in_new_process, llama, write_rows
 from tests.support.scripts import FOLDER, run
+from tests.support.tiny_models import tiny_model
 
 BENCH = FOLDER / "bench_learning.py"
 ARMS = ("plain", "streaming", "random/sample/stream/10%", "combined/top/cut/10%")
@@ -65,7 +66,7 @@ def test_rows_run_one_at_a_time_learn_the_same(assets, results, tmp_path):
     file = tmp_path / "quality.jsonl"
     file.write_text(results.read_text())
     options = ["--tasks", "stories-imdb", "--rows", "2", "--steps", "4", "--measured", "2", "--learning_rates", "0.01", "--seeds", "1"]
-    pairs = {arm: f"{arm}@1" for arm in ("plain", "checkpointing", "streaming")}
+    pairs = {arm: f"{arm}@1" for arm in ("plain", "checkpointing", "streaming", "streaming+checkpointing")}
     arms = [name for pair in pairs.items() for name in pair]
     done = run(BENCH, "quality", "--stage", "screen", "--assets", assets, "--out", file, *options, "--arms", *arms, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -73,10 +74,22 @@ def test_rows_run_one_at_a_time_learn_the_same(assets, results, tmp_path):
     for arm, one in pairs.items():
         whole, parts = screened[arm, 1], screened[one, 1]
         assert parts["losses"] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in whole["losses"]]
+        assert whole["losses"] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in screened["plain", 1]["losses"]]
         assert parts["losses"][-1] != pytest.approx(whole["losses"][0], rel=1e-4)
         assert parts["peak_bytes"] != whole["peak_bytes"]  # they were run in another way
     for arm in ("plain@", "plain@0", "plain@some", "random/top/cut/10%@1"):
         assert arm in run(BENCH, "quality", "--stage", "tune", "--arms", arm, "--assets", assets, "--list", cwd=tmp_path).stderr
+
+
+def test_streaming_with_checkpointing_goes_layer_by_layer():
+    scripts.load("bench_learning")
+    from learning.arms import settings_of
+    from learning.quality import install
+
+    for arm, both in (("streaming+checkpointing", True), ("streaming", False)):
+        model = tiny_model("llama")
+        with install(arm, model, settings_of(arm, 128)):
+            assert model.is_gradient_checkpointing == both
 
 
 def test_as_many_steps_as_fit_into_the_seconds_of_plain_training(assets, results, tmp_path):
