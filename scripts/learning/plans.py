@@ -63,7 +63,7 @@ class Plan:
         return tuple(dict.fromkeys((PLAIN if is_exact(arm) else arm, rows) for arm, rows in sized) if stage == "tune" else sized)
 
 
-AT_A_TIME = (CHECKPOINTING, *(f"{arm}@1" for arm in (PLAIN, CHECKPOINTING, STREAMING)))
+AT_A_TIME = (CHECKPOINTING, *(f"{arm}@1" for arm in (PLAIN, CHECKPOINTING, STREAMING, BY_LAYERS)))
 # The arms of quality were chosen after a screening: the papers', what won, and what each choice does by itself.
 PLANS = {
     "quality": (
@@ -80,7 +80,7 @@ PLANS = {
             "smollm2-imdb",
             (PLAIN, STREAMING, "random/top/cut/10%", "combined/top/cut/10%", "random/sample/cut/10%", "random/sample/cut/30%",
              "true_gradient/sample/cut/30%"),
-            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=(*AT_A_TIME, f"{BY_LAYERS}@1"), timed_seeds=(0,),
+            rows=2, steps=(8, 20), learning_rates=(5e-4, 1.5e-3, 4.5e-3), measured=1, timed=AT_A_TIME, timed_seeds=(0,),
             raced=(f"{STREAMING}@1", f"{BY_LAYERS}@1", "random/sample/cut/30%", "true_gradient/sample/cut/30%", "random/sample/cut/10%"),
         ),
         Plan(
@@ -94,7 +94,7 @@ PLANS = {
              "true_gradient/sample/cut/30%/labels", "true_gradient/sample/stream/30%/labels", "true_gradient/sample/cut/10%/labels",
              "softmax_residual/sample/cut/30%/labels", "true_gradient/top/cut/10%/labels", "true_gradient/top/cut/30%/labels"),
             rows=4, steps=(20, 30), learning_rates=(5e-4, 1.5e-3, 4.5e-3), timed=AT_A_TIME,
-            raced=(STREAMING, f"{PLAIN}@1", f"{CHECKPOINTING}@1", "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
+            raced=(STREAMING, f"{PLAIN}@1", f"{CHECKPOINTING}@1", f"{BY_LAYERS}@1", "random/sample/cut/30%/labels", "true_gradient/sample/cut/30%/labels",
                    "random/sample/cut/10%/labels"),
             resized=((f"{CHECKPOINTING}@1", 2), (f"{PLAIN}@1", 2), ("random/sample/cut/10%/labels", 8), ("random/sample/cut/30%/labels", 6)),
         ),
