@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_memtune.evaluation.harness_tasks import Tasks
 from hf_memtune.files import write_text
-from hf_memtune.methods.overrides import modes_kept
+from hf_memtune.methods.overrides import instance_attribute, modes_kept
 
 BOOTSTRAP_ITERS = 1000  # resamplings for the standard errors of metrics that are no means; 0 would leave out all of them
 BATCH_SIZE = 8
@@ -36,14 +36,15 @@ def score(model, tokenizer, tasks: Tasks, batch_size: int = BATCH_SIZE, limit: i
     """What lm-eval's simple_evaluate returns, without samples; see `scores_of`.
 
     model: a causal language model of transformers, a PEFT model, or one with reversible layers, where it is. Every module of it is left
-    in the mode, training or evaluation, in which it was. limit: rows of each task, the first ones; None: all.
+    in the mode, training or evaluation, in which it was, and its weights are as they were, tied or not. limit: rows of each task, the
+    first ones; None: all.
     The generators of random numbers are seeded by lm-eval. Among several processes every one scores all rows, and all but the first
     one of a machine get None.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with modes_kept(model), _silenced():
+    with modes_kept(model), instance_attribute(model, "tie_weights", _left_alone), _silenced():
         return simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=tasks.items,
@@ -92,6 +93,11 @@ def write_results(results: dict[str, Any], path: str | Path) -> Path:
     from lm_eval.utils import handle_non_serializable
 
     return write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+
+
+def _left_alone() -> None:
+    """In place of tying weights, which lm-eval asks for: a head whose weights are its own, whatever the config says, would lose them, in the middle
+    of training too."""
 
 
 @contextmanager

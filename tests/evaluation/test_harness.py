@@ -1,8 +1,10 @@
 """Scores by lm-eval: equal to those worked out by hand, the model left as it was, and what is refused."""
 
+import copy
 import functools
 import json
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -87,6 +89,31 @@ def test_the_model_is_left_in_its_modes(model, tmp_path):
         raise RuntimeError
     assert [m.training for m in model.modules()] == before
     model.train()
+
+
+def test_a_head_of_its_own_stays_its_own(model, tmp_path):
+    """Whatever the config says: of a checkpoint that has both matrices transformers loads both, and lm-eval would put one in the other's place."""
+    apart, tasks = copy.deepcopy(model), load_tasks(["mine"], task_folder(tmp_path / "tasks", "mine"))
+    apart.config.tie_word_embeddings = True
+    head = apart.lm_head.weight
+    found = scores_of(score(apart, tokenizer(), tasks))
+    assert apart.lm_head.weight is head and found == scores_of(score(model, tokenizer(), tasks))
+    apart.tie_weights()  # as ever, afterwards
+    assert apart.lm_head.weight is apart.model.embed_tokens.weight
+    assert found != scores_of(score(apart, tokenizer(), tasks))
+
+
+@pytest.mark.parametrize(
+    "more", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_adapters_on_a_tied_head(more, model, tmp_path):
+    tied = copy.deepcopy(model)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    adapted = peft.get_peft_model(tied, peft.LoraConfig(r=2, **more))
+    before = {name: id(p) for name, p in adapted.named_parameters()}
+    assert score(adapted, tokenizer(), load_tasks(["mine"], task_folder(tmp_path / "tasks", "mine")), limit=2)
+    assert {name: id(p) for name, p in adapted.named_parameters()} == before
 
 
 def test_groups_are_scored_once_and_shown(model, tmp_path):
