@@ -1,5 +1,6 @@
 """Scores of a model in memory on tasks of lm-eval (EleutherAI's evaluation harness), by lm-eval's own HFLM and simple_evaluate."""
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ def score(model, tokenizer, tasks: Tasks, batch_size: int = BATCH_SIZE, limit: i
     """What lm-eval's simple_evaluate returns, without samples; see `scores_of`.
 
     model: a causal language model of transformers, a PEFT model, or one with reversible layers, where it is. Every module of it is left
-    in the mode, training or evaluation, in which it was, and its weights are as they were, tied or not. limit: rows of each task, the
-    first ones; None: all.
+    in the mode, training or evaluation, in which it was, and its weights are as they were, tied or not; so is the tokenizer. limit: rows
+    of each task, the first ones; None: all.
     The generators of random numbers are seeded by lm-eval. Among several processes every one scores all rows, and all but the first
     one of a machine get None.
     """
@@ -46,7 +47,7 @@ def score(model, tokenizer, tasks: Tasks, batch_size: int = BATCH_SIZE, limit: i
 
     with modes_kept(model), instance_attribute(model, "tie_weights", _left_alone), _silenced():
         return simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=HFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=batch_size),
             tasks=tasks.items,
             task_manager=tasks.manager,
             num_fewshot=tasks.num_fewshot,
@@ -98,6 +99,11 @@ def write_results(results: dict[str, Any], path: str | Path) -> Path:
 def _left_alone() -> None:
     """In place of tying weights, which lm-eval asks for: a head whose weights are its own, whatever the config says, would lose them, in the middle
     of training too."""
+
+
+def _with_padding(tokenizer):
+    """The tokenizer, or a copy of one without a token for padding: lm-eval gives it one, which would be saved with the model."""
+    return tokenizer if tokenizer.pad_token_id is not None else copy.deepcopy(tokenizer)
 
 
 @contextmanager

@@ -116,6 +116,15 @@ def test_adapters_on_a_tied_head(more, model, tmp_path):
     assert {name: id(p) for name, p in adapted.named_parameters()} == before
 
 
+def test_the_tokenizer_is_left_without_padding(model, tmp_path):
+    """lm-eval gives it a token for that, which would be saved with every checkpoint."""
+    words = tokenizer()
+    words.pad_token = None
+    tasks, size = load_tasks(["mine"], task_folder(tmp_path / "tasks", "mine")), len(words)
+    assert scores_of(score(model, words, tasks)) == scores_of(score(model, tokenizer(), tasks))
+    assert words.pad_token is None and len(words) == size
+
+
 def test_groups_are_scored_once_and_shown(model, tmp_path):
     folder = task_folder(tmp_path / "tasks", "mine", "yours")
     (folder / "both.yaml").write_text("group: both\ntask: [mine, yours]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
