@@ -118,6 +118,26 @@ def test_dft_weighs_each_kept_loss_by_the_probability_of_its_label(settings):
     assert abs(taken.loss - unweighed) > NOTICED * unweighed  # the sibling
 
 
+@pytest.mark.parametrize("settings", [{"token_scorer": "random", "always_keep": "none"}, {"token_scorer": "combined"}, LABELLED], ids=str)
+def test_dft_weighs_what_a_decoder_learns(settings):
+    """Tokens of the encoder are chosen as without, and have no loss to weigh."""
+    from tests.support.twin import ditching
+
+    model, batch, _ = model_and_batch("bart")
+    taken = take_step(model, batch, token_weight="dft", **settings)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    with ditching(model, taken.kept):
+        logits = model(**inputs).logits
+    target = batch["labels"].masked_fill(~taken.kept["decoder"], -100)
+    losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+    expected = (losses * (-losses.detach()).exp()).sum() / (target != -100).sum()
+    limit = tolerance(torch.float32)
+    assert abs(taken.loss - expected) <= limit * expected and worst_difference(taken.gradients, gradients(model, expected)) <= limit
+    unweighed = twin_loss(model, batch, taken.kept, causal_lm=False)
+    assert abs(taken.loss - unweighed) > NOTICED * unweighed  # the sibling
+
+
 def test_dft_is_refused_where_it_has_nothing_to_weigh():
     with pytest.raises(ConfigError, match="token_weight: got 'dft' with token_ratio=1.*loss_type=dft"):
         TokenSeekingConfig(token_seeking=True, token_ratio=1.0, token_weight="dft")

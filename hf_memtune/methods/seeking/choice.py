@@ -193,7 +193,7 @@ class Choice:
         self.values[stack] = self._scores_of(stack)
         given = self.values[stack], self._ratio, rows.scored, *self._eligible(stack, labelled)
         found = sample(*given, how=self.chooser.draw) if config.token_selection == "sample" else select(*given)
-        return self._weighed(found, stack) if config.token_weight == "dft" else found
+        return self._weighed(found, stack) if config.token_weight == "dft" and stack == "decoder" else found
 
     @property
     def _ratio(self) -> float:
@@ -209,7 +209,7 @@ class Choice:
             return self.chooser.scorer(self.seen(stack))
 
     def _weighed(self, found: Selection, stack: str) -> Selection:
-        """Each kept token's loss times the probability of its label (DFT, arXiv 2508.05629, eq. 9)."""
+        """Each kept token's loss times the probability of its label (DFT, arXiv 2508.05629, eq. 9). Tokens of an encoder have no loss."""
         with torch.no_grad(), evaluating(self.call.architecture.base):
             probability = found.gather((-self.seen(stack).token_loss).exp(), fill=1)
         return replace(found, weight=probability if found.weight is None else found.weight * probability)
