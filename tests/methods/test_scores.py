@@ -718,3 +718,16 @@ def test_scores_are_without_dropout_whatever_ran_with_it(settings, asked):
     with seeking_on(model, scorer, **settings):
         model(**batch).loss.backward()
     torch.testing.assert_close(seen["token_loss"].double(), expected.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, dropout", [("bert", "classifier_dropout"), ("distilbert", "seq_classif_dropout")])
+def test_scores_are_without_the_dropout_of_a_head(name, dropout):
+    """Of a model in training mode, as those that are taken before each epoch."""
+    scores = {}
+    for p in (0.0, 0.5):
+        model, batch, _ = model_and_batch(name, head="sequence_classification", **{dropout: p})
+        with seeking_on(model, token_scorer="gradient") as seeking:
+            torch.manual_seed(0)
+            scores[p] = seeking.inspect(batch).values["decoder"]
+        assert all(module.training for module in model.modules())
+    assert scores[0.0].any() and torch.equal(scores[0.5], scores[0.0])

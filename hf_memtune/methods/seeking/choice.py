@@ -205,12 +205,12 @@ class Choice:
             return torch.zeros(rows.batch, rows.length, device=rows.positions.device)
         if self.precomputed is not None:
             return self.precomputed[stack]
-        with torch.no_grad(), evaluating(self.call.architecture.base):
+        with torch.no_grad(), evaluating(self.call.architecture.head_model):
             return self.chooser.scorer(self.seen(stack))
 
     def _weighed(self, found: Selection, stack: str) -> Selection:
         """Each kept token's loss times the probability of its label (DFT, arXiv 2508.05629, eq. 9). Tokens of an encoder have no loss."""
-        with torch.no_grad(), evaluating(self.call.architecture.base):
+        with torch.no_grad(), evaluating(self.call.architecture.head_model):
             probability = found.gather((-self.seen(stack).token_loss).exp(), fill=1)
         return replace(found, weight=probability if found.weight is None else found.weight * probability)
 

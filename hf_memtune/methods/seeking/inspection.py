@@ -53,7 +53,7 @@ class Inspection:
         choice.at_once() if target is None else choice.by_labels(target)
         self.values, self.selection, self.probability = Chosen.of(choice)
         self.others = [Chosen.of(choice.of_other(chooser)) for chooser in self.choosers]
-        with torch.no_grad(), evaluating(choice.call.architecture.base):
+        with torch.no_grad(), evaluating(choice.call.architecture.head_model):
             for stack in choice.stacks:
                 seen = choice.seen(stack)
                 self.scores[stack] = {name: getattr(seen, name) for name in self.names} | {"real": seen.attention_mask}
