@@ -1,5 +1,6 @@
 """A callback that scores the model on tasks of lm-eval while it is trained."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from hf_memtune.errors import ConfigError
 from hf_memtune.evaluation.harness import BATCH_SIZE, logged, score, scores_of
 from hf_memtune.evaluation.harness_tasks import load_tasks
 from hf_memtune.training.rng import preserved_rng
+
+logger = logging.getLogger(__name__)
 
 SPREAD = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
@@ -40,6 +43,8 @@ class LMEvalCallback(TrainerCallback):
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         numbers = {"every_n_steps": every_n_steps, "batch_size": batch_size, "limit": 1 if limit is None else limit}
         found = [f"LMEvalCallback: {name}: got {value}, expected 1 or more." for name, value in numbers.items() if value < 1]
+        if num_fewshot is not None and num_fewshot < 0:
+            found.append(f"LMEvalCallback: num_fewshot: got {num_fewshot}, expected 0 or more.")
         if not names:
             found.append("LMEvalCallback: tasks: got none, expected names of tasks of lm-eval, or of your task files.")
         if found:
@@ -52,6 +57,11 @@ class LMEvalCallback(TrainerCallback):
         if processing_class is None:
             raise ConfigError(["LMEvalCallback: the trainer has no tokenizer. Pass processing_class=tokenizer."])
         require_whole_model("LMEvalCallback")
+        if state.global_step == 0 and state.max_steps < self.every_n_steps and state.is_world_process_zero:
+            logger.warning(
+                "LMEvalCallback: every_n_steps=%d: training ends at step %d, so there will be no scores. Set every_n_steps to %d or less.",
+                self.every_n_steps, state.max_steps, state.max_steps,
+            )  # fmt: skip
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if state.global_step % self.every_n_steps:

@@ -106,8 +106,17 @@ def test_the_page_runs(folder, tmp_path, monkeypatch):
 
 def test_settings_that_cannot_work():
     with pytest.raises(ConfigError) as caught:
-        LMEvalCallback([], every_n_steps=0, limit=0)
-    assert [message.split(": ")[1] for message in caught.value.problems] == ["every_n_steps", "limit", "tasks"]
+        LMEvalCallback([], every_n_steps=0, limit=0, num_fewshot=-1)
+    assert [message.split(": ")[1] for message in caught.value.problems] == ["every_n_steps", "limit", "num_fewshot", "tasks"]
+
+
+def test_a_training_that_ends_before_it_is_scored(folder, scoring, tmp_path, caplog):
+    scoring.every_n_steps = SETTINGS["max_steps"]
+    train(folder, tmp_path, scoring)
+    assert len(scoring.results) == 1 and "no scores" not in caplog.text
+    scoring.every_n_steps += 1
+    train(folder, tmp_path, scoring)
+    assert len(scoring.results) == 1 and "training ends at step 4, so there will be no scores" in caplog.text
 
 
 def test_a_trainer_without_a_tokenizer(folder, scoring, tmp_path):
