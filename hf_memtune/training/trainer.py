@@ -54,7 +54,6 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         if found := [*self._problems_of_method(token_scorer), *self._problems_of_layers(reversible)]:
             raise ConfigError(found)
         self.memory_callback = MemoryCallback(self.args.memory_trace_steps)
-        self.add_callback(self.memory_callback)
         self._prepare_layers(token_scorer, reversible)
         self._prepare_method(token_scorer)
         self._add_care()
@@ -64,9 +63,9 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         self.full_loss, self.halving = FullLossLog(self), HalvingSteps(self)
         self.preflight = Preflight(self, self.halving)
         self.report_callback = MemoryReportCallback(self, self.memory_callback, self.preflight, self.halving)
-        for callback in (self.halving, self.report_callback):
-            self.add_callback(callback)
-        self.callback_handler.callbacks.insert(0, self.preflight)  # it takes steps of its own, before anyone measures
+        self.add_callback(self.halving)
+        # the preflight takes steps of its own, before anyone measures; who measures does so before others score or draw at the end of a step
+        self.callback_handler.callbacks[:0] = [self.preflight, self.report_callback, self.memory_callback]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args, **kwargs):
         """As in Trainer; True resumes from the newest checkpoint of output_dir that is whole, and a folder that is not is refused."""

@@ -1,6 +1,7 @@
 """The callbacks: what they install, what they measure, what they draw, and that none of them changes a run."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,26 @@ def test_the_logged_peak_is_that_of_the_traced_step(tmp_path, accumulation):
     assert "peak_memory_bytes" not in logs[0]  # nothing is traced yet
     assert [entry["peak_memory_bytes"] for entry in logs[1:]] == [around.peaks[1]] * 3 + [around.peaks[4]]
     assert around.peaks[1] != around.peaks[4]
+
+
+def test_what_others_do_at_the_end_of_a_step_is_not_measured_as_the_step(tmp_path, monkeypatch):
+    """Scores on tasks and drawings are made there, and may take longer, and more memory, than the step."""
+    clock = [0.0]
+    monkeypatch.setattr("hf_memtune.training.memory_callback.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Works(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock[0] += 60.0
+            torch.zeros(2**24)
+
+    def measured(*callbacks):
+        settings = {"max_steps": 2, "memory_trace_steps": 1, "memory_preflight": False, "memory_report": True, **ORDER}
+        trainer = train(llama(), arguments(tmp_path, **settings), ROWS, callbacks=list(callbacks)).trainer
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        seconds, peaks = ([entry[name] for entry in logs] for name in ("step_seconds", "peak_memory_bytes"))
+        return seconds, peaks, trainer.report_callback.report.measured.peak_bytes
+
+    assert measured(Works()) == measured() and clock[0] == 120.0
 
 
 def test_logs_count_the_tokens(tmp_path):
