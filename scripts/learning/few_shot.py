@@ -26,7 +26,7 @@ SAME = ("arm", "model", "data", "setup", "settings")  # what a search and its fi
 
 
 def tasks_of(names: list[str], num_fewshot: list[int] | None, metric: list[str] | None) -> tuple[list[Task], list[str]]:
-    """Tasks by name, with what is given of each, or as the suite has them; and what is not given once a task."""
+    """Tasks by name, with what is given of each, or as the suite has them; and what is not given once a task, or is a task given twice."""
     suite = {task.name: task for task in SUITE}
     columns, wrong = [*zip(*(suite.get(name, Task(name)) for name in names))], []
     for place, (name, given) in enumerate((("num_fewshot", num_fewshot), ("metric", metric)), 1):
@@ -34,6 +34,8 @@ def tasks_of(names: list[str], num_fewshot: list[int] | None, metric: list[str] 
             wrong.append(f"{name}: got {len(given)}, expected one for each of {len(names)} tasks")
         elif given:
             columns[place] = given
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        wrong.append(f"tasks: got {', '.join(twice)} more than once, and a run has one score of each")
     return [Task(*each) for each in zip(*columns)], wrong
 
 

@@ -166,6 +166,13 @@ def test_all_problems_at_once_before_anything_trains(folder, measured):
     assert done.returncode == 1 and [words for words in said if words not in done.stderr] == [] and lines_of(folder) == []
 
 
+def test_a_task_twice_would_have_one_score(folder, measured):
+    """Of one number of examples, and nothing of the other."""
+    write(folder, [])
+    done = replicate(folder, "--tasks", "mine", "both", "mine", "--num_fewshot", "0", "0", "2")
+    assert done.returncode == 1 and "tasks: got mine more than once" in done.stderr and lines_of(folder) == []
+
+
 EXPECTED = {  # ratio, scorer, selection, pool, always kept (None: none, unless the top of random), schedule
     "random": (0.1, "random", "top", "all", "none", "step"),
     "tokentune": (0.1, "random", "top", "all", "first_last", "step"),
