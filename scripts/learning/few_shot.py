@@ -89,8 +89,23 @@ def problems_of(tasks: Iterable[Task], tasks_folder: str | None, limit: int | No
 
 
 def _metrics_of(found: dict, name: str) -> list[str]:
-    """Of a task, or of a group that has scores of its own; of a tag none."""
+    """Names of the scores of a task, or of a group that has some of its own; of a tag none."""
     if name in found["tasks"]:
-        return list(found["tasks"][name].aggregation())
-    group = found.get("groups", {}).get(name)
-    return [] if group is None else [each.metric for each in group.aggregate_metric_list or ()]
+        task = found["tasks"][name]
+        return _named(task.aggregation(), _filters_of([task]))
+    if (group := found.get("groups", {}).get(name)) is None:
+        return []
+    metrics = group.aggregate_metric_list or ()
+    return [metric for each in metrics for metric in _named([each.metric], each.filter_list or _filters_of(group.get_all_tasks()))]
+
+
+def _named(metrics: Iterable[str], filters: Iterable[str]) -> list[str]:
+    """As scores are: by the metric, and what of an answer it looks at, where that is not all."""
+    from hf_memtune.evaluation.harness import Score
+
+    return [Score("", metric, kind, 0.0, None).name for metric in metrics for kind in filters]
+
+
+def _filters_of(tasks: Iterable) -> list[str]:
+    """Names of what cuts an answer to what is scored, in the task files."""
+    return list(dict.fromkeys(each["name"] for task in tasks for each in task.config.filter_list or [{"name": "none"}]))

@@ -173,6 +173,23 @@ def test_a_task_twice_would_have_one_score(folder, measured):
     assert done.returncode == 1 and "tasks: got mine more than once" in done.stderr and lines_of(folder) == []
 
 
+def test_scores_of_a_part_of_an_answer_have_its_name(tmp_path, monkeypatch):
+    """As those of gsm8k: a name that no score has would be looked for in vain, after all was trained and scored."""
+    pytest.importorskip("lm_eval")
+    scripts.load("replicate_tokenseek")  # its folder is seen from here on
+    from learning.few_shot import Task, problems_of, score
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, tasks = llama(tmp_path / "model"), task_folder(tmp_path / "tasks", "cut", "more")
+    (tasks / "both.yaml").write_text(GROUP.replace("more, most", "cut, more"))
+    with open(tasks / "cut.yaml", "a") as file:
+        file.write("filter_list: [{name: first, filter: [{function: take_first}]}]\n")
+    (message,) = problems_of([Task("cut"), Task("cut", 0, "acc_first"), Task("more")], str(tasks), 3)
+    assert message == "metric: cut has no acc, expected one of acc_first"
+    assert 0 <= score(str(model), Task("cut", 0, "acc_first"), str(tasks), 3, 8)["score"] <= 1
+    assert not problems_of([Task("both", 0, "acc_first"), Task("both")], str(tasks), 3)
+
+
 EXPECTED = {  # ratio, scorer, selection, pool, always kept (None: none, unless the top of random), schedule
     "random": (0.1, "random", "top", "all", "none", "step"),
     "tokentune": (0.1, "random", "top", "all", "first_last", "step"),
