@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -119,11 +120,24 @@ class Study:
         options, found = self.options, []
         if not options.recipe.is_file():
             found.append(f"recipe: there is no file {str(options.recipe)!r}")
+        found += self.problems_of_recipe()
         found += [f"learning_rates: got {rate:g}, expected more than 0" for rate in options.learning_rates if rate <= 0]
         found += [f"seeds: got {options.seeds}, expected 1 or more"] if options.seeds < 1 else []
         for arm in options.arms:
             found += self.problems_of_training(arm)
         return list(dict.fromkeys([*found, *self.miscounted, *problems_of(self.tasks, options.tasks_folder, options.limit)]))
+
+    def problems_of_recipe(self) -> list[str]:
+        """Lines of a method beside those that an arm replaces: every arm would train by them, and not as its name says."""
+        from hf_memtune.settings.reversible import ReversibleConfig
+        from hf_memtune.settings.seeking import TokenSeekingConfig
+
+        of_methods = {each.name for kind in (TokenSeekingConfig, ReversibleConfig) for each in fields(kind)}
+        return [
+            f"{name}: the recipe sets it for every arm, which is then not what its name says. Leave it out"
+            for name in self.setup
+            if name in of_methods
+        ]
 
     def problems_of_training(self, arm: str) -> list[str]:
         """Of an arm and its settings, which `hf-memtune train` reads. Nothing is loaded."""

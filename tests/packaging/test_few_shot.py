@@ -190,6 +190,15 @@ def test_scores_of_a_part_of_an_answer_have_its_name(tmp_path, monkeypatch):
     assert not problems_of([Task("both", 0, "acc_first"), Task("both")], str(tasks), 3)
 
 
+def test_a_recipe_sets_nothing_of_a_method_for_every_arm(folder, measured):
+    """Or the arm `tokenseek` would be trained by other weights than those of TokenSeek, and called by its name."""
+    write(folder, [])
+    (folder / "weighed.yaml").write_text(RECIPE + "token_weight: dft\nreversible: centred\n")
+    done = replicate(folder, "--recipe", "weighed.yaml")
+    assert done.returncode == 1 and lines_of(folder) == []
+    assert all(f"{name}: the recipe sets it for every arm" in done.stderr for name in ("token_weight", "reversible"))
+
+
 EXPECTED = {  # ratio, scorer, selection, pool, always kept (None: none, unless the top of random), schedule
     "random": (0.1, "random", "top", "all", "none", "step"),
     "tokentune": (0.1, "random", "top", "all", "first_last", "step"),
