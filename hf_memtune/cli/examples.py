@@ -125,9 +125,11 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
 
 
 def without_effect(settings: Settings) -> list[str]:
-    """Settings that are read by nothing. What is of a score is on every map, and a problem of its own where none compared reads it."""
-    told = OF_SCORES if settings.examples.compare else ON_EVERY_MAP
-    found = [message for message in settings.seeking.ineffective() if message.split()[0] not in told]
+    """Settings that are read by nothing. What is of a score is on every map, and a problem of its own where none compared reads it: then token_scorer
+    is not read."""
+    compares, found = settings.examples.compare, settings.seeking.ineffective()
+    told = OF_SCORES if compares else ON_EVERY_MAP
+    found = [each for each in found if each.split()[0] not in told and not (compares and "with token_scorer=" in each)]
     found += settings.data.ineffective() if settings.examples.text is None else []
     return [f"{message}. Leave it out." for message in found]
 

@@ -321,7 +321,7 @@ class TokenSeekingConfig(StreamingConfig):
         by_default = "token_scorer" not in self.given and self.preset is None
         others = ", unless the trainer is given a function, or a model whose loss is one for a row" if by_default else ""
         return [
-            f"{name} has no effect with {reason}={getattr(self, reason)}{others if reason == 'token_scorer' and name in _OF_PARTS else ''}"
+            f"{name} has no effect with {reason}={getattr(self, reason)}{others if reason == 'token_scorer' and name in (*_OF_PARTS, 'sample_floor') else ''}"
             for name, reason in sorted(self._idle().items())
             if name in given
         ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
@@ -345,6 +345,8 @@ class TokenSeekingConfig(StreamingConfig):
             found["reference_model"] = "token_scorer"
         if self.token_scorer != "profit":
             found["profit_threshold"] = "token_scorer"
+        if self.token_scorer == "random":  # the same for all: every share of the draw is even
+            found["sample_floor"] = "token_scorer"
         if self.token_selection != "sample":
             found |= dict.fromkeys(("sample_floor", "weight_cap"), "token_selection")
         if self.token_selection == "labelled":

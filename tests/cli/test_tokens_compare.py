@@ -128,6 +128,17 @@ def test_comparisons_that_cannot_work(flags, expected):
     assert len(found) == len(expected) and all(part in message for part, message in zip(expected, found))
 
 
+def test_a_share_of_even_draws_is_read_by_whatever_is_no_chance():
+    common = ["--model", "m", "--dataset", "d", "--sample_floor", "0.1"]
+    assert tokens.parse([*common, "--compare", "random", "context"]).seeking.sample_floor == 0.1
+    assert problems(*common[4:]) == [
+        "sample_floor has no effect with token_scorer=random, unless the trainer is given a function, or a model whose loss is one for a row. "
+        "Leave it out."
+    ]
+    (found,) = problems(*common[4:], "--compare", "random", "context", "--token_selection", "top")
+    assert found == "sample_floor has no effect with token_selection=top. Leave it out."
+
+
 def test_a_text_is_not_compared(tmp_path):
     (tmp_path / "poem.txt").write_text("the sun")
     with pytest.raises(ConfigError, match="text: got a text, but scorers are compared"):

@@ -388,6 +388,8 @@ def test_offloading_is_a_flag(tmp_path, monkeypatch):
 
 IDLE = [
     ({"token_scorer": "random"}, {"context_weight": 2.0, "gradient_norm": "l1", "context_layer": 0, "context_normalize": "mean"}),
+    ({"token_scorer": "random", "token_selection": "sample"}, {"sample_floor": 0.1}),
+    ({"token_scorer": "context", "token_selection": "sample", "sample_floor": 0.1}, {"context_weight": 2.0}),
     ({"token_scorer": "context"}, {"gradient_weight": 2.0, "gradient_norm": "l1"}),
     ({"token_scorer": "gradient"}, {"context_weight": 2.0, "context_layer": 0, "context_normalize": "mean"}),
     ({"seek_schedule": "epoch"}, {"seek_cache_dir": "x"}),
