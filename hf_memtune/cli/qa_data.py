@@ -57,6 +57,7 @@ def _config_of(data: QaArguments) -> tuple[Any, dict]:
     if data.train_file is not None:
         files = {"train": str(Path(data.train_file).resolve()), "test": str(Path(data.test_file).resolve())}
         config |= {
+            "custom_dataset": rows_of_files,
             "dataset_path": BUILDERS[Path(data.train_file).suffix.lower()],
             "dataset_name": None,
             "dataset_kwargs": {"data_files": files},
@@ -67,11 +68,19 @@ def _config_of(data: QaArguments) -> tuple[Any, dict]:
     return manager, config
 
 
+def rows_of_files(data_files: dict[str, str], **metadata: Any):
+    """The rows of each split, for lm-eval: each file by itself, as `train` reads it, texts as they are written. metadata: of the task file."""
+    import datasets
+
+    return datasets.DatasetDict({split: load_rows(DataSource(dataset_name=file), "train") for split, file in data_files.items()})
+
+
 def _loaded(manager, config: dict) -> dict:
-    from hf_memtune.evaluation.harness_tasks import load_specs
+    from hf_memtune.evaluation.harness_tasks import load_specs, silenced
 
     try:
-        return load_specs(manager, [config], "give its rows by --train_file and --test_file, with the columns that the task has there")
+        with silenced("lm_eval.api.task"):  # which explains what a function that gives rows can be given
+            return load_specs(manager, [config], "give its rows by --train_file and --test_file, with the columns that the task has there")
     except ConfigError as error:
         raise ConfigError([message.replace("tasks:", "task_name:", 1) for message in error.problems]) from error
 

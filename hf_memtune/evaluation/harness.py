@@ -2,13 +2,10 @@
 
 import copy
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_memtune.evaluation.harness_tasks import Tasks
+from hf_memtune.evaluation.harness_tasks import Tasks, silenced
 from hf_memtune.files import write_text
 from hf_memtune.methods.overrides import instance_attribute, modes_kept
 
@@ -45,7 +42,7 @@ def score(model, tokenizer, tasks: Tasks, batch_size: int = BATCH_SIZE, limit: i
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with modes_kept(model), instance_attribute(model, "tie_weights", _left_alone), _silenced():
+    with modes_kept(model), instance_attribute(model, "tie_weights", _left_alone), silenced(*_TALKING):
         return simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=_with_padding(tokenizer), batch_size=batch_size),
             tasks=tasks.items,
@@ -104,16 +101,3 @@ def _left_alone() -> None:
 def _with_padding(tokenizer):
     """The tokenizer, or a copy of one without a token for padding: lm-eval gives it one, which would be saved with the model."""
     return tokenizer if tokenizer.pad_token_id is not None else copy.deepcopy(tokenizer)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in _TALKING]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels):
-            each.setLevel(level)

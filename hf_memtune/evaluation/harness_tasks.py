@@ -1,7 +1,9 @@
 """Tasks of lm-eval by name, or from task files of one's own. What can be wrong with them is said at once, before a model is loaded."""
 
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +102,20 @@ def load_specs(manager, specs: list[str | dict], remedy: str = AS_FILES) -> dict
         return manager.load(items)
     except ValueError as error:  # a task that is in two of them
         raise ConfigError([f"tasks: {first_line(error)}. Name it once."]) from error
+
+
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """While open, loggers of these names, lm-eval's, tell of errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
 
 
 def _topmost(found: dict[str, Any]) -> list:

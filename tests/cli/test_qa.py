@@ -135,6 +135,19 @@ def test_an_answer_begins_with_its_space(model):
     assert labelled(answered("Why?", " scarlet", words, 4)) == "rlet"
 
 
+def test_files_are_read_as_they_are_written(tmp_path):
+    """007 is no 7, and 12 beside 0.50 no 12.0; a column that is not of the task may stand in one of the files alone."""
+    (tmp_path / "train.csv").write_text("goal,sol1,sol2,label,source\nadd one,007,0.50,1,a\nadd two,12,True,0,b\n")
+    (tmp_path / "test.csv").write_text("goal,sol1,sol2,label\nname two,1,2.5,0\nname one,None,3,1\n")
+    rows = prepare(QaArguments("piqa", train_file=str(tmp_path / "train.csv"), test_file=str(tmp_path / "test.csv")), tokenizer())
+    task = rows.tasks.found["tasks"]["piqa"]
+    trained, scored = (
+        [(task.doc_to_choice(doc), task.doc_to_target(doc)) for doc in docs] for docs in (task.training_docs(), task.eval_docs)
+    )
+    assert trained == [(["007", "0.50"], 1), (["12", "True"], 0)] and scored == [(["1", "2.5"], 0), (["None", "3"], 1)]
+    assert len(rows.train) == len(rows.held_out) == 2
+
+
 def test_rows_of_the_hub(monkeypatch):
     """Asked for by lm-eval's names; of PIQA the validation rows are scored, and of others another split may be."""
     asked = []
