@@ -129,9 +129,32 @@ def _manager(names: Sequence[str], folder: str | Path | None):
 
     if folder is not None:
         own = TaskManager(include_path=str(folder), include_defaults=False)
-        if set(names) <= set(own.all_tasks):
+        if _reached(names, own) <= set(own.all_tasks):
             return own
     return TaskManager(include_path=None if folder is None else str(folder))
+
+
+def _reached(names: Sequence[str], manager) -> set[str]:
+    """The names, and those that groups among them refer to, however deep."""
+    found, left = set(), list(names)
+    while left:
+        if (name := left.pop()) not in found:
+            found.add(name)
+            config = getattr(manager.task_index.get(name), "cfg", None) or {}
+            left += _members(config) if "group" in config else []
+    return found
+
+
+def _members(group: dict) -> Iterator[str]:
+    """Names that a group refers to: not those of tasks and groups that it describes itself."""
+    listed = group.get("task") or []
+    for each in [listed] if isinstance(listed, str) else listed:
+        if isinstance(each, str):
+            yield each
+        elif "group" in each:
+            yield from _members(each) if "task" in each else [each["group"]]
+        elif "task" in each and "dataset_path" not in each:
+            yield each["task"]
 
 
 def _unknown(names: Sequence[str], manager, folder: str | Path | None) -> list[str]:

@@ -138,6 +138,23 @@ def test_groups_are_scored_once_and_shown(model, tmp_path):
     assert written["results"]["mine"]["acc,none"] == found[0].value
 
 
+@pytest.mark.parametrize("member", ["theirs", "{task: theirs, num_fewshot: 1}", "{group: all_theirs}", "{group: inner, task: [theirs]}"])
+def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(member, tmp_path, monkeypatch):
+    """Whose files are then read as well."""
+    folder, others = task_folder(tmp_path / "tasks", "mine"), task_folder(tmp_path / "others", "theirs")
+    (folder / "both.yaml").write_text(f"{{group: both, task: [mine, {member}]}}")
+    (others / "all.yaml").write_text("{group: all_theirs, task: [theirs]}")
+    manager, made = lm_eval_tasks.TaskManager, []
+
+    def with_others(include_path, include_defaults=True):
+        made.append(include_defaults)
+        return manager(include_path=[*([others] if include_defaults else []), include_path], include_defaults=False)
+
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", with_others)
+    assert load_tasks(["both"], folder).names == ["mine", "theirs"] and made == [False, True]
+    assert load_tasks(["mine"], folder).names == ["mine"] and made == [False, True, False]
+
+
 def test_names_in_the_logs():
     scores = [Score("a", "acc", "none", 0.5, 0.1), Score("a", "exact_match", "strict", 1.0, None)]
     assert logged(scores) == {"eval_a_acc": 0.5, "eval_a_acc_stderr": 0.1, "eval_a_exact_match_strict": 1.0}
