@@ -78,8 +78,8 @@ def make_maps(settings: Settings) -> list:
     return [each for batch, title in pairs for each in token_maps(loaded.model, batch, settings.seeking, loaded.tokenizer, titles=[title])]
 
 
-def write(maps: list, settings: Settings) -> tuple[Path, Path | None]:
-    """The page and the picture, and where they are; without matplotlib there is no picture."""
+def write(maps: list, settings: Settings) -> tuple[Path, Path | str]:
+    """The page and the picture, and where they are; where there is no picture, why."""
     from importlib.util import find_spec
 
     from hf_memtune.visualization import write_token_map_html, write_token_map_png
@@ -88,10 +88,15 @@ def write(maps: list, settings: Settings) -> tuple[Path, Path | None]:
     page.parent.mkdir(parents=True, exist_ok=True)
     listed = {"model": Path(settings.model.model_name_or_path).name, "data": Path(source).name}
     write_token_map_html(maps, page, listed)
-    return page, write_token_map_png(maps, page.with_suffix(".png"), listed) if find_spec("matplotlib") else None
+    if not find_spec("matplotlib"):
+        return page, "none: it needs matplotlib; pip install -e '.[viz]'"
+    try:
+        return page, write_token_map_png(maps, page.with_suffix(".png"), listed)
+    except ValueError:
+        return page, f"none: that of {len(maps)} rows would be taller than any viewer opens. Choose fewer with --index."
 
 
-def print_counts(maps: list, page: Path, picture: Path | None) -> None:
+def print_counts(maps: list, page: Path, picture: Path | str) -> None:
     """How many tokens are kept, and how many of those carry a label."""
     from rich.console import Console
     from rich.table import Table
@@ -102,5 +107,4 @@ def print_counts(maps: list, page: Path, picture: Path | None) -> None:
     for title, some in [*((one.title, [one]) for one in maps), *([("all", maps)] if len(maps) > 1 else [])]:
         n = count(some)
         table.add_row(title, str(n.tokens), str(n.labelled), str(n.kept), str(n.kept_labelled), percent(n.kept_labelled, n.kept))
-    drawn = picture or "none: it needs matplotlib; pip install -e '.[viz]'"
-    Console().print(table, f"page: {page}", f"picture: {drawn}", sep="\n", markup=False)
+    Console().print(table, f"page: {page}", f"picture: {picture}", sep="\n", markup=False)

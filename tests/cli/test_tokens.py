@@ -37,6 +37,14 @@ def test_rows_of_a_data_set(chat_model, instructions, tmp_path):
     assert (tmp_path / "pages" / "rows.png").read_bytes().startswith(PNG)
 
 
+def test_more_rows_than_a_picture_holds_have_a_page(chat_model, instructions, tmp_path, capsys):
+    flags = ["--dataset", str(instructions), "--index", *["0"] * 150]
+    assert main(["tokens", "--model", str(chat_model), *flags]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens.html" in shown and "Choose fewer with --index" in shown and not (tmp_path / "tokens.png").exists()
+    assert (tmp_path / "tokens.html").read_text().count("<section>") == 150
+
+
 def test_the_maps_show_the_scores_the_labels_and_as_many_kept_tokens_as_asked_for(chat_model, instructions):
     (shown,) = maps_of("--model", chat_model, "--dataset", instructions, "--index", "1", "--token_ratio", "0.2")
     assert set(shown.scores) == {"context", "gradient", "combined"}
