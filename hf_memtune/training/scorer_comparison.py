@@ -66,8 +66,8 @@ def compare_scorers(
             for batch in batches:
                 for row in _rows(seeking.inspect(batch, others=configs[1:]), scorers, tokenizer):
                     shares.add(row)
-        choosers = [seeking.chooser_of(each) for each in configs]
-        return shares, [decision_of(each.config, each.scorer) for each in choosers]
+        choosers, loss_per_token = [seeking.chooser_of(each) for each in configs], seeking.architecture.task.loss_per_token
+        return shares, [decision_of(each.config, each.scorer, loss_per_token) for each in choosers]
     finally:
         seeking.remove()
 

@@ -48,7 +48,7 @@ def token_maps(
     chances = {"probability": found.probability["decoder"], "label_probability": (-seen["token_loss"]).exp() if weighed else None}
     kept = found.selection["decoder"].kept_mask()
     columns = Columns(found.ids["decoder"], seen["real"], labelled_tokens(found), kept, scores, chances)
-    decision = decision_of(seeking.config, seeking.scorer)
+    decision = decision_of(seeking.config, seeking.scorer, seeking.architecture.task.loss_per_token)
     return [_token_map(row, columns, decision, tokenizer, titles) for row in range(len(columns.ids))]
 
 
@@ -63,14 +63,15 @@ def labelled_tokens(found: Inspection) -> Tensor:
     return torch.zeros_like(found.scores["decoder"]["real"]) if found.target is None else found.target != IGNORED
 
 
-def decision_of(config: TokenSeekingConfig, scorer: Scorer) -> Decision:
-    """What a page says of how tokens are chosen. config: as settled for the model."""
+def decision_of(config: TokenSeekingConfig, scorer: Scorer, loss_per_token: bool) -> Decision:
+    """What a page says of how tokens are chosen. config: as settled for the model. Without a loss for each token none has a label of its own, and
+    all may be chosen."""
     own = scorer.name not in BUILT_IN  # reads whatever it likes
     return Decision(
         scorer=scorer.name,
         selection=config.token_selection,
         ratio=config.token_ratio,
-        select_from=config.select_from,
+        select_from=config.select_from if loss_per_token else "all",
         always_keep=config.kept_always,
         floor=floor_of(config, scorer),
         cap=config.weight_cap,

@@ -129,6 +129,7 @@ def test_a_classifier_has_maps_too(encoder, reviews):
     flags = ["--task", "sequence_classification", "--max_length", "64", "--token_ratio", "0.5"]
     (shown,) = maps_of("--model", encoder, "--dataset", reviews, *flags)
     assert shown.kept[0]  # where the head reads
+    assert shown.decision.select_from == "all" and "label" not in " ".join(shown.decision.said())  # none has one of its own
 
 
 def test_max_length_cuts_a_text(model, tmp_path):

@@ -94,7 +94,7 @@ def test_rows_limits_the_rows_and_what_teaches_nothing_is_told(chat_model, tmp_p
 def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
     common = ("--model", encoder, "--dataset", reviews, "--task", "sequence_classification", "--max_length", "64", "--token_ratio", "0.5")
     found = compared(*common, "--compare", "context", "gradient", "--rows", "2")
-    assert set(found["shares"]) == {"position", "token class"}
+    assert set(found["shares"]) == {"position", "token class"} and {each["select_from"] for each in found["scorers"].values()} == {"all"}
     assert main(["tokens", *map(str, common), "--compare", "context", "loss", "true_gradient"]) == 2
     assert "compare: got loss, true_gradient, but" in capsys.readouterr().err
 
