@@ -34,10 +34,10 @@ def published() -> str:
 
 
 def group_table(rows: Rows, common: dict) -> str:
-    """A line for every arm, of its runs at the learning rate that its search chose."""
+    """A line for every arm, of its runs at the learning rate that its search chose, with the settings that the arm has now."""
     lines = []
     for arm in FEW_SHOT:
-        finals = of(rows, stage="final", arm=arm, **common)
+        finals = of(rows, stage="final", arm=arm, settings=FEW_SHOT[arm], **common)
         chosen = of(finals, learning_rate=chosen_rate(rows, finals[-1])) if finals else []
         if chosen:
             lines.append([f"`{arm}`", *cells(list(by(chosen, "seed").values()))])

@@ -276,3 +276,5 @@ def test_the_table_has_scores_errors_and_bytes(measured):
     assert tables_few_shot.few_shot([]).startswith("Not measured yet.") and "52.61" in tables_few_shot.few_shot([])
     other = [row if row["stage"] == "final" else row | {"held_out_loss": -row["held_out_loss"]} for row in measured]
     assert "| `plain` | 0.0" not in tables_few_shot.few_shot(other)  # a run at a rate that was not chosen is not shown
+    older = [row | {"settings": {"token_ratio": "0.5"}, "seed": row["seed"] and row["seed"] + 1} for row in of(measured, arm="ours-0.3")]
+    assert tables_few_shot.few_shot(older + measured) == text  # nor is one of an arm that was another then
