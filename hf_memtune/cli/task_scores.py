@@ -38,6 +38,8 @@ class TaskArguments:
     def problems(self) -> list[str]:
         from hf_memtune.evaluation.harness_tasks import problems_of_installation, problems_of_tasks_folder
 
+        if self.tasks and not self.names:
+            return [f"tasks: got {' '.join(self.tasks)!r}, expected names of tasks of lm-eval, or of your task files."]
         if not self.names:
             idle = changed(self, ("num_fewshot", "limit", "tasks_folder", "out"))
             return [f"{name}: has no effect without tasks. Name some (--tasks sciq,piqa), or leave it out." for name in idle]

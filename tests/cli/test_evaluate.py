@@ -147,6 +147,7 @@ def test_a_folder_of_reversible_adapters_is_no_model(tmp_path, capsys):
             ["--tasks", "a,b", "--dataset", "d", "--max_eval_rows", "3", "--text_column", "t"],
             ["dataset_name", "max_eval_rows", "text_column"],
         ),
+        (["--tasks", ","], ["tasks"]),
         (["--tasks", "a", "--limit", "0", "--num_fewshot", "-1", "--out", "s.png"], ["limit", "num_fewshot", "out"]),
         (["--tasks", "a", "--tasks_folder", "absent"], ["tasks_folder"]),
         (["--dataset", "d", "--limit", "3", "--tasks_folder", "t"], ["limit", "tasks_folder"]),
