@@ -13,6 +13,7 @@ from hf_memtune.settings.seeking import TokenSeekingConfig
 ROWS = 64  # to compare scorers on, unless asked for otherwise
 ON_EVERY_MAP = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")  # of the scores that it shows
 OF_SCORES = (*ON_EVERY_MAP, "reference_model", "profit_threshold")
+WEIGHTS = ("weight_cap", "token_weight")  # what a kept token counts for
 UNREAD = {  # by this command, each with the reason
     "seek_schedule": "tokens are scored with the model as it is now",
     "seek_cache_dir": "tokens are scored with the model as it is now",
@@ -112,6 +113,13 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
         found.append("index: chooses single rows, and compare counts over the first ones. Choose how many with --rows.")
     if "token_scorer" in given:
         found.append("token_scorer: has no effect with compare, which names the scorers. Leave it out.")
+    found += [
+        f"{name}: has no effect with compare, which counts what is kept, not what it weighs. Leave it out."
+        for name in WEIGHTS
+        if name in given
+    ]
+    if seeking is not None and seeking.token_selection == "labelled":
+        found.append("token_selection: got 'labelled', with which every scorer keeps the same tokens. Expected sample or top with compare.")
     if seeking is None or found:
         return found
     try:

@@ -111,6 +111,11 @@ def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
         ),
         (["--compare", "loss", "random", "--context_layer", "1"], ["context_layer: none of the compared scorers (loss, random) reads it"]),
         (["--compare", "context", "random", "--token_ratio", "1"], ["token_ratio: got 1"]),
+        (["--compare", "context", "random", "--token_selection", "labelled"], ["token_selection: got 'labelled', with which every scorer"]),
+        (
+            ["--compare", "context", "random", "--weight_cap", "3", "--token_weight", "dft"],
+            ["weight_cap: has no effect with compare", "token_weight: has no effect with compare"],
+        ),
         (["--compare", "combined", "random", "--context_weight", "0", "--gradient_weight", "0"], ["both are 0"]),
         (["--compare", "random", "excess_loss", "--token_selection", "top"], ["reference_model: got None with token_scorer=excess_loss"]),
         (
