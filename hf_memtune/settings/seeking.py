@@ -300,6 +300,11 @@ class TokenSeekingConfig(StreamingConfig):
                 "token_weight: got 'dft' with token_ratio=1, whose loss is the model's own. Lower token_ratio, or set token_selection=labelled; or "
                 "train on all tokens with trl's loss_type=dft."
             )
+        if self.token_seeking and self.token_weight == "dft" and facts.known_in_backward and self.token_selection != "labelled":
+            found.append(
+                f"token_weight: got 'dft' with token_scorer={self.token_scorer}, whose tokens are chosen after their loss is taken, so that neither the loss "
+                "nor the head would be weighed. Choose softmax_residual, or leave token_weight out."
+            )
         is_chosen = "token_scorer" in self.given or "token_scorer" in PRESETS.get(self.preset or "", {})
         return found + (self.schedule_problems() if is_chosen else [])
 

@@ -1,5 +1,7 @@
 """Every token with a label, none drawn; and losses weighed by the probability of their label (DFT)."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,26 @@ def test_dft_is_refused_where_it_has_nothing_to_weigh():
     model, batch, _ = model_and_batch("llama", head="sequence_classification")
     with pytest.raises(ConfigError, match="token_weight: got 'dft' with Llama.*one loss for a row"):
         seeking_on(model, token_weight="dft")
+
+
+def of_logits_alone(model, batch):
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits.square().mean()
+
+
+def of_logits_beside_labels(model, batch):
+    return model(**batch).logits.square().mean()
+
+
+def test_dft_is_refused_where_the_loss_is_taken_before_tokens_are_chosen():
+    """The body would be weighed, and the head, which has learned from all tokens by then, would not."""
+    with pytest.raises(ConfigError, match="token_weight: got 'dft' with token_scorer=true_gradient"):
+        TokenSeekingConfig(token_seeking=True, token_scorer="true_gradient", token_weight="dft")
+    TokenSeekingConfig(token_seeking=True, token_scorer="true_gradient", token_weight="dft", **LABELLED)  # which does not wait for it
+    model, batch, _ = with_prompts("gpt2")
+    kinds = ({"token_scorer": "random"}, {"token_gradient": "stream", "sequence_chunk_size": 4}, LABELLED)
+    for take, settings in product((of_logits_alone, of_logits_beside_labels), kinds):
+        with seeking_on(model, token_weight="dft", **settings), pytest.raises(ConfigError, match="token_weight: got 'dft', but a loss"):
+            take(model, batch).backward()
 
 
 # -- drawing by size -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hf_memtune.core.recompute import forget_casts
 from hf_memtune.core.sampling import Draw, probabilities, sample
 from hf_memtune.core.scorers import Scorer, SeekingContext
 from hf_memtune.core.selection import Selection, select
+from hf_memtune.errors import ConfigError
 from hf_memtune.methods.attention.batch import BodyCall
 from hf_memtune.methods.events import Listeners
 from hf_memtune.methods.facts import Facts
@@ -30,6 +31,11 @@ from hf_memtune.methods.seeking.token_scores import TokenScores
 from hf_memtune.settings.protocol import filled_in
 from hf_memtune.settings.seeking import TokenSeekingConfig
 
+NOT_WEIGHED = (
+    "token_weight: got 'dft', but a loss of this step has its tokens chosen after it is taken: it is not the cross entropy of the model's own logits, or "
+    "their head is no plain linear layer. Neither that loss nor the head would be weighed. Leave token_weight out; where a trainer has such a loss of "
+    "its own, as trl's loss_type=dft, set that in its place."
+)
 FLOORS = {True: 0.25, False: 0.5}  # share of even draws, by whether scores are sizes of gradients
 
 
@@ -126,6 +132,8 @@ class Choice:
 
     def by_gradient(self, gradient: Tensor | None) -> None:
         """In backward: gradient (B, T, D) is dL/dhidden, None for 0; a token without any has no part in the loss."""
+        if self.chooser.config.token_weight == "dft":
+            raise ConfigError([NOT_WEIGHED])
         if gradient is None:  # a loss of router logits alone
             rows = self.call.decoder
             gradient = torch.zeros(rows.batch, rows.length, 1, device=rows.positions.device)
