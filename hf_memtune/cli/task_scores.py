@@ -62,16 +62,12 @@ def run(source: ModelSource, arguments: TaskArguments, batch_size: int) -> None:
 
 def scored(source: ModelSource, arguments: TaskArguments, batch_size: int) -> dict[str, Any] | None:
     """What lm-eval returns of the model, with reversible adapters where they are named."""
-    import warnings
-
     from hf_memtune.cli.model import load_on_device, load_tokenizer
     from hf_memtune.evaluation.harness import score
     from hf_memtune.evaluation.harness_tasks import load_tasks
 
     tokenizer = load_tokenizer(source)
     tasks = load_tasks(arguments.names, arguments.tasks_folder, arguments.num_fewshot)
-    if tasks.num_fewshot and tasks.fixed:
-        warnings.warn(f"num_fewshot has no effect on {', '.join(tasks.fixed)}, whose task files set it to 0", stacklevel=2)
     model = load_on_device(source, DataSource(task="causal_lm", max_length=1), tokenizer)
     return score(model, tokenizer, tasks, batch_size, arguments.limit)
 

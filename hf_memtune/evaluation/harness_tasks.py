@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None, num_fewsh
 
 
 def checked(tasks: Tasks) -> Tasks:
-    """The same, or ConfigError for what lm-eval would pass over in silence, or refuse after the model is loaded."""
+    """The same, or ConfigError for what lm-eval would pass over in silence, or refuse after the model is loaded. Warns where it is passed over for some."""
     problems = [
         f"tasks: {name} {why}. Use lm-eval itself for it."
         for name, task in tasks.found["tasks"].items()
@@ -82,6 +83,8 @@ def checked(tasks: Tasks) -> Tasks:
         problems.append(f"num_fewshot: has no effect, the task files set it to 0: {', '.join(tasks.fixed)}. Leave it out.")
     if problems:
         raise ConfigError(problems)
+    if tasks.num_fewshot and tasks.fixed:
+        warnings.warn(f"num_fewshot has no effect on {', '.join(tasks.fixed)}, whose task files set it to 0", stacklevel=3)
     return tasks
 
 
