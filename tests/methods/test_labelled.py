@@ -170,6 +170,22 @@ def test_dft_is_refused_where_the_loss_is_taken_before_tokens_are_chosen():
             take(model, batch).backward()
 
 
+def test_a_head_does_not_learn_from_tokens_that_are_left_out():
+    """Where they are chosen after the loss is taken; the remedy is one. Scores that stand for all tokens change no objective."""
+    model, batch, _ = with_prompts("llama")
+    for take in (of_logits_alone, of_logits_beside_labels):
+        with (
+            seeking_on(model, token_scorer="profit"),
+            pytest.raises(ConfigError, match="token_scorer: got 'profit'.*get_output_embeddings"),
+        ):
+            take(model, batch).backward()
+        with seeking_on(model, token_scorer="gradient"):
+            take(model, batch).backward()
+    model.get_output_embeddings().requires_grad_(False)
+    with seeking_on(model, token_scorer="profit"):
+        of_logits_beside_labels(model, batch).backward()
+
+
 # -- drawing by size -------------------------------------------------------------------------------------------------
 
 

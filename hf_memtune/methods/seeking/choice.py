@@ -36,6 +36,11 @@ NOT_WEIGHED = (
     "their head is no plain linear layer. Neither that loss nor the head would be weighed. Leave token_weight out; where a trainer has such a loss of "
     "its own, as trl's loss_type=dft, set that in its place."
 )
+NOT_LEFT_OUT = (
+    "token_scorer: got {!r}, which says which tokens teach, but a loss of this step has its tokens chosen after it is taken: it is not the cross entropy "
+    "of the model's own logits, or their head is no plain linear layer. The head, which is trained here, would learn from the tokens that are left out. "
+    "Train without it (model.get_output_embeddings().requires_grad_(False), or LoRA on the layers alone), or train by MemEfficientTrainer on labels."
+)
 FLOORS = {True: 0.25, False: 0.5}  # share of even draws, by whether scores are sizes of gradients
 
 
@@ -132,8 +137,7 @@ class Choice:
 
     def by_gradient(self, gradient: Tensor | None) -> None:
         """In backward: gradient (B, T, D) is dL/dhidden, None for 0; a token without any has no part in the loss."""
-        if self.chooser.config.token_weight == "dft":
-            raise ConfigError([NOT_WEIGHED])
+        self._require_nothing_of_the_loss()
         if gradient is None:  # a loss of router logits alone
             rows = self.call.decoder
             gradient = torch.zeros(rows.batch, rows.length, 1, device=rows.positions.device)
@@ -146,6 +150,17 @@ class Choice:
             return
         self._choose(Known(gradient, of_labels), labelled, gradient)
         self._count(learned=(self.decoder.kept_mask() & labelled).sum())
+
+    def _require_nothing_of_the_loss(self) -> None:
+        """Raises ConfigError where what is learned is to be another loss, which was taken already, and of which the head has its gradient."""
+        found, scorer = [], self.chooser.scorer
+        if self.chooser.config.token_weight == "dft":
+            found.append(NOT_WEIGHED)
+        head = self.call.architecture.head_model.get_output_embeddings()
+        if scorer.facts.changes_objective and head is not None and any(p.requires_grad for p in head.parameters()):
+            found.append(NOT_LEFT_OUT.format(scorer.name))
+        if found:
+            raise ConfigError(found)
 
     @property
     def learned(self) -> Tensor:
