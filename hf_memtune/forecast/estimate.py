@@ -46,7 +46,7 @@ def estimate(
         args: MemEfficientTrainingArguments: strategies, optimizer, precision, accumulation, checkpointing.
         batch_size: rows of a micro-batch; None: args.per_device_train_batch_size.
         sequence_length: tokens of the longest row.
-        padded: whether rows of a batch differ in length, so that attention needs a mask; None: if there is more than one row.
+        padded: whether rows of a batch differ in length, so that attention needs a mask; None: if there is more than one row in it.
         evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows, whose loss alone is wanted) too;
             None: if args evaluate during training. Who calls `evaluate` around it says True.
         every_layer: trace all layers, where a few are enough: slower, and the same to the byte.
@@ -59,10 +59,10 @@ def estimate(
     if found := _problems(args, rows, sequence_length):
         raise ConfigError(found)
     model = blank_model(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
-    padded = rows > 1 if padded is None else padded
     evaluated = args.eval_strategy != "no" or args.eval_on_start if evaluation is None else evaluation
-    shapes = batch_shapes(model, args.per_device_eval_batch_size, sequence_length) if evaluated else None
-    scene = Scene(batch_shapes(model, rows, sequence_length), padded, shapes)
+    sizes = (rows, args.per_device_eval_batch_size)
+    of_step, of_evaluation = ((batch_shapes(model, size, sequence_length), size > 1 if padded is None else padded) for size in sizes)
+    scene = Scene(*of_step, *(of_evaluation if evaluated else ()))
     account, flops, how = _traced(model, args, scene, every_layer)
     if args.world_size > 1:
         account = _with_buckets(account, trained_bytes(model, args))

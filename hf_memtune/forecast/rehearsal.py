@@ -76,11 +76,14 @@ class Rehearsal(MemEfficientTrainer):
 
 
 class _Take(StepAccountCallback):
-    """Takes the account, and leaves. Before it, it makes the optimizer's state, which every step but the first finds there."""
+    """Takes the account, and leaves. Before it, it makes the optimizer's state, which every step but the first finds there.
 
-    def __init__(self, trainer: Rehearsal, scene: Scene, first_layer: nn.Module | None):
+    unpadded: name of the attention function for rows without padding.
+    """
+
+    def __init__(self, trainer: Rehearsal, scene: Scene, first_layer: nn.Module | None, unpadded: str):
         super().__init__(trainer, step=0, names=scene.layers is None)
-        self.scene, self.first_layer = scene, first_layer
+        self.scene, self.first_layer, self.unpadded = scene, first_layer, unpadded
         self.evaluation: StepLedger | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -104,7 +107,8 @@ class _Take(StepAccountCallback):
         raise _Over
 
     def _evaluate(self, model: nn.Module, optimizer: Any) -> None:
-        batch = _micro_batch(self.scene.evaluation, self.scene.padded)
+        batch = _micro_batch(self.scene.evaluation, self.scene.evaluation_padded)
+        use_sdpa(model, "sdpa" if self.scene.evaluation_padded else self.unpadded)
         model.eval()
         self.evaluation = StepLedger(model, getattr(optimizer, "optimizer", optimizer), list(batch.values()), names=self.names)
         if self.first_layer is not None:
@@ -141,13 +145,14 @@ class _Install(MethodCallback):
 class Scene:
     """What is rehearsed. batch: of one micro-batch. padded: whether rows differ in length, so that attention needs masks.
 
-    evaluation: shapes of a batch of evaluation that is to run after the step; None: none. layers: run the model with its first so many
-    layers only; None: all.
+    evaluation: shapes of a batch of evaluation that is to run after the step; None: none. evaluation_padded: as padded, of that. layers: run the
+    model with its first so many layers only; None: all.
     """
 
     batch: Shapes
     padded: bool = False
     evaluation: Shapes | None = None
+    evaluation_padded: bool = False
     layers: int | None = None
 
 
@@ -174,7 +179,7 @@ def rehearse(model: nn.Module, args: Any, scene: Scene) -> Rehearsed:
         trainer.is_for_cpu = args.use_cpu
         batches = [_micro_batch(scene.batch, scene.padded) for _ in range(args.gradient_accumulation_steps)]
         trainer.batches, trainer.waiting = batches[:MICRO_BATCHES], batches[MICRO_BATCHES:]
-        taken = _Take(trainer, scene, first)
+        taken = _Take(trainer, scene, first, attention)
         trainer.add_callback(taken)
         try:
             with _explained(copied), contextlib.suppress(_Over):

@@ -77,6 +77,9 @@ def shorten(model: nn.Module, layers: int) -> nn.Module:
     return found[0]
 
 
+_TRACED = "hf_memtune-traced-sdpa"
+
+
 @contextmanager
 def sdpa_without_padding() -> Iterator[str]:
     """SDPA under a name for which transformers makes a mask only where one is needed for rows without padding.
@@ -84,14 +87,13 @@ def sdpa_without_padding() -> Iterator[str]:
     It decides that by the values of masks and positions. Traced tensors have none, and it then makes masks, and with them copies of keys
     and values, that a real run on such rows does not have.
     """
-    name = "hf_memtune-traced-sdpa"
-    AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
-    AttentionMaskInterface.register(name, _mask_where_needed)
+    AttentionInterface.register(_TRACED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(_TRACED, _mask_where_needed)
     try:
-        yield name
+        yield _TRACED
     finally:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        AttentionInterface._global_mapping.pop(_TRACED, None)
+        AttentionMaskInterface._global_mapping.pop(_TRACED, None)
 
 
 def _mask_where_needed(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
@@ -101,7 +103,7 @@ def _mask_where_needed(*args: Any, kv_length: int, local_size: int | None = None
 
 
 def use_sdpa(model: nn.Module, name: str) -> None:
-    """Put the attention function of that name in place of SDPA, where a part of the model has that."""
+    """Put the attention function of that name in place of SDPA, where a part of the model has that under either name."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) == "sdpa":
+        if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) in ("sdpa", _TRACED):
             module.config._attn_implementation_internal = name

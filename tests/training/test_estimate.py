@@ -65,6 +65,25 @@ def test_never_under_and_within_five_percent(case, tmp_path):
         assert phase.peak_bytes <= predicted.account.phase(phase.phase).peak_bytes
 
 
+def test_rows_that_are_evaluated_are_padded_among_themselves(tmp_path):
+    """One row is trained on at a time, and several are evaluated, which differ in length; and the other way round."""
+    for trained, evaluated in ((1, 4), (4, 1)):
+        sizes = {"per_device_train_batch_size": trained, "per_device_eval_batch_size": evaluated}
+        model, args, rows = setting(
+            tmp_path, "llama", eval_strategy="steps", eval_steps=9, memory_preflight=True, memory_report=False, **sizes
+        )
+        lengths = [TOKENS - number % 2 for number in range(8)]
+        rows = [{"input_ids": row["input_ids"][:length], "labels": row["input_ids"][:length]} for row, length in zip(rows * 4, lengths)]
+        predicted = estimate(model, args, sequence_length=TOKENS).account
+        trainer = trainer_for(model, args, rows, data_collator=pad_right, eval_dataset=rows)
+        trainer.train()
+        found, within = trainer.preflight.report, {}
+        assert found.predicted.account.phase("evaluation") == predicted.phase("evaluation")
+        for phase in ("forward", "evaluation"):
+            within[phase] = predicted.phase(phase).peak_bytes / found.account.phase(phase).peak_bytes
+        assert all(1 <= share <= 1.05 for share in within.values()), within
+
+
 class OfTwo(MemEfficientTrainingArguments):
     @property
     def world_size(self):

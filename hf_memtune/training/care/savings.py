@@ -100,7 +100,7 @@ class Savings:
     # -- one estimate
 
     def _estimate(self, changes: Mapping[str, Any] | None = None, rows: int | None = None, model: Any = None) -> Any:
-        shape = self.shape if rows is None else replace(self.shape, rows=rows)
+        shape = self.shape if rows is None else replace(self.shape, rows=rows, padded=self.shape.padded and rows > 1)
         return predicted_step(self.trainer, shape, changes, model)
 
     def _try(self, changes: Mapping[str, Any], rows: int | None = None, model: Any = None, around: Any = nullcontext) -> int | str:
@@ -156,7 +156,7 @@ def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[
             args,
             batch_size=shape.rows,
             sequence_length=shape.tokens,
-            padded=shape.padded,
+            padded=None if shape.padded == (shape.rows > 1) else shape.padded,  # None: of evaluation by its own rows
             evaluation=trainer.evaluates,
         )
     _require_untouched(trainer.model)
