@@ -102,8 +102,14 @@ def batch_shapes(model: nn.Module, rows: int, tokens: int) -> Shapes:
     if name.endswith("ForQuestionAnswering"):
         return found | dict.fromkeys(("start_positions", "end_positions"), ((rows,), torch.long))
     if name.endswith("ForSequenceClassification"):
-        kind = torch.float32 if head_model.config.problem_type == "regression" else torch.long
-        return found | {"labels": ((rows,), kind)}
+        return found | {"labels": _labels_of_rows(head_model.config, rows)}
     if head_model.config.is_encoder_decoder:
         found["decoder_input_ids"] = grid
     return found | {"labels": grid}
+
+
+def _labels_of_rows(config: PreTrainedConfig, rows: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """The number of a class, or values: one or several to predict, or one a class where a row may have several."""
+    has_values = config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1
+    shape = (rows, config.num_labels) if has_values and config.num_labels > 1 else (rows,)
+    return shape, torch.float32 if has_values else torch.long

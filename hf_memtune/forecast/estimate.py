@@ -18,12 +18,13 @@ from hf_memtune.architectures.stacks import layer_stacks
 from hf_memtune.errors import ConfigError, UnsupportedModelError
 from hf_memtune.forecast.blank_model import batch_shapes, blank_model
 from hf_memtune.forecast.rehearsal import MICRO_BATCHES, Rehearsed, Scene, rehearse
-from hf_memtune.levers.facts import checkpoints
+from hf_memtune.levers.facts import checkpoints, optimizer_name, steps_in_backward
 from hf_memtune.memory.account import MemoryAccount
 from hf_memtune.memory.depth import FEWEST, Depths, depths_of, extrapolate, signature_of
 from hf_memtune.memory.estimate import MemoryEstimate
 from hf_memtune.memory.log import Log
 
+_OF_OTHER_STATE = ("adamw_torch_4bit", "adamw_torch_8bit", "galore", "apollo")  # torchao's, and low-rank projections
 MANY = 0.1  # of all parameters: adapters are fewer, and their gradients too small to decide
 
 
@@ -101,9 +102,13 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
     for name in ("deepspeed", "fsdp", "parallelism_config", "torch_compile", "use_liger_kernel"):
         if getattr(args, name, None):
             found.append(f"{name}: got {getattr(args, name)!r}, under which other code runs than the trace sees. Estimate without it.")
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
-        found.append(f"optim: got {optimizer!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
+    name = optimizer_name(args)
+    if steps_in_backward(args):
+        found.append(f"optim: got {name!r}, which steps in the middle of backward; its memory is not predicted. Choose another one.")
+    elif name.startswith(_OF_OTHER_STATE):
+        found.append(
+            f"optim: got {name!r}, whose state is not predicted: it is packed, or projected, in a way of its own. Choose another one."
+        )
     if args.chunk_is_open:
         found.append(
             "sequence_chunk_size: got 'auto', which a trainer chooses on its machine before step 0. Expected the tokens of a chunk, such as 512; "
@@ -180,7 +185,7 @@ def _conditions(model: nn.Module, args: Any, scene: Scene, rows: int, tokens: in
         "micro_batches": args.gradient_accumulation_steps,
         "padded": scene.padded,
         "weights": dtypes,
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "optimizer": optimizer_name(args),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }

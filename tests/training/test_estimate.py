@@ -143,6 +143,31 @@ def test_encoders_that_classify_rows(tmp_path):
     assert found.peak_bytes <= predicted.peak_bytes <= 1.05 * found.peak_bytes
 
 
+@pytest.mark.parametrize(
+    "head",
+    [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}, {"num_labels": 2, "problem_type": "regression"}],
+)
+def test_rows_that_have_values_for_labels(head, tmp_path):
+    _, args, _ = setting(tmp_path, "bert", head="sequence_classification")
+    model = tiny_model("bert", "sequence_classification", torch.float32, **head)
+    (shape, kind) = batch_shapes(model, 2, 8)["labels"]
+    assert kind == torch.float32 and shape == ((2,) if head["num_labels"] == 1 else (2, head["num_labels"]))
+    assert estimate(model, args, sequence_length=TOKENS).peak_bytes > sum(p.nbytes for p in model.parameters())
+
+
+def test_a_count_of_tokens_is_left_out_since_it_looks_at_values(tmp_path):
+    counted, plain = (setting(tmp_path, "llama", include_num_input_tokens_seen=count)[:2] for count in ("non_padding", "no"))
+    assert estimate(*counted, sequence_length=TOKENS).account == estimate(*plain, sequence_length=TOKENS).account
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit", "galore_adamw_8bit", "apollo_adamw"])
+def test_optimizers_whose_state_is_not_known_are_refused(optim, tmp_path):
+    """They would be taken for bitsandbytes', or be made, of packages that may not be there."""
+    model, args, _ = setting(tmp_path, "llama", optim=optim)
+    with pytest.raises(ConfigError, match=f"optim: got '{optim}', whose state is not predicted"):
+        estimate(model, args, sequence_length=TOKENS)
+
+
 BY_LAYERS = {"sequence_chunk_size": TOKENS // 4, "stream_order": "layers"}
 
 
