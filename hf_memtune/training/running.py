@@ -23,7 +23,7 @@ class RunningTrainer(Protocol):
 
     batches_of_step: micro-batches of the optimizer step at hand, as the data loader gave them, from before `on_step_begin` on.
     method_callback: has the method that the arguments turn on, or None. method: what is on the model at present, or None.
-    reversible: the reversible layers in it, or None.
+    reversible: the reversible layers in it, or None. checkpoint_callback: has the two-level checkpoints in it, or None.
     evaluates: whether anything is evaluated, in a training or around it.
     estimate: hf_memtune.estimate, or None where no forecast was handed to the class.
     """
@@ -64,6 +64,7 @@ class RunningTrainer(Protocol):
     method_callback: Any
     method: Method | None
     reversible: ReversibleHandle | None
+    checkpoint_callback: Any
     estimate: Callable[..., MemoryEstimate] | None
 
     @property

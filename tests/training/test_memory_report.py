@@ -64,6 +64,17 @@ def test_what_was_measured_was_predicted(reported):
     assert report.batch.endswith("(step 1)") and report.measured.timeline and report.measured.tensors
 
 
+def test_a_step_on_two_levels_is_predicted_before_it_is_trained(tmp_path):
+    """The model is copied for that, and the layers of the copy are its own; training then goes on on two levels."""
+    args = arguments(tmp_path, memory_preflight=True, checkpoint_levels=2, **PLAIN)
+    found = train(llama(num_hidden_layers=4), args, ROWS)
+    report = found.trainer.report_callback.report
+    assert report.notes == [] and found.trainer.preflight.report.predicted.peak_bytes == report.predicted.peak_bytes
+    assert report.measured.peak_bytes <= report.predicted.peak_bytes <= 1.05 * report.measured.peak_bytes
+    without = train(llama(num_hidden_layers=4), arguments(tmp_path, checkpoint_levels=2, **PLAIN), ROWS)
+    assert same_parameters(found, without) and found.losses == without.losses
+
+
 def test_what_a_setting_saved_is_the_difference_of_two_steps(reported):
     trainer = reported[0].trainer
     levers = {lever.setting: lever for lever in trainer.report_callback.report.levers}

@@ -150,7 +150,8 @@ def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[
     args = copy.copy(trainer.args)
     at_home = {"memory_preflight": False, "memory_report": False, "use_cpu": args.device.type == "cpu"}
     vars(args).update(at_home | dict(changes or {}))
-    with preserved_rng(args.device):  # a trainer that is made sets the seed
+    levels = trainer.checkpoint_callback
+    with preserved_rng(args.device), nullcontext() if levels is None else levels.aside():  # a trainer that is made sets the seed
         found = trainer.estimate(
             trainer.model if model is None else model,
             args,

@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,6 +115,16 @@ class CheckpointCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.remove()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While open, the layers are the model's own: a copy of the model would have checkpoints of the model itself."""
+        model = None if self.handle is None else self.handle.model
+        self.remove()
+        try:
+            yield
+        finally:
+            self.handle = None if model is None else checkpoint_in_two_levels(model)
 
     def remove(self) -> None:
         """Take the checkpointing off the model. May be called twice."""
