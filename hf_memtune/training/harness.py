@@ -7,11 +7,11 @@ from typing import Any
 
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from transformers import TrainerCallback
 
 from hf_memtune.errors import ConfigError
 from hf_memtune.evaluation.harness import BATCH_SIZE, logged, score, scores_of
 from hf_memtune.evaluation.harness_tasks import load_tasks
+from hf_memtune.training.logged import LoggedCallback
 from hf_memtune.training.rng import preserved_rng
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SPREAD = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
-class LMEvalCallback(TrainerCallback):
+class LMEvalCallback(LoggedCallback):
     """Scores the model on tasks of lm-eval every `every_n_steps` optimizer steps, and puts the scores into the logs.
 
     tasks: names, as `hf-memtune evaluate --tasks` takes them; tasks_folder: of task files of one's own. num_fewshot: examples before
@@ -73,19 +73,14 @@ class LMEvalCallback(TrainerCallback):
             self._new = logged(scores_of(found))
         control.should_log = True
 
+    @property
+    def has_news(self) -> bool:
+        return bool(self._new)
+
     def since_last_log(self) -> dict[str, float]:
         """Scores that are in no log yet."""
         found, self._new = self._new, {}
         return found
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # MemEfficientTrainer has put them into the logs before they are sent anywhere; under a plain Trainer this is in time for the
-        # callbacks that come after this one, and for the history
-        if logs is not None and self._new:
-            found = self.since_last_log()
-            logs.update(found)
-            if state.log_history:
-                state.log_history[-1].update(found)
 
 
 def require_whole_model(who: str) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from hf_memtune._compat import wait_for
 from hf_memtune.memory import LiveBytes, peak_device_bytes, reset_peak_device_bytes, resident_bytes
 from hf_memtune.methods.events import Listener
+from hf_memtune.training.logged import LoggedCallback
 from hf_memtune.training.restorable import Restorable
 
 
-class MemoryCallback(TrainerCallback, Listener, Restorable):
+class MemoryCallback(LoggedCallback, Listener, Restorable):
     """Measures memory and time of training, for the logs.
 
     peak_memory_bytes: on a GPU, the allocator's peak since the last log; on a CPU, the peak of live bytes traced in one step of
@@ -71,6 +71,10 @@ class MemoryCallback(TrainerCallback, Listener, Restorable):
             tracer.__exit__(None, None, None)
             self._traced_bytes = tracer.peak_bytes
 
+    @property
+    def has_news(self) -> bool:
+        return self._steps > 0
+
     def since_last_log(self) -> dict[str, float]:
         """Measurements since the last call, for the logs."""
         peak = peak_device_bytes(self._device)
@@ -81,12 +85,3 @@ class MemoryCallback(TrainerCallback, Listener, Restorable):
         reset_peak_device_bytes(self._device)
         self._restart()
         return {name: value for name, value in found.items() if value is not None}
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # MemEfficientTrainer puts them into the logs before they are sent anywhere; under a plain Trainer this is in time
-        # for the callbacks that come after this one, and for the history
-        if logs is not None and "loss" in logs and "step_seconds" not in logs:
-            found = self.since_last_log()
-            logs.update(found)
-            if state.log_history:
-                state.log_history[-1].update(found)

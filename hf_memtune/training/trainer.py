@@ -21,7 +21,7 @@ from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.report.memory_report import MemoryReportCallback
 from hf_memtune.training.checkpoints import being_written, newest_complete, require_complete, require_same_model
 from hf_memtune.training.guard import FullLossLog
-from hf_memtune.training.harness import LMEvalCallback
+from hf_memtune.training.logged import LoggedCallback
 from hf_memtune.training.loss_alone import logits_on_demand
 from hf_memtune.training.memory_callback import MemoryCallback
 from hf_memtune.training.method_mixin import MethodMixin
@@ -143,9 +143,8 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         if "loss" in logs:
             self._log_headroom(logs)
             self.full_loss.add_to(logs)
-            logs.update(self.memory_callback.since_last_log())
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, LMEvalCallback):  # here, so that trackers, which are callbacks before it, see the scores
+                if isinstance(callback, LoggedCallback):  # here, so that trackers, which are callbacks before it, see what it says
                     logs.update(callback.since_last_log())
         super().log(logs, *args, **kwargs)
 
