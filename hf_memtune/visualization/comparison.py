@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from hf_memtune.units import format_bytes
-from hf_memtune.visualization.html import write_page
+from hf_memtune.visualization.html import settings_list, write_page
 from hf_memtune.visualization.picture import INK, MUTED, new_figure
 
 COLOURS = ("#5b6470", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")  # Okabe and Ito, told apart by all
@@ -44,10 +44,9 @@ def write_comparison_html(rows: list[dict], path: str | Path, title: str, condit
         raise ValueError("write_comparison_html: rows is empty, expected one dict a method")
     head = "".join(f"<th>{escape(h)}</th>" for h in _HEADINGS)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in _cells(row)) + "</tr>" for row in rows)
-    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in conditions.items())
     page = (
         f"<h1>{escape(title)}</h1>{notes}<table class='methods'><tr>{head}</tr>{body}</table>"
-        f"<figure>{_svg(rows)}</figure><h2>Conditions</h2><dl class='settings'>{listed}</dl>"
+        f"<figure>{_svg(rows)}</figure><h2>Conditions</h2>{settings_list(conditions)}"
     )
     style = "table.methods td, table.methods th { text-align: right; border-bottom: 1px solid var(--line); padding: .35rem .9rem; }"
     style += "table.methods td:first-child, table.methods th:first-child { text-align: left; padding-left: 0; }"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_memtune.units import format_bytes
-from hf_memtune.visualization.html import write_page
+from hf_memtune.visualization.html import settings_list, write_page
 
 # Okabe and Ito's colours, and two greys: told apart with the common forms of colour blindness, on light and on dark.
 COLOURS = {
@@ -39,7 +39,7 @@ def write_memory_report_html(report: dict[str, Any], path: str | Path) -> Path:
     """Write the report, the dict of MemoryReport.to_dict (and of memory_report.json), as one self-contained page. Returns its path."""
     account, predicted = report["measured"], (report.get("predicted") or {}).get("account")
     sections = [
-        f"<h1>Where the memory of a training step went</h1>{_headline(report)}{_settings(report)}",
+        f"<h1>Where the memory of a training step went</h1>{_headline(report)}{settings_list(report['conditions'])}",
         f"<h2>By phase and category</h2>{_key(COLOURS, account)}{_bars(account, predicted)}{_phase_table(account, predicted)}",
         f"<h2>Live bytes over the step</h2>{_timeline(account)}",
         f"<h2>What the settings save</h2>{_levers(report)}{_advice(report)}",
@@ -62,11 +62,6 @@ def _headline(report: dict[str, Any]) -> str:
         off = 100 * (predicted["peak_bytes"] / account["peak_bytes"] - 1)
         said += f"; predicted were {format_bytes(predicted['peak_bytes'])} ({off:+.1f} %)"
     return f"<p class='headline'>{said}.</p><p class='muted'>Measured on {escape(report['batch'])}.</p>"
-
-
-def _settings(report: dict[str, Any]) -> str:
-    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in report["conditions"].items())
-    return f"<dl class='settings'>{listed}</dl>"
 
 
 def _key(colours: dict[str, str], account: dict[str, Any]) -> str:
