@@ -9,7 +9,16 @@ import torch
 
 from hf_memtune import MemEfficientTrainingArguments
 from hf_memtune.levers.facts import Run, Seen
-from hf_memtune.levers.table import LEVERS, REVERSIBLE, idle_levers, offers_of, refusals, refusals_of_arguments, written_levers
+from hf_memtune.levers.table import (
+    LEVERS,
+    REVERSIBLE,
+    idle_levers,
+    least_offers,
+    offers_of,
+    refusals,
+    refusals_of_arguments,
+    written_levers,
+)
 
 ON = {
     "sequence_chunk_size": {"sequence_chunk_size": 8},
@@ -130,7 +139,7 @@ def test_adapters_are_judged_by_what_is_in_the_model(arguments):
 def test_an_offer_that_is_taken_is_not_made_again(arguments):
     args = arguments(per_device_train_batch_size=4)
     run = Run(args, 4, 2048)
-    for offer in offers_of(run, one_each=True):
+    for offer in least_offers(run):
         changes = {name: value for name, value in offer.changes.items() if name not in OF_THE_COMMAND}
         then = arguments(**{"per_device_train_batch_size": 4} | changes)
         ranks = {"lora_rank": offer.changes.get("lora_r", 0), "four_bits": offer.changes.get("load_in_4bit", False)}

@@ -95,11 +95,11 @@ def _next(settings, found, larger: str) -> str:
     """What to change. found: the estimate of the longest row, or of the shortest where none fits. larger: what memory limits, both, rows or
     batches."""
     from hf_memtune.cli.verdict import less_evaluation
-    from hf_memtune.levers.table import offers_of
+    from hf_memtune.levers.table import least_offers
 
     if found.peak_phase == "evaluation" and larger != "batches":
         return f"{less_evaluation(found)} makes rows longer"
-    offers = [offer for offer in offers_of(forecast.run_of(settings), one_each=True) if offer.missing is None]
+    offers = least_offers(forecast.run_of(settings))
     offers = [offer for offer in offers if "per_device_train_batch_size" not in offer.changes]  # which is searched for here
     return f"{offers[0]} makes {larger} larger" if offers else "a smaller model, or more memory"
 

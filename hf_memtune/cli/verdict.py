@@ -22,11 +22,11 @@ def verdict(found, room, run) -> list[str]:
 
 def _remedy(found, room, run) -> str:
     """The next thing to change, for the phase that needs most: what makes a step smaller changes no evaluation."""
-    from hf_memtune.levers.table import offers_of
+    from hf_memtune.levers.table import least_offers
 
     if found.peak_phase == "evaluation":
         return less_evaluation(found)
-    offers = [offer for offer in offers_of(run, one_each=True) if offer.missing is None]
+    offers = least_offers(run)
     if sum(found.by_category[name] for name in ("weights", "gradients", "optimizer_state")) > room.tensor_bytes:
         offers = [offer for offer in offers if offer.changes.keys() & {"optim", "lora_r", "load_in_4bit"}]  # no other makes these smaller
     return str(offers[0]) if offers else "shorter rows, or a smaller model"

@@ -137,11 +137,16 @@ def lever_of(switch: str) -> Lever:
     return _BY_SWITCH[switch]
 
 
-def offers_of(run: Run, one_each: bool = False) -> Iterator[Offer]:
-    """What is left to try, exact changes first. one_each: the least change of each lever."""
+def offers_of(run: Run) -> Iterator[Offer]:
+    """What is left to try, exact changes first."""
     for lever in LEVERS:
-        found = list(lever.offers(run))
-        yield from found[:1] if one_each else found
+        yield from lever.offers(run)
+
+
+def least_offers(run: Run) -> list[Offer]:
+    """What to try first: the least change of each lever, where nothing that it needs is missing."""
+    first = (next(iter(lever.offers(run)), None) for lever in LEVERS)
+    return [offer for offer in first if offer is not None and offer.missing is None]
 
 
 def written_levers(args: Settings) -> list[str]:

@@ -14,7 +14,7 @@ from hf_memtune.cli.budget import RoomArguments
 from hf_memtune.cli.plan import OF_THE_COMMAND, PlanArguments, make_parser
 from hf_memtune.cli.settings import recipe_first
 from hf_memtune.cli.train import make_parser as train_parser
-from hf_memtune.levers.table import offers_of
+from hf_memtune.levers.table import least_offers
 from hf_memtune.units import parse_bytes
 from tests.support.folders import ROOT, llama, write_rows
 
@@ -366,7 +366,7 @@ def test_the_batch_that_is_searched_for_is_not_what_makes_it_larger(capsys):
     """Where it is the next thing to change, as the sibling shows, of an estimate, whose batch is fixed."""
     settings = [*short_of(32), *LEAST, "--eval_fraction", "0"]
     run = forecast.run_of(forecast.parse(settings, forecast.make_parser("longest", RoomArguments), RoomArguments))
-    assert "per_device_train_batch_size" in str(next(offer for offer in offers_of(run, one_each=True) if offer.missing is None))
+    assert "per_device_train_batch_size" in str(least_offers(run)[0])
     assert main(["longest", *settings, "--budget", short_of_the_longest(capsys, *settings)]) == 0
     said = capsys.readouterr().out
     assert "next: " in said and " larger." in said and "per_device_train_batch_size" not in said

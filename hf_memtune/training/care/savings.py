@@ -17,7 +17,7 @@ from hf_memtune._compat import is_fake
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import MemTuneError, first_line
 from hf_memtune.levers.facts import checkpoint_names
-from hf_memtune.levers.table import LEVERS, offers_of
+from hf_memtune.levers.table import LEVERS, least_offers
 from hf_memtune.methods.overrides import not_checkpointing
 from hf_memtune.training.care.recovery.advice import run_of
 from hf_memtune.training.rng import preserved_rng
@@ -135,9 +135,9 @@ class Savings:
 
     def _candidates(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
         """Setting, what it changes of the arguments, whether the gradient stays exact. What changes the model itself is not traced here."""
-        for offer in offers_of(run_of(self.trainer, self.shape.rows, self.shape.tokens), one_each=True):
+        for offer in least_offers(run_of(self.trainer, self.shape.rows, self.shape.tokens)):
             changes = dict(offer.changes)
-            if offer.missing is None and all(hasattr(self.args, name) for name in changes):
+            if all(hasattr(self.args, name) for name in changes):
                 if "activation_checkpointing" in changes:
                     changes |= dict.fromkeys(checkpoint_names(self.args), True)
                 yield offer.setting, changes, offer.is_exact

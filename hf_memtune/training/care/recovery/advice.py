@@ -4,7 +4,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from hf_memtune.levers.facts import Run
-from hf_memtune.levers.table import offers_of
+from hf_memtune.levers.table import least_offers
 from hf_memtune.training.running import RunningTrainer
 
 
@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice(trainer: RunningTrainer, rows: int) -> list[str]:
     """What is not on yet, as settings, in the order in which to try it. rows: that ran at a time and did not fit; 1: fewer are no remedy."""
-    found = [str(offer) for offer in offers_of(run_of(trainer, rows), one_each=True) if offer.missing is None]
+    found = [str(offer) for offer in least_offers(run_of(trainer, rows))]
     return found or ["shorter rows, a smaller model, or a larger device"]
 
 
