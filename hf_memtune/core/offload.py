@@ -32,14 +32,20 @@ REST_BYTES = 2**20  # what is left of a home below this is one segment, whatever
 
 
 class HostMemory:
-    """Makes homes, and has the stream in which they are fetched ahead. One for a model serves all its steps."""
+    """Makes homes, and has the stream in which they are fetched ahead. One for a model serves all its steps.
+
+    asked_bytes: of all homes it was asked for so far, those that are gone again included.
+    """
 
     def __init__(self):
         self._streams: dict[torch.device, Any] = {}
+        self.asked_bytes = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room in host memory for what is on `device` otherwise."""
-        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        home = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self.asked_bytes += home.nbytes
+        return home
 
     def stream_beside(self, device: torch.device) -> Any:
         """The stream beside the present one of a CUDA device, made to wait for all that the present one was given."""

@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, set_seed
 
-from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError
+from hf_memtune import ConfigError, MemEfficientTrainer, MemTuneError, Streaming, StreamingConfig
 from hf_memtune.core.selection import select
 from hf_memtune.memory import CATEGORIES
 from hf_memtune.training.care.preflight import flight, snapshot
 from hf_memtune.training.care.preflight.longest import longest_batch, longest_rows, row_lengths
 from hf_memtune.training.care.preflight.report import PreflightReport
+from hf_memtune.training.care.preflight.watch import LeverWatch
 from hf_memtune.training.restorable import keep_plain
 from hf_memtune.training.rng import preserved_rng
 from tests.support.runs import DrawingRows, Run, arguments, llama, pad_right, same_parameters, text_rows, train, trainer_for
@@ -360,6 +361,18 @@ def test_a_data_set_that_draws_gives_the_same_rows():
     with preserved_rng(torch.device("cpu"), None, rows):
         meanwhile = rows[0]
     assert rows[0] == meanwhile != rows[0]
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_what_goes_to_host_memory_is_seen(offloads):
+    model, batch = llama(), pad_right(text_rows(2, shortest=16))
+    with Streaming(model, StreamingConfig(sequence_chunk_size=8, kv_offload=offloads)) as method:
+        watch = LeverWatch(Namespace(model=model.train(), method=method), is_longest=True)
+        with watch.watching():
+            model(**batch).loss.backward()
+        asked = watch.saw.host_bytes
+        model(**batch).loss.backward()
+    assert watch.saw.host_bytes == asked and (asked > 0) == offloads and watch.saw.chunks == 2
 
 
 def test_rows_that_are_evaluated_draw_the_same(tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.facts import Seen
 from hf_memtune.levers.table import idle_levers
@@ -37,11 +36,13 @@ class LeverWatch(Listener):
         with ExitStack() as undo:
             for module in self.trainer.model.modules():
                 undo.callback(module.register_forward_pre_hook(self._runs).remove)
-            if method is not None:
-                host, method.host = method.host, _CountingHost(self.saw)
-                undo.callback(setattr, method, "host", host)
-                undo.callback(method.listeners.add(self))
+            if method is None:
+                yield
+                return
+            before = method.host.asked_bytes
+            undo.callback(method.listeners.add(self))
             yield
+            self.saw.host_bytes += method.host.asked_bytes - before
 
     def _runs(self, module: nn.Module, inputs: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks: -1 outside of backward
@@ -72,16 +73,3 @@ class LeverWatch(Listener):
         saw.total = sum(p.numel() for p in model.parameters())
         saw.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saw.optimizer_state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
-
-
-class _CountingHost(HostMemory):
-    """Host memory that tells how much of it was asked for."""
-
-    def __init__(self, saw: Seen):
-        super().__init__()
-        self._saw = saw
-
-    def empty(self, *args) -> torch.Tensor:
-        home = super().empty(*args)
-        self._saw.host_bytes += home.nbytes
-        return home
