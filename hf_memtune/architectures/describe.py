@@ -96,7 +96,7 @@ class Architecture:
         return self.task is Task.CAUSAL_LM and not names & set(tables.UNSHIFTED)
 
     def configs(self) -> list:
-        """Every distinct config object that a module of the body reads its attention implementation from."""
+        """Every distinct config object that a module of the model reads its attention implementation from."""
         found = {}
         for module in self.head_model.modules():
             config = getattr(module, "config", None)

@@ -1,4 +1,4 @@
-"""What `estimate` and `plan` have in common: the flags of `train`, read without a data set, and the model without weights."""
+"""What `estimate`, `plan`, `longest` and a budget of `train` have in common: the flags of `train`, read without a data set, and the model without weights."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -125,11 +125,7 @@ def least(forecast: Forecast, blanks: Blanks | None = None) -> int:
 
     made = (blanks or Blanks()).of(forecast)
     trained = 0 if steps_in_backward(forecast.training) else trained_bytes(made, forecast.training)
-    return sum(_stored_bytes(p) for p in made.parameters()) + trained
-
-
-def _stored_bytes(parameter) -> int:
-    return parameter.untyped_storage().nbytes()
+    return sum(parameter.untyped_storage().nbytes() for parameter in made.parameters()) + trained
 
 
 def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = None, blanks: Blanks | None = None):

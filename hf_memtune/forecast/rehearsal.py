@@ -22,6 +22,7 @@ from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.forecast.apart import apart
 from hf_memtune.forecast.blank_model import Shapes
+from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, shorten, use_sdpa
 from hf_memtune.memory.optimizer_layout import laid_out
 from hf_memtune.memory.step_ledger import StepLedger
@@ -56,17 +57,13 @@ class Rehearsal(MemEfficientTrainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            groups = self._parameter_groups()
-            self.optimizer = laid_out(self.model, groups, str(getattr(self.args.optim, "value", self.args.optim)))
+            self.optimizer = laid_out(self.model, optimizer_name(self.args))
         made = super().create_optimizer(model)
         for group in self.optimizer.param_groups:
             # off a CPU torch's optimizers take all parameters at once, unless they are told not to, or are fused
             if not self.is_for_cpu and group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True
         return made
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
 
     def _verify_layers(self, batches: list[dict[str, Any]]) -> None:
         """Needs values."""
@@ -114,7 +111,7 @@ class _Take(StepAccountCallback):
         if self.first_layer is not None:
             self.evaluation.stretch_at(self.first_layer)
         with self.evaluation, self.evaluation.phase("evaluation"):
-            self.trainer.prediction_step(model, batch, prediction_loss_only=self.trainer.compute_metrics is None)
+            self.trainer.prediction_step(model, batch, prediction_loss_only=True)
 
 
 class _Elsewhere(HostMemory):

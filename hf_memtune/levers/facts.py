@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
+BLOCKWISE_FROM = 4096  # elements: bitsandbytes keeps the state of smaller parameters in float32 (min_8bit_size)
+
 
 class Settings(Protocol):
     """What levers read of training arguments: settings of MemEfficientArgumentsMixin, and a few of transformers."""

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from hf_memtune.levers.facts import Idle, Seen, Settings, optimizer_name, saved_by_one_chunk
-
-_BLOCKWISE_FROM = 4096  # bitsandbytes keeps the state of smaller parameters in float32 (min_8bit_size)
+from hf_memtune.levers.facts import BLOCKWISE_FROM, Idle, Seen, Settings, optimizer_name, saved_by_one_chunk
 
 
 def runs_again(setting: str) -> Callable[[Settings, Seen], Iterator[Idle]]:
@@ -77,9 +75,9 @@ def kept_state_in_8_bits(args: Settings, seen: Seen) -> Iterator[Idle]:
         return
     message = (
         f"optim: got {optimizer_name(args)}, but no tensor of its state has 8 bits: every parameter it trains may be smaller than "
-        f"{_BLOCKWISE_FROM} values, whose state stays in 32. Use optim=adamw_torch."
+        f"{BLOCKWISE_FROM} values, whose state stays in 32. Use optim=adamw_torch."
     )
-    yield Idle(message, all(parameter.numel() < _BLOCKWISE_FROM for parameter in seen.optimizer_state))
+    yield Idle(message, all(parameter.numel() < BLOCKWISE_FROM for parameter in seen.optimizer_state))
 
 
 def _has_8_bits(value: torch.Tensor) -> bool:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-# bitsandbytes' layout (bitsandbytes/optim/optimizer.py, Optimizer2State and Optimizer1State): parameters of fewer elements, and those of
-# embeddings, for which transformers asks for 32 bits, have float32 state; the others one byte an element, and a float32 scale a block.
-FEWEST_8BIT_ELEMENTS, BLOCK = 4096, 256
+from hf_memtune.levers.facts import BLOCKWISE_FROM
+
+# bitsandbytes' layout (bitsandbytes/optim/optimizer.py, Optimizer2State and Optimizer1State): parameters of fewer elements than BLOCKWISE_FROM,
+# and those of embeddings, for which transformers asks for 32 bits, have float32 state; the others one byte an element, and a float32 scale a block.
+BLOCK = 256
 TWO_STATES = ("adam", "ademamix")
 
 
@@ -22,10 +24,10 @@ class LaidOutOptimizer(torch.optim.Optimizer):
     The state of paged optimizers counts in full, although a GPU may send it to the host when it runs short.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], bits: int, states: int, wide: set[int]):
+    def __init__(self, parameters: Iterable[nn.Parameter], bits: int, states: int, wide: set[int]):
         self.bits, self.states, self.wide = bits, states, wide
         self._codes: list[torch.Tensor] | None = None
-        super().__init__(groups, {"lr": 0.0})
+        super().__init__(parameters, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -34,7 +36,7 @@ class LaidOutOptimizer(torch.optim.Optimizer):
                 self.state[parameter] = self._state_of(parameter)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        wide = self.bits == 32 or parameter.numel() < FEWEST_8BIT_ELEMENTS or id(parameter) in self.wide
+        wide = self.bits == 32 or parameter.numel() < BLOCKWISE_FROM or id(parameter) in self.wide
         found = {}
         for number in range(1, self.states + 1):
             found[f"state{number}"] = torch.empty(parameter.shape, dtype=torch.float32 if wide else torch.uint8)
@@ -49,10 +51,11 @@ class LaidOutOptimizer(torch.optim.Optimizer):
         return self._codes[number - 1]
 
 
-def laid_out(model: nn.Module, groups: list[dict[str, Any]], optim: str) -> LaidOutOptimizer | None:
+def laid_out(model: nn.Module, optim: str) -> LaidOutOptimizer | None:
     """The layout of the optimizer with that name in transformers, of `model`; None for one that can run without values itself."""
     if "8bit" not in optim and not optim.startswith("paged") and "bnb" not in optim:
         return None
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     states = (3 if "ademamix" in optim else 2) if any(name in optim for name in TWO_STATES) else 1
-    return LaidOutOptimizer(groups, 8 if "8bit" in optim else 32, states, embeddings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return LaidOutOptimizer(trained, 8 if "8bit" in optim else 32, states, embeddings)

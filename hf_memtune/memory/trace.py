@@ -5,8 +5,8 @@ gradients and optimizer state are known without tracing). Not seen: temporaries 
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +72,13 @@ def trace_causal_lm_step(
     with FakeTensorMode(), sdpa_without_padding() as attention:
         _materialise(model, dtype, torch.device("cpu"))
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        installed = _install(model, strategy, check=False)
+        installed = _install(model, strategy)
         use_sdpa(model, attention)  # also under a method, which lets some calls go the model's own way
         step = _plain_step(model, ids, fused_loss) if installed is None else _own_step(model, ids)
         weight_bytes, trained = _weights(model)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        with _removing(installed), LiveBytes(snapshot=True) as live:
+        with nullcontext() if installed is None else installed, LiveBytes(snapshot=True) as live:
             host = _count_host(installed, live)
             step()
         gradient_bytes = sum(p.nbytes for p in trained)
@@ -117,7 +117,7 @@ class CausalLMStep:
         if self._checkpointing:
             _checkpoint(self._model)
         try:
-            self._installed = _install(self._model, self._strategy, check=False)
+            self._installed = _install(self._model, self._strategy)
         except BaseException:
             self.__exit__()
             raise
@@ -174,20 +174,11 @@ def _count_host(installed: Method | None, device: LiveBytes | None = None) -> _C
     return host
 
 
-def _install(model: nn.Module, strategy: StreamingConfig | None, check: bool = True) -> Method | None:
+def _install(model: nn.Module, strategy: StreamingConfig | None) -> Method | None:
     if strategy is None:
         return None
     kind = TokenSeeking if isinstance(strategy, TokenSeekingConfig) else Streaming
-    return kind(model, strategy, check=check)
-
-
-@contextmanager
-def _removing(installed: Method | None) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if installed is not None:
-            installed.remove()
+    return kind(model, strategy, check=False)
 
 
 def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, lora_rank: int | None, checkpointing: bool) -> nn.Module:
