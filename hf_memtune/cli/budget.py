@@ -1,11 +1,12 @@
 """From settings to settings that fit a memory budget: for `plan`, and for `train --memory_budget`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from hf_memtune.cli import forecast
 from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
@@ -14,19 +15,14 @@ class RoomArguments:
 
     _argument_group_name = "memory budget"
 
-    memory_budget: str | None = field(
-        default=None,
-        metadata={
-            "help": "Most bytes that the tensors of a step may take, such as 8GiB. Leave room for what a device needs beside tensors, or "
-            "name the card with --gpu. Default: none.",
-            "aliases": ["--budget"],
-        },
+    memory_budget: str | None = setting(
+        None,
+        "Most bytes that the tensors of a step may take, such as 8GiB. Leave room for what a device needs beside tensors, or "
+        "name the card with --gpu. Default: none.",
+        aliases=["--budget"],
     )
-    gpu: str | None = field(
-        default=None,
-        metadata={
-            "help": "Card whose memory is the budget, less an allowance for context and allocator: rtx4090, a100-80gb, ... Default: none."
-        },
+    gpu: str | None = setting(
+        None, "Card whose memory is the budget, less an allowance for context and allocator: rtx4090, a100-80gb, ... Default: none."
     )
 
     @property
@@ -60,9 +56,8 @@ class RoomArguments:
 class BudgetArguments(RoomArguments):
     """How much memory there is, and what may be changed to stay within it."""
 
-    allow_approximate: bool = field(
-        default=True,
-        metadata={"help": "Whether a budget may be met by token seeking, whose gradients are those of a part of the tokens."},
+    allow_approximate: bool = setting(
+        True, "Whether a budget may be met by token seeking, whose gradients are those of a part of the tokens."
     )
 
     def ineffective(self) -> list[str]:

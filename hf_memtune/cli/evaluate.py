@@ -7,7 +7,7 @@ With tasks in place of a data set, lm-eval scores them: see task_scores.py.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from hf_memtune.cli.essentials import PAGES
 from hf_memtune.cli.task_scores import TaskArguments
 from hf_memtune.cli.task_scores import run as run_tasks
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
@@ -24,12 +25,10 @@ class Measuring:
 
     _argument_group_name = "measuring"
 
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Measure on this many rows at most, the first ones. Default: all."})
-    per_device_eval_batch_size: int = field(
-        default=8,
-        metadata={
-            "help": "Rows at a time; the loss is the mean over batches, as with transformers: that of `train` is of its own per_device_eval_batch_size."
-        },
+    max_eval_rows: int | None = setting(None, "Measure on this many rows at most, the first ones. Default: all.")
+    per_device_eval_batch_size: int = setting(
+        8,
+        "Rows at a time; the loss is the mean over batches, as with transformers: that of `train` is of its own per_device_eval_batch_size.",
     )
 
     def problems(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource, changed
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import setting
 from hf_memtune.settings.scorers import BUILT_IN, facts_of
 from hf_memtune.settings.seeking import TokenSeekingConfig
 
@@ -28,10 +29,7 @@ class Examples:
 
     _argument_group_name = "examples"
 
-    text: str | None = field(
-        default=None,
-        metadata={"help": "Text file, shown as one example all of whose tokens carry a label; in place of a data set."},
-    )
+    text: str | None = setting(None, "Text file, shown as one example all of whose tokens carry a label; in place of a data set.")
     index: list[int] = field(
         default_factory=lambda: [0],
         metadata={"help": "Rows of the data set to show, counted from 0; negative counts from the end."},
@@ -42,16 +40,11 @@ class Examples:
             "help": f"Two or more scorers to compare over a data set, in place of single rows: {', '.join(BUILT_IN)}, or a registered name."
         },
     )
-    rows: int | None = field(
-        default=None,
-        metadata={"help": f"With compare: rows to compare on, the first of the data set. More take longer. Default: {ROWS}."},
-    )
-    out: str | None = field(
-        default=None,
-        metadata={
-            "help": "Page to write. Beside it goes a picture, ending in .png, or with compare the numbers, ending in .json. "
-            "Default: tokens.html, or scorers.html with compare."
-        },
+    rows: int | None = setting(None, f"With compare: rows to compare on, the first of the data set. More take longer. Default: {ROWS}.")
+    out: str | None = setting(
+        None,
+        "Page to write. Beside it goes a picture, ending in .png, or with compare the numbers, ending in .json. "
+        "Default: tokens.html, or scorers.html with compare.",
     )
 
     @property

@@ -1,12 +1,13 @@
 """What `estimate`, `plan`, `longest` and a budget of `train` have in common: the flags of `train`, read without a data set, and the model without weights."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from hf_memtune.cli import parser as training
 from hf_memtune.cli.arguments import DataArguments, ModelArguments
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
@@ -15,21 +16,16 @@ class ForecastArguments:
 
     _argument_group_name = "prediction"
 
-    sequence_length: int | None = field(
-        default=None, metadata={"help": "Tokens of the longest row. Larger: more memory. Default: max_length."}
+    sequence_length: int | None = setting(None, "Tokens of the longest row. Larger: more memory. Default: max_length.")
+    config_overrides: str | None = setting(
+        None,
+        "Sizes that go over those of the model's config, as name=value,name=value. With a model type (llama, bert, ...) for "
+        "--model no files are needed. Default: none.",
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Sizes that go over those of the model's config, as name=value,name=value. With a model type (llama, bert, ...) for "
-            "--model no files are needed. Default: none."
-        },
+    padded: bool | None = setting(
+        None, "Whether rows of a batch differ in length, so that attention needs a mask. Default: if a batch has several."
     )
-    padded: bool | None = field(
-        default=None,
-        metadata={"help": "Whether rows of a batch differ in length, so that attention needs a mask. Default: if a batch has several."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
+    json: bool = setting(False, "Print JSON instead of a table.")
 
     def problems(self) -> list[str]:
         if self.sequence_length is None or self.sequence_length >= 1:

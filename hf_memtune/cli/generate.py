@@ -11,6 +11,7 @@ from itertools import takewhile
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
@@ -20,13 +21,11 @@ class Prompts:
     _argument_group_name = "prompts"
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "Required. Texts to answer, one or more."})
-    plain: bool = field(default=False, metadata={"help": "Continue the texts as they stand, not as instructions."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an answer."})
-    temperature: float = field(default=0.0, metadata={"help": "Temperature of sampling; 0 takes the likeliest token each time."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling; without effect at temperature 0."})
-    use_cache: bool = field(
-        default=True, metadata={"help": "Keep keys and values of earlier tokens: faster, more memory, the same tokens."}
-    )
+    plain: bool = setting(False, "Continue the texts as they stand, not as instructions.")
+    max_new_tokens: int = setting(128, "Most tokens of an answer.")
+    temperature: float = setting(0.0, "Temperature of sampling; 0 takes the likeliest token each time.")
+    seed: int = setting(0, "Seed of sampling; without effect at temperature 0.")
+    use_cache: bool = setting(True, "Keep keys and values of earlier tokens: faster, more memory, the same tokens.")
 
     def problems(self) -> list[str]:
         checks = [

@@ -5,13 +5,14 @@ The arithmetic is peft's `merge_and_unload`. Weights keep the dtype of the base 
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_memtune.cli.checks import ADAPTERS, REVERSIBLE_CONFIG, why_unwritable
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.errors import ConfigError, first_line
 from hf_memtune.files import is_partial, whole_folder
+from hf_memtune.settings.protocol import setting
 
 HEADS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 
@@ -22,15 +23,9 @@ class Merging:
 
     _argument_group_name = "merging"
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Required. Folder of LoRA adapters, as train or peft writes them.", "aliases": ["--model"]}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Required. Folder in which the plain model is written; must be new or empty."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "The model that the adapters were trained on. Default: what the adapters' folder names."}
-    )
+    model_name_or_path: str | None = setting(None, "Required. Folder of LoRA adapters, as train or peft writes them.", aliases=["--model"])
+    output_dir: str | None = setting(None, "Required. Folder in which the plain model is written; must be new or empty.")
+    base_model: str | None = setting(None, "The model that the adapters were trained on. Default: what the adapters' folder names.")
 
     def problems(self) -> list[str]:
         return [*self._problems_of_adapters(), *self._problems_of_output()]

@@ -6,7 +6,7 @@ Climbs a ladder of settings, exact ones first, prints what each would need, and 
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_memtune.cli import budget, forecast
@@ -15,6 +15,7 @@ from hf_memtune.cli.budget import BudgetArguments
 from hf_memtune.cli.checks import why_unwritable
 from hf_memtune.errors import ConfigError
 from hf_memtune.files import write_text
+from hf_memtune.settings.protocol import setting
 
 OF_THE_COMMAND = {"memory_budget", "gpu", "allow_approximate", "out", "sequence_length", "config_overrides", "padded", "json"}
 
@@ -25,7 +26,7 @@ class PlanArguments(BudgetArguments):
 
     _argument_group_name = "plan"
 
-    out: str = field(default="plan.yaml", metadata={"help": "Recipe to write: YAML, for `hf-memtune train`."})
+    out: str = setting("plan.yaml", "Recipe to write: YAML, for `hf-memtune train`.")
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -1,13 +1,13 @@
 """TrainingArguments with the settings of every strategy as further flat fields."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from hf_memtune.core.scorers import problems_of_name
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.table import refusals_of_arguments
-from hf_memtune.settings.protocol import MethodSettings
+from hf_memtune.settings.protocol import MethodSettings, setting
 from hf_memtune.settings.reversible import CheckpointConfig, ReversibleConfig
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.care.preflight.arguments import PreflightArguments
@@ -20,29 +20,23 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
     Raises ConfigError with every problem at once, before anything is loaded.
     """
 
-    memory_trace_steps: int = field(
-        default=50,
-        metadata={
-            "help": "On a CPU, trace the live bytes of one optimizer step in this many (the second, then every so many); a traced "
-            "step is a little slower. 0 traces none. On a GPU the allocator counts every step and this has no effect."
-        },
+    memory_trace_steps: int = setting(
+        50,
+        "On a CPU, trace the live bytes of one optimizer step in this many (the second, then every so many); a traced "
+        "step is a little slower. 0 traces none. On a GPU the allocator counts every step and this has no effect.",
     )
 
-    full_loss_rows: int = field(
-        default=8,
-        metadata={
-            "help": "Rows of the evaluation set, the first ones, whose loss over all tokens is logged as full_loss at every log of "
-            "training with token_seeking, to notice when it rises while the loss of the kept tokens falls. Without an evaluation "
-            "set: the rows of the last training batch. Costs a forward pass of these rows at every log. 0 turns it off."
-        },
+    full_loss_rows: int = setting(
+        8,
+        "Rows of the evaluation set, the first ones, whose loss over all tokens is logged as full_loss at every log of "
+        "training with token_seeking, to notice when it rises while the loss of the kept tokens falls. Without an evaluation "
+        "set: the rows of the last training batch. Costs a forward pass of these rows at every log. 0 turns it off.",
     )
 
-    reversible_require_exact: bool = field(
-        default=True,
-        metadata={
-            "help": "With reversible and reversible_numerics=exact: refuse to train where the inverse, measured on the first batch, is not "
-            "exact on this device, bit by bit. False warns in place of it: gradients are then a little wrong."
-        },
+    reversible_require_exact: bool = setting(
+        True,
+        "With reversible and reversible_numerics=exact: refuse to train where the inverse, measured on the first batch, is not "
+        "exact on this device, bit by bit. False warns in place of it: gradients are then a little wrong.",
     )
 
     def __post_init__(self):

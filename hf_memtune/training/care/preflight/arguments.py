@@ -1,31 +1,28 @@
 """Settings of the preflight and of the memory report, as flat fields of training arguments."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hf_memtune.levers.facts import optimizer_name, steps_in_backward
+from hf_memtune.settings.protocol import setting
 
 
 @dataclass
 class PreflightArguments:
     """A part of MemEfficientArgumentsMixin."""
 
-    memory_preflight: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the "
-            "bytes, and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, "
-            "and host memory for the trained parameters. Default: on for a GPU, off for a CPU."
-        },
+    memory_preflight: bool | None = setting(
+        None,
+        "Before step 0, train on the longest batch that the data and the collator can give, and evaluate one, measure the "
+        "bytes, and take everything back bit by bit: what does not fit fails in the first minute, with advice. Costs two steps, "
+        "and host memory for the trained parameters. Default: on for a GPU, off for a CPU.",
     )
 
-    memory_report: bool | None = field(
-        default=None,
-        metadata={
-            "help": "At the end of training write memory_report.html and memory_report.json to output_dir: bytes by phase and category, "
-            "predicted and measured, over the step and by tensor, and what each setting saved. Of the preflight where there is one, "
-            "else of the second step, which is then slower. Costs some traces without values. Default: on where memory_preflight is on."
-        },
+    memory_report: bool | None = setting(
+        None,
+        "At the end of training write memory_report.html and memory_report.json to output_dir: bytes by phase and category, "
+        "predicted and measured, over the step and by tensor, and what each setting saved. Of the preflight where there is one, "
+        "else of the second step, which is then slower. Costs some traces without values. Default: on where memory_preflight is on.",
     )
 
     @property
