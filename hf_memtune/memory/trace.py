@@ -37,7 +37,7 @@ class TracedStep:
     host_bytes: int = 0
 
 
-class _CountedHost(HostMemory):
+class CountedHost(HostMemory):
     """Host memory whose bytes are counted, and left out of those of the device where a trace has them in one memory."""
 
     def __init__(self, device: LiveBytes | None = None):
@@ -167,8 +167,8 @@ class CausalLMStep:
         return live.peak_bytes, host.live.peak_bytes
 
 
-def _count_host(installed: Method | None, device: LiveBytes | None = None) -> _CountedHost:
-    host = _CountedHost(device)
+def _count_host(installed: Method | None, device: LiveBytes | None = None) -> CountedHost:
+    host = CountedHost(device)
     if installed is not None:
         installed.host = host
     return host

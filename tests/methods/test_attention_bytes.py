@@ -9,7 +9,7 @@ from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core import pieces
 from hf_memtune.core.attention_kernels import PLAIN
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import _CountedHost
+from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import masks
 from hf_memtune.methods.attention.passes import ChunkPass
 from tests.support.stepping import model_and_batch, step_on
@@ -38,7 +38,7 @@ def peak(tokens, **settings):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with Streaming(model, StreamingConfig(sequence_chunk_size=CHUNK, **settings), check=False) as streaming, LiveBytes() as live:
-        streaming.host = host = _CountedHost(live)
+        streaming.host = host = CountedHost(live)
         model(input_ids=ids, labels=ids).loss.backward()
     return live.peak_bytes, host.live.peak_bytes
 

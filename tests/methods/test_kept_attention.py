@@ -11,7 +11,7 @@ from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import _CountedHost
+from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import passes
 from tests.support.composition import REENTRANT, checkpointed, with_lora
 from tests.support.packing import packed_batch
@@ -192,7 +192,7 @@ def peaks(tokens, order, keeps, offload=False):
         parameter.grad = torch.zeros_like(parameter)
     settings = StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=offload, stream_order=order, keep_attention_outputs=keeps)
     with Streaming(model, settings, check=False) as streaming, LiveBytes() as live:
-        streaming.host = host = _CountedHost(live)
+        streaming.host = host = CountedHost(live)
         model(input_ids=ids, labels=ids).loss.backward()
     return live.peak_bytes, host.live.peak_bytes
 

@@ -15,7 +15,7 @@ from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.rows import RowTensor
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import _CountedHost
+from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import masks, model_pass
 from hf_memtune.methods.attention.masks import Asked
 from hf_memtune.methods.attention.passes import KeysPass
@@ -439,7 +439,7 @@ def peaks(tokens, order, offload=False, window=None):
         parameter.grad = torch.zeros_like(parameter)
     settings = StreamingConfig(sequence_chunk_size=CHUNK, kv_offload=offload, stream_order=order)
     with Streaming(model, settings, check=False) as streaming, LiveBytes() as live:
-        streaming.host = host = _CountedHost(live)
+        streaming.host = host = CountedHost(live)
         model(input_ids=ids, labels=ids).loss.backward()
     return live.peak_bytes, host.live.peak_bytes
 
