@@ -33,11 +33,14 @@ def problems_of_scorers(scorers: Sequence[str]) -> list[str]:
 
 
 def configs_of(config: TokenSeekingConfig, scorers: Sequence[str]) -> list[TokenSeekingConfig]:
-    """The settings with each of the scorers. Raises ConfigError with every problem that they have with one of them."""
-    found, problems = [], []
+    """The settings with each of the scorers. Raises ConfigError with every problem that they have with one of them.
+
+    What is always kept is the same for all of them: none, unless the settings say so, where by default that depends on the scorer.
+    """
+    found, problems, always = [], [], config.always_keep or "none"
     for name in scorers:
         try:
-            found.append(TokenSeekingConfig.of(only_looking(config), token_scorer=name))
+            found.append(TokenSeekingConfig.of(only_looking(config), token_scorer=name, always_keep=always))
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -6,6 +6,8 @@ import pytest
 
 from hf_memtune.cli import main, tokens
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.seeking import TokenSeekingConfig
+from hf_memtune.training.scorer_comparison import configs_of
 from hf_memtune.visualization.scorer_shares import PLACES, ROLES
 from tests.support.folders import llama
 
@@ -35,7 +37,11 @@ def chances_of(scorer, *arguments) -> list[tuple[list[float], list[bool]]]:
 
 @pytest.mark.parametrize(
     "selection",
-    [(), ("--token_gradient", "stream"), ("--token_selection", "top", "--select_from", "all", "--token_ratio", "0.2")],
+    [
+        (),
+        ("--token_gradient", "stream"),
+        ("--token_selection", "top", "--select_from", "all", "--token_ratio", "0.2", "--always_keep", "none"),
+    ],
     ids=["sample", "stream", "top"],
 )
 def test_the_numbers_are_those_of_the_token_maps(chat_model, instructions, selection, capsys):
@@ -176,3 +182,11 @@ def test_what_is_above_a_reference_is_compared_whichever_is_named_first(chat_mod
     alone = _slow_shares(chances_of("excess_loss", *common))
     told = found["shares"]["position"]
     assert alone == pytest.approx(told["excess_loss"], abs=1e-6) and alone != pytest.approx(told["loss"], abs=1e-6)
+
+
+def test_scorers_are_compared_by_the_same_rules():
+    """By itself the top of random keeps the first and the last token, as in TokenTune, and no other scorer does."""
+    alone = TokenSeekingConfig(token_seeking=True, token_selection="top", token_scorer="random")
+    compared = [configs_of(TokenSeekingConfig.of(alone, **given), ["random", "context"]) for given in ({}, {"always_keep": "first_last"})]
+    assert [[each.kept_always for each in configs] for configs in compared] == [["none"] * 2, ["first_last"] * 2]
+    assert alone.kept_always == "first_last"
