@@ -71,7 +71,9 @@ class Study:
 
     def __init__(self, options: Namespace):
         self.options = options
-        recipe = yaml.load(options.recipe.read_text(), yaml.BaseLoader) if options.recipe.is_file() else {}
+        text = options.recipe.read_text() if options.recipe.is_file() else "{}"
+        typed = yaml.safe_load(text)  # a line without a value is one that is left out, and no word
+        recipe = {name: value for name, value in yaml.load(text, yaml.BaseLoader).items() if typed[name] is not None}
         self.model, self.data = options.model or recipe.get(MODEL), options.dataset or recipe.get(DATA)
         self.setup = {name: value for name, value in recipe.items() if name not in (*OF_A_METHOD, MODEL, DATA, "learning_rate", "seed")}
         self.tasks, self.miscounted = tasks_of(options.tasks, options.num_fewshot, options.metric)
@@ -122,7 +124,8 @@ class Study:
             found.append(f"recipe: there is no file {str(options.recipe)!r}")
         found += self.problems_of_recipe()
         found += [f"learning_rates: got {rate:g}, expected more than 0" for rate in options.learning_rates if rate <= 0]
-        found += [f"seeds: got {options.seeds}, expected 1 or more"] if options.seeds < 1 else []
+        numbers = {"seeds": options.seeds, "batch_size": options.batch_size}
+        found += [f"{name}: got {number}, expected 1 or more" for name, number in numbers.items() if number < 1]
         for arm in options.arms:
             found += self.problems_of_training(arm)
         return list(dict.fromkeys([*found, *self.miscounted, *problems_of(self.tasks, options.tasks_folder, options.limit)]))

@@ -157,9 +157,24 @@ def test_a_run_that_fails_leaves_no_line(folder, measured, monkeypatch):
 
 def test_all_problems_at_once_before_anything_trains(folder, measured):
     write(folder, [])
-    wrong = ["--arms", "plain", "best", "--tasks", "mine", "lost", "--num_fewshot", "1", "--learning_rates", "-1", "--seeds", "0"]
+    wrong = [
+        "--arms",
+        "plain",
+        "best",
+        "--tasks",
+        "mine",
+        "lost",
+        "--num_fewshot",
+        "1",
+        "--learning_rates",
+        "-1",
+        "--seeds",
+        "0",
+        "--batch_size",
+        "0",
+    ]
     done = replicate(folder, *wrong, "--metric", "acc_norm", "f1")
-    said = ["'best'", "tasks: lost: ", "num_fewshot: got 1", "got -1", "seeds: got 0"]
+    said = ["'best'", "tasks: lost: ", "num_fewshot: got 1", "got -1", "seeds: got 0", "batch_size: got 0"]
     assert done.returncode == 1 and [words for words in said if words not in done.stderr] == [] and lines_of(folder) == []
     done = replicate(folder, "--metric", "acc_norm", "acc", "--recipe", "absent.yaml")
     said = ["mine has no acc_norm, expected one of acc", "recipe: there is no file", "model_name_or_path", "dataset_name"]
@@ -197,6 +212,13 @@ def test_a_recipe_sets_nothing_of_a_method_for_every_arm(folder, measured):
     done = replicate(folder, "--recipe", "weighed.yaml")
     assert done.returncode == 1 and lines_of(folder) == []
     assert all(f"{name}: the recipe sets it for every arm" in done.stderr for name in ("token_weight", "reversible"))
+
+
+def test_a_line_without_a_value_is_no_word(tmp_path):
+    script, recipe = scripts.load("replicate_tokenseek"), tmp_path / "recipe.yaml"
+    recipe.write_text("max_steps: null\nwarmup_steps:\nlr_scheduler_type: linear\n")
+    study = script.Study(script.parse("", "few_shot", ["--recipe", str(recipe)], **script.OPTIONS))
+    assert study.setup["lr_scheduler_type"] == "linear" and not {"max_steps", "warmup_steps"} & study.setup.keys()
 
 
 EXPECTED = {  # ratio, scorer, selection, pool, always kept (None: none, unless the top of random), schedule
