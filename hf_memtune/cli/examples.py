@@ -126,13 +126,22 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
 
 
 def without_effect(settings: Settings) -> list[str]:
-    """Settings that are read by nothing. What is of a score is on every map, and a problem of its own where none compared reads it: then token_scorer
-    is not read."""
-    compares, found = settings.examples.compare, settings.seeking.ineffective()
-    told = OF_SCORES if compares else ON_EVERY_MAP
-    found = [each for each in found if each.split()[0] not in told and not (compares and "with token_scorer=" in each)]
+    """Settings that are read by nothing."""
+    found = [message for message in settings.seeking.ineffective() if not _is_read(message, bool(settings.examples.compare))]
     found += settings.data.ineffective() if settings.examples.text is None else []
     return [f"{message}. Leave it out." for message in found]
+
+
+def _is_read(message: str, compares: bool) -> bool:
+    """Whether something here reads what has no effect on training.
+
+    What is of a score is on every map, and so is the score of the scorer where all tokens are kept. A comparison names the scorers; a setting that none
+    of them reads is a problem of its own.
+    """
+    name, _, reason = message.partition(" has no effect with ")
+    if compares:
+        return name in OF_SCORES or reason.startswith("token_scorer=")
+    return name in ON_EVERY_MAP or (name in ("token_scorer", "reference_model") and reason.startswith("token_ratio="))
 
 
 # -- the model and the rows

@@ -21,6 +21,7 @@ TOKEN_WEIGHTS = ("none", "dft")
 TOKEN_GRADIENTS = ("cut", "stream", "skip")
 _OF_COMBINED = ("context_weight", "gradient_weight")
 _OF_BUILT_IN = (*_OF_COMBINED, "reference_model", "profit_threshold")  # settings of one scorer
+_OF_A_CHOICE = ("token_scorer", "select_from", "sample_floor", "weight_cap", "reference_model")  # and there is none where all are kept
 _OF_PARTS = ("context_layer", "context_normalize", "gradient_norm")  # of what any scorer may ask for
 # A chunk of skip is what can be left out as a whole, so it is smaller than one that only bounds memory.
 STREAM_CHUNKS = {"stream": 512, "skip": 64}
@@ -222,7 +223,7 @@ class TokenSeekingConfig(StreamingConfig):
     @property
     def threshold(self) -> float | None:
         """The score below which tokens are left out, or None."""
-        return None if "profit_threshold" in self._idle() else self.profit_threshold
+        return self.profit_threshold if self.token_scorer == "profit" and self.token_selection != "labelled" else None
 
     @property
     def kept_always(self) -> str:
@@ -355,7 +356,9 @@ class TokenSeekingConfig(StreamingConfig):
         if self.token_selection != "sample":
             found |= dict.fromkeys(("sample_floor", "weight_cap"), "token_selection")
         if self.token_selection == "labelled":
-            found |= dict.fromkeys(("token_ratio", "token_scorer", "select_from", "profit_threshold"), "token_selection")
+            found |= dict.fromkeys((*_OF_A_CHOICE, "token_ratio", "profit_threshold"), "token_selection")
+        elif self.keeps_all:
+            found |= dict.fromkeys(_OF_A_CHOICE, "token_ratio")
         if self.seek_schedule != "once":
             found["seek_cache_dir"] = "seek_schedule"
         if self.token_gradient != "skip":

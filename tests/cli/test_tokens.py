@@ -106,9 +106,10 @@ def test_what_is_drawn_is_the_same_each_time_and_of_the_best_there_is_no_chance(
 def test_what_is_too_improbable_is_left_out(chat_model, instructions, tmp_path):
     """By the numbers of the map; tokens without a label have no probability of one, and are shown so."""
     flags = ["--model", str(chat_model), "--dataset", str(instructions), "--index", "1", "--token_selection", "top", "--token_ratio", "1"]
-    flags += ["--token_scorer", "profit", "--select_from", "all"]
-    (every,) = maps_of(*flags)
+    flags += ["--token_scorer", "profit"]
+    (every,) = maps_of(*flags)  # its scores are shown, too
     assert all(every.kept)  # the sibling
+    flags += ["--select_from", "all"]
     scores = sorted(every.scores["profit"][i] for i, labelled in enumerate(every.labelled) if labelled)
     least = (scores[1] + scores[2]) / 2
     (shown,) = maps_of(*flags, "--profit_threshold", least)

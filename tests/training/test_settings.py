@@ -183,6 +183,13 @@ def test_with_a_threshold_a_ratio_of_one_keeps_not_all():
     assert TokenSeekingConfig(**profit | {"token_scorer": "loss"}, profit_threshold=0.1).keeps_all  # which does not read it
 
 
+def test_where_all_tokens_are_kept_nothing_chooses_among_them():
+    some = TokenSeekingConfig(token_seeking=True, token_ratio=0.9, token_scorer="loss", select_from="all")
+    assert some.ineffective() == []
+    all_of_them = TokenSeekingConfig.of(some, token_ratio=1.0)
+    assert all_of_them.ineffective() == [f"{name} has no effect with token_ratio=1.0" for name in ("select_from", "token_scorer")]
+
+
 UNSUPPORTED = {
     "deepspeed": {"zero_optimization": {"stage": 2}},
     "fsdp": "full_shard",
