@@ -66,6 +66,18 @@ PAIRS = {  # by task and stage: arms of which one differs from the other by one 
         (("streaming", 4), ("random/sample/cut/30%", 8)),
         (("streaming", 2), ("random/sample/cut/30%", 4)),
     ),
+    ("smollm2-imdb", "final"): (
+        ("combined/top/cut/10%", "random/top/cut/10%"),
+        ("random/sample/cut/10%", "random/top/cut/10%"),
+        ("random/sample/cut/30%", "random/sample/cut/10%"),
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+    ),
+    ("smollm2-imdb", "race"): (
+        ("true_gradient/sample/cut/30%", "random/sample/cut/30%"),
+        ("streaming@1", "random/sample/cut/30%"),
+        ("streaming@1", "true_gradient/sample/cut/30%"),
+        ("streaming+checkpointing@1", "random/sample/cut/10%"),
+    ),
     ("minilm-reviews", "final"): (
         ("context/top/cut/10%", "random/top/cut/10%"),
         ("combined/top/cut/10%", "random/top/cut/10%"),
@@ -156,7 +168,7 @@ def pairs_table(found: Rows) -> str:
         for arms in pairs:
             sized = [arm if isinstance(arm, tuple) else (arm,) for arm in arms]
             one, other = (named(groups, *arm) for arm in sized)
-            if one and other and one.minus(other):
+            if one and other and (difference := one.minus(other)) and difference.half is not None:
                 told = (f"`{arm}`" + "".join(f", {rows} rows" for rows in size) for arm, *size in sized)
                 compared.append(([task, AT[stage], *told], one, other))
     if not compared:

@@ -111,8 +111,8 @@ PLANS = {
         for task in ("boolq", "mmlu")
     ),
 }  # fmt: skip
-TASKS = tuple(plan.task for plan in PLANS["quality"] if plan.task != "smollm2-imdb")  # those of the page; this one is not measured yet
-RACED = tuple(plan.task for plan in PLANS["quality"] if plan.raced and plan.task in TASKS)
+TASKS = tuple(plan.task for plan in PLANS["quality"])
+RACED = tuple(plan.task for plan in PLANS["quality"] if plan.raced)
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,9 @@ def test_the_longest_row_of_a_model(arguments, settings, unit):
     found = largest(peak, budget, unit, 4 * unit)
     assert found.size == 2 * unit and found.bytes <= budget < found.bytes_beyond
 
-    budget = peak(15 * unit) + 1
-    found = largest(peak, budget, unit, 20 * unit)
-    assert found.size == 15 * unit and found.bytes <= budget < found.bytes_beyond <= peak(16 * unit)
+    budget = peak(7 * unit) + 1
+    found = largest(peak, budget, unit, 10 * unit)
+    assert found.size == 7 * unit and found.bytes <= budget < found.bytes_beyond <= peak(8 * unit)
 
 
 @pytest.mark.parametrize("order, layers_on_the_device", [("chunks", 0), ("layers", 1)])
