@@ -62,8 +62,8 @@ class ModelSource:
             return [f"reversible_adapters: {self.reversible_adapters!r} is not a folder."]
         return []
 
-    def ineffective(self) -> list[str]:
-        return []
+    def ineffective(self) -> dict[str, str]:
+        return {}
 
 
 @dataclass
@@ -96,11 +96,10 @@ class ModelArguments(ModelSource):
         ]
         return super().problems() + [message for holds, message in checks if not holds]
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         if self.lora_r:
-            return []
-        names = changed(self, ("lora_alpha", "lora_dropout", "lora_target_modules"))
-        return [f"{name} has no effect with lora_r=0 (full fine-tuning)" for name in names]
+            return {}
+        return dict.fromkeys(changed(self, ("lora_alpha", "lora_dropout", "lora_target_modules")), "with lora_r=0 (full fine-tuning)")
 
 
 @dataclass
@@ -155,7 +154,7 @@ class DataSource:
             found.append("packing: got True, but trl is not installed. pip install -e '.[sft]', or leave it out.")
         return found
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         classifies = self.task == CLASSES
         idle = ["label_column"] if self.task == "causal_lm" else []
         if classifies or self.text_column is not None:
@@ -163,7 +162,7 @@ class DataSource:
         if classifies:
             idle.append("packing")
         reason = f"task={self.task}" + ("" if classifies or self.text_column is None else f", text_column={self.text_column}")
-        return [f"{name} has no effect with {reason}" for name in changed(self, idle)]
+        return dict.fromkeys(changed(self, idle), f"with {reason}")
 
 
 @dataclass
@@ -193,10 +192,10 @@ class DataArguments(DataSource):
             found.append(f"show_rows: got {self.show_rows}, expected 0 or more.")
         return found + problems_of_row_limits(self)
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         found = super().ineffective()
         if self.eval_split is not None:
-            found += [f"{name} has no effect with eval_split" for name in changed(self, ["eval_fraction"])]
+            found |= dict.fromkeys(changed(self, ["eval_fraction"]), "with eval_split")
         elif not self.eval_fraction:
-            found += [f"{name} has no effect with eval_fraction=0" for name in changed(self, ["max_eval_rows"])]
+            found |= dict.fromkeys(changed(self, ["max_eval_rows"]), "with eval_fraction=0")
         return found

@@ -60,9 +60,9 @@ class BudgetArguments(RoomArguments):
         True, "Whether a budget may be met by token seeking, whose gradients are those of a part of the tokens."
     )
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         idle = self.memory_budget is self.gpu is None and not self.allow_approximate
-        return ["allow_approximate has no effect without memory_budget or gpu"] if idle else []
+        return {"allow_approximate": "without memory_budget or gpu"} if idle else {}
 
 
 def within_budget(arguments: list[str]) -> list[str]:

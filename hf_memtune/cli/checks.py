@@ -63,10 +63,10 @@ def warnings_of_other_runs(training) -> list[str]:
     ]
 
 
-def idle_epochs(training, given) -> list[str]:
-    """Epochs beside steps, by which transformers goes alone. given: names of settings that were given."""
+def idle_epochs(training, given) -> dict[str, str]:
+    """Epochs beside steps, by which transformers goes alone; with the reason. given: names of settings that were given."""
     is_idle = training is not None and training.max_steps > 0 and "num_train_epochs" in given
-    return [f"num_train_epochs has no effect with max_steps={training.max_steps}"] if is_idle else []
+    return {"num_train_epochs": f"with max_steps={training.max_steps}"} if is_idle else {}
 
 
 def problems_of_scores(data, training) -> list[str]:

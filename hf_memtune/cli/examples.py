@@ -125,23 +125,22 @@ def problems_of_comparison(scorers: list[str], seeking: TokenSeekingConfig | Non
     return [f"{name}: none of the compared scorers ({', '.join(scorers)}) reads it. Leave it out, or compare another." for name in idle]
 
 
-def without_effect(settings: Settings) -> list[str]:
-    """Settings that are read by nothing."""
-    found = [message for message in settings.seeking.ineffective() if not _is_read(message, bool(settings.examples.compare))]
-    found += settings.data.ineffective() if settings.examples.text is None else []
-    return [f"{message}. Leave it out." for message in found]
+def without_effect(settings: Settings) -> dict[str, str]:
+    """Settings that are read by nothing, each with the reason."""
+    read = _read_here(settings.seeking.idle(), bool(settings.examples.compare))
+    found = {name: reason for name, reason in settings.seeking.ineffective().items() if name not in read}
+    return found | (settings.data.ineffective() if settings.examples.text is None else {})
 
 
-def _is_read(message: str, compares: bool) -> bool:
-    """Whether something here reads what has no effect on training.
+def _read_here(idle: dict[str, str], compares: bool) -> set[str]:
+    """Names of settings that something here reads, whether or not training does. idle: those that it does not, each with the setting that is the cause.
 
     What is of a score is on every map, and so is the score of the scorer where all tokens are kept. A comparison names the scorers; a setting that none
     of them reads is a problem of its own.
     """
-    name, _, reason = message.partition(" has no effect with ")
     if compares:
-        return name in OF_SCORES or reason.startswith("token_scorer=")
-    return name in ON_EVERY_MAP or (name in ("token_scorer", "reference_model") and reason.startswith("token_ratio="))
+        return {*OF_SCORES, *(name for name, cause in idle.items() if cause == "token_scorer")}
+    return {*ON_EVERY_MAP, *(name for name in ("token_scorer", "reference_model") if idle.get(name) == "token_ratio")}
 
 
 # -- the model and the rows

@@ -89,7 +89,7 @@ class GlueArguments:
         kind = "regression" if self.regression else "classes"
         return [f"metrics: got {', '.join(wrong)} for {kind}, expected some of {', '.join(known)}."] if wrong and not self.task_name else []
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         if self.task_name is None:
-            return []
-        return [f"{name} has no effect with task_name={self.task_name}, which has its own" for name in changed(self, DESCRIBING)]
+            return {}
+        return dict.fromkeys(changed(self, DESCRIBING), f"with task_name={self.task_name}, which has its own")

@@ -62,6 +62,6 @@ class QaArguments:
             found.append(f"test_file: got {self.test_file!r} beside {self.train_file!r}, expected files of one kind.")
         return found
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         given = self.test_file is not None and self.scored_split is not None
-        return ["scored_split has no effect with test_file, whose rows are scored"] if given else []
+        return {"scored_split": "with test_file, whose rows are scored"} if given else {}

@@ -7,17 +7,18 @@ import argparse
 import difflib
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import yaml
 from transformers import HfArgumentParser
 
 from hf_memtune.errors import ConfigError
-from hf_memtune.settings.protocol import told
+from hf_memtune.settings.protocol import no_effect, told
 
 NOTHING = ("", "null", "~")
 SHORTER = ("--model", "--dataset", "--budget")  # aliases by which help calls a setting
@@ -196,13 +197,16 @@ def build(kind: type, values: dict, problems: list[str]):
     return settings if not found else None
 
 
-def idle_flags(built: Iterable, parser: Parser, more: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-    """What settings say has no effect: that of flags as problems, and all of it as it was said. None among `built` could not be built.
+def idle_flags(built: Iterable, parser: Parser, more: Mapping[str, str] = MappingProxyType({})) -> tuple[list[str], list[str]]:
+    """What settings say has no effect: that of flags as problems, and all of it for warnings. None among `built` could not be built.
 
-    more: what else was found to have none.
+    more: what else was found to have none, with the reason.
     """
-    said = [*(message for part in built if part is not None for message in part.ineffective()), *more]
-    return [f"{message}. Leave it out." for message in said if message.split()[0] in parser.flags], said
+    idle = dict(more)
+    for part in built:
+        idle |= {} if part is None else part.ineffective()
+    said = {name: no_effect(name, reason) for name, reason in idle.items()}
+    return [f"{message}. Leave it out." for name, message in said.items() if name in parser.flags], list(said.values())
 
 
 def values_of(kind: type, namespace: Namespace) -> dict:

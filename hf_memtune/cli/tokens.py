@@ -13,6 +13,7 @@ from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.cli.examples import Examples, Settings, load, problems_of_comparison, problems_of_request, without_effect
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import no_effect
 from hf_memtune.settings.seeking import TokenSeekingConfig
 
 SEED = 42  # of the draws that are shown, so that a page is the same each time
@@ -60,7 +61,8 @@ def parse(arguments: list[str]) -> Settings:
     settings = Settings(model, data, examples, seeking)
     if None not in (examples, seeking):
         told = {problem.partition(":")[0] for problem in problems}
-        problems += [problem for problem in without_effect(settings) if problem.split()[0] not in told]
+        idle = without_effect(settings).items()
+        problems += [f"{no_effect(name, reason)}. Leave it out." for name, reason in idle if name not in told]
     if problems:
         raise ConfigError(problems)
     return settings

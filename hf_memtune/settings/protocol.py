@@ -52,8 +52,8 @@ class MethodSettings:
 
     def warn_of_ineffective(self, stacklevel: int) -> None:
         """Warn of what has no effect, where nobody else tells of it (`told`)."""
-        for message in () if _is_told.get() else self.ineffective():
-            warnings.warn(message, stacklevel=stacklevel)
+        for name, reason in () if _is_told.get() else self.ineffective().items():
+            warnings.warn(no_effect(name, reason), stacklevel=stacklevel)
 
     @classmethod
     def of(cls, settings: "MethodSettings", **changed: Any) -> Self:
@@ -65,9 +65,14 @@ class MethodSettings:
         """Every value that cannot work, as one message each: setting, got, expected."""
         return []
 
-    def ineffective(self) -> list[str]:
-        """Settings that were given but have no effect under the others, for a warning: nothing is ignored in silence."""
-        return []
+    def ineffective(self) -> dict[str, str]:
+        """Names of settings that were given but have no effect under the others, each with the reason: nothing is ignored in silence."""
+        return {}
+
+
+def no_effect(name: str, reason: str) -> str:
+    """What is said of a setting without effect. reason: begins with "with" or "without"."""
+    return f"{name} has no effect {reason}"
 
 
 Condition = tuple[bool, str, str]

@@ -89,9 +89,9 @@ class ReversibleConfig(MethodSettings):
     def problems(self) -> list[str]:
         return (unmet(self, [*_choices(self), *_ranges(self)]) or _combinations(self)) + super().problems()
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         given = [each.name for each in changed_fields(self, ReversibleConfig)]
-        return [f"{name} has no effect {reason}" for name, reason in _idle(self).items() if name in given] + super().ineffective()
+        return {name: reason for name, reason in _idle(self).items() if name in given} | super().ineffective()
 
 
 def _defaults(config: Any) -> dict[str, Any]:

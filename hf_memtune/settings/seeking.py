@@ -319,26 +319,27 @@ class TokenSeekingConfig(StreamingConfig):
             "pass over the data set, and is drawn anew each step. For scores that last choose token_scorer=combined, for one."
         ]
 
-    def ineffective(self) -> list[str]:
+    def ineffective(self) -> dict[str, str]:
         given = self.given | {f.name for f in changed_fields(self, TokenSeekingConfig) if f.name not in PRESETS[None]}
         if not self.token_seeking:
             idle = given - {"token_seeking"} - {f.name for f in fields(StreamingConfig)}
-            return super().ineffective() + [f"{name} has no effect without token_seeking" for name in sorted(idle)]
+            return super().ineffective() | dict.fromkeys(sorted(idle), "without token_seeking")
         by_default = "token_scorer" not in self.given and self.preset is None
         others = ", unless the trainer is given a function, or a model whose loss is one for a row" if by_default else ""
-        return [
-            f"{name} has no effect with {reason}={getattr(self, reason)}{others if reason == 'token_scorer' and name in (*_OF_PARTS, 'sample_floor') else ''}"
-            for name, reason in sorted(self._idle().items())
-            if name in given
-        ] + super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
+        found = {}
+        for name, cause in sorted(self.idle().items()):
+            if name in given:
+                is_of_scorer = cause == "token_scorer" and name in (*_OF_PARTS, "sample_floor")
+                found[name] = f"with {cause}={getattr(self, cause)}{others if is_of_scorer else ''}"
+        return found | super(StreamingConfig, self).ineffective()  # of what is of streaming, it is said here
 
     def scorer_settings(self, everything: bool = False) -> dict[str, Any]:
         """The settings that token_scorer reads, by name. everything: those that a scorer of one's own may read."""
-        idle = self._idle()
+        idle = self.idle()
         read = _OF_PARTS if everything else (name for name in (*_OF_BUILT_IN, *_OF_PARTS) if name not in idle)
         return {name: value for name in read if (value := getattr(self, name)) is not None}
 
-    def _idle(self) -> dict[str, str]:
+    def idle(self) -> dict[str, str]:
         """Names of the settings that are not read, each with the setting because of which it is not."""
         scorer, found = facts_of(self.token_scorer), {}
         if self.token_scorer != "combined":

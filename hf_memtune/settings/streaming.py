@@ -109,12 +109,13 @@ class StreamingConfig(MethodSettings):
             found.append(f"stream_order: got {self.stream_order!r}, expected one of {STREAM_ORDERS}. Leave it out for the better one.")
         return found + super().problems()
 
-    def ineffective(self) -> list[str]:
-        own = ["kv_offload has no effect without sequence_chunk_size"] if self.kv_offload and not self.streams else []
-        if self.stream_order is not None and not self.streams:
-            own.append("stream_order has no effect without sequence_chunk_size")
-        if self.keep_attention_outputs and not self.streams:
-            own.append("keep_attention_outputs has no effect without sequence_chunk_size")
+    def ineffective(self) -> dict[str, str]:
+        given = (
+            ("kv_offload", self.kv_offload),
+            ("stream_order", self.stream_order is not None),
+            ("keep_attention_outputs", self.keep_attention_outputs),
+        )
+        own = {name: "without sequence_chunk_size" for name, is_given in given if is_given and not self.streams}
         if self.chunk_budget is not None and not self.chunk_is_open:
-            own.append("chunk_budget has no effect without sequence_chunk_size=auto")
-        return own + super().ineffective()
+            own["chunk_budget"] = "without sequence_chunk_size=auto"
+        return own | super().ineffective()

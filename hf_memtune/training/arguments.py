@@ -51,15 +51,14 @@ class MemEfficientArgumentsMixin(TokenSeekingConfig, ReversibleConfig, Preflight
         self._require_device_memory()
         self.warn_of_ineffective(stacklevel=4)
 
-    def ineffective(self) -> list[str]:
-        found = []
+    def ineffective(self) -> dict[str, str]:
+        found = {}
         default = MemEfficientArgumentsMixin.full_loss_rows
         if not self.is_mean_of_kept and self.full_loss_rows != default:
-            found.append(
-                "full_loss_rows has no effect without token_seeking and token_selection=top, and another token_scorer than true_gradient: the "
-                "loss is then that of the kept tokens"
+            found["full_loss_rows"] = (
+                "without token_seeking and token_selection=top, and another token_scorer than true_gradient: the loss is then that of the kept tokens"
             )
-        return found + super().ineffective()
+        return found | super().ineffective()
 
     @property
     def is_reversible(self) -> bool:

@@ -219,13 +219,11 @@ def test_offloaded_it_costs_the_device_nothing_that_grows(monkeypatch, order):
 
 
 def test_settings():
-    assert StreamingConfig(keep_attention_outputs=True).ineffective() == [
-        "keep_attention_outputs has no effect without sequence_chunk_size"
-    ]
+    assert StreamingConfig(keep_attention_outputs=True).ineffective() == {"keep_attention_outputs": "without sequence_chunk_size"}
     for gradient in ("cut", "skip", "stream"):  # skip runs some tokens of a chunk, of which others were kept
         chunk = None if gradient == "cut" else 4
         config = TokenSeekingConfig(token_seeking=True, token_gradient=gradient, keep_attention_outputs=True, sequence_chunk_size=chunk)
-        idle = [] if gradient == "stream" else [f"keep_attention_outputs has no effect with token_gradient={gradient}"]
+        idle = {} if gradient == "stream" else {"keep_attention_outputs": f"with token_gradient={gradient}"}
         assert config.ineffective() == idle and config.keeps_attention is (gradient == "stream")
 
 

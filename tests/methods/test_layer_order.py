@@ -381,9 +381,9 @@ def test_what_is_learned_beside_the_hidden_states_is_refused():
 def test_settings():
     with pytest.raises(ConfigError, match="stream_order: got 'rows', expected one of"):
         StreamingConfig(stream_order="rows", sequence_chunk_size=4)
-    assert StreamingConfig(stream_order="layers").ineffective() == ["stream_order has no effect without sequence_chunk_size"]
+    assert StreamingConfig(stream_order="layers").ineffective() == {"stream_order": "without sequence_chunk_size"}
     seeking = TokenSeekingConfig(token_seeking=True, token_gradient="stream", stream_order="layers")
-    assert seeking.ineffective() == ["stream_order has no effect with token_gradient=stream"]
+    assert seeking.ineffective() == {"stream_order": "with token_gradient=stream"}
 
 
 def test_calls_that_are_not_for_learning_pass_through():

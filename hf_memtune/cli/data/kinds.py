@@ -6,6 +6,7 @@ from typing import NamedTuple
 from hf_memtune.cli.arguments import CLASSES, COLUMNS, DataSource, changed
 from hf_memtune.cli.data.mixed import require_one_kind
 from hf_memtune.errors import ConfigError
+from hf_memtune.settings.protocol import no_effect
 
 CHAT, SHAREGPT, COMPLETION, INSTRUCTION, TEXT = "messages", "conversations", "prompt and completion", "instructions", "text"
 _RECOGNISED = (
@@ -30,8 +31,10 @@ def resolved(data: DataSource, columns: list[str]) -> DataSource:
     if classifies and data.text_column is not None and "label_column" not in changed(data, ["label_column"]):
         classifies = False  # a column of text was asked for, and none of classes
     found = replace(data, task=CLASSES if classifies else "causal_lm")
-    if idle := [message for message in found.ineffective() if message not in data.ineffective()]:  # others are told of already
-        raise ConfigError([f"{message}, which the columns of these rows are for. Leave it out, or name the task." for message in idle])
+    told = data.ineffective()
+    if idle := {name: reason for name, reason in found.ineffective().items() if name not in told}:
+        remedy = "which the columns of these rows are for. Leave it out, or name the task."
+        raise ConfigError([f"{no_effect(name, reason)}, {remedy}" for name, reason in idle.items()])
     return found
 
 

@@ -19,6 +19,7 @@ from hf_memtune.files import whole
 from hf_memtune.levers.table import CHECKPOINT_LEVELS, REVERSIBLE, lever_of
 from hf_memtune.methods.reversible.handle import ReversibleHandle
 from hf_memtune.methods.seeking.method import resolve_scorer
+from hf_memtune.settings.protocol import no_effect
 from hf_memtune.settings.reversible import ReversibleConfig
 from hf_memtune.settings.seeking import TokenSeekingConfig
 from hf_memtune.training.launch import problems_of, problems_of_devices, problems_of_launch
@@ -98,7 +99,8 @@ class ReversibleMixin:
         settings = self.args if handle is None else handle.config
         is_exact = settings.reversible != "none" and settings.reversible_numerics == "exact"
         if not self.args.reversible_require_exact and not is_exact:
-            warnings.warn("reversible_require_exact has no effect without reversible layers of reversible_numerics=exact", stacklevel=2)
+            reason = "without reversible layers of reversible_numerics=exact"
+            warnings.warn(no_effect("reversible_require_exact", reason), stacklevel=2)
 
     def _reversible_config(self, scorer: TokenScorer | None) -> ReversibleConfig:
         """As the arguments say; where tokens are scored through the last block, that one stays an ordinary layer."""
