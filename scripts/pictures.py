@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from learning.arms import ADAPTERS, EVERY_LABEL, FLAGS, FULL, LORA, is_seeking, parts_of
 from learning.groups import Group, finals
-from learning.plans import TASKS, latest
+from learning.plans import TASKS
 from looks import PATHS, colour_of, draw_interval, draw_sample, in_order, key_below, look, named_lines, scorer_of
 from pages import GIB, MIB, Rows, by, mib, of, unique
 from tables_commands import groups_of
@@ -35,7 +35,7 @@ BLACK, GREY, BLUE, SKY, GREEN, YELLOW, ORANGE, RED, PINK = (
 
 def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
     """Every picture. rows_of: of a result file."""
-    quality = latest(rows_of("quality"))
+    quality = rows_of("quality")
     draw_ladder(rows_of("ladder"), folder / "fits-ladder.png")
     draw_contract(rows_of("estimate"), folder / "fits-contract.png")
     for task in TASKS:
@@ -47,7 +47,7 @@ def draw(rows_of: Callable[[str], Rows], folder: Path) -> None:
         draw_estimators(estimators, folder / "estimator.png")
     if scorers := rows_of("scorers"):
         draw_scorers(scorers, folder / "scorers.png")
-    draw_accuracy(groups_of(latest(rows_of("glue")), FLAGS), folder / "reversible-glue.png")
+    draw_accuracy(groups_of(rows_of("glue"), FLAGS), folder / "reversible-glue.png")
     draw_bytes(rows_of("reversible_memory"), folder / "reversible-memory.png")
     draw_start(rows_of("start_point"), folder / "reversible-start.png")
 

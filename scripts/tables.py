@@ -22,6 +22,7 @@ import tables_races
 import tables_reversible
 import tables_screening
 from gpu.tables import tables as gpu_tables
+from learning.plans import PLANS, latest
 from methods import LOGIT_FREE
 from pages import GIB, ROOT, Cell, Rows, by, conditions_of, listing, mib, of, pivot, table, unique
 
@@ -67,7 +68,9 @@ COVERED = {
 
 
 def rows_of(name: str) -> Rows:
-    return store.read(ROOT / "results" / f"{name}.jsonl")
+    """Of a result file; where it is a study of how methods learn, the last record of each run counts."""
+    rows = store.read(ROOT / "results" / f"{name}.jsonl")
+    return latest(rows) if name in PLANS else rows
 
 
 def traced(**wanted) -> Rows:

@@ -5,7 +5,7 @@ from statistics import median
 
 from learning.arms import ADAPTERS, DESCRIBED, FLAGS, FULL, PLAIN, QA
 from learning.groups import BESIDE, Group, finals, left_out, listed, named, shown
-from learning.plans import PLANS, latest
+from learning.plans import PLANS
 from pages import UNMEASURED, Rows, conditions_of, of, table, unique
 
 QA_TASKS = tuple(plan.task for plan in PLANS["qa"])
@@ -13,20 +13,20 @@ CHANCE_MARGIN = 0.05  # of accuracy: an arm that ends this near to where it bega
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
-    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
+    """What stands between the markers of each name. rows_of: of a result file."""
 
     def glue() -> list[Group]:
-        return groups_of(latest(rows_of("glue")), FLAGS)
+        return groups_of(rows_of("glue"), FLAGS)
 
     def qa(task: str) -> list[Group]:
-        return groups_of(of(latest(rows_of("qa")), task=task), QA)
+        return groups_of(of(rows_of("qa"), task=task), QA)
 
     return {
         **{f"qa-{task}": lambda task=task: section(qa(task), PLAIN) for task in QA_TASKS},
-        "qa-conditions": lambda: conditions_of(of(latest(rows_of("qa")), stage="final"), leave_out=("model", "data")),
+        "qa-conditions": lambda: conditions_of(of(rows_of("qa"), stage="final"), leave_out=("model", "data")),
         "glue-arms": lambda: "\n".join(f"- `{group.arm}`: {DESCRIBED[group.arm]}" for group in glue()),
         "glue": lambda: section(glue(), FULL),
-        "glue-conditions": lambda: conditions_of(of(latest(rows_of("glue")), stage="final"), leave_out=("model", "data")),
+        "glue-conditions": lambda: conditions_of(of(rows_of("glue"), stage="final"), leave_out=("model", "data")),
     }
 
 

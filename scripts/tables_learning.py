@@ -1,10 +1,11 @@
 """Tables and sentences on how well each way of token seeking learns, from results/quality.jsonl. All follow from the file."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from learning.arms import EVERY_LABEL, PLAIN, STREAMING, TOKENTUNE, is_seeking
 from learning.groups import BESIDE, CONFIDENCE, Group, baseline, finals, left_out, listed, named, shown
-from learning.plans import TASKS, latest
+from learning.plans import TASKS
 from pages import UNMEASURED, Rows, conditions_of, table
 
 SUMMARY_TASKS = {
@@ -27,11 +28,8 @@ SUMMARY_ARMS = {
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
-    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
-
-    def quality() -> Rows:
-        return latest(rows_of("quality"))
-
+    """What stands between the markers of each name. rows_of: of a result file."""
+    quality = partial(rows_of, "quality")
     return {
         **{f"quality-{task}": lambda task=task: quality_section(finals(quality(), task)) for task in TASKS},
         "quality": lambda: summary_table(quality()),

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 from learning.arms import PLAIN, is_exact
 from learning.groups import CONFIDENCE, Group, Interval, finals, left_out, named, shown
-from learning.plans import RACED, latest
+from learning.plans import RACED
 from pages import UNMEASURED, Rows, mib, table
 
 PAIRS = {  # by task and stage: arms of which one differs from the other by one choice, or that compete for the same seconds; also with other rows
@@ -88,11 +89,8 @@ AT = {"final": "steps", "race": "seconds"}
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
-    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
-
-    def quality() -> Rows:
-        return latest(rows_of("quality"))
-
+    """What stands between the markers of each name. rows_of: of a result file."""
+    quality = partial(rows_of, "quality")
     return {
         **{f"race-{task}": lambda task=task: race_section(race_of(quality(), task), finals(quality(), task, "race")) for task in RACED},
         "quality-pairs": lambda: pairs_table(quality()),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from learning.arms import TOKENTUNE, is_seeking, parts_of
 from learning.groups import interval
-from learning.plans import final_loss, latest
+from learning.plans import final_loss
 from pages import Rows, listing, of, table, unique
 
 MARGIN = 0.02  # of loss: a difference below it between two single runs is taken for noise
@@ -13,8 +13,8 @@ SAME_BYTES = 1.02  # as many bytes, to within what padding of the traced batch d
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:
-    """What stands between the markers of each name. rows_of: of a result file. The last record of a run counts."""
-    return {"quality-screening": lambda: screening_section(screened(latest(rows_of("quality"))))}
+    """What stands between the markers of each name. rows_of: of a result file."""
+    return {"quality-screening": lambda: screening_section(screened(rows_of("quality")))}
 
 
 def screened(found: Rows) -> Rows:
