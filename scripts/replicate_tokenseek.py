@@ -9,7 +9,7 @@
 First every arm is trained at each learning rate (stage tune); then, at the rate that gave it the lowest held-out loss, with other seeds,
 and these are scored (stage final). One line a run in results/few_shot.jsonl. What the file has is not run again, and a run that was killed
 leaves no line: the script may be stopped and started at will. What an arm is: FEW_SHOT in scripts/learning/arms.py. All else of training is
-in the recipe; with another recipe, or on other tasks, runs are other runs.
+in the recipe; with another recipe, on other tasks, or where a final has other files of rows or tasks, runs are other runs.
 """
 
 import gc
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import yaml
 from conditions import conditions
 from learning.arms import FEW_SHOT, OF_A_METHOD, check
-from learning.few_shot import SUITE, TUNED_BY, chosen_rate, problems_of, score, tasks_of, together
+from learning.few_shot import SUITE, TUNED_BY, chosen_rate, digest_of, problems_of, score, tasks_of, together
 from options import one, parse, several
 from pages import ROOT
 from store import measure, read
@@ -80,7 +80,8 @@ class Study:
 
     def run(self, stage: str, arm: str, rate: float | None = None, seed: int | None = None) -> dict:
         """What tells a run from others, as the file has it. How it is scored belongs to finals alone."""
-        scored = {"tasks": [list(task) for task in self.tasks], "limit": self.options.limit} if stage == "final" else {}
+        files = digest_of(self.data, self.options.tasks_folder)
+        scored = {"tasks": [list(task) for task in self.tasks], "limit": self.options.limit, "files": files} if stage == "final" else {}
         names = {name: "/".join(Path(given or "").parts[-2:]) for name, given in (("model", self.model), ("data", self.data))}
         run = {"stage": stage, "arm": arm, "learning_rate": rate, "seed": seed, **names, **scored}
         return run | {"setup": self.setup, "settings": FEW_SHOT[arm]}

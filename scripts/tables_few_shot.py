@@ -10,7 +10,7 @@ from pages import UNMEASURED, Rows, by, conditions_of, mib, of, table
 
 # Llama-3.2-1B on Open-Platypus, table of the paper (arXiv 2601.19739): means of the five tasks
 PUBLISHED = {"plain": ("QLoRA", 52.13), "tokenseek": ("QLoRA + TokenSeek", 52.61), "tokentune": ("QLoRA + TokenTune", 49.22)}
-COMMON = ("model", "data", "setup", "tasks", "limit")  # what the lines of one table have in common
+COMMON = ("model", "data", "setup", "tasks", "limit", "files")  # what the lines of one table have in common
 
 
 def sections(rows_of: Callable[[str], Rows]) -> dict[str, Callable[[], str]]:

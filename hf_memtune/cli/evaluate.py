@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource
+from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.cli.task_scores import TaskArguments
 from hf_memtune.cli.task_scores import run as run_tasks
@@ -84,26 +84,21 @@ def measured(settings: Settings) -> dict[str, float | int]:
     """rows, loss, and accuracy of a classifier; all labelled tokens, plain forward through the layers as they were trained."""
     from transformers import Trainer, TrainingArguments
 
-    from hf_memtune.cli.data import check_columns, class_names, collator, load_rows, resolved, tokenised
-    from hf_memtune.cli.data.classes import known_classes, relabelled
-    from hf_memtune.cli.data.rows import use_template
+    from hf_memtune.cli.data import collator, load_rows, tokenised, understood
+    from hf_memtune.cli.data.classes import known_classes
+    from hf_memtune.cli.data.showing import tell_of
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
     from hf_memtune.cli.train import accuracy
     from hf_memtune.training.loss_alone import logits_on_demand
 
     model, data, measuring, _ = settings
     tokenizer = load_tokenizer(model)
-    rows = load_rows(data, data.dataset_split)
-    data = resolved(data, rows.column_names)
-    check_columns(data, rows.column_names)
-    use_template(data, tokenizer)
-    known = known_classes(model) if data.task == CLASSES else None
-    if data.task == CLASSES and known is None and model.reversible_adapters is None:  # theirs may hold the head
+    (rows,), data, classes, not_read = understood(data, tokenizer, model, load_rows(data, data.dataset_split))
+    if classes and known_classes(model) is None and model.reversible_adapters is None:  # theirs may hold the head
         wrong = f"{model.model_name_or_path!r} has no head for classes, which rows with {data.label_column!r} are for"
         raise ConfigError([f"model_name_or_path: {wrong}. Name a trained classifier, or measure the text alone: --task causal_lm."])
-    (rows,) = relabelled(data, known, rows)
-    classes = class_names(data, rows)
-    rows, _ = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)
+    rows, dropped = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)
+    tell_of(dropped, not_read)
     loaded = load_model(model, data, tokenizer, classes)
     with_reversible_adapters(loaded, model)
     with TemporaryDirectory() as folder:

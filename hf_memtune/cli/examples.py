@@ -189,19 +189,16 @@ def _text_row(settings: Settings, tokenizer):
 
 
 def _rows_of_data(settings: Settings, tokenizer):
-    from hf_memtune.cli.data import check_columns, class_names, load_rows, resolved, tokenised
-    from hf_memtune.cli.data.classes import known_classes, relabelled
-    from hf_memtune.cli.data.rows import use_template
+    from hf_memtune.cli.data import load_rows, tokenised, understood
+    from hf_memtune.cli.data.showing import tell_of
 
-    data, examples = settings.data, settings.examples
-    rows = load_rows(data, data.dataset_split)
-    data = resolved(data, rows.column_names)
-    check_columns(data, rows.column_names)
+    examples = settings.examples
+    (rows,), data, classes, not_read = understood(
+        settings.data, tokenizer, settings.model, load_rows(settings.data, settings.data.dataset_split)
+    )
     _require_token_losses(data, examples)
-    use_template(data, tokenizer)
+    tell_of({}, not_read)  # rows that are dropped are on the page, or refused
     index = _chosen(examples, len(rows), data)
-    (rows,) = relabelled(data, known_classes(settings.model) if data.task == CLASSES else None, rows)
-    classes = class_names(data, rows)
     chosen, dropped = tokenised(rows.select(index), data, tokenizer, classes)
     if dropped and not examples.compare:
         told = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
-from hf_memtune.cli.data import class_names, load_rows, mapped
+from hf_memtune.cli.data import load_rows, mapped
 from hf_memtune.cli.data.classes import SHOWN, is_nameless, known_classes, relabelled
+from hf_memtune.cli.data.kinds import class_names
 from hf_memtune.cli.glue_arguments import GlueArguments, part_name
 from hf_memtune.cli.glue_tasks import HUB_NAME, GlueTask
 from hf_memtune.errors import ConfigError

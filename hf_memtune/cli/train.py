@@ -123,8 +123,6 @@ def make_trainer(settings: Settings):
         rows = prepare(data, tokenizer, settings.model)
         if settings.training.process_index == 0:
             show(rows, tokenizer, data.show_rows)
-            if rows.unread.warning is not None:
-                warnings.warn(rows.unread.warning, stacklevel=2)
             together = settings.training.per_device_train_batch_size if data.packing else 1
             for message in () if rows.classes else traps(settings.training, lengths_of(rows.train, together)):
                 warnings.warn(message, stacklevel=2)

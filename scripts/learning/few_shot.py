@@ -1,7 +1,9 @@
 """The few-shot suite of TokenSeek (arXiv 2601.19739): its tasks, scores on them, and the learning rate that a search chose."""
 
+import hashlib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
@@ -37,6 +39,17 @@ def tasks_of(names: list[str], num_fewshot: list[int] | None, metric: list[str] 
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         wrong.append(f"tasks: got {', '.join(twice)} more than once, and a run has one score of each")
     return [Task(*each) for each in zip(*columns)], wrong
+
+
+def digest_of(*named: str | None) -> str | None:
+    """Of the files among what is named and of those in its folders, by name and content; None where there are none, as of what is on the hub."""
+    paths = [Path(name) for name in named if name]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*"))) if file.is_file()]
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)};".encode() + content)
+    return digest.hexdigest() if files else None
 
 
 def chosen_rate(rows: Iterable[dict], run: dict) -> float | None:

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 import shutil
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy
@@ -12,7 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_memtune.cli import evaluate, train
 from hf_memtune.cli.arguments import DataArguments, DataSource, ModelSource
-from hf_memtune.cli.data import load_rows, prepare, resolved
+from hf_memtune.cli.data import load_rows, prepare
+from hf_memtune.cli.data.kinds import resolved
 from hf_memtune.cli.data.making import as_text
 from hf_memtune.cli.data.mixed import as_stored, written
 from hf_memtune.cli.data.showing import show
@@ -476,17 +479,24 @@ def test_columns_that_are_not_read_are_named(row, names, lost, tmp_path, capsys)
     rows = prepare(data_of(write_rows(tmp_path / "rows.jsonl", [row] * 2)), words := tokenizer(chat=True))
     found, warning = rows.unread
     assert sorted(found) == sorted(names) and ((warning is None) if lost is None else (lost in warning))
-    show(rows, words, 0)
+    with nullcontext() if lost is None else pytest.warns(UserWarning, match="Answers may depend on"):
+        show(rows, words, 0)
     assert ("columns not read" in capsys.readouterr().err) == (bool(names) and lost is None)
 
 
-def test_a_command_warns_of_a_column_that_answers_depend_on(model, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["train", "evaluate", "tokens"])
+def test_a_command_warns_of_a_column_that_answers_depend_on(command, model, tmp_path, capsys):
+    """And says how many rows it leaves out."""
     from hf_memtune.cli import main
     from tests.support.train import arguments
 
-    rows = write_rows(tmp_path / "rows.jsonl", [REQUEST | {"system": "be brief"}] * 24)
+    rows = write_rows(tmp_path / "rows.jsonl", [REQUEST | {"system": "be brief"}, REQUEST | {"output": " "}] * 12)
+    flags = arguments(None, model, rows) if command == "train" else ["--model", str(model), "--dataset", str(rows)]
+    flags += ["--out", str(tmp_path / "page.html")] if command == "tokens" else []
     with pytest.warns(UserWarning, match="Answers may depend on system"):
-        assert main(["train", *arguments(None, model, rows)]) == 0
+        assert main([command, *flags]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert command == "tokens" or re.search(r"dropped \d+ rows: \d+ empty", said)  # it shows one row, which is not
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.csv", "rows.jsonl"])

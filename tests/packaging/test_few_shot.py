@@ -126,6 +126,24 @@ def test_what_is_measured_is_not_measured_again(folder, measured):
     assert replicate(folder).returncode == 0 and lines_of(folder) == measured
 
 
+def test_with_other_files_a_final_is_another_run(folder, measured):
+    """A task file and the rows that are learned, by content: neither changes its name."""
+    write(folder, measured)
+    for file in (folder / "tasks" / "more.yaml", folder / "rows.jsonl"):
+        before, known = file.read_text(), len(lines_of(folder))
+        file.write_text(before + "\n")
+        try:
+            assert replicate(folder, "--arms", "plain").returncode == 0
+        finally:
+            file.write_text(before)
+        (again,) = lines_of(folder)[known:]
+        assert again["stage"] == "final" and again["files"] not in {row["files"] for row in of(lines_of(folder)[:known], stage="final")}
+    scripts.load("tables")
+    import tables_few_shot
+
+    assert tables_few_shot.few_shot(lines_of(folder)).count("| `plain` | 0.0") == 3  # a table each
+
+
 @pytest.mark.parametrize("lost", [1, -1])
 def test_a_lost_line_is_measured_again_alone(lost, folder, measured):
     """To the same numbers, but for the seconds; also one that a killed process left unfinished."""

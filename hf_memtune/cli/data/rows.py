@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, DataArguments, DataSource, ModelSource
 from hf_memtune.cli.data.chats import without_nones
@@ -45,23 +45,37 @@ class Rows:
 
 def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) -> Rows:
     """Rows to train on and rows held out, tokenised; the former packed where that is asked for. model: whose classes the rows have."""
-    train, held_out = _split(data)
-    data = resolved(data, train.column_names)
-    check_columns(data, train.column_names)
-    not_read = unread(data, train)
-    use_template(data, tokenizer)
-    if data.task == CLASSES and model is not None:
-        parts = relabelled(data, known_classes(model), *(rows for rows in (train, held_out) if rows is not None))
-        train, held_out = parts[0], parts[-1] if held_out is not None else None
-    classes = class_names(data, train)
-    train, reasons = tokenised(train, data, tokenizer, classes, "rows to train on")
-    if held_out is not None:
-        held_out, more = tokenised(held_out, data, tokenizer, classes, "held-out rows (eval_split, eval_fraction)")
+    (stored, *rest), data, classes, not_read = understood(data, tokenizer, model, *_split(data))
+    train, reasons = tokenised(stored, data, tokenizer, classes, "rows to train on")
+    held_out = None
+    for rows in rest:
+        held_out, more = tokenised(rows, data, tokenizer, classes, "held-out rows (eval_split, eval_fraction)")
         reasons += more
     return Rows(packed(train, data), held_out, data, dict(reasons), classes, not_read)
 
 
-def use_template(data: DataSource, tokenizer) -> None:
+class Understood(NamedTuple):
+    """Rows as they are stored, in parts. data: the settings, with the task that they are for. classes: of sequence classification, in order."""
+
+    parts: tuple
+    data: DataSource
+    classes: list | None
+    unread: Unread
+
+
+def understood(data: DataSource, tokenizer, model: ModelSource | None, *parts) -> Understood:
+    """What parts of rows are for, and whether they can be read. The tokenizer gets its chat template. model: whose classes the rows have."""
+    columns = parts[0].column_names
+    data = resolved(data, columns)
+    check_columns(data, columns)
+    not_read = unread(data, parts[0])
+    _use_template(data, tokenizer)
+    known = known_classes(model) if data.task == CLASSES and model is not None else None
+    parts = relabelled(data, known, *parts)
+    return Understood(parts, data, class_names(data, parts[0]), not_read)
+
+
+def _use_template(data: DataSource, tokenizer) -> None:
     """Give the tokenizer the chat template that the settings name: a Jinja file, or that of another tokenizer."""
     if data.chat_template_path is None:
         return
@@ -81,7 +95,8 @@ def use_template(data: DataSource, tokenizer) -> None:
     tokenizer.chat_template = template
 
 
-def _split(data: DataArguments):
+def _split(data: DataArguments) -> list:
+    """Rows to train on, and where some are held out, those."""
     rows, held_out = load_rows(data, data.dataset_split), None
     if data.eval_split is not None:
         held_out = load_rows(data, data.eval_split)
@@ -92,9 +107,8 @@ def _split(data: DataArguments):
         count = min(max(1, round(len(rows) * data.eval_fraction)), len(rows) - 1)
         parts = rows.train_test_split(test_size=count, seed=HOLD_OUT_SEED)
         rows, held_out = parts["train"], parts["test"]
-    if held_out is not None:
-        held_out = _first(held_out, data.max_eval_rows)
-    return _first(rows, data.max_train_rows), held_out
+    parts = [_first(rows, data.max_train_rows)]
+    return parts if held_out is None else [*parts, _first(held_out, data.max_eval_rows)]
 
 
 def _warn_of_trained(data: DataArguments, rows) -> None:

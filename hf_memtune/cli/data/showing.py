@@ -1,7 +1,10 @@
 """A look at rows as they will be learned, before training: which of their tokens carry a label."""
 
+import warnings
+from collections.abc import Mapping
 from itertools import groupby
 
+from hf_memtune.cli.data.kinds import Unread
 from hf_memtune.cli.data.making import IGNORED
 from hf_memtune.cli.data.rows import Rows
 
@@ -9,17 +12,26 @@ _LONGEST = 240  # characters of a piece that are shown; the middle of longer one
 
 
 def show(rows: Rows, tokenizer, count: int) -> None:
-    """Print the first rows to train on as a table, what was dropped, and which columns are not read. What carries a label stands between « and »."""
+    """Print the first rows to train on as a table, and what of the rows is left out. What carries a label stands between « and »."""
+    from rich.console import Console
+
+    tell_of(rows.reasons, rows.unread)
+    if count:
+        Console(stderr=True).print(table_of(rows, tokenizer, count))
+
+
+def tell_of(dropped: Mapping[str, int], unread: Unread) -> None:
+    """Print what of the rows is left out: how many by reason, and columns; warn of those that answers may depend on."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if rows.reasons:
-        told = ", ".join(f"{number} {reason}" for reason, number in rows.reasons.items())
-        console.print(f"dropped {rows.dropped} rows: {told}", highlight=False)
-    if rows.unread.columns and rows.unread.warning is None:
-        console.print(f"columns not read: {', '.join(rows.unread.columns)}", highlight=False, markup=False)
-    if count:
-        console.print(table_of(rows, tokenizer, count))
+    if dropped:
+        told = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+        console.print(f"dropped {sum(dropped.values())} rows: {told}", highlight=False)
+    if unread.warning is not None:
+        warnings.warn(unread.warning, stacklevel=3)
+    elif unread.columns:
+        console.print(f"columns not read: {', '.join(unread.columns)}", highlight=False, markup=False)
 
 
 def table_of(rows: Rows, tokenizer, count: int):
