@@ -61,9 +61,10 @@ def resident_bytes() -> int:
 
 
 def available_bytes(device: torch.device | str | int, held_bytes: int) -> int:
-    """Bytes that tensors may take on ``device``, those that are there included: held_bytes of them on a CPU, whose memory is not counted.
+    """Bytes that a run's tensors may take on ``device``, the held_bytes of them that are there already included.
 
-    On CUDA what is free and what the allocator holds, less what blocks without a tensor take of it; on a CPU what the system can still give.
+    On CUDA what is free and what the allocator holds, but for tensors of others (an average of the weights, a second model), less what blocks
+    without a tensor take of it; on a CPU what the system can still give.
     """
     device = torch.device(device)
     allocator = _allocator(device)
@@ -72,7 +73,8 @@ def available_bytes(device: torch.device | str | int, held_bytes: int) -> int:
 
         return min([psutil.virtual_memory().available, *_left_of_control_group()]) + held_bytes
     free, _ = allocator.mem_get_info(device)
-    return int((free + allocator.memory_reserved(device)) / (1 + ALLOCATOR_SHARE))
+    of_others = max(0, allocator.memory_allocated(device) - held_bytes)
+    return int((free + allocator.memory_reserved(device)) / (1 + ALLOCATOR_SHARE)) - of_others
 
 
 def _left_of_control_group() -> list[int]:

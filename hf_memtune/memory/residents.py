@@ -26,6 +26,12 @@ def residents(model: nn.Module, optimizer: torch.optim.Optimizer | None, batch: 
     yield from optimizer_state(model, optimizer)
 
 
+def bytes_held(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Of all of them but a batch, each storage once."""
+    storages = (tensor.untyped_storage() for _, _, tensor in residents(model, optimizer, ()))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def gradients(model: nn.Module) -> Iterator[Resident]:
     """Those that parameters have now."""
     for name, parameter in model.named_parameters():

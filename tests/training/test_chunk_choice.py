@@ -8,7 +8,9 @@ from transformers import HfArgumentParser
 
 from hf_memtune import ConfigError, MemEfficientTrainingArguments, Streaming, StreamingCallback, StreamingConfig, estimate, memory
 from hf_memtune.memory import available_bytes
+from hf_memtune.memory.cards import ALLOCATOR_SHARE
 from hf_memtune.memory.estimate import MemoryEstimate
+from hf_memtune.memory.residents import bytes_held
 from hf_memtune.training.care import chunk_choice
 from tests.support.runs import DrawingRows, arguments, same_parameters, text_rows, train, trainer_for
 from tests.support.tiny_models import tiny_model
@@ -235,6 +237,24 @@ def free(monkeypatch):
 def test_what_is_free_counts_what_is_held(tmp_path, monkeypatch, free):
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     assert available_bytes("cpu", 0) == free and available_bytes("cpu", 70) == free + 70
+
+
+def test_tensors_of_others_on_a_device_are_not_to_be_had(monkeypatch):
+    """An average of the weights, say, which nobody predicts. Sibling: the run's own, which are predicted, may take the place they have."""
+    found = {"mem_get_info": (1000, 4000), "memory_reserved": 3000, "memory_allocated": 2500}
+    allocator = SimpleNamespace(**{name: lambda device, value=value: value for name, value in found.items()})
+    monkeypatch.setattr(memory, "_allocator", lambda device: allocator)
+    everything = int(4000 / (1 + ALLOCATOR_SHARE))
+    assert available_bytes("cuda", 2500) == available_bytes("cuda", 2600) == everything  # of weights in host memory as well
+    assert available_bytes("cuda", 600) == everything - 1900
+
+
+def test_what_a_run_holds_is_its_weights_and_what_its_optimizer_keeps(tmp_path):
+    found = train(given := model(), settings(tmp_path, None, max_steps=1, optim="adamw_torch"), ROWS)
+    weights = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in given.state_dict().values())}
+    moments = 2 * sum(p.nbytes for p in given.parameters())
+    held = bytes_held(given, found.trainer.optimizer) - sum(weights.values()) - moments
+    assert held == 4 * len(list(given.parameters()))  # numbers of steps
 
 
 @pytest.mark.parametrize("limit, left", [("1000", 500), ("max\n", None), (None, None)])

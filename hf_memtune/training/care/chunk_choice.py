@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_memtune._compat import wait_for
 from hf_memtune.errors import ConfigError, MemTuneError, first_line
 from hf_memtune.memory import available_bytes
+from hf_memtune.memory.residents import bytes_held
 from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
@@ -70,7 +71,7 @@ def _budget(trainer: RunningTrainer, config: StreamingConfig) -> int:
     if config.chunk_budget is not None:
         return parse_bytes(config.chunk_budget)
     device = trainer.args.device
-    found = available_bytes(device, sum(parameter.nbytes for parameter in trainer.model.parameters()))
+    found = available_bytes(device, bytes_held(trainer.model, trainer.optimizer))
     return found // trainer.args.world_size if device.type == "cpu" else found
 
 
