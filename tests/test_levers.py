@@ -147,6 +147,15 @@ def test_an_offer_that_is_taken_is_not_made_again(arguments):
         assert offer.name not in [again.name for again in offers_of(after)]
 
 
+@pytest.mark.parametrize(
+    "optim, is_offered", [("adamw_torch", True), ("adamw_torch_fused", True), ("adamw_torch_8bit", False), ("sgd", False)]
+)
+def test_fewer_bits_are_offered_to_states_that_have_more(arguments, optim, is_offered):
+    assert (
+        any("optim" in offer.changes and "lora_r" not in offer.changes for offer in offers_of(Run(arguments(optim=optim), 4))) == is_offered
+    )
+
+
 def test_exact_offers_come_first(arguments):
     kinds = [offer.is_exact for offer in offers_of(Run(arguments(), 4, 2048))]
     assert kinds == sorted(kinds, reverse=True) and not all(kinds)

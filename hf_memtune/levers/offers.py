@@ -56,7 +56,8 @@ def _largest_part(rows: int) -> int | None:
 
 
 def optimizer_state(run: Run) -> Iterator[Offer]:
-    if optimizer_name(run.args).startswith("adamw_torch") and not run.lora_rank:
+    name = optimizer_name(run.args)
+    if name.startswith("adamw_torch") and not name.endswith("bit") and not run.lora_rank:  # torchao's have few bits already
         setting = "optim=adamw_8bit, a quarter of the optimizer state (bitsandbytes)"
         yield Offer("8-bit optimizer state", setting, {"optim": "adamw_8bit"}, "exact (8-bit optimizer)", _without_bitsandbytes())
 
