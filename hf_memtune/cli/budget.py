@@ -129,7 +129,8 @@ def _judged(step) -> tuple[str, str]:
 def _refusal(plan, arguments: list[str], parser: Callable, more: type, given) -> ConfigError:
     from hf_memtune.forecast.plan import refusal
 
-    return refusal(plan, None if plan.smallest is None else _shorter(plan, arguments, parser, more, given))
+    shorter = None if plan.smallest is None else _shorter(plan, arguments, parser, more, given)
+    return refusal(plan, shorter, given.more.gpu)
 
 
 def _shorter(plan, arguments: list[str], parser: Callable, more: type, given):

@@ -26,6 +26,7 @@ class _Needed(RoomArguments):
 
 def run(arguments: list[str]) -> None:
     """Print both answers. Raises ConfigError with all problems of the settings, and where not even the shortest row fits."""
+    from hf_memtune.cli.verdict import remedy
     from hf_memtune.forecast.longest import largest, longest_row
 
     settings = forecast.parse(arguments, make_parser(), _Needed, as_given=True)
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> None:
     longest = longest_row(traced, room.tensor_bytes, settings.training.stream_chunk_size, _positions(settings))
     at_most = traced.estimates[longest.size or min(traced.estimates)]
     if not longest.size:
-        raise ConfigError([_nothing(room, traced, _next(settings, at_most, "both"))])
+        raise ConfigError([_nothing(settings, traced, remedy(at_most, room, forecast.run_of(settings)))])
     batch = largest(Traced(settings, blanks, "rows", tokens=settings.tokens), room.tensor_bytes, 1, MOST_ROWS)
     if settings.what.json:
         print(json.dumps({"budget_bytes": room.tensor_bytes, "rows": rows, "row": longest._asdict(), "batch": batch._asdict()}))
@@ -92,8 +93,7 @@ def _said(settings, longest, batch, rows: int) -> list[str]:
 
 
 def _next(settings, found, larger: str) -> str:
-    """What to change. found: the estimate of the longest row, or of the shortest where none fits. larger: what memory limits, both, rows or
-    batches."""
+    """What to change. found: the estimate of the longest row. larger: what memory limits, both, rows or batches."""
     from hf_memtune.cli.verdict import less_evaluation
     from hf_memtune.levers.table import least_offers
 
@@ -114,9 +114,11 @@ def _gib(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.3f} GiB"
 
 
-def _nothing(room, traced: Traced, following: str) -> str:
+def _nothing(settings, traced: Traced, following: str) -> str:
+    more = settings.more
+    got = "budget: got" if more.gpu is None else f"gpu: got {more.gpu}, which leaves"
     shortest = min(traced.estimates)
     needed = f"a row of {_counted(shortest, 'tokens')} already needs {_gib(traced.estimates[shortest].peak_bytes)}"
     return (
-        f"budget: got {_gib(room.tensor_bytes)} of tensors, of which {needed}. Next: {following}. hf-memtune plan tries all ways in order."
+        f"{got} {_gib(more.room.tensor_bytes)} of tensors, of which {needed}. Next: {following}. hf-memtune plan tries all ways in order."
     )

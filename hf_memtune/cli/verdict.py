@@ -16,20 +16,32 @@ def verdict(found, room, run) -> list[str]:
         ]
     return [
         f"verdict: does not fit {place}: {format_bytes(-spare)} too much.",
-        f"next: {_remedy(found, room, run)}; hf-memtune plan tries all ways in order.",
+        f"next: {remedy(found, room, run)}; hf-memtune plan tries all ways in order.",
     ]
 
 
-def _remedy(found, room, run) -> str:
-    """The next thing to change, for the phase that needs most: what makes a step smaller changes no evaluation."""
-    from hf_memtune.levers.table import least_offers
+def remedy(found, room, run) -> str:
+    """The next thing to change: what makes smaller the part of the peak that decides."""
+    from hf_memtune.levers.table import offers_of
 
-    if found.peak_phase == "evaluation":
+    wanted = _wanted(found, room)
+    if wanted is None and found.peak_phase == "evaluation":  # which nothing that makes a step smaller changes
         return less_evaluation(found)
-    offers = least_offers(run)
-    if sum(found.by_category[name] for name in ("weights", "gradients", "optimizer_state")) > room.tensor_bytes:
-        offers = [offer for offer in offers if offer.changes.keys() & {"optim", "lora_r", "load_in_4bit"}]  # no other makes these smaller
-    return str(offers[0]) if offers else "shorter rows, or a smaller model"
+    offers = [offer for offer in offers_of(run) if wanted is None or wanted & offer.changes.keys()]
+    if not offers:
+        return "a smaller model, or more memory" if wanted else "shorter rows, or a smaller model"
+    best = next((offer for offer in offers if offer.missing is None), offers[0])
+    return str(best) if best.missing is None else f"{best}; {best.missing}"
+
+
+def _wanted(found, room) -> set[str] | None:
+    """Settings, one of which it takes, since what is there in any case is too much; None: it is not."""
+    settings, in_any_case = {"optim", "lora_r", "load_in_4bit"}, found.by_category["weights"]
+    if in_any_case > room.tensor_bytes:
+        return settings - {"optim", "lora_r"}
+    if (in_any_case := in_any_case + found.by_category["gradients"]) > room.tensor_bytes:
+        return settings - {"optim"}
+    return settings if in_any_case + found.by_category["optimizer_state"] > room.tensor_bytes else None
 
 
 def less_evaluation(found) -> str:

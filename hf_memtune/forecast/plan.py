@@ -127,19 +127,22 @@ def _with_less_evaluation(step: Step, predict: Callable, budget_bytes: int, give
     return step
 
 
-def refusal(plan: Plan, shorter: tuple[int, MemoryEstimate] | None) -> ConfigError:
-    """What to say of a budget that nothing fits. shorter: a length of rows with which the smallest rung would, and its estimate."""
+def refusal(plan: Plan, shorter: tuple[int, MemoryEstimate] | None, gpu: str | None = None) -> ConfigError:
+    """What to say of a budget that nothing fits. shorter: a length of rows with which the smallest rung would, and its estimate. gpu: the
+    card that the budget is of; None: of none."""
     need, least = plan.smallest, min((step.at_least for step in plan.steps if step.at_least), default=None)
     nearest = "no rung applies to this model"
     if need:
         nearest = f"the least is {format_bytes(need.estimate.peak_bytes)}, with {need.rung.name}"
     elif least:
         nearest = f"weights and their gradients alone need {format_bytes(least)}; take a smaller model, or more memory"
-    advice = ["Raise the budget to that" if need else "Raise the budget"]
+    got, advice = "budget: got", ["Raise the budget to that" if need else "Raise the budget"]
+    if gpu is not None:
+        got, advice = f"gpu: got {gpu}, which leaves", ["Take a card that leaves that much" if need else "Take a larger card"]
     if shorter is not None:
         advice.append(f"or shorten rows to {shorter[0]} tokens, which needs {format_bytes(shorter[1].peak_bytes)}")
     if need and need.estimate.peak_phase == "evaluation":
         advice.append("or hold out no rows (--eval_fraction 0, or no --eval_split), whose evaluation needs most")
-    if not any(not step.rung.is_exact for step in plan.steps):
+    if need and all(step.rung.is_exact for step in plan.steps):  # of weights that are too large it makes nothing smaller
         advice.append("or allow approximate gradients (--allow_approximate true)")
-    return ConfigError([f"budget: got {format_bytes(plan.budget_bytes)}, and nothing fits: {nearest}. {', '.join(advice)}."])
+    return ConfigError([f"{got} {format_bytes(plan.budget_bytes)}, and nothing fits: {nearest}. {', '.join(advice)}."])

@@ -251,7 +251,7 @@ def test_a_budget_that_nothing_fits_is_refused_with_what_would(model, tmp_path, 
     common = ["--model", model, "--use_cpu", "--report_to", "none", "--sequence_length", 8, "--per_device_train_batch_size", 1]
     common += ["--lora_r", 2, "--load_in_4bit", "--activation_checkpointing"]
     said = planned(capsys, tmp_path / "plan.yaml", "--budget", "4KiB", *common, "--allow_approximate", "no", code=2)
-    assert "got 4 KiB, and nothing fits: weights and their gradients alone need" in said and "--allow_approximate true" in said
+    assert "got 4 KiB, and nothing fits: weights and their gradients alone need" in said and "allow_approximate" not in said
     assert not (tmp_path / "plan.yaml").exists()
 
 
@@ -318,12 +318,16 @@ def test_a_verdict_on_training_names_what_makes_a_step_smaller(capsys):
 
 def test_where_what_is_there_in_any_case_is_too_much_a_verdict_makes_that_smaller(capsys):
     """Whatever is done about activations, weights, gradients and the optimizer's state stay."""
-    needed = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64)
-    static = sum(needed["account"]["phases"][-1]["by_category"][name] for name in ("weights", "gradients", "optimizer_state"))
-    for budget, is_static in ((static - 1, True), (needed["peak_bytes"] - 1, False)):
+    needed = estimated(capsys, *OF_A_TYPE, "--sequence_length", 64, "--eval_fraction", 0)
+    at_peak = next(phase["by_category"] for phase in needed["account"]["phases"] if phase["phase"] == needed["peak_phase"])
+    weights, gradients, state = (at_peak[name] for name in ("weights", "gradients", "optimizer_state"))
+    static = weights + gradients + state
+    words = {needed["peak_bytes"] - 1: "sequence_chunk_size", static - 1: "optim=", static - state - 1: "LoRA (", weights - 1: "QLoRA"}
+    for budget, word in words.items():
         assert main(["estimate", *OF_A_TYPE, "--sequence_length", "64", "--eval_fraction", "0", "--budget", str(budget)]) == 0
-        said = capsys.readouterr().out.split("next: ")[1]
-        assert ("LoRA" in said or "optim" in said) is is_static
+        assert capsys.readouterr().out.split("next: ")[1].startswith(word)
+    assert main(["longest", *OF_A_TYPE, "--max_length", "64", "--eval_fraction", "0", "--budget", str(weights - 1)]) == 2
+    assert "Next: QLoRA" in capsys.readouterr().err
 
 
 def test_the_longest_row_and_the_largest_batch(capsys):

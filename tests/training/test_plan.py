@@ -75,6 +75,8 @@ def test_a_refusal_names_the_nearest_thing():
     for part in ("got 10 B", "the least is 60 B, with less", "shorten rows to 64 tokens, which needs 9 B", "allow_approximate"):
         assert part in str(error)
     assert "allow_approximate" not in str(refusal(make_plan(RUNGS, predict, 10), None))
+    of_card = str(refusal(plan, None, "t4"))
+    assert "gpu: got t4, which leaves 10 B" in of_card and "Take a card that leaves that much" in of_card and "budget" not in of_card
 
 
 @pytest.mark.parametrize("phase", ["evaluation", "backward"])
