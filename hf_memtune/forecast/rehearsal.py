@@ -225,6 +225,6 @@ def _quiet(args: Any, folder: str) -> Any:
     quiet.output_dir, quiet.report_to, quiet.disable_tqdm, quiet.push_to_hub = folder, [], True, False
     quiet.logging_nan_inf_filter, quiet.memory_trace_steps, quiet.full_loss_rows = False, 0, 0
     quiet.max_steps, quiet.resume_from_checkpoint, quiet.eval_strategy, quiet.save_strategy = 1, None, "no", "no"
-    quiet.eval_on_start, quiet.include_num_input_tokens_seen = False, "no"
+    quiet.eval_on_start, quiet.include_num_input_tokens_seen, quiet.debug = False, "no", []
     quiet.gradient_accumulation_steps = min(args.gradient_accumulation_steps, MICRO_BATCHES)
     return quiet

@@ -155,6 +155,12 @@ def test_rows_that_have_values_for_labels(head, tmp_path):
     assert estimate(model, args, sequence_length=TOKENS).peak_bytes > sum(p.nbytes for p in model.parameters())
 
 
+def test_a_search_for_overflow_is_left_out_since_it_looks_at_values(tmp_path):
+    model, args, _ = setting(tmp_path, "llama")
+    searching = setting(tmp_path, "llama", debug="underflow_overflow")[1]
+    assert estimate(model, searching, sequence_length=TOKENS).account == estimate(model, args, sequence_length=TOKENS).account
+
+
 def test_a_count_of_tokens_is_left_out_since_it_looks_at_values(tmp_path):
     counted, plain = (setting(tmp_path, "llama", include_num_input_tokens_seen=count)[:2] for count in ("non_padding", "no"))
     assert estimate(*counted, sequence_length=TOKENS).account == estimate(*plain, sequence_length=TOKENS).account
