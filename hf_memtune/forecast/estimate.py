@@ -112,7 +112,7 @@ def _problems(args: Any, rows: int, tokens: int) -> list[str]:
     if args.chunk_is_open:
         found.append(
             "sequence_chunk_size: got 'auto', which a trainer chooses on its machine before step 0. Expected the tokens of a chunk, such as 512; "
-            "`hf-memtune plan` tries sizes."
+            "where it is left out, `hf-memtune plan` tries sizes."
         )
     return found
 
