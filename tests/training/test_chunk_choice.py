@@ -1,5 +1,7 @@
 """sequence_chunk_size=auto: the fastest size that is predicted to fit, chosen before step 0, without a trace of the trial."""
 
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +178,16 @@ def test_a_loss_of_ones_own_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="compute_loss_func has a step or a loss of its own.*Give a number of tokens"):
         loss = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.float().logsumexp(-1).mean()}
         trainer_for(model(), settings(tmp_path, max_steps=1), ROWS, **loss).train()
+
+
+def test_an_optimizer_that_the_arguments_do_not_tell_is_refused(tmp_path):
+    """Its state is not that of optim. Sibling: one that is, made by hand."""
+    more = {"optim": "adamw_torch", "max_steps": 1, "chunk_budget": "1GiB"}
+    for make, is_told in ((torch.optim.SGD, False), (partial(torch.optim.AdamW, fused=True), False), (torch.optim.AdamW, True)):
+        given = model()
+        trainer = trainer_for(given, settings(tmp_path, **more), ROWS, optimizers=(make(given.parameters(), lr=1e-3), None))
+        with nullcontext() if is_told else pytest.raises(ConfigError, match="its optimizer, .* is not the one of optim=adamw_torch"):
+            trainer.train()
 
 
 def test_where_evaluation_needs_most_it_is_what_to_change(monkeypatch, tmp_path):

@@ -20,8 +20,8 @@ from hf_memtune.methods.streaming.method import Streaming
 from hf_memtune.settings.streaming import StreamingConfig
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.snapshot import everything_restored
-from hf_memtune.training.care.recovery.advice import advice
-from hf_memtune.training.care.savings import BatchShape, own_steps, predicted_step
+from hf_memtune.training.care.recovery.advice import advice, advice_on_evaluation
+from hf_memtune.training.care.savings import BatchShape, predicted_step, why_unpredicted
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
 from hf_memtune.units import format_bytes, parse_bytes
@@ -77,9 +77,7 @@ def _budget(trainer: RunningTrainer, config: StreamingConfig) -> int:
 
 def _estimates(trainer: RunningTrainer, shape: BatchShape, budget: int) -> dict[int, Any]:
     """The estimate of the step by size, from the whole row down, until enough fit to be timed."""
-    why = None if (own := own_steps(trainer)) is None else f"{own} has a step or a loss of its own"
-    if trainer.is_fsdp_enabled:
-        why = "parameters are spread over processes (FSDP)"
+    why = "parameters are spread over processes (FSDP)" if trainer.is_fsdp_enabled else why_unpredicted(trainer)
     if why is not None:
         raise ConfigError(
             [f"sequence_chunk_size: got 'auto', but {why}, and its memory is not predicted. Give a number of tokens, such as 512."]

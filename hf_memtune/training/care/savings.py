@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from hf_memtune._compat import is_fake
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import MemTuneError, first_line
-from hf_memtune.levers.facts import checkpoint_names
+from hf_memtune.levers.facts import checkpoint_names, optimizer_name
 from hf_memtune.levers.table import LEVERS, least_offers
 from hf_memtune.methods.overrides import not_checkpointing
 from hf_memtune.training.care.recovery.advice import run_of
@@ -180,11 +181,11 @@ def _is_for_checkpoints(hook: Any) -> bool:
 
 def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[str], predicted: Any = None) -> Savings | None:
     """What can be predicted; None, and a note that says why, where nothing can."""
-    why, own = None, own_steps(trainer)
+    why, own = None, why_unpredicted(trainer)
     if shape is None:
         why = "the batch has no input_ids"
     elif own is not None:
-        why = f"estimates are of MemEfficientTrainer, and {own} has a step or a loss of its own"
+        why = f"estimates are of MemEfficientTrainer, and {own}"
     elif trainer.args.world_size > 1:
         why = "estimates are made of one process"
     elif trainer.reversible is not None:
@@ -199,12 +200,24 @@ def savings_of(trainer: RunningTrainer, shape: BatchShape | None, notes: list[st
     return None
 
 
-def own_steps(trainer: RunningTrainer) -> str | None:
-    """What has a hand in what a step computes, and is neither ours nor transformers': a class, or a loss; None: nothing."""
+def why_unpredicted(trainer: RunningTrainer) -> str | None:
+    """What in a step of this trainer is neither ours nor transformers', nor told by its arguments, as a clause; None: nothing."""
     if getattr(trainer, "compute_loss_func", None) is not None:
-        return "compute_loss_func"
+        return "compute_loss_func has a step or a loss of its own"
     for kind in type(trainer).__mro__:
         is_known = kind.__module__.split(".")[0] in ("hf_memtune", "transformers")
         if not is_known and {"training_step", "compute_loss"} & vars(kind).keys():
-            return kind.__name__
-    return None
+            return f"{kind.__name__} has a step or a loss of its own"
+    return _optimizer_of_its_own(trainer)
+
+
+def _optimizer_of_its_own(trainer: RunningTrainer) -> str | None:
+    """An optimizer that was given, or made by an override. fused: an AdamW that is not has temporary tensors of the size of its state."""
+    made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    if made is None or not isinstance(kind, type) or not issubclass(kind, Optimizer):  # transformers has factories, too
+        return None
+    if type(made) is kind and made.defaults.get("fused") == settings.get("fused"):
+        return None
+    fused = f"(fused={made.defaults['fused']})" if "fused" in made.defaults else ""
+    return f"its optimizer, {type(made).__name__}{fused}, is not the one of optim={optimizer_name(trainer.args)}"
