@@ -36,6 +36,7 @@ def estimate(
     padded: bool | None = None,
     evaluation: bool | None = None,
     every_layer: bool = False,
+    evaluation_logits: bool = False,
 ) -> MemoryEstimate:
     """The bytes of one optimizer step of MemEfficientTrainer, by phase and category, on the longest batch.
 
@@ -48,9 +49,10 @@ def estimate(
         batch_size: rows of a micro-batch; None: args.per_device_train_batch_size.
         sequence_length: tokens of the longest row.
         padded: whether rows of a batch differ in length, so that attention needs a mask; None: if there is more than one row in it.
-        evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows, whose loss alone is wanted) too;
+        evaluation: whether to account for a batch of evaluation (args.per_device_eval_batch_size rows) too;
             None: if args evaluate during training. Who calls `evaluate` around it says True.
         every_layer: trace all layers, where a few are enough: slower, and the same to the byte.
+        evaluation_logits: whether the logits of that batch are wanted beside its loss, as for compute_metrics.
 
     Raises:
         ConfigError: settings that cannot work, or whose memory depends on values of tensors.
@@ -63,7 +65,7 @@ def estimate(
     evaluated = args.eval_strategy != "no" or args.eval_on_start if evaluation is None else evaluation
     sizes = (rows, args.per_device_eval_batch_size)
     of_step, of_evaluation = ((batch_shapes(model, size, sequence_length), size > 1 if padded is None else padded) for size in sizes)
-    scene = Scene(*of_step, *(of_evaluation if evaluated else ()))
+    scene = Scene(*of_step, *((*of_evaluation, evaluation_logits) if evaluated else ()))
     account, flops, how = _traced(model, args, scene, every_layer)
     if args.world_size > 1:
         account = _with_buckets(account, trained_bytes(model, args))

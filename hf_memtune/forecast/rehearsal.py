@@ -111,7 +111,7 @@ class _Take(StepAccountCallback):
         if self.first_layer is not None:
             self.evaluation.stretch_at(self.first_layer)
         with self.evaluation, self.evaluation.phase("evaluation"):
-            self.trainer.prediction_step(model, batch, prediction_loss_only=True)
+            self.trainer.prediction_step(model, batch, prediction_loss_only=not self.scene.evaluation_logits)
 
 
 class _Elsewhere(HostMemory):
@@ -142,14 +142,15 @@ class _Install(MethodCallback):
 class Scene:
     """What is rehearsed. batch: of one micro-batch. padded: whether rows differ in length, so that attention needs masks.
 
-    evaluation: shapes of a batch of evaluation that is to run after the step; None: none. evaluation_padded: as padded, of that. layers: run the
-    model with its first so many layers only; None: all.
+    evaluation: shapes of a batch of evaluation that is to run after the step; None: none. evaluation_padded: as padded, of that.
+    evaluation_logits: whether its logits are wanted beside its loss. layers: run the model with its first so many layers only; None: all.
     """
 
     batch: Shapes
     padded: bool = False
     evaluation: Shapes | None = None
     evaluation_padded: bool = False
+    evaluation_logits: bool = False
     layers: int | None = None
 
 

@@ -24,7 +24,7 @@ class RunningTrainer(Protocol):
     batches_of_step: micro-batches of the optimizer step at hand, as the data loader gave them, from before `on_step_begin` on.
     method_callback: has the method that the arguments turn on, or None. method: what is on the model at present, or None.
     reversible: the reversible layers in it, or None. checkpoint_callback: has the two-level checkpoints in it, or None.
-    evaluates: whether anything is evaluated, in a training or around it.
+    evaluates: whether anything is evaluated, in a training or around it. wants_logits: whether for more than its loss.
     estimate: hf_memtune.estimate, or None where no forecast was handed to the class.
     """
 
@@ -70,3 +70,5 @@ class RunningTrainer(Protocol):
 
     @property
     def evaluates(self) -> bool: ...
+    @property
+    def wants_logits(self) -> bool: ...

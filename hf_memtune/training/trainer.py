@@ -123,6 +123,11 @@ class MemEfficientMixin(MethodMixin, ReversibleMixin):
         during = self.args.eval_strategy != "no" or self.args.eval_on_start
         return during or (self.measures_held_out and self.eval_dataset is not None)
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether an evaluation gives logits to compute_metrics."""
+        return self.compute_metrics is not None and not self.args.prediction_loss_only
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args, **kwargs) -> tuple:
         """As in Trainer. Where only the loss is wanted logits are not made, which would be the largest tensor of an evaluation."""
         with logits_on_demand(self.model) if prediction_loss_only and self._is_whole else nullcontext():

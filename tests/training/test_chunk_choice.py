@@ -194,13 +194,13 @@ def test_where_evaluation_needs_most_it_is_what_to_change(monkeypatch, tmp_path)
     """And in no case are chunks offered, of which none fits."""
     clocked(monkeypatch)
     more = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 64}
-    for settled, words in ((more, "a smaller per_device_eval_batch_size"), ({}, "activation_checkpointing=True")):
+    for settled, words in ((more, "per_device_eval_batch_size=32"), ({}, "activation_checkpointing=True")):
         trainer = trainer_for(model(), settings(tmp_path, chunk_budget="1MB", max_steps=1, **settled), ROWS, eval_dataset=ROWS)
         monkeypatch.setattr(chunk_choice, "_predicted", PREDICT)
         with pytest.raises(ConfigError) as refused:
             trainer.train()
         remedies = str(refused.value).partition("Try, one at a time: ")[2]
-        assert words in remedies and "sequence_chunk_size=" not in remedies
+        assert words in remedies and "sequence_chunk_size=" not in remedies and "prediction_loss_only" not in remedies
 
 
 def test_sharded_parameters_are_refused(monkeypatch, tmp_path):

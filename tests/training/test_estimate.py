@@ -84,6 +84,25 @@ def test_rows_that_are_evaluated_are_padded_among_themselves(tmp_path):
         assert all(1 <= share <= 1.05 for share in within.values()), within
 
 
+def test_logits_that_a_metric_reads_are_predicted(tmp_path):
+    """More of them than are made at a time where the loss alone is wanted. Sibling: where it is told not to."""
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 9,
+        "per_device_eval_batch_size": 8,
+        "memory_preflight": True,
+        "memory_report": False,
+    }
+    for loss_only in (False, True):
+        model, args, rows = setting(tmp_path, "llama", vocab_size=30_000, num_hidden_layers=1, prediction_loss_only=loss_only, **evaluated)
+        trainer = trainer_for(model, args, rows, data_collator=pad_right, eval_dataset=rows * 4, compute_metrics=lambda found: {})
+        trainer.train()
+        found = trainer.preflight.report
+        predicted, measured = (a.phase("evaluation").peak_bytes for a in (found.predicted.account, found.account))
+        assert measured <= predicted <= 1.05 * measured
+        assert ("keeps the logits" in str(found.notes)) == trainer.wants_logits == (not loss_only)
+
+
 class OfTwo(MemEfficientTrainingArguments):
     @property
     def world_size(self):

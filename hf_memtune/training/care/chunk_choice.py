@@ -137,12 +137,11 @@ def _seconds(trainer: RunningTrainer, config: StreamingConfig, inputs: dict[str,
 
 def _no_room(trainer: RunningTrainer, found: dict[int, Any], budget: int, longest: Longest) -> str:
     least = min(found, key=lambda size: found[size].peak_bytes)
-    remedies = advice(trainer, longest.rows)
-    if found[least].peak_phase == "evaluation":
-        remedies = ["a smaller per_device_eval_batch_size: it is evaluation that needs most"]
+    is_of_evaluation = found[least].peak_phase == "evaluation"
+    remedies = advice_on_evaluation(trainer) if is_of_evaluation else advice(trainer, longest.rows)
     return (
         f"sequence_chunk_size: got 'auto', but no size fits {format_bytes(budget)} with {longest.rows} row{'s' * (longest.rows != 1)} of up to "
-        f"{longest.tokens} tokens: chunks of {least} are predicted to need {format_bytes(found[least].peak_bytes)}. "
+        f"{longest.tokens} tokens: chunks of {least} are predicted to need {format_bytes(found[least].peak_bytes)} in {found[least].peak_phase.replace('_', ' ')}. "
         f"Try, one at a time: {'; '.join(remedies)}."
     )
 

@@ -160,6 +160,7 @@ def predicted_step(trainer: RunningTrainer, shape: BatchShape, changes: Mapping[
             sequence_length=shape.tokens,
             padded=None if shape.padded == (shape.rows > 1) else shape.padded,  # None: of evaluation by its own rows
             evaluation=trainer.evaluates,
+            evaluation_logits=trainer.wants_logits,
         )
     _require_untouched(trainer.model)
     return found

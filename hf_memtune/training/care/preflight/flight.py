@@ -10,7 +10,7 @@ from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.snapshot import everything_restored
 from hf_memtune.training.care.preflight.watch import LeverWatch
-from hf_memtune.training.care.recovery.advice import advice
+from hf_memtune.training.care.recovery.advice import advice, advice_on_evaluation
 from hf_memtune.training.care.recovery.halving import HalvingSteps
 from hf_memtune.training.care.savings import BatchShape
 from hf_memtune.training.rng import preserved_rng
@@ -49,9 +49,8 @@ class Flight:
 
     def no_room(self, message: str) -> str:
         """What to say where memory ran out."""
-        remedies = "; ".join(advice(self.trainer, self.longest.rows))
-        if self._phase == "evaluation":
-            remedies = "a smaller per_device_eval_batch_size; prediction_loss_only=True where nothing but the loss is wanted"
+        is_of_evaluation = self._phase == "evaluation"
+        remedies = "; ".join(advice_on_evaluation(self.trainer) if is_of_evaluation else advice(self.trainer, self.longest.rows))
         predicted = self.report.predicted
         needed = "" if predicted is None else f" Predicted are {format_bytes(predicted.peak_bytes)} of tensors."
         return (
@@ -128,11 +127,10 @@ class Flight:
         if found is None:
             self.report.notes.append("evaluation was not tried: a data set without length cannot be looked through")
             return
-        loss_only = True if trainer.compute_metrics is None else args.prediction_loss_only
         inputs = trainer._prepare_inputs(found.batch)
         ledger = self._ledger(inputs)
         with ledger, ledger.phase("evaluation"):
-            logits_bytes = _bytes(trainer.prediction_step(trainer.model, inputs, loss_only)[1])
+            logits_bytes = _bytes(trainer.prediction_step(trainer.model, inputs, not trainer.wants_logits)[1])
         self.report.add_evaluation(ledger.account(), logits_bytes, len(loader))
 
     def _measured(self, phase: str) -> None:

@@ -23,6 +23,15 @@ def advice(trainer: RunningTrainer, rows: int) -> list[str]:
     return found or ["shorter rows, a smaller model, or a larger device"]
 
 
+def advice_on_evaluation(trainer: RunningTrainer) -> list[str]:
+    """What to change when a batch of evaluation does not fit: none of what makes a step smaller."""
+    rows = trainer.args.per_device_eval_batch_size
+    found = [f"per_device_eval_batch_size={rows // 2}"] if rows > 1 else []
+    if trainer.wants_logits:
+        found.append("prediction_loss_only=True where nothing but the loss is wanted")
+    return found or ["shorter rows to evaluate, or none (eval_strategy=no)"]
+
+
 def run_of(trainer: RunningTrainer, rows: int, tokens: int | None = None) -> Run:
     """The run of a trainer. A frozen part that is none of peft's is taken for adapters, too: they are what it leaves to train."""
     model = trainer.model
