@@ -130,7 +130,6 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
     Raises ConfigError and UnsupportedModelError.
     """
     import copy
-    from dataclasses import replace
 
     from hf_memtune.cli.model import check_length
     from hf_memtune.forecast.estimate import estimate
@@ -143,7 +142,7 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
             [f"reversible_adapters: got {got!r}; adapters of a folder are not predicted. Give the settings they were trained with."]
         )
     made = (blanks or Blanks()).of(forecast)
-    check_length(made, replace(forecast.data, max_length=max(2, tokens)))
+    check_length(made, tokens, "max_length" if forecast.what.sequence_length is None else "sequence_length")
     padded = forecast.what.padded
     if forecast.data.packing:  # all rows of a batch are one, whose parts do not see one another
         rows = args.per_device_train_batch_size if rows is None else rows

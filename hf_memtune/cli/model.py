@@ -68,7 +68,7 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
         loaded = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model_name_or_path: {_why_not(model.model_name_or_path, data.task, error)}"]) from error
-    check_length(loaded, data)
+    check_length(loaded, data.max_length)
     if data.task == "sequence_classification":  # its head looks for the last token that is not this one
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
@@ -90,11 +90,12 @@ def names_of(classes: list) -> dict:
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
-def check_length(loaded, data: DataSource) -> None:
+def check_length(loaded, tokens: int, setting: str = "max_length") -> None:
+    """Raises ConfigError for more tokens than the model has positions. setting: what they were given as."""
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and data.max_length > positions:
-        wrong = f"got {data.max_length} tokens, but the model has positions for {positions}"
-        raise ConfigError([f"max_length: {wrong}. Set it to that or less."])
+    if positions is not None and tokens > positions:
+        wrong = f"got {tokens} tokens, but the model has positions for {positions}"
+        raise ConfigError([f"{setting}: {wrong}. Set it to that or less."])
 
 
 def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):

@@ -80,7 +80,7 @@ def test_lines_of_a_recipe_without_effect_are_told_where_nothing_else_will_be_tr
         (["--model", "no-such-model"], "no config in 'no-such-model'"),
         (["--model", "llama", "--config_overrides", "hidden=3"], "no config in 'llama'"),
         ([*OF_A_TYPE, "--sequence_length", "0"], "sequence_length: got 0"),
-        ([*OF_A_TYPE, "--sequence_length", "5000"], "the model has positions for 2048"),
+        ([*OF_A_TYPE, "--sequence_length", "5000"], "sequence_length: got 5000 tokens, but the model has positions for 2048"),
         ([*OF_A_TYPE, "--token_seeking", "--token_gradient", "skip"], "token_gradient: got 'skip'"),
         ([*OF_A_TYPE, "--lora_alpha", "4"], "lora_alpha has no effect with lora_r=0 (full fine-tuning). Leave it out."),
         ([*OF_A_TYPE, "--token_ratio", "0.2"], "token_ratio has no effect without token_seeking. Leave it out."),
