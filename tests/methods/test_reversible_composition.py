@@ -17,6 +17,7 @@ from tests.support.reversible_models import (
     step,
     twin,
 )
+from tests.support.tiny_models import batch_for, tiny_model
 from tests.support.tolerances import NOTICED, close, tolerance
 from tests.support.twin import worst_difference
 
@@ -53,6 +54,16 @@ def test_adapters_beside_lora_leave_it_trainable():
     ours, theirs = both_steps(adapted, batch, handle)
     assert_equal_steps(ours, theirs)
     assert {"lora_" in key for key in ours[1]} == {True, False}
+
+
+def test_a_head_that_peft_trains_a_copy_of_stays_frozen_itself():
+    """What requires grad and never gets one would hold up distributed training."""
+    model = tiny_model("bert", "sequence_classification")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False))
+    reversible_of(adapted, "centred")
+    learned = step(adapted, batch_for(model, "sequence_classification"))[1]
+    assert learned.keys() == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any("classifier.modules_to_save" in name for name in learned)
 
 
 @pytest.mark.parametrize("coupling", ["centred", "meft1", "meft3"])

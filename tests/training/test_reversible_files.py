@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_memtune import (
@@ -170,6 +170,32 @@ def test_lora_is_saved_by_peft_and_the_coupling_beside_it(tmp_path):
     uncoupled = logits(again)
     load_reversible(again, tmp_path)
     assert torch.equal(logits(again), logits(trainer.model)) and not torch.equal(logits(again), uncoupled)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_random_head_that_lora_trains_a_copy_of_is_no_part_of_the_base(tmp_path, rank):
+    """PEFT keeps a new head as it was drawn beside the one that is trained: the next run draws another."""
+    classes = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(ROWS)]
+    adapters = {"adapter_rank": rank} | ({} if rank else {"adapter_init_std": None})
+    model = get_peft_model(drawn(1), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False))
+    trainer = train(model, reversible(tmp_path, **adapters), classes, data_collator=pad_classes).trainer
+    trainer.save_model()
+    again = PeftModel.from_pretrained(drawn(2), tmp_path)
+    load_reversible(again, tmp_path)
+    found, expected = (each.eval()(**pad_classes(classes[:3])).logits for each in (again, trainer.model))
+    assert torch.equal(found, expected)
+    with pytest.raises(MemTuneError, match="another model"):
+        load_reversible(PeftModel.from_pretrained(drawn(1, change=0.1), tmp_path), tmp_path)
+
+
+def drawn(seed, change=0.0):
+    """A classifier of one body, whose head is drawn by the seed."""
+    model = classifier()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] += change
+    return model
 
 
 # -- refusals of loading -----------------------------------------------------------------------------------------------

@@ -159,4 +159,9 @@ def head_parameters(head_model: PreTrainedModel) -> list[nn.Parameter]:
         output = head_model.get_output_embeddings()
         return [] if output is None else list(output.parameters())
     in_body = {id(p) for name, p in base.named_parameters() if not name.startswith("pooler.")}
-    return [p for p in head_model.parameters() if id(p) not in in_body]
+    return [p for name, p in head_model.named_parameters() if id(p) not in in_body and not is_put_aside(name)]
+
+
+def is_put_aside(name: str) -> bool:
+    """Whether a parameter is of a module that PEFT trains a copy of (modules_to_save): it does not run, and may be random, as new heads are."""
+    return "original_module" in name.split(".")

@@ -23,6 +23,7 @@ from torch import nn
 from hf_memtune import __version__, files
 from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import ConfigError, MemTuneError
+from hf_memtune.methods.reversible.adapters import is_put_aside
 from hf_memtune.methods.reversible.handle import ReversibleHandle, make_reversible
 from hf_memtune.settings.protocol import told
 from hf_memtune.settings.reversible import ReversibleConfig
@@ -99,7 +100,10 @@ def _described(handle: ReversibleHandle) -> dict[str, Any]:
 
 def _base_marks(handle: ReversibleHandle) -> Marks:
     """Of all that is not trained here, and not saved elsewhere, as LoRA is. Read once, as long as nothing writes to it."""
-    frozen = {name: p for name, p in unwrapped(handle.model).named_parameters() if not p.requires_grad and name not in handle.trained}
+    trained = handle.trained
+    frozen = {
+        name: p for name, p in unwrapped(handle.model).named_parameters() if not (p.requires_grad or name in trained or is_put_aside(name))
+    }
     state = [(name, p.data_ptr(), p._version) for name, p in frozen.items()]
     if _KNOWN.get(handle, (None,))[0] != state:
         _KNOWN[handle] = (state, parameter_marks(frozen))
@@ -160,7 +164,7 @@ def _require_lora(model: nn.Module, folder: Path) -> None:
 
 def _require_base(model: nn.Module, base: dict[str, Any], folder: Path) -> None:
     """Refuse a model that the adapters were not trained on: they would act on other states than they know."""
-    wanted: Marks = base["parameters"]
+    wanted: Marks = {name: mark for name, mark in base["parameters"].items() if not is_put_aside(name)}  # older folders have these
     found = parameter_marks({name: p for name, p in unwrapped(model).named_parameters() if name in wanted})
     wrong = sorted(name for name in wanted if not same_marks(found.get(name), wanted[name]))
     if wrong:
