@@ -89,6 +89,44 @@ def test_a_plain_trainer_that_makes_another_model_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("cls", [Trainer, MemEfficientTrainer])
+def test_an_optimizer_without_the_adapters_is_refused(tmp_path, cls):
+    """It would step none of what is trained. One that was made after them has them."""
+
+    def begin(model, parameters, **layers):
+        optimizers = torch.optim.SGD(parameters, lr=0.1), None
+        given = {"callbacks": [ReversibleCallback(**layers)]} if cls is Trainer else {"reversible": layers["handle"]}
+        args = arguments(tmp_path, seeking=False) if cls is Trainer else arguments(tmp_path, token_seeking=False)
+        return train(model, args, ROWS, cls=cls, optimizers=optimizers, **given)
+
+    config = ReversibleConfig(reversible="centred", **ADAPTERS)
+    if cls is Trainer:
+        model = deep()
+        with pytest.raises(ConfigError, match="optimizers: got one .* before the reversible layers"):
+            begin(model, model.parameters(), config=config)
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+    model = deep()
+    before = list(model.parameters())
+    handle = make_reversible(model, config)
+    with pytest.raises(ConfigError, match="optimizers: got one .* before the reversible layers"):
+        begin(model, before, handle=handle)
+    adapters = {name: value.clone() for name, value in handle.adapters.items()}
+    begin(model, [p for p in model.parameters() if p.requires_grad], handle=handle)
+    assert not any(torch.equal(value, adapters[name]) for name, value in handle.adapters.items())
+
+
+def test_a_callback_that_came_too_late_or_is_of_another_trainer_is_refused(tmp_path):
+    config = ReversibleConfig(reversible="centred", **ADAPTERS)
+    late = trainer_for(deep(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer)
+    late.add_callback(callback := ReversibleCallback(config))
+    with pytest.raises(MemTuneError, match="was added to a trainer that was made before"):
+        late.train()
+    for _ in range(2):
+        trainer = trainer_for(deep(), arguments(tmp_path, seeking=False), ROWS, cls=Trainer, callbacks=[callback])
+    with pytest.raises(ConfigError, match="that of another trainer: give each trainer a callback of its own"):
+        trainer.train()
+
+
 def test_evaluation_sees_what_is_trained(tmp_path):
     trainer = train(deep(), reversible(tmp_path), ROWS, eval_dataset=ROWS).trainer
     with_adapters = trainer.evaluate()["eval_loss"]

@@ -35,13 +35,24 @@ class ReversibleCallback(TrainerCallback, Restorable):
     reversible_require_exact. handle, given: layers that are reversible already, such as load_reversible returns.
     """
 
-    def __init__(self, config: ReversibleConfig | None, require_exact: bool = True, handle: ReversibleHandle | None = None):
+    def __init__(self, config: ReversibleConfig | None = None, require_exact: bool = True, handle: ReversibleHandle | None = None):
+        if config is None and handle is None:
+            raise ConfigError(
+                ["config: got none, expected a ReversibleConfig, or the handle of layers that are reversible already (handle=...)."]
+            )
         self.config = config if handle is None else handle.config
         self.require_exact, self.handle = require_exact, handle
         self.report: StartReport | None = None
+        self._was_removed = False
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         found = problems_of(args, REVERSIBLE)
+        if optimizer is not None and self._is_passed_over(optimizer):
+            found.append(
+                "optimizers: got one that was made before the reversible layers, whose adapters it does not have: they would stay as they are. Let "
+                "the trainer make it (optim=...); or call handle = make_reversible(model, config) first, make the optimizer of the parameters that "
+                "then require grad, and give the trainer ReversibleCallback(handle=handle)."
+            )
         if getattr(args, "precompute_ref_log_probs", False):
             found.append(
                 "precompute_ref_log_probs: got True with reversible layers. trl keeps what the reference says under a hash of the weights, and "
@@ -54,15 +65,28 @@ class ReversibleCallback(TrainerCallback, Restorable):
             self.handle = make_reversible(model, self.config)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.handle is None:
+        if self.handle is None and self._was_removed:
             raise MemTuneError("the reversible layers were taken out of this model, so there is nothing to train: make a new trainer.")
+        if self.handle is None:
+            raise MemTuneError(
+                "ReversibleCallback was added to a trainer that was made before, and the layers change when a trainer is made. Give it to the "
+                "trainer itself: callbacks=[ReversibleCallback(config)]."
+            )
         if unwrapped(model) is not unwrapped(self.handle.model):
             raise ConfigError(
                 [
-                    "model_init: got a function, which made another model since the layers of the first one became reversible: it would be trained "
-                    "without them, whole. Pass a model to the trainer in its place."
+                    "ReversibleCallback: the layers it made reversible are those of another model, and this one would be trained without them, whole. "
+                    "Where model_init, a function, made this one: Pass a model to the trainer in its place. Where the callback is that of another "
+                    "trainer: give each trainer a callback of its own."
                 ]
             )
+
+    def _is_passed_over(self, optimizer: Any) -> bool:
+        """Whether an optimizer does not step something that the layers train."""
+        if self.handle is None:
+            return bool(self.config.filled().adapter_rank)
+        stepped = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
+        return any(value.data_ptr() not in stepped for value in self.handle.trained.values())
 
     def verify(self, inputs: dict[str, Any], device) -> StartReport:
         """Measure on one batch of inputs. Raises InverseError where the inverse should be exact and is not."""
@@ -98,7 +122,7 @@ class ReversibleCallback(TrainerCallback, Restorable):
         """Take the layers and their adapters out of the model. May be called twice."""
         if self.handle is not None:
             self.handle.restore()
-        self.handle = None
+        self.handle, self._was_removed = None, True
 
 
 class CheckpointCallback(TrainerCallback):

@@ -91,7 +91,7 @@ class ReversibleMixin:
         forbid_4bit_repacking(self.model)
         config = None if handle is not None else self._reversible_config(scorer)
         self.reversible_callback = ReversibleCallback(config, self.args.reversible_require_exact, handle)
-        self.reversible_callback.on_init_end(self.args, self.state, self.control, model=self.model)
+        self.reversible_callback.on_init_end(self.args, self.state, self.control, model=self.model, optimizer=self.optimizer)
         self.add_callback(self.reversible_callback)
 
     def _warn_of_exactness(self, handle: ReversibleHandle | None) -> None:
