@@ -18,6 +18,8 @@ from hf_memtune.core.fingerprint import Alike
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.overrides import not_checkpointing, set_on_instance
 
+_LEFT_EMPTY = "_left_empty_by_layers_that_run_twice"  # on a cache: their names
+
 
 class LayerOverride:
     """Runs in place of the forward of one layer.
@@ -68,6 +70,7 @@ class LayerOverride:
 
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Where backward may run the layer again: without caches, which it would write to again, found by type."""
+        self._require_filled(args, kwargs)
         if not torch.is_grad_enabled():
             return args, kwargs
         for key, what, by in (("output_attentions", "attention weights", ""), ("output_router_logits", "the logits of routers", OF_TRL)):
@@ -82,12 +85,23 @@ class LayerOverride:
     def _no_cache(self, value: Any) -> Any:
         if not isinstance(value, Cache):
             return value
-        if value.get_seq_length():
+        if tokens := _tokens_in(value):
             raise UnsupportedModelError(
-                f"{self.name}: got a cache with {value.get_seq_length()} tokens in training, expected none (prefix "
-                "tuning makes one). Use adapters or LoRA inside the layers."
+                f"{self.name}: got a cache with {tokens} tokens in a call with gradient, expected none, for a layer that runs twice would write to it "
+                "twice. In place of prefix tuning, which makes one, use adapters or LoRA inside the layers; where the model fills it by itself, set "
+                "use_cache=False; where nothing is learned, call the model inside of torch.no_grad()."
             )
+        vars(value).setdefault(_LEFT_EMPTY, set()).add(self.name)
         return None
+
+    def _require_filled(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse a cache that this layer has left empty: the model hands it out, and a later call with it would not see the tokens before."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache) and self.name in vars(value).get(_LEFT_EMPTY, ()):
+                raise UnsupportedModelError(
+                    f"{self.name}: got a cache that it left empty in an earlier call, which was one with gradient: tokens of that call would not be "
+                    "seen. Make the calls whose cache is used again inside of torch.no_grad()."
+                )
 
     def _original(self, *args, **kwargs):
         return self.earlier(*args, **kwargs) if self.earlier is not None else type(self.layer).forward(self.layer, *args, **kwargs)
@@ -116,6 +130,14 @@ def override_of(layer: nn.Module) -> LayerOverride | None:
 def _own_override(layer: nn.Module) -> LayerOverride | None:
     found = getattr(vars(layer).get("forward"), "__self__", None)
     return found if isinstance(found, LayerOverride) else None
+
+
+def _tokens_in(cache: Cache) -> int:
+    """How many tokens a cache holds; of states of recurrent layers alone, which do not count them: whether there are any."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())
 
 
 def _within(context: Callable[[], AbstractContextManager], function: Callable, *args, **kwargs) -> Any:

@@ -69,6 +69,7 @@ class CheckpointedInStack(LayerOverride):
     def forward(self, *args, **kwargs):
         """As the layer's own."""
         if not (self.is_on and torch.is_grad_enabled()):
+            self._require_filled(args, kwargs)
             return self._original(*args, **kwargs)
         hidden, args, kwargs = self._taken_apart(args, kwargs)
         call = LayerCall(

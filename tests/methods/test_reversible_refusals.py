@@ -12,7 +12,7 @@ from hf_memtune.methods.two_level import checkpoint_in_two_levels
 from tests.support.any_type import batch_of, tiny
 from tests.support.reversible_models import inputs_of, model_of, reversible_of, settings, step, twin
 from tests.support.reversible_removal import same_state, state_of
-from tests.support.tolerances import NOTICED
+from tests.support.tolerances import NOTICED, close
 from tests.support.twin import worst_difference
 
 
@@ -127,6 +127,23 @@ def test_a_filled_cache_is_refused(put_on):
         cache = model(batch["input_ids"][:, :3]).past_key_values
     with pytest.raises(UnsupportedModelError, match="cache with 3 tokens"):
         model(batch["input_ids"], past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("ignore:reversible_numerics=float")
+@pytest.mark.parametrize("goes_on_with", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("put_on", [checkpoint_in_two_levels, partial(make_reversible, config=settings("centred", adapter_rank=0))])
+def test_a_cache_that_a_call_with_gradient_left_empty_is_refused(put_on, goes_on_with):
+    """The model hands it out as if it were filled, and a call that goes on with it would answer to the last tokens alone."""
+    model = model_of("llama").eval()
+    put_on(model)
+    tokens = inputs_of("llama", model)["input_ids"][:1]
+    empty = model(tokens[:, :-1]).past_key_values
+    with goes_on_with(), pytest.raises(UnsupportedModelError, match=r"left empty in an earlier call.*inside of torch.no_grad\(\)"):
+        model(tokens[:, -1:], past_key_values=empty)
+    with torch.no_grad():  # the remedy
+        filled = model(tokens[:, :-1]).past_key_values
+        found, expected = model(tokens[:, -1:], past_key_values=filled), model(tokens)
+    torch.testing.assert_close(found.logits[:, -1], expected.logits[:, -1], **close(torch.float64, float32_inside=True))
 
 
 def test_something_between_the_layers_is_refused():

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from hf_memtune import ConfigError, InverseError, LiveBytes, UnsupportedModelError
 from hf_memtune.methods.layer_override import override_of
 from hf_memtune.methods.two_level import checkpoint_in_two_levels
+from tests.support.any_type import batch_of, tiny
 from tests.support.reversible_models import CLAIMED, inputs_of, model_of, reversible_of, step
 from tests.support.reversible_removal import same_state, state_of
 from tests.support.tolerances import NOTICED, RELATIVE
@@ -344,6 +345,19 @@ def test_generation_uses_its_cache():
     plain = model.generate(batch["input_ids"][:1, :5], max_new_tokens=6, do_sample=False)
     checkpoint_in_two_levels(model)
     assert torch.equal(model.generate(batch["input_ids"][:1, :5], max_new_tokens=6, do_sample=False), plain)
+
+
+def test_states_of_recurrent_layers_alone_are_left_out_as_caches_are():
+    """Outside of training such a model makes a cache that counts no tokens."""
+    model = tiny("mamba", "causal").eval()
+    batch = batch_of(model, "causal")
+    plain = step(model, batch)
+    checkpoint_in_two_levels(model)
+    assert worst_difference(step(model, batch)[1], plain[1]) <= RELATIVE[torch.float64]  # states of a cache are added up in another order
+    with torch.no_grad():
+        filled = model(batch["input_ids"]).cache_params
+    with pytest.raises(UnsupportedModelError, match="got a cache"):
+        model(batch["input_ids"][:, :1], cache_params=filled)
 
 
 def test_refusals():
