@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_memtune import MemTuneError
-from tests.support.reversible_models import CLAIMED, COUPLINGS, PARALLEL, inputs_of, model_of, reversible_of, step
+from hf_memtune.methods.reversible.handle import make_reversible
+from tests.support.reversible_models import CLAIMED, COUPLINGS, PARALLEL, inputs_of, model_of, reversible_of, settings, step
 from tests.support.reversible_removal import same_state, state_of
 from tests.support.tiny_models import tiny_model
 from tests.support.tolerances import NOTICED
@@ -116,6 +117,15 @@ def test_adapters_and_the_head_train(name, changed, outside):
     handle = reversible_of(model, "meft1", **changed)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert trained == outside | set(handle.adapters)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_tied_to_the_embeddings_is_not_trained_and_that_is_said(tied, recwarn):
+    model = model_of("llama", tie_word_embeddings=tied)
+    handle = make_reversible(model, settings("centred", "exact", train_head=True))
+    said = [str(each.message) for each in recwarn if "train_head" in str(each.message)]
+    assert [message.startswith("train_head has no effect with LlamaForCausalLM") for message in said] == [True] * tied
+    assert ("lm_head.weight" in handle.trained) is not tied
 
 
 def test_the_pooler_is_part_of_the_head():

@@ -26,6 +26,7 @@ from hf_memtune.methods.reversible.adapters import (
     ADAPTERS,
     Switch,
     freeze_but,
+    head_parameters,
     places_of,
     put_adapters,
     refuse_adapters_without_a_wrapper,
@@ -33,7 +34,7 @@ from hf_memtune.methods.reversible.adapters import (
 )
 from hf_memtune.methods.reversible.layer import ReversibleInStack, ReversibleStack
 from hf_memtune.methods.reversible.start import StartReport, look_at_start
-from hf_memtune.settings.protocol import filled_in
+from hf_memtune.settings.protocol import filled_in, no_effect
 from hf_memtune.settings.reversible import ReversibleConfig
 
 # SmolLM2-135M, whose states reach 22,700, loses as much by 12 bits as by 14, and keeps 4 of head-room
@@ -162,7 +163,14 @@ class ReversibleHandle:
         return stack.layout("an adapter") if self.config.adapter_rank else None
 
     def _warn(self) -> None:
-        """In float numerics: what the inverse will be off by, from depth, factors and mantissa."""
+        """Of a head that is to be trained and will not be; and in float numerics, of what the inverse will be off by."""
+        if self.config.train_head and self.config.adapter_rank and not head_parameters(unwrapped(self.model)):
+            reason = f"with {type(unwrapped(self.model)).__name__}, whose head has no weights of its own: they are those of the embeddings, which are frozen"
+            warnings.warn(no_effect("train_head", reason), stacklevel=4)
+        self._warn_of_float()
+
+    def _warn_of_float(self) -> None:
+        """From depth, factors and mantissa."""
         if self.config.reversible_numerics != "float":
             return
         divisor, depth = filled_in(self.config.reversible_scale) * (self.config.reversible_beta or 1.0), max(self._counts)
@@ -174,7 +182,7 @@ class ReversibleHandle:
             f"reversible_numerics=float: the inverse of a layer divides rounding errors by {divisor:g}, so after {depth} layers the "
             f"activations that gradients are computed from are off by about {error:.0e} of their size ({_name(held)} streams, "
             f"{_bits(held)}{worse}). Use reversible_numerics=exact, or fewer reversible_layers.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _install(self, changes: ExitStack) -> None:
