@@ -184,8 +184,17 @@ def test_the_random_head_that_lora_trains_a_copy_of_is_no_part_of_the_base(tmp_p
     load_reversible(again, tmp_path)
     found, expected = (each.eval()(**pad_classes(classes[:3])).logits for each in (again, trainer.model))
     assert torch.equal(found, expected)
+    as_older_ones(tmp_path)
+    load_reversible(PeftModel.from_pretrained(drawn(2), tmp_path), tmp_path)
     with pytest.raises(MemTuneError, match="another model"):
         load_reversible(PeftModel.from_pretrained(drawn(1, change=0.1), tmp_path), tmp_path)
+
+
+def as_older_ones(folder):
+    """A folder of a version that took that head for trained."""
+    weights, settings = folder / "reversible_adapters.safetensors", folder / "reversible_config.json"
+    save_file(load_file(weights) | {"classifier.original_module.weight": torch.zeros(2, 3)}, weights)
+    settings.write_text(json.dumps({name: value for name, value in json.loads(settings.read_text()).items() if name != "digest"}))
 
 
 def drawn(seed, change=0.0):

@@ -146,7 +146,7 @@ def _put_in(handle: ReversibleHandle, folder: Path, digest: str | None) -> None:
             "short. Take another checkpoint, or another copy."
         )
     try:
-        handle.load(state)
+        handle.load({name: tensor for name, tensor in state.items() if not is_put_aside(name)})  # older folders have these
     except MemTuneError as error:
         raise MemTuneError(f"{path}: {error}") from error
 
