@@ -56,7 +56,7 @@ def test_a_classifier_is_measured_by_its_own_classes(way, model, encoder, named,
         assert main(["merge", "--model", "out", "--output_dir", "merged"]) == 0
         assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == dict(zip("012", NAMES))
         assert measured("--model", "merged", "--dataset", files[1])["accuracy"] == 1.0
-    monkeypatch.setattr("hf_memtune.cli.data.classes.relabelled", lambda data, known, *parts: parts)
+    monkeypatch.setattr("hf_memtune.cli.data.rows.relabelled", lambda data, known, *parts: parts)
     assert measured(*trained, "--dataset", files[1], "--max_length", "128")["accuracy"] == 0.0  # each by the order of the letters
 
 

@@ -71,7 +71,7 @@ def understood(data: DataSource, tokenizer, model: ModelSource | None, *parts) -
     not_read = unread(data, parts[0])
     _use_template(data, tokenizer)
     known = known_classes(model) if data.task == CLASSES and model is not None else None
-    parts = relabelled(data, known, *parts)
+    parts = tuple(relabelled(data, known, *parts))
     return Understood(parts, data, class_names(data, parts[0]), not_read)
 
 
