@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import yaml
 from conditions import conditions
 from learning.arms import FEW_SHOT, OF_A_METHOD, check
-from learning.few_shot import SUITE, TUNED_BY, chosen_rate, digest_of, problems_of, score, tasks_of, together
+from learning.few_shot import SUITE, TUNED_BY, chosen_rate, digests_of, problems_of, score, short_name, tasks_of, together
 from options import one, parse, several
 from pages import ROOT
 from store import measure, read
@@ -80,9 +80,9 @@ class Study:
 
     def run(self, stage: str, arm: str, rate: float | None = None, seed: int | None = None) -> dict:
         """What tells a run from others, as the file has it. How it is scored belongs to finals alone."""
-        files = digest_of(self.data, self.options.tasks_folder)
+        files = digests_of(self.data, self.options.tasks_folder)
         scored = {"tasks": [list(task) for task in self.tasks], "limit": self.options.limit, "files": files} if stage == "final" else {}
-        names = {name: "/".join(Path(given or "").parts[-2:]) for name, given in (("model", self.model), ("data", self.data))}
+        names = {name: short_name(given or "") for name, given in (("model", self.model), ("data", self.data))}
         run = {"stage": stage, "arm": arm, "learning_rate": rate, "seed": seed, **names, **scored}
         return run | {"setup": self.setup, "settings": FEW_SHOT[arm]}
 

@@ -85,7 +85,6 @@ def measured(settings: Settings) -> dict[str, float | int]:
     from transformers import Trainer, TrainingArguments
 
     from hf_memtune.cli.data import collator, load_rows, tokenised, understood
-    from hf_memtune.cli.data.classes import known_classes
     from hf_memtune.cli.data.showing import tell_of
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
     from hf_memtune.cli.train import accuracy
@@ -93,8 +92,8 @@ def measured(settings: Settings) -> dict[str, float | int]:
 
     model, data, measuring, _ = settings
     tokenizer = load_tokenizer(model)
-    (rows,), data, classes, not_read = understood(data, tokenizer, model, load_rows(data, data.dataset_split))
-    if classes and known_classes(model) is None and model.reversible_adapters is None:  # theirs may hold the head
+    (rows,), data, classes, known, not_read = understood(data, tokenizer, model, load_rows(data, data.dataset_split))
+    if classes and known is None and model.reversible_adapters is None:  # theirs may hold the head
         wrong = f"{model.model_name_or_path!r} has no head for classes, which rows with {data.label_column!r} are for"
         raise ConfigError([f"model_name_or_path: {wrong}. Name a trained classifier, or measure the text alone: --task causal_lm."])
     rows, dropped = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)

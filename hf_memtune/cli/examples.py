@@ -193,7 +193,7 @@ def _rows_of_data(settings: Settings, tokenizer):
     from hf_memtune.cli.data.showing import tell_of
 
     examples = settings.examples
-    (rows,), data, classes, not_read = understood(
+    (rows,), data, classes, _, not_read = understood(
         settings.data, tokenizer, settings.model, load_rows(settings.data, settings.data.dataset_split)
     )
     _require_token_losses(data, examples)

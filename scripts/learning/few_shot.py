@@ -1,6 +1,5 @@
 """The few-shot suite of TokenSeek (arXiv 2601.19739): its tasks, scores on them, and the learning rate that a search chose."""
 
-import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,15 +40,18 @@ def tasks_of(names: list[str], num_fewshot: list[int] | None, metric: list[str] 
     return [Task(*each) for each in zip(*columns)], wrong
 
 
-def digest_of(*named: str | None) -> str | None:
-    """Of the files among what is named and of those in its folders, by name and content; None where there are none, as of what is on the hub."""
+def short_name(path: str | Path) -> str:
+    """As the result file has it: on another machine the folders above are others."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def digests_of(*named: str | None) -> dict[str, str]:
+    """By name, of the files among what is named and of those in its folders. What is on the hub has none."""
+    from hf_memtune.files import digest_of
+
     paths = [Path(name) for name in named if name]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*"))) if file.is_file()]
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)};".encode() + content)
-    return digest.hexdigest() if files else None
+    return {short_name(file): digest_of(file) for file in files}
 
 
 def chosen_rate(rows: Iterable[dict], run: dict) -> float | None:

@@ -137,7 +137,7 @@ def test_with_other_files_a_final_is_another_run(folder, measured):
         finally:
             file.write_text(before)
         (again,) = lines_of(folder)[known:]
-        assert again["stage"] == "final" and again["files"] not in {row["files"] for row in of(lines_of(folder)[:known], stage="final")}
+        assert again["stage"] == "final" and again["files"] not in [row["files"] for row in of(lines_of(folder)[:known], stage="final")]
     scripts.load("tables")
     import tables_few_shot
 

@@ -45,7 +45,7 @@ class Rows:
 
 def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) -> Rows:
     """Rows to train on and rows held out, tokenised; the former packed where that is asked for. model: whose classes the rows have."""
-    (stored, *rest), data, classes, not_read = understood(data, tokenizer, model, *_split(data))
+    (stored, *rest), data, classes, _, not_read = understood(data, tokenizer, model, *_split(data))
     train, reasons = tokenised(stored, data, tokenizer, classes, "rows to train on")
     held_out = None
     for rows in rest:
@@ -55,11 +55,13 @@ def prepare(data: DataArguments, tokenizer, model: ModelSource | None = None) ->
 
 
 class Understood(NamedTuple):
-    """Rows as they are stored, in parts. data: the settings, with the task that they are for. classes: of sequence classification, in order."""
+    """Rows as they are stored, in parts. data: the settings, with the task that they are for. classes: of sequence classification, in order.
+    known: those that the model tells apart already."""
 
     parts: tuple
     data: DataSource
     classes: list | None
+    known: list | None
     unread: Unread
 
 
@@ -72,7 +74,7 @@ def understood(data: DataSource, tokenizer, model: ModelSource | None, *parts) -
     _use_template(data, tokenizer)
     known = known_classes(model) if data.task == CLASSES and model is not None else None
     parts = tuple(relabelled(data, known, *parts))
-    return Understood(parts, data, class_names(data, parts[0]), not_read)
+    return Understood(parts, data, class_names(data, parts[0]), known, not_read)
 
 
 def _use_template(data: DataSource, tokenizer) -> None:
