@@ -91,6 +91,7 @@ class EnterStreams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, tape):
+        ctx.set_materialize_grads(False)
         tape.enter(hidden.detach())
         ctx.place = tape.place
         return tape.values()
@@ -98,7 +99,7 @@ class EnterStreams(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, newest, older):
-        return newest + older, None
+        return _added(newest, older), None
 
 
 class LeaveStreams(torch.autograd.Function):
@@ -106,6 +107,7 @@ class LeaveStreams(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, newest, older, tape, weights):
+        ctx.set_materialize_grads(False)
         ctx.tape, ctx.weights, ctx.position = tape, weights, tape.position
         ctx.save_for_backward(*tape.streams)
         output = blended_output(tape.values(), weights)
@@ -115,6 +117,8 @@ class LeaveStreams(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        if gradient is None:
+            return None, None, None, None
         ctx.tape.streams, ctx.tape.position = ctx.saved_tensors, ctx.position
         return *(gradient if weight == 1 else gradient * weight for weight in ctx.weights), None, None
 
@@ -203,7 +207,7 @@ class LayerRun:
         gradient = cotangents[half.target].to(update.dtype)
         outputs, given = [update, passed_on], [gradient, cotangents[half.source]]
         for new, cotangent in zip(Outputs(found_extras or (), live).tensors, extras) if extras else ():
-            if new.requires_grad:
+            if new.requires_grad and cotangent is not None:
                 outputs, given = [*outputs, new], [*given, cotangent]
         with self.parameters.without_hooks():
             found = torch.autograd.grad(outputs, [leaf, *wanted], given, allow_unused=True)
@@ -252,6 +256,7 @@ class ReversibleLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, newest, older, *inputs):
+        ctx.set_materialize_grads(False)  # zeros for what plain autograd leaves without a gradient would be trained on, by weight decay
         tensors = inputs[: len(inputs) - len(run.parameters.tensors)]
         with torch.enable_grad():  # kernels may be chosen by it, and backward runs with it
             lost = run.forward(tensors, newest)
@@ -268,6 +273,8 @@ class ReversibleLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, newest, older, *extras):
+        if all(g is None for g in (newest, older, *extras)):
+            return (None,) * len(ctx.needs_input_grad)
         run, saved = ctx.run, list(ctx.saved_tensors)
         run.check()
         tensors = saved[: len(saved) - sum(ctx.loses)]

@@ -101,6 +101,7 @@ class TwoLevelLayer(torch.autograd.Function):
     def forward(ctx, passing, goes_on, hidden, *inputs):
         segment, index = passing.segment, len(passing.tensors)
         call = segment.calls[index]
+        ctx.set_materialize_grads(False)  # zeros for what plain autograd leaves without a gradient would be trained on, by weight decay
         tensors = inputs[: len(inputs) - len(call.parameters.tensors)]
         run = FirstRun(call.name, call.parameters.tensors)
         with torch.enable_grad():
@@ -122,6 +123,8 @@ class TwoLevelLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient, *extra_gradients):
         ctx.passing = None
+        if all(g is None for g in (gradient, *extra_gradients)):
+            return (None,) * len(ctx.needs_input_grad)
         boundary, *flat = ctx.saved_tensors
         tensors = [[flat.pop(0) for _ in range(count)] for count in ctx.counts]
         call = ctx.segment.calls[ctx.index]
@@ -131,7 +134,7 @@ class TwoLevelLayer(torch.autograd.Function):
         with torch.enable_grad():
             output, extras = call.again(leaf.view_as(leaf), views_of(leaves))
         wanted = [leaf, *(t for t in leaves if t.requires_grad), *call.parameters.tensors]
-        given = [(output, gradient), *((new, g) for new, g in zip(extras, extra_gradients) if new.requires_grad)]
+        given = [(new, g) for new, g in zip([output, *extras], [gradient, *extra_gradients]) if new.requires_grad and g is not None]
         outputs, cotangents = zip(*given)
         with call.parameters.without_hooks():
             found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))

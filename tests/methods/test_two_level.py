@@ -161,6 +161,19 @@ def test_hooks_of_parameters_fire_once_with_the_whole_gradient(put_on):
     assert all(len(each) == 2 for each in seen.values())
 
 
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_an_encoder_that_nothing_attends_to_has_no_gradient(put_on):
+    """And not one of zeros, which weight decay would act on."""
+    model, batch = model_and_batch("bart", dropout=0.0)
+    put_on(model)
+    attended = step(model, batch)[1]
+    for layer in model.model.decoder.layers:
+        layer.encoder_attn.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), None))
+    found = step(model, batch)[1]
+    inside = {name for name in attended if "encoder.layers" in name or "encoder_attn." in name}
+    assert inside and found.keys() == attended.keys() - inside - {name for name in attended if "model.encoder." in name}
+
+
 def test_hooks_that_record_see_what_they_see_in_plain_training_and_cost_nothing():
     model, batch = model_and_batch("llama", dropout=0.0, num_hidden_layers=9)
     seen = []

@@ -1,8 +1,7 @@
 """Streamed on two processes that share a model by FSDP2: what one process learns plainly, with one reduction of a unit in a step."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from safetensors.torch import load_file
 
 from tests.support import fsdp_script
 from tests.support.fsdp_script import CASES, RUNS
-from tests.support.patience import PROGRAM
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE
 from tests.support.twin import worst_difference
+from tests.support.two_processes import launch
 
 EXACT = RELATIVE[torch.float64]
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "accelerate", "fsdp2.yaml")
@@ -23,17 +22,13 @@ SHORT_CALLS = ["a short call last", "replicated"]  # some calls are one chunk in
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes found, and where. The recipe is the one for GPUs."""
-    folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", "2"]
-    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, fsdp_script.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=PROGRAM, check=False
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    found = torch.load(folder / "found.pt", weights_only=True)
+    options = ["--config_file", CONFIG, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    root = tmp_path_factory.mktemp("fsdp")
+    status, errors, folder = launch(lambda folder: [*options, fsdp_script.__file__, str(folder)], root / "two")
+    assert status == 0, errors
+    found = torch.load(Path(folder) / "found.pt", weights_only=True)
     assert found["processes"] == fsdp_script.PROCESSES
-    return found | {"folder": folder}
+    return found | {"folder": Path(folder)}
 
 
 def allowed(case: fsdp_script.Case) -> float:
