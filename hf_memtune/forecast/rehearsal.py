@@ -24,7 +24,7 @@ from hf_memtune.forecast.apart import apart
 from hf_memtune.forecast.blank_model import Shapes
 from hf_memtune.levers.facts import optimizer_name
 from hf_memtune.memory.fake import fake_copy, sdpa_without_padding, shorten, use_sdpa
-from hf_memtune.memory.optimizer_layout import laid_out
+from hf_memtune.memory.optimizer_layout import laid_out, unwrapped_optimizer
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.methods.method import Method
 from hf_memtune.methods.seeking.method import TokenSeeking
@@ -107,7 +107,7 @@ class _Take(StepAccountCallback):
         batch = _micro_batch(self.scene.evaluation, self.scene.evaluation_padded)
         use_sdpa(model, "sdpa" if self.scene.evaluation_padded else self.unpadded)
         model.eval()
-        self.evaluation = StepLedger(model, getattr(optimizer, "optimizer", optimizer), list(batch.values()), names=self.names)
+        self.evaluation = StepLedger(model, unwrapped_optimizer(optimizer), list(batch.values()), names=self.names)
         if self.first_layer is not None:
             self.evaluation.stretch_at(self.first_layer)
         with self.evaluation, self.evaluation.phase("evaluation"):

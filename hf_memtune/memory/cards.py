@@ -14,7 +14,8 @@ from hf_memtune.units import GIB, format_bytes
 CONTEXT_BYTES = 1_300_000_000
 ALLOCATOR_SHARE = 0.04
 
-# GiB of a card, as nvidia-smi gives them, rounded to a whole number.
+# GiB of a card, as nvidia-smi gives them, rounded to a whole number: what it is sold with, but for T4, A10, A40, L4 and L40(S), whose error
+# correction keeps a part. Most of the 30 and 40 series, A100 and H100 are held against Hugging Face's list (huggingface.js, hardware.ts).
 CARDS = {
     "rtx2080ti": 11, "rtx3060": 12, "rtx3060ti": 8, "rtx3070": 8, "rtx3070ti": 8, "rtx3080": 10, "rtx3080ti": 12, "rtx3090": 24,
     "rtx3090ti": 24, "rtx4060": 8, "rtx4060ti-8gb": 8, "rtx4060ti-16gb": 16, "rtx4070": 12, "rtx4070super": 12, "rtx4070ti": 12,

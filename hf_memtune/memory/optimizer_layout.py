@@ -17,6 +17,11 @@ BLOCK = 256
 TWO_STATES = ("adam", "ademamix")
 
 
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """What accelerate's wrapper, which has no hooks of its own, is around; or the optimizer itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class LaidOutOptimizer(torch.optim.Optimizer):
     """Makes the state of a bitsandbytes optimizer at its first step, and does nothing else.
 

@@ -19,6 +19,7 @@ from hf_memtune.architectures.stacks import unwrapped
 from hf_memtune.errors import MemTuneError, first_line
 from hf_memtune.levers.facts import checkpoint_names, optimizer_name
 from hf_memtune.levers.table import LEVERS, least_offers
+from hf_memtune.memory.optimizer_layout import unwrapped_optimizer
 from hf_memtune.methods.overrides import not_checkpointing
 from hf_memtune.training.care.recovery.advice import run_of
 from hf_memtune.training.rng import preserved_rng
@@ -214,7 +215,7 @@ def why_unpredicted(trainer: RunningTrainer) -> str | None:
 
 def _optimizer_of_its_own(trainer: RunningTrainer) -> str | None:
     """An optimizer that was given, or made by an override. fused: an AdamW that is not has temporary tensors of the size of its state."""
-    made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    made = unwrapped_optimizer(trainer.optimizer)
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     if made is None or not isinstance(kind, type) or not issubclass(kind, Optimizer):  # transformers has factories, too
         return None

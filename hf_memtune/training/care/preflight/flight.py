@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hf_memtune.memory import StepLedger, peak_device_bytes, reset_peak_device_bytes
+from hf_memtune.memory.optimizer_layout import unwrapped_optimizer
 from hf_memtune.training.care.preflight.longest import Longest, longest_batch
 from hf_memtune.training.care.preflight.report import PreflightReport
 from hf_memtune.training.care.preflight.snapshot import everything_restored
@@ -104,7 +105,7 @@ class Flight:
         trainer = self.trainer
         inputs = trainer._prepare_inputs(self.longest.batch) if inputs is None else inputs
         tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-        ledger = StepLedger(trainer.model_wrapped, getattr(trainer.optimizer, "optimizer", trainer.optimizer), tensors)
+        ledger = StepLedger(trainer.model_wrapped, unwrapped_optimizer(trainer.optimizer), tensors)
         if trainer.method is not None:
             ledger.watch(trainer.method)
         return ledger

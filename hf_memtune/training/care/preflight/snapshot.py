@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_memtune.memory.optimizer_layout import unwrapped_optimizer
 from hf_memtune.training.restorable import keep_counters, keep_plain
 from hf_memtune.training.rng import preserved_rng
 from hf_memtune.training.running import RunningTrainer
@@ -38,7 +39,7 @@ def _kept_of_trainer(trainer: RunningTrainer) -> Iterator[Callable[[], None]]:
     yield keep_module(trainer.model)
     yield keep_counters(trainer)
     optimizer = trainer.optimizer
-    yield keep_optimizer(getattr(optimizer, "optimizer", optimizer))
+    yield keep_optimizer(unwrapped_optimizer(optimizer))
     yield keep_plain(optimizer)
     yield _keep_state_dict(trainer.lr_scheduler)
     if (scaler := trainer.accelerator.scaler) is not None:

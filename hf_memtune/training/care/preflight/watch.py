@@ -14,6 +14,7 @@ from torch import nn
 from hf_memtune.errors import ConfigError
 from hf_memtune.levers.facts import Seen
 from hf_memtune.levers.table import idle_levers
+from hf_memtune.memory.optimizer_layout import unwrapped_optimizer
 from hf_memtune.methods.events import Listener
 from hf_memtune.training.running import RunningTrainer
 
@@ -72,4 +73,4 @@ class LeverWatch(Listener):
         saw.has_reversible, saw.has_adapters = trainer.reversible is not None, hasattr(model, "peft_config")
         saw.total = sum(p.numel() for p in model.parameters())
         saw.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        saw.optimizer_state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+        saw.optimizer_state = unwrapped_optimizer(trainer.optimizer).state

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from transformers import TrainerCallback
 
 from hf_memtune.memory.account import MemoryAccount
+from hf_memtune.memory.optimizer_layout import unwrapped_optimizer
 from hf_memtune.memory.step_ledger import StepLedger
 from hf_memtune.training.running import RunningTrainer
 
@@ -34,10 +35,9 @@ class StepAccountCallback(TrainerCallback):
         batches = self.trainer.batches_of_step
         if state.global_step != self.step or self._is_open:
             return
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
         collated = [batch for batch in batches if isinstance(batch, Mapping)]  # rows that the trainer has yet to collate are no tensors
         inputs = [value for batch in collated for value in batch.values() if hasattr(value, "untyped_storage")]
-        self.ledger = StepLedger(model, optimizer, inputs, names=self.names)
+        self.ledger = StepLedger(model, unwrapped_optimizer(optimizer), inputs, names=self.names)
         self.ledger.__enter__()
         self._is_open = True
         if self.trainer.method is not None:
