@@ -53,8 +53,10 @@ class Decision:
             return {"token_selection": self.selection, "always_keep": self.always_keep} | weight
         named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": f"{self.ratio:g}"}
         named |= {"select_from": self.select_from, "always_keep": self.always_keep}
-        if self.samples:
-            named |= {"sample_floor": f"{self.floor:g}"} | ({} if self.cap is None else {"weight_cap": f"{self.cap:g}"})
+        if self.samples and self.scorer != "random":  # whose draws are even throughout
+            named["sample_floor"] = f"{self.floor:g}"
+        if self.samples and self.cap is not None:
+            named["weight_cap"] = f"{self.cap:g}"
         return named | weight
 
     def said(self) -> list[str]:

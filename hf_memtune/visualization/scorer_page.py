@@ -59,10 +59,12 @@ def _evenly(decisions: list[Decision]) -> str:
     """How much of a draw is even, by scorer where they differ."""
     by_share: dict[str, list[str]] = {}
     for each in decisions:
-        by_share.setdefault(share_in_words(each.floor), []).append(each.scorer)
-    if len(by_share) == 1:
-        return next(iter(by_share))
-    return ", ".join(f"{share} ({escape(', '.join(scorers))})" for share, scorers in by_share.items())
+        if each.scorer != "random":  # whose draws are even throughout
+            by_share.setdefault(share_in_words(each.floor), []).append(each.scorer)
+    if len(by_share) < 2:
+        return next(iter(by_share), share_in_words(1.0))
+    first, *others = (f"{share} ({escape(', '.join(scorers))})" for share, scorers in by_share.items())
+    return ", ".join([first, *(text[0].lower() + text[1:] for text in others)])
 
 
 _NO_LABELS = "<h2>Prompt or answer</h2><p>No token of these rows carries a label of its own, so none is told apart as prompt or answer.</p>"

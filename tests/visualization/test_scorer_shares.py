@@ -102,11 +102,14 @@ def test_how_much_of_a_draw_is_even_is_said_of_each_scorer(tmp_path):
     one, *others = decisions()
     for floors, words in (
         ((0.5, 0.5), "Half of the weight"),
-        ((0.25, 0.5), f"A quarter ({one.scorer}), Half ({others[0].scorer}) of the weight"),
+        ((0.25, 0.5), f"A quarter ({one.scorer}), half ({others[0].scorer}) of the weight"),
+        ((0.25, 0.25), "A quarter of the weight"),  # random, of the floor of 1/2 that it does not read, has no part in it
     ):
         told = [replace(each, floor=floor, selection="sample") for each, floor in zip((one, others[0]), floors)]
-        page, _ = write_scorer_comparison(counted(), told, tmp_path / "scorers.html", {})
+        page, numbers = write_scorer_comparison(counted(), [*told, others[1]], tmp_path / "scorers.html", {})
         assert words in " ".join(page.read_text().split())
+        listed = json.loads(numbers.read_text())["scorers"]
+        assert {name: "sample_floor" in settings for name, settings in listed.items()} == {"context": True, "gradient": True, "random": False}
 
 
 def test_the_page_stands_alone_and_is_the_same_each_time(tmp_path):

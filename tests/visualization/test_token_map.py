@@ -187,6 +187,12 @@ def test_the_page_says_what_decided(tmp_path, decision, said, unsaid):
     assert f"<dt>token_scorer</dt><dd>{decision.scorer}</dd>" in text and f"<dd>{decision.selection}</dd>" in text
 
 
+def test_a_share_of_even_draws_is_listed_where_a_score_has_the_rest():
+    assert SAMPLED.listed()["sample_floor"] == "0.5"
+    even = replace(SAMPLED, scorer="random", cap=3.0).listed()
+    assert "sample_floor" not in even and even["weight_cap"] == "3"
+
+
 def test_every_score_is_explained():
     assert EXPLANATIONS.keys() | {"random"} == BUILT_IN.keys()
 
