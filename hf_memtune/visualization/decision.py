@@ -9,7 +9,7 @@ from typing import Any
 from hf_memtune.settings.scorers import facts_of
 
 EXPLANATIONS = {
-    "context": "how much attention the other tokens pay to this token",
+    "context": "how much attention this token gets, from itself and from the tokens that see it",
     "gradient": "how strongly the training loss reacts to this token",
     "combined": "attention received and reaction of the loss together, weighted as set",
     "loss": "how badly the model predicts the token that follows this one",
@@ -98,7 +98,7 @@ class Decision:
         ends = " The first and the last token of each text are kept in any case." if self.always_keep == "first_last" else ""
         if self._threshold is not None:
             ends = f" Left out are those with a score below {self._threshold:g}; a text of no others keeps its best one.{ends}"
-        return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text{from_labels}.{ends}"
+        return f"As many tokens are kept as make {100 * self.ratio:.4g} % of each text, rounded up{from_labels}.{ends}"
 
     def _weighed(self) -> str:
         if not self.samples and facts_of(self.scorer).known_in_backward:

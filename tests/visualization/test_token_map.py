@@ -169,7 +169,7 @@ def test_without_draws_the_page_says_so_in_place_of_chances(tmp_path):
     [
         (
             SAMPLED,
-            ["the likelier the higher their combined score", "30 % of each text", "carry a label (all", "1/p times"],
+            ["the likelier the higher their combined score", "30 % of each text, rounded up", "carry a label (all", "1/p times"],
             ["first and the last"],
         ),
         (TOP, ["highest combined score", "10 % of each text", "first and the last"], ["by chance", "carry a label", "1/p"]),
@@ -195,6 +195,7 @@ def test_a_share_of_even_draws_is_listed_where_a_score_has_the_rest():
 
 def test_every_score_is_explained():
     assert EXPLANATIONS.keys() | {"random"} == BUILT_IN.keys()
+    assert "from itself" in EXPLANATIONS["context"]  # the last token of a text gets its own attention alone, and not 0
 
 
 def test_a_decision_is_said_once(tmp_path):
