@@ -36,7 +36,8 @@ def panels(token_map: TokenMap) -> list[Panel]:
     chances = token_map.probability
     if chances is None:
         return found
-    return [Panel("chance of being kept", CHANCE, CHANCE_HUE, chances, [0.85 * p for p in chances], (chances, False), True), *found]
+    strength = [chance_strength(p) for p in chances]
+    return [Panel("chance of being kept", CHANCE, CHANCE_HUE, chances, strength, (chances, False), True), *found]
 
 
 def _score_panel(token_map: TokenMap, name: str) -> Panel:
@@ -69,6 +70,11 @@ def colour_levels(values: list[float]) -> list[int | None]:
 def opacity(level: int | None) -> float:
     """Strength 0..0.7 of the hue at a colour step; convex, so that the top tenths stand out."""
     return 0.7 * ((level or 0) / (LEVELS - 1)) ** 1.7
+
+
+def chance_strength(p: float) -> float:
+    """How deep the colour of a chance is: a step at 0, so that what is seldom kept is told from what never is."""
+    return 0.15 + 0.7 * p if p else 0.0
 
 
 def axis_values(values: list[float]) -> tuple[list[float], bool]:

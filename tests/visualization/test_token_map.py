@@ -116,6 +116,13 @@ def test_every_token_tells_its_chance_and_its_weight(tmp_path):
     assert others[0] != views[0]
 
 
+def test_what_is_seldom_kept_has_a_colour_and_what_never_is_has_none(tmp_path):
+    chances = [0.0, 1e-6, 0.001, 0.75, 1.0, 0.0]
+    text = page(tmp_path, [replace(drawn(), probability=chances)])
+    shades = re.findall(r"background:rgba\(230,159,0,([\d.]+)\)", text)
+    assert [float(shade) > 0.1 for shade in shades] == [p > 0 for p in chances] and shades[3] < shades[4]
+
+
 def test_a_cap_bounds_the_weights_that_are_shown(tmp_path):
     capped = replace(drawn(), decision=replace(drawn().decision, cap=1.5))
     text, free = page(tmp_path, [capped]), page(tmp_path, [drawn()])
