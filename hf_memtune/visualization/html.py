@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_memtune.files import write_text
 from hf_memtune.visualization.decision import Decision, decisions_of
 from hf_memtune.visualization.panels import Panel, panels
-from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible
+from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible, weights_in_words
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #5b6470; --paper: #ffffff; --line: #d5dae0; }
@@ -95,12 +95,10 @@ def _chances(token_map: TokenMap) -> list[tuple[str, str]]:
     """What the probabilities of one map sum to, and the weights among them."""
     if token_map.probability is None:
         return []
-    weights = [weight for i in range(len(token_map.tokens)) if (weight := token_map.weight_of(i)) is not None]
-    ends = dict.fromkeys(f"{weight:.4g}" for weight in (min(weights), max(weights))) if weights else ["n/a"]
     return [
         ("chances summed, which is how many are kept", f"{sum(token_map.probability):.2f}"),
-        ("tokens that may be kept", f"{len(weights)}"),
-        ("what one of them counts for in the loss, if kept", " to ".join(ends)),
+        ("tokens that may be kept", f"{sum(p > 0 for p in token_map.probability)}"),
+        ("what one of them counts for in the loss, if kept", weights_in_words(token_map)),
     ]
 
 

@@ -9,7 +9,7 @@ from textwrap import wrap
 from hf_memtune.files import whole
 from hf_memtune.visualization.decision import decisions_of
 from hf_memtune.visualization.panels import Panel, panels
-from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible
+from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible, weights_in_words
 
 # All lengths in inches, measured from the top left corner.
 WIDTH, MARGIN, GAP, DPI = 15.0, 0.35, 0.3, 120
@@ -117,15 +117,8 @@ def _write(figure, inches_from_top: float, text: str, size: float, colour: str, 
 
 def _draw_map(figure, token_map: TokenMap, views: list[Panel], cells, frame) -> None:
     top, width, max_tokens = frame
-    n, kept, labelled, both = count([token_map])
-    numbers = (
-        f"{n} tokens, {kept} kept ({percent(kept, n)}).   Carrying a label: "
-        f"{percent(both, kept)} of the kept, {percent(labelled, n)} of all tokens."
-    )
-    if n > max_tokens:
-        numbers += f"   Text: first {max_tokens} of {n} tokens; plots: all."
     _write(figure, top + 0.25, token_map.title, 13, INK, weight="bold")
-    _write(figure, top + 0.5, numbers, 10.5, INK)
+    _write(figure, top + 0.5, _numbers(token_map, max_tokens), 10.5, INK)
     lines = cells[-1][2] + 1
     for number, panel in enumerate(views):
         left, full = MARGIN + number * (width + GAP), figure.get_figheight()
@@ -137,6 +130,20 @@ def _draw_map(figure, token_map: TokenMap, views: list[Panel], cells, frame) -> 
 
         _draw_text(axes_at(TITLE + LINE, lines * LINE), token_map, panel, cells)
         _draw_chart(axes_at(TITLE + (lines + 2) * LINE, CHART - 0.6, 0.5), token_map, panel)
+
+
+def _numbers(token_map: TokenMap, max_tokens: int) -> str:
+    """What is below the title of a map: its counts, what a kept token counts for where that is not 1 for all, and how much of the text is drawn."""
+    n, kept, labelled, both = count([token_map])
+    said = [
+        f"{n} tokens, {kept} kept ({percent(kept, n)}).",
+        f"Carrying a label: {percent(both, kept)} of the kept, {percent(labelled, n)} of all tokens.",
+    ]
+    if token_map.chances:
+        said.append(f"A kept token counts {weights_in_words(token_map)} times in the loss.")
+    if n > max_tokens:
+        said.append(f"Text: first {max_tokens} of {n} tokens; plots: all.")
+    return "   ".join(said)
 
 
 def _draw_text(axes, token_map: TokenMap, panel: Panel, cells) -> None:

@@ -133,6 +133,12 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "n/a"
 
 
+def weights_in_words(token_map: TokenMap) -> str:
+    """The least and the most that a token which may be kept counts for in the loss, if it is; "n/a" where none may be."""
+    weights = [weight for i in range(len(token_map.tokens)) if (weight := token_map.weight_of(i)) is not None]
+    return " to ".join(dict.fromkeys(f"{weight:.4g}" for weight in (min(weights), max(weights)))) if weights else "n/a"
+
+
 def runs(flags: list[bool]) -> list[tuple[int, int]]:
     """The [start, stop) stretches of true flags, in order."""
     padded = [False, *flags, False]

@@ -109,7 +109,11 @@ def test_how_much_of_a_draw_is_even_is_said_of_each_scorer(tmp_path):
         page, numbers = write_scorer_comparison(counted(), [*told, others[1]], tmp_path / "scorers.html", {})
         assert words in " ".join(page.read_text().split())
         listed = json.loads(numbers.read_text())["scorers"]
-        assert {name: "sample_floor" in settings for name, settings in listed.items()} == {"context": True, "gradient": True, "random": False}
+        assert {name: "sample_floor" in settings for name, settings in listed.items()} == {
+            "context": True,
+            "gradient": True,
+            "random": False,
+        }
 
 
 def test_the_page_stands_alone_and_is_the_same_each_time(tmp_path):

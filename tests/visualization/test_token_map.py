@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hf_memtune.settings.scorers import BUILT_IN
-from hf_memtune.visualization import TokenMap, write_token_map_html, write_token_map_png
+from hf_memtune.visualization import TokenMap, picture, write_token_map_html, write_token_map_png
 from hf_memtune.visualization.decision import EXPLANATIONS, Decision
 from hf_memtune.visualization.panels import colour_levels
 from hf_memtune.visualization.token_map import visible
@@ -240,6 +240,16 @@ def test_probabilities_of_labels_are_checked_too():
         ValueError, match=r"label_probability: got 1\.5, expected a number in \[0, 1\] per token; leave it out where losses"
     ):
         replace(a_map(), label_probability=[1.5] * 6)
+
+
+def test_the_picture_tells_what_a_kept_token_counts_for(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    written = []
+    monkeypatch.setattr(picture, "_write", lambda figure, place, text, *size, **style: written.append(text))
+    for each, weights in ((drawn(), "counts 1 to 4 times in the loss"), (a_map(), None)):
+        written.clear()
+        write_token_map_png([each], tmp_path / "a.png", {})
+        assert any(weights in text for text in written) if weights else not any("in the loss" in text for text in written)
 
 
 def test_the_picture_has_a_view_more(tmp_path):
