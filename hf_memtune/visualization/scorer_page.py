@@ -19,7 +19,7 @@ table.shares td, table.shares th { white-space: nowrap; min-width: 4.5rem; } tab
 table.shares th:first-child { text-align: left; padding-left: 0; }
 table.shares th small { display: block; color: var(--muted); white-space: normal; }
 .scroll { overflow-x: auto; } .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: .5rem 0; }
-.key i { width: 1.2rem; height: .3rem; display: inline-block; margin-right: .35rem; vertical-align: 3px; }
+.key svg { width: 1.6rem; height: .4rem; margin: 0 .35rem 0 0; vertical-align: 3px; }
 """
 _INTRODUCTION = """<p>Token seeking lets a language model <em>learn</em> from a few tokens (word pieces) of each text only. A scorer is
 what says which. This page compares scorers: of the tokens that each of them keeps, how many stand early or late, in the prompt or in the
@@ -94,6 +94,13 @@ def _colour(shares: ScorerShares, who: str) -> str:
     return {ALL: "#9aa4b0", LABELLED: "#5b6470"}.get(who) or COLOURS[1:][shares.scorers.index(who) % len(COLOURS[1:])]
 
 
+def _stroke(shares: ScorerShares, who: str) -> str:
+    """Of a line: what scorers are compared with is dashed, and those for whom no colour is left are dotted, each in one that a solid line has."""
+    repeats = who in shares.scorers and shares.scorers.index(who) >= len(COLOURS[1:])
+    dashes = "6 4" if who in (ALL, LABELLED) else "2 3" if repeats else ""
+    return f"stroke='{_colour(shares, who)}' stroke-width='2'" + f" stroke-dasharray='{dashes}'" * bool(dashes)
+
+
 def _table(shares: ScorerShares, kind: str, explained: dict[str, str]) -> str:
     """A row a group, a column a scorer; bars behind the numbers, on one scale for the whole table."""
     columns = {who: shares.shares(who, kind) for who in shares.columns}
@@ -141,23 +148,28 @@ def _lines(shares: ScorerShares) -> str:
     def at(number: int, share: float) -> tuple[float, float]:
         return _LEFT + number * step, _ABOVE + (_HEIGHT - _ABOVE - _BOTTOM) * (1 - share / top)
 
-    drawn = "".join(_line([at(*pair) for pair in enumerate(values)], _colour(shares, who), who) for who, values in columns.items())
+    drawn = "".join(
+        _line([at(*pair) for pair in enumerate(values)], _stroke(shares, who), _colour(shares, who)) for who, values in columns.items()
+    )
     grid = "".join(_grid(at(0, top * part / 4)[1], top * part / 4) for part in range(5))
     below = "".join(
         f"<text x='{at(number, 0)[0]:.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{escape(name)}</text>"
         for number, name in enumerate(PLACES)
     )
-    key = "".join(f"<span><i style='background:{_colour(shares, who)}'></i>{escape(who)}</span>" for who in columns)
+    key = "".join(f"<span>{_swatch(_stroke(shares, who))}{escape(who)}</span>" for who in columns)
     named = "role='img' aria-label='share of the kept tokens by position in the text'"
     svg = f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' {named}>{grid}{below}{drawn}</svg>"
     return f"<div class='key'>{key}</div><figure>{svg}</figure>"
 
 
-def _line(points: list[tuple[float, float]], colour: str, who: str) -> str:
-    dashes = " stroke-dasharray='6 4'" if who in (ALL, LABELLED) else ""
+def _swatch(stroke: str) -> str:
+    return f"<svg viewBox='0 0 24 6'><line x1='0' x2='24' y1='3' y2='3' {stroke}/></svg>"
+
+
+def _line(points: list[tuple[float, float]], stroke: str, colour: str) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3.5' fill='{colour}'/>" for x, y in points)
-    return f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'{dashes}/>{dots}"
+    return f"<polyline points='{path}' fill='none' {stroke}/>{dots}"
 
 
 def _grid(y: float, share: float) -> str:

@@ -144,6 +144,17 @@ def test_roles_are_shown_where_there_are_labels(tmp_path, labelled, columns, rol
     assert ("role" in json.loads(numbers.read_text())["shares"]) == roles == (ROLES[0] in page.read_text())
 
 
+def test_no_two_lines_of_the_chart_look_alike_and_each_is_in_the_key(tmp_path):
+    names = [f"scorer {number}" for number in range(9)]  # as many as are built in, and more than there are colours
+    shares = ScorerShares(names)
+    shares.add(ComparedRow([True, False], ["number"] * 2, dict.fromkeys(names, [0.5, 0.5])))
+    told = [Decision(name, "sample", 0.3, "all", "none") for name in names]
+    text = write_scorer_comparison(shares, told, tmp_path / "x.html", {})[0].read_text()
+    lines = re.findall(r"<polyline points='[^']*' fill='none' (stroke=[^/]*)/>", text)
+    assert len(lines) == len(set(lines)) == len(shares.columns) == 11
+    assert re.findall(r"y2='3' (stroke=[^/]*)/></svg>([^<]*)<", text) == list(zip(lines, shares.columns))
+
+
 def test_what_cannot_be_shown_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         write_scorer_comparison(ScorerShares(SCORERS), decisions(), tmp_path / "x.html", {})
