@@ -29,7 +29,11 @@ kept. {} of the weight in a draw goes evenly to all tokens that may be drawn, so
 _TOP = "<p>Each scorer keeps the tokens with the highest scores, without chance. Random picks are one draw, from a fixed seed.</p>"
 _READING = """<p>A column says where the tokens that a scorer keeps are, and sums to 100 %. Compare it with the column of all tokens, or of
 those with a label if only they may be kept: where its share is higher, the scorer favours such tokens. The fairest to compare with is
-<em>random</em>, which is subject to the same rules: as many tokens of each text, and no score.</p>"""
+<em>random</em>, which is subject to the same rules: as many tokens of each text, and no score. Each text, its prompt included, is cut
+into ten parts of equal length.</p>"""
+_ROLES = """<p>A token carries a label where the model learns to predict the token that follows it: in the answer, and at the last token of the
+prompt.{}</p>"""
+_LABELS_ALONE = " Here only such tokens may be kept (select_from=labels), so each scorer has 100 % of them, whatever it favours."
 
 
 def write_scorer_comparison(shares: ScorerShares, decisions: list[Decision], path: str | Path, settings: dict) -> tuple[Path, Path]:
@@ -45,7 +49,7 @@ def write_scorer_comparison(shares: ScorerShares, decisions: list[Decision], pat
         _SAMPLED.format(_evenly(decisions)) if decisions[0].samples else _TOP,
         _scorers(shares, decisions),
         f"<h2>Where in the text</h2>{_READING}{_lines(shares)}{_table(shares, 'position', {})}",
-        f"<h2>Prompt or answer</h2>{_table(shares, 'role', {})}" if "role" in shares.kinds else _NO_LABELS,
+        _roles(shares, decisions[0]) if "role" in shares.kinds else _NO_LABELS,
         f"<h2>What kind of token</h2>{_table(shares, 'token class', CLASSES)}",
         f"<h2>How far two scorers agree</h2>{_overlap(shares, decisions[0].samples)}",
     ]
@@ -68,6 +72,12 @@ def _evenly(decisions: list[Decision]) -> str:
 
 
 _NO_LABELS = "<h2>Prompt or answer</h2><p>No token of these rows carries a label of its own, so none is told apart as prompt or answer.</p>"
+
+
+def _roles(shares: ScorerShares, decision: Decision) -> str:
+    is_of_labels = decision.select_from == "labels" and decision.always_keep == "none"  # the first and the last token may be without
+    words = _ROLES.format(_LABELS_ALONE * is_of_labels)
+    return f"<h2>Prompt or answer</h2>{words}{_table(shares, 'role', {})}"
 
 
 def _common(decision: Decision) -> dict:
@@ -124,7 +134,8 @@ def _overlap(shares: ScorerShares, sampled: bool) -> str:
     if sampled:
         how = "the lower of a token's two chances, summed over all tokens, over the sum of the higher ones"
     words = (
-        f"<p>1: two scorers keep the same tokens{', as likely' * sampled}. 0: none is kept by both. It is {how} (the Jaccard index).</p>"
+        f"<p>1 means that two scorers keep the same tokens{', with the same chances' * sampled}, 0 that no token is kept by both. The number is {how} "
+        "(the Jaccard index).</p>"
     )
     head = "".join(f"<th>{escape(name)}</th>" for name in shares.scorers)
     rows = []
@@ -136,7 +147,7 @@ def _overlap(shares: ScorerShares, sampled: bool) -> str:
 
 
 # The chart: sizes in SVG units, of which the page shows as many as fit its width.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _ABOVE = 1100, 300, 60, 50, 40, 14
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM, _ABOVE = 1100, 330, 60, 50, 56, 28
 
 
 def _lines(shares: ScorerShares) -> str:
@@ -153,12 +164,16 @@ def _lines(shares: ScorerShares) -> str:
     )
     grid = "".join(_grid(at(0, top * part / 4)[1], top * part / 4) for part in range(5))
     below = "".join(
-        f"<text x='{at(number, 0)[0]:.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{escape(name)}</text>"
+        f"<text x='{at(number, 0)[0]:.1f}' y='{_HEIGHT - 32}' text-anchor='middle'>{escape(name)}</text>"
         for number, name in enumerate(PLACES)
     )
     key = "".join(f"<span>{_swatch(_stroke(shares, who))}{escape(who)}</span>" for who in columns)
     named = "role='img' aria-label='share of the kept tokens by position in the text'"
-    svg = f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' {named}>{grid}{below}{drawn}</svg>"
+    titles = "<text x='0' y='12'>share of the kept tokens; dashed: to compare with</text>"
+    titles += (
+        f"<text x='{_WIDTH / 2:.0f}' y='{_HEIGHT - 8}' text-anchor='middle'>position in the text, from its first token to its last</text>"
+    )
+    svg = f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' {named}>{titles}{grid}{below}{drawn}</svg>"
     return f"<div class='key'>{key}</div><figure>{svg}</figure>"
 
 

@@ -136,6 +136,15 @@ def test_the_page_tells_draws_from_highest_scores(tmp_path):
     assert "tokens kept by both, over those kept by either" in best and "lower of a token's two chances" in drawn
 
 
+@pytest.mark.parametrize("pool, always, said", [("labels", "none", True), ("labels", "first_last", False), ("all", "none", False)])
+def test_the_page_explains_labels_places_and_axes(tmp_path, pool, always, said):
+    told = [replace(each, select_from=pool, always_keep=always) for each in decisions()]
+    text = write_scorer_comparison(counted(), told, tmp_path / "x.html", {})[0].read_text()
+    assert "the last token of the\nprompt" in text and "its prompt included, is cut\ninto ten parts" in text
+    assert ("each scorer has 100 % of them" in text) == said
+    assert ">share of the kept tokens; dashed" in text and ">position in the text" in text
+
+
 @pytest.mark.parametrize("labelled, columns, roles", [(0.6, 5, True), (1.0, 4, True), (0.0, 4, False)])
 def test_roles_are_shown_where_there_are_labels(tmp_path, labelled, columns, roles):
     shares = counted(rows(labelled=labelled))
