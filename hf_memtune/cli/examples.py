@@ -182,10 +182,18 @@ def _text_row(settings: Settings, tokenizer):
 
     path = Path(settings.examples.text)
     data = DataSource(task="causal_lm", text_column="text", max_length=settings.data.max_length)
-    row = text_row({"text": path.read_text(encoding="utf-8-sig")}, data, tokenizer)
+    row = text_row({"text": _read(path)}, data, tokenizer)
     if len(row["input_ids"]) < 2:
         raise ConfigError([f"text: {path} has no two tokens, so nothing in it can be predicted."])
     return [row], [path.name], None, data, {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = f"text: {str(path)!r} is no text in UTF-8 (byte {error.start})"
+        raise ConfigError([f"{wrong}. Name a text file, saved as UTF-8; rows of a data set go to --dataset."]) from error
 
 
 def _rows_of_data(settings: Settings, tokenizer):

@@ -186,6 +186,12 @@ def test_an_empty_text(model, tmp_path, capsys):
     assert "no two tokens" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_text(model, tmp_path, capsys):
+    (tmp_path / "weights.txt").write_bytes(b"ab\xff\xfe")
+    assert main(["tokens", "--model", str(model), "--text", "weights.txt"]) == 2
+    assert "text: 'weights.txt' is no text in UTF-8 (byte 2)." in capsys.readouterr().err
+
+
 def test_reversible_adapters_change_the_scores(model, instructions, tmp_path):
     from tests.support.train import REVERSIBLE, arguments
 
