@@ -1,5 +1,6 @@
 """The model and the tokenizer that the settings describe, with adapters around the model where asked for."""
 
+import warnings
 from pathlib import Path
 
 from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
@@ -75,11 +76,13 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
 
 
 def load_on_device(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None):
-    """The model on the accelerator, or on the CPU where there is none, with the reversible adapters that the settings name."""
+    """The model on the accelerator, or on the CPU where there is none, with the reversible adapters that the settings name. Warns of a slow dtype."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     loaded = load_model(model, data, tokenizer, classes).to(device)
+    if slow := slow_dtype(loaded, device):
+        warnings.warn(slow, stacklevel=2)
     with_reversible_adapters(loaded, model)
     return loaded
 
@@ -117,7 +120,7 @@ def slow_dtype(loaded, device) -> str | None:
     if device.type != "cpu" or name not in supported or supported[name]():
         return None
     return (
-        f"dtype: the weights are in {name}, for which this CPU has no units: a step may take ten times as long as in float32. Set "
+        f"dtype: the weights are in {name}, for which this CPU has no units: it may take ten times as long as in float32. Set "
         "--dtype float32 (4 bytes a parameter)."
     )
 

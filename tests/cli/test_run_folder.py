@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hf_memtune.cli import main
+from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.checks import why_unwritable
-from hf_memtune.cli.model import slow_dtype
+from hf_memtune.cli.model import load_on_device, load_tokenizer, slow_dtype
 from hf_memtune.cli.quiet import quiet
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu --disable_tqdm true".split()
@@ -147,6 +148,15 @@ def test_a_dtype_that_the_cpu_has_no_units_for_is_said(dtype, has_units, said, m
     message = slow_dtype(Weights(dtype), torch.device("cpu"))
     assert (message is not None and "--dtype float32" in message) == said
     assert slow_dtype(Weights(dtype), torch.device("meta")) is None
+
+
+def test_a_model_that_is_only_looked_at_is_slow_in_it_too(model, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for dtype in ("float32", "bfloat16"):
+        source = ModelSource(model_name_or_path=str(model), dtype=dtype)
+        load_on_device(source, DataSource(task="causal_lm", max_length=8), load_tokenizer(source))
+        assert any("--dtype float32" in str(each.message) for each in recwarn) == (dtype == "bfloat16")
 
 
 def test_a_folder_that_would_hold_two_models_is_refused(model, instructions, tmp_path, capsys):
