@@ -69,6 +69,12 @@ class Settings(NamedTuple):
     examples: Examples
     seeking: TokenSeekingConfig
 
+    @property
+    def listed(self) -> dict[str, str]:
+        """What a page says of where its rows are from, on top. A row may end at max_length, and not where its text does."""
+        model, data = (Path(name).name for name in (self.model.model_name_or_path, self.examples.text or self.data.dataset_name))
+        return {"model": model, "data": data, "max_length": f"{self.data.max_length} tokens"}
+
 
 # -- what can be known to be wrong before anything is loaded
 

@@ -12,7 +12,7 @@ def compare(settings: Settings) -> None:
 
     loaded, scorers = load(settings), settings.examples.compare
     shares, decisions = compare_scorers(loaded.model, loaded.batches(), settings.seeking, scorers, loaded.tokenizer)
-    listed = {"model": Path(settings.model.model_name_or_path).name, "data": Path(settings.data.dataset_name).name}
+    listed = settings.listed
     if loaded.dropped:
         listed["rows left out"] = ", ".join(f"{count} ({reason})" for reason, count in loaded.dropped.items())
     page, numbers = write_scorer_comparison(shares, decisions, settings.examples.page, listed)

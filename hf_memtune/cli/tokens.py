@@ -86,9 +86,8 @@ def write(maps: list, settings: Settings) -> tuple[Path, Path | str]:
 
     from hf_memtune.visualization import write_token_map_html, write_token_map_png
 
-    page, source = settings.examples.page, settings.examples.text or settings.data.dataset_name
+    page, listed = settings.examples.page, settings.listed
     page.parent.mkdir(parents=True, exist_ok=True)
-    listed = {"model": Path(settings.model.model_name_or_path).name, "data": Path(source).name}
     write_token_map_html(maps, page, listed)
     if not find_spec("matplotlib"):
         return page, "none: it needs matplotlib; pip install -e '.[viz]'"

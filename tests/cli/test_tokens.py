@@ -135,8 +135,11 @@ def test_a_classifier_has_maps_too(encoder, reviews):
 
 def test_max_length_cuts_a_text(model, tmp_path):
     (tmp_path / "long.txt").write_text("the sun " * 50)
-    (shown,) = maps_of("--model", model, "--text", "long.txt", "--max_length", "12")
+    flags = ("--model", model, "--text", "long.txt", "--max_length", "12")
+    (shown,) = maps_of(*flags)
     assert len(shown.tokens) == 12
+    assert main(["tokens", *map(str, flags)]) == 0
+    assert "<dt>max_length</dt><dd>12 tokens</dd>" in (tmp_path / "tokens.html").read_text()
 
 
 @pytest.mark.parametrize(
