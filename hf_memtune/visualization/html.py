@@ -176,7 +176,7 @@ def _chart(token_map: TokenMap, panel: Panel) -> str:
     )
     ends = [(10 ** (low + spread) if logarithmic else low + spread, 14), (10**low if logarithmic else low, base - 4)]
     ticks = "".join(f"<text x='{_LEFT - 6}' y='{at}' text-anchor='end'>{value:.3g}</text>" for value, at in ends)
-    scale = "log scale, " if logarithmic else ""
+    scale = f"{panel.scale}; " * logarithmic
     caption = f"<text x='{_LEFT}' y='{_CHART_HEIGHT - 4}'>position 0 to {len(values) - 1} ({scale}dots: kept; bar: labelled)</text>"
     return (
         f"<figure><svg viewBox='0 0 {_CHART_WIDTH} {_CHART_HEIGHT}' role='img' aria-label='{escape(panel.name, quote=True)} by position'>"

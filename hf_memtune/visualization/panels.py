@@ -29,6 +29,13 @@ class Panel(NamedTuple):
     axis: tuple[list[float], bool]
     from_zero: bool = False
 
+    @property
+    def scale(self) -> str:
+        """What a reader is to know of the axis: empty where it is linear."""
+        if not self.axis[1]:
+            return ""
+        return "log scale, a score of 0 at its lower end" if 0 in self.values else "log scale"
+
 
 def panels(token_map: TokenMap) -> list[Panel]:
     """The chance of being kept, where there is one; then the scores, the one that decided first."""

@@ -183,8 +183,8 @@ def _draw_chart(axes, token_map: TokenMap, panel: Panel) -> None:
     for start, stop in runs(token_map.labelled):
         axes.axvspan(start - 0.5, stop - 0.5, ymax=0.04, color=MUTED, linewidth=0)
     axes.set_yscale("log" if logarithmic else "linear")
-    axes.set_xlabel("position (dots: kept; bar: labelled)", fontsize=8.5, color=INK)
-    axes.set_ylabel("chance" if panel.from_zero else "score (log)" if logarithmic else "score", fontsize=8.5, color=INK)
+    axes.set_xlabel("\n".join(filter(None, ["position (dots: kept; bar: labelled)", panel.scale])), fontsize=8.5, color=INK)
+    axes.set_ylabel("chance" if panel.from_zero else "score", fontsize=8.5, color=INK)
     if panel.from_zero:
         axes.set_ylim(0, 1.05)
     axes.tick_params(labelsize=8, colors=INK)

@@ -55,6 +55,12 @@ def test_a_sink_does_not_wash_out_the_other_tokens():
     assert levels[1:] == sorted(levels[1:]) and len(set(levels)) == 6
 
 
+@pytest.mark.parametrize("last, said", [(0.0, "(log scale, a score of 0 at its lower end; dots"), (0.1, "(log scale; dots")])
+def test_a_score_of_0_on_a_logarithmic_axis_is_told(tmp_path, last, said):
+    shown = replace(a_map(), scores={"gradient": [500.0, 0.2, 0.3, 0.4, 0.5, last]})
+    assert said in page(tmp_path, [shown]) and "log scale" not in page(tmp_path, [replace(shown, scores={"gradient": [last] * 6})])
+
+
 def test_white_space_is_visible_and_still_breaks_the_line():
     assert visible("\n") == ("", "⏎", "\n")
     assert visible(" word") == (" ", "word", "")
