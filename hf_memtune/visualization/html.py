@@ -151,7 +151,7 @@ def _chart(token_map: TokenMap, panel: Panel) -> str:
     (values, logarithmic), hue = panel.axis, panel.hue
     heights = [math.log10(v) if logarithmic and v > 0 else v for v in values]
     finite = [h for h in heights if math.isfinite(h)] or [0.0]
-    low, high = (0.0, 1.0) if panel.from_zero else (min(finite), max(finite))
+    low, high = 0.0 if panel.from_zero else min(finite), max(finite)
     spread = (high - low) or 1.0
     step = (_CHART_WIDTH - _LEFT - 10) / max(len(values) - 1, 1)
 

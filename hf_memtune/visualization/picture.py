@@ -186,7 +186,7 @@ def _draw_chart(axes, token_map: TokenMap, panel: Panel) -> None:
     axes.set_xlabel("\n".join(filter(None, ["position (dots: kept; bar: labelled)", panel.scale])), fontsize=8.5, color=INK)
     axes.set_ylabel("chance" if panel.from_zero else "score", fontsize=8.5, color=INK)
     if panel.from_zero:
-        axes.set_ylim(0, 1.05)
+        axes.set_ylim(0, 1.05 * max(values) or 1)  # chances of a few percent would lie flat below 1
     axes.tick_params(labelsize=8, colors=INK)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -129,6 +129,16 @@ def test_what_is_seldom_kept_has_a_colour_and_what_never_is_has_none(tmp_path):
     assert [float(shade) > 0.1 for shade in shades] == [p > 0 for p in chances] and shades[3] < shades[4]
 
 
+@pytest.mark.parametrize("highest", [0.08, 1.0])
+def test_the_chart_of_chances_goes_from_0_to_the_highest(tmp_path, highest):
+    text = page(tmp_path, [replace(drawn(), probability=[0.0, 0.0, 0.02, 0.04, highest, 0.0])])
+    line, top, bottom = re.search(
+        r"aria-label='chance of being kept by position'><polyline points='([^']*)'.*?'end'>([\d.]+)<.*?'end'>([\d.]+)<", text
+    ).groups()
+    heights = [float(point.partition(",")[2]) for point in line.split()]
+    assert (float(top), float(bottom)) == (highest, 0) and heights[4] == min(heights) == 10 and heights[0] == max(heights) > 100
+
+
 def test_a_cap_bounds_the_weights_that_are_shown(tmp_path):
     capped = replace(drawn(), decision=replace(drawn().decision, cap=1.5))
     text, free = page(tmp_path, [capped]), page(tmp_path, [drawn()])
