@@ -66,13 +66,22 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:
-        loaded = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, **options)
+        loaded, found = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model_name_or_path: {_why_not(model.model_name_or_path, data.task, error)}"]) from error
+    if auto is AutoModelForCausalLM and not getattr(loaded, "_hf_peft_config_loaded", False):  # what was found is then of the adapters
+        _require_weights(model.model_name_or_path, sorted(found["missing_keys"]))
     check_length(loaded, data.max_length)
     if data.task == "sequence_classification":  # its head looks for the last token that is not this one
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _require_weights(name: str, missing: list[str]) -> None:
+    """Raises ConfigError for a language model some of whose weights are not stored: they would be random, others in each run."""
+    if missing:
+        wrong = f"{name!r} does not store all weights of a language model: {', '.join(missing[:2])} ({len(missing)} in all) would be random"
+        raise ConfigError([f"model_name_or_path: {wrong}. Name a model that was trained to predict the next token."])
 
 
 def load_on_device(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None):
