@@ -23,12 +23,13 @@ SEED = 42  # of random picks, so that a page is the same each time
 def problems_of_scorers(scorers: Sequence[str]) -> list[str]:
     """Why these scorers cannot be compared; empty where they can."""
     known, found = scorer_names(), []
-    if len(set(scorers)) < 2:
+    unknown = [name for name in dict.fromkeys(scorers) if name not in known]
+    if len(set(scorers)) < 2 and not unknown:
         found.append(f"compare: got {' '.join(scorers) or 'nothing'}, expected two or more different scorers of {', '.join(known)}.")
     if repeated := sorted({name for name in scorers if scorers.count(name) > 1}):
         found.append(f"compare: got {', '.join(repeated)} more than once. Name each scorer once.")
-    if unknown := [name for name in dict.fromkeys(scorers) if name not in known]:
-        found.append(f"compare: got {', '.join(unknown)}, expected scorers of {', '.join(known)}.")
+    if unknown:
+        found.append(f"compare: got {' '.join(unknown)}, expected two or more scorers, with spaces between them, of {', '.join(known)}.")
     return found
 
 

@@ -109,8 +109,9 @@ def test_a_classifier_is_compared_without_roles(encoder, reviews, capsys):
     "flags, expected",
     [
         (["--compare", "context"], ["expected two or more different scorers"]),
+        (["--compare", "context,random"], ["got context,random, expected two or more scorers, with spaces between them"]),
         (["--compare", "context", "context"], ["expected two or more", "context more than once"]),
-        (["--compare", "context", "attention", "--rows", "0"], ["got 0, expected 1 row", "got attention, expected scorers of combined"]),
+        (["--compare", "context", "attention", "--rows", "0"], ["got 0, expected 1 row", "got attention, expected two or more scorers"]),
         (
             ["--compare", "context", "loss", "--index", "3", "--token_scorer", "loss"],
             ["index: chooses single rows", "token_scorer: has no effect"],
