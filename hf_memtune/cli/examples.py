@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_memtune.cli.arguments import CLASSES, DataSource, ModelSource, changed
+from hf_memtune.cli.checks import why_unwritable
 from hf_memtune.errors import ConfigError
 from hf_memtune.settings.protocol import setting
 from hf_memtune.settings.scorers import BUILT_IN, facts_of
@@ -58,6 +59,8 @@ class Examples:
             found.append(f"text: {self.text!r} is not a file.")
         if self.page.suffix not in (".html", ".htm"):
             found.append(f"out: got {self.out!r}, expected a name that ends in .html.")
+        elif (why := why_unwritable(self.page.parent)) is not None:
+            found.append(f"out: got {self.out or self.page.name!r}, and {why}. Name another one (--out).")
         if self.rows is not None and self.rows < 1:
             found.append(f"rows: got {self.rows}, expected 1 row or more.")
         return found

@@ -164,6 +164,12 @@ def test_settings_that_cannot_work(flags, named):
     assert {message.partition(":")[0] for message in problems(*flags)} == named
 
 
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path):
+    (tmp_path / "file").write_text("")
+    (found,) = problems("--model", "m", "--dataset", "d", "--out", "file/page.html")
+    assert found == f"out: got 'file/page.html', and {str(tmp_path / 'file')!r} is no folder. Name another one (--out)."
+
+
 def test_a_flag_without_effect_is_an_error():
     (found,) = problems("--model", "m", "--dataset", "d", "--task", "causal_lm", "--label_column", "y")
     assert found.startswith("label_column has no effect with task=causal_lm") and found.endswith("Leave it out.")
