@@ -1,5 +1,6 @@
 """What `hf-memtune tokens` looks at: which rows, scored how; and the model and the rows themselves."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,11 @@ from hf_memtune.settings.seeking import TokenSeekingConfig
 ROWS = 64  # to compare scorers on, unless asked for otherwise
 ON_EVERY_MAP = ("context_weight", "gradient_weight", "context_layer", "context_normalize", "gradient_norm")  # of the scores that it shows
 OF_SCORES = (*ON_EVERY_MAP, "reference_model", "profit_threshold")
+SEED = 42  # of what is random, so that a page is the same each time
+NEW_HEAD = (
+    "model_name_or_path: {!r} has no head for classes, so it gets a new one, as at the start of training. Its weights are random, and so is what comes "
+    "through it: the gradient and the combined score."
+)
 WEIGHTS = ("weight_cap", "token_weight")  # what a kept token counts for
 UNREAD = {  # by this command, each with the reason
     "seek_schedule": "tokens are scored with the model as it is now",
@@ -176,9 +182,12 @@ class Loaded(NamedTuple):
 
 def load(settings: Settings) -> Loaded:
     """The rows, then the model. Raises ConfigError for what only shows with the data."""
+    import torch
+
     from hf_memtune.cli.data import collator
     from hf_memtune.cli.model import load_on_device, load_tokenizer
 
+    torch.manual_seed(SEED)  # of a new head for classes, whose weights are random
     tokenizer = load_tokenizer(settings.model)
     source = _text_row if settings.examples.text else _rows_of_data
     rows, titles, classes, data, dropped = source(settings, tokenizer)
@@ -210,10 +219,12 @@ def _rows_of_data(settings: Settings, tokenizer):
     from hf_memtune.cli.data.showing import tell_of
 
     examples = settings.examples
-    (rows,), data, classes, _, not_read = understood(
+    (rows,), data, classes, known, not_read = understood(
         settings.data, tokenizer, settings.model, load_rows(settings.data, settings.data.dataset_split)
     )
     _require_token_losses(data, examples)
+    if classes and known is None and settings.model.reversible_adapters is None:  # theirs may hold the head
+        warnings.warn(NEW_HEAD.format(settings.model.model_name_or_path), stacklevel=2)
     tell_of({}, not_read)  # rows that are dropped are on the page, or refused
     index = _chosen(examples, len(rows), data)
     chosen, dropped = tokenised(rows.select(index), data, tokenizer, classes)

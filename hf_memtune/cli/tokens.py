@@ -11,12 +11,10 @@ from pathlib import Path
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
-from hf_memtune.cli.examples import Examples, Settings, load, problems_of_comparison, problems_of_request, without_effect
+from hf_memtune.cli.examples import SEED, Examples, Settings, load, problems_of_comparison, problems_of_request, without_effect
 from hf_memtune.errors import ConfigError
 from hf_memtune.settings.protocol import no_effect
 from hf_memtune.settings.seeking import TokenSeekingConfig
-
-SEED = 42  # of the draws that are shown, so that a page is the same each time
 
 
 def run(arguments: list[str]) -> None:

@@ -133,6 +133,15 @@ def test_a_classifier_has_maps_too(encoder, reviews):
     assert shown.decision.select_from == "all" and "label" not in " ".join(shown.decision.said())  # none has one of its own
 
 
+def test_a_new_head_for_classes_is_told_and_is_the_same_each_time(encoder, reviews):
+    flags = ("--model", encoder, "--dataset", reviews, "--task", "sequence_classification", "--max_length", "64")
+    with pytest.warns(UserWarning, match="has no head for classes, so it gets a new one"):
+        (one,) = maps_of(*flags)
+    torch.manual_seed(7)
+    (other,) = maps_of(*flags)
+    assert one.scores["gradient"] == other.scores["gradient"]
+
+
 def test_max_length_cuts_a_text(model, tmp_path):
     (tmp_path / "long.txt").write_text("the sun " * 50)
     flags = ("--model", model, "--text", "long.txt", "--max_length", "12")
