@@ -85,9 +85,11 @@ def arguments(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, unit", [({}, 32), ({"sequence_chunk_size": 16, "activation_checkpointing": True}, 16)], ids=["plain", "stream"]
+    "settings, unit, sizes",
+    [({}, 32, (2, 7)), ({"sequence_chunk_size": 16, "activation_checkpointing": True}, 16, (3,))],
+    ids=["plain", "stream"],
 )
-def test_the_longest_row_of_a_model(arguments, settings, unit):
+def test_the_longest_row_of_a_model(arguments, settings, unit, sizes):
     """Estimated, and one step beyond it, which does not fit."""
     args = arguments(**settings)
 
@@ -95,13 +97,10 @@ def test_the_longest_row_of_a_model(arguments, settings, unit):
     def peak(tokens):
         return estimate(CONFIG, args, sequence_length=tokens).peak_bytes
 
-    budget = peak(2 * unit) + 1
-    found = largest(peak, budget, unit, 4 * unit)
-    assert found.size == 2 * unit and found.bytes <= budget < found.bytes_beyond
-
-    budget = peak(7 * unit) + 1
-    found = largest(peak, budget, unit, 10 * unit)
-    assert found.size == 7 * unit and found.bytes <= budget < found.bytes_beyond <= peak(8 * unit)
+    for size in sizes:
+        budget = peak(size * unit) + 1
+        found = largest(peak, budget, unit, (size + 3) * unit)
+        assert found.size == size * unit and found.bytes <= budget < found.bytes_beyond <= peak((size + 1) * unit)
 
 
 @pytest.mark.parametrize("order, layers_on_the_device", [("chunks", 0), ("layers", 1)])
