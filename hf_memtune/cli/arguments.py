@@ -123,7 +123,9 @@ class DataSource:
         choices=TASKS,
     )
     max_length: int = setting(
-        1024, "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go."
+        1024,
+        "Most tokens of a row; what is beyond is cut off. Larger: more memory and time a row. Rows left without a label go. Unless given, no more than "
+        "the model has positions for.",
     )
     instruction_column: str = setting("instruction", "causal_lm: column of the request. With the input, it is the prompt, masked out.")
     input_column: str = setting("input", "causal_lm: column of further text of the request, may be missing or empty.")

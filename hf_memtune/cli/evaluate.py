@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
+from hf_memtune.cli.lengths import bound_by_positions, config_of
 from hf_memtune.cli.task_scores import TaskArguments
 from hf_memtune.cli.task_scores import run as run_tasks
 from hf_memtune.errors import ConfigError
@@ -77,6 +78,7 @@ def parse(arguments: list[str]) -> Settings:
     problems += idle_flags([data], parser)[0]
     if problems:
         raise ConfigError(problems)
+    bound_by_positions(data, parser.given, lambda: config_of(namespace.model_name_or_path))
     return Settings(built[ModelSource], data, built[Measuring], built[TaskArguments])
 
 

@@ -67,6 +67,8 @@ def parse(arguments: list[str], parser, more: type | None = None, *, as_given: b
 
     as_given: nothing else will be tried, so a flag without effect is a problem, and a line of a recipe without effect is warned of.
     """
+    from hf_memtune.cli.blank import read_config
+    from hf_memtune.cli.lengths import bound_by_positions
     from hf_memtune.cli.settings import build, idle_flags, values_of
     from hf_memtune.training.arguments import MemEfficientTrainingArguments
 
@@ -86,6 +88,8 @@ def parse(arguments: list[str], parser, more: type | None = None, *, as_given: b
         raise ConfigError(problems)
     for message in ineffective:
         warnings.warn(message, stacklevel=2)
+    model, data, _, what = built
+    bound_by_positions(data, parser.given, lambda: read_config(model.model_name_or_path, what.config_overrides))
     return Forecast(*built, extra, {name: getattr(namespace, name) for name in parser.given})
 
 
@@ -131,7 +135,7 @@ def predict(forecast: Forecast, tokens: int | None = None, rows: int | None = No
     """
     import copy
 
-    from hf_memtune.cli.model import check_length
+    from hf_memtune.cli.lengths import check_length
     from hf_memtune.forecast.estimate import estimate
 
     tokens, args = forecast.tokens if tokens is None else tokens, copy.copy(forecast.training)

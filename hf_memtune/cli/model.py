@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hf_memtune.cli.arguments import ALL_LINEAR, DataSource, ModelArguments, ModelSource
 from hf_memtune.cli.checks import problems_of_folder
+from hf_memtune.cli.lengths import check_length
 from hf_memtune.errors import ConfigError, first_line
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -51,6 +52,7 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
     """The model with the head of the task. classes: names of the classes, for sequence classification."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from hf_memtune.architectures.language_model import problem_of_language_model
     from hf_memtune.cli.data.classes import known_classes
 
     auto = AutoModelForCausalLM
@@ -69,19 +71,14 @@ def load_model(model: ModelSource, data: DataSource, tokenizer, classes: list | 
         loaded, found = auto.from_pretrained(model.model_name_or_path, dtype=model.dtype, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError([f"model_name_or_path: {_why_not(model.model_name_or_path, data.task, error)}"]) from error
-    if auto is AutoModelForCausalLM and not getattr(loaded, "_hf_peft_config_loaded", False):  # what was found is then of the adapters
-        _require_weights(model.model_name_or_path, sorted(found["missing_keys"]))
+    if auto is AutoModelForCausalLM and (wrong := problem_of_language_model(loaded, found)):
+        raise ConfigError(
+            [f"model_name_or_path: {model.model_name_or_path!r} {wrong}. Name a model that was trained to predict the next token."]
+        )
     check_length(loaded, data.max_length)
     if data.task == "sequence_classification":  # its head looks for the last token that is not this one
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded
-
-
-def _require_weights(name: str, missing: list[str]) -> None:
-    """Raises ConfigError for a language model some of whose weights are not stored: they would be random, others in each run."""
-    if missing:
-        wrong = f"{name!r} does not store all weights of a language model: {', '.join(missing[:2])} ({len(missing)} in all) would be random"
-        raise ConfigError([f"model_name_or_path: {wrong}. Name a model that was trained to predict the next token."])
 
 
 def load_on_device(model: ModelSource, data: DataSource, tokenizer, classes: list | None = None):
@@ -100,14 +97,6 @@ def names_of(classes: list) -> dict:
     """Options of a config that name the classes, in the order of their numbers."""
     names = {number: str(name) for number, name in enumerate(classes)}
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-
-
-def check_length(loaded, tokens: int, setting: str = "max_length") -> None:
-    """Raises ConfigError for more tokens than the model has positions. setting: what they were given as."""
-    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        wrong = f"got {tokens} tokens, but the model has positions for {positions}"
-        raise ConfigError([f"{setting}: {wrong}. Set it to that or less."])
 
 
 def load_trainable(model: ModelArguments, data: DataSource, tokenizer, classes: list | None = None):

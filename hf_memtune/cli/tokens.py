@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_memtune.cli.arguments import DataSource, ModelSource
 from hf_memtune.cli.essentials import PAGES
 from hf_memtune.cli.examples import SEED, Examples, Settings, load, problems_of_comparison, problems_of_request, without_effect
+from hf_memtune.cli.lengths import bound_by_positions, config_of
 from hf_memtune.errors import ConfigError
 from hf_memtune.settings.protocol import no_effect
 from hf_memtune.settings.seeking import TokenSeekingConfig
@@ -63,6 +64,7 @@ def parse(arguments: list[str]) -> Settings:
         problems += [f"{no_effect(name, reason)}. Leave it out." for name, reason in idle if name not in told]
     if problems:
         raise ConfigError(problems)
+    bound_by_positions(data, parser.given, lambda: config_of(namespace.model_name_or_path))
     return settings
 
 

@@ -22,6 +22,7 @@ from hf_memtune.cli.checks import (
     problems_of_trained,
     warnings_of_other_runs,
 )
+from hf_memtune.cli.lengths import bound_by_positions, config_of
 from hf_memtune.cli.parser import WITHOUT_MEANING, make_parser, rows_of_evaluation
 from hf_memtune.errors import ConfigError
 
@@ -109,6 +110,7 @@ def read(arguments: list[str], parser, data: type, *more: type, of_user: bool = 
         raise ConfigError([f"reversible_adapters: {got}. Leave out reversible: the folder says how they were trained."])
     for message in (*ineffective, *warnings_of_other_runs(built.training)):
         warnings.warn(message, stacklevel=2)
+    bound_by_positions(built.data, parser.given, lambda: config_of(built.model.model_name_or_path))
     return built
 
 

@@ -210,19 +210,6 @@ def test_a_file_that_is_no_text(model, tmp_path, capsys):
     assert "text: 'weights.txt' is no text in UTF-8 (byte 2)." in capsys.readouterr().err
 
 
-def test_a_body_without_its_language_head(model, tmp_path, capsys):
-    from transformers import AutoModel
-
-    from tests.support.folders import tokenizer
-
-    AutoModel.from_pretrained(model).save_pretrained("body")
-    tokenizer().save_pretrained("body")
-    (tmp_path / "poem.txt").write_text("the sun the sea")
-    assert main(["tokens", "--model", "body", "--text", "poem.txt"]) == 2
-    assert "'body' does not store all weights of a language model: lm_head.weight (1 in all) would be random" in capsys.readouterr().err
-    assert main(["tokens", "--model", str(model), "--text", "poem.txt"]) == 0
-
-
 def test_reversible_adapters_change_the_scores(model, instructions, tmp_path):
     from tests.support.train import REVERSIBLE, arguments
 

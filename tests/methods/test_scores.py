@@ -407,6 +407,23 @@ def test_a_reference_is_loaded_only_where_its_score_is_read(changes):
     assert any(gradient.any() for gradient in taken.gradients.values())  # sibling: below, "nowhere" where it is read
 
 
+@pytest.mark.parametrize(
+    "made, wrong",
+    [
+        ("bert", "predicts each token from the tokens on both sides"),
+        ("body", "does not store all weights of a language model: lm_head.weight"),
+    ],
+)
+def test_a_reference_that_was_trained_to_something_else_is_refused(made, wrong, tmp_path):
+    """Its losses would rank tokens all the same. Sibling: a language model serves, above."""
+    from tests.support.any_type import tiny
+
+    reference = tiny("bert", "masked", torch.float32) if made == "bert" else lm_head_model("llama").model
+    reference.save_pretrained(tmp_path / "reference")
+    with pytest.raises(ConfigError, match=f"reference_model: .*{wrong}"):
+        seeking_on(model_and_batch("llama")[0], token_scorer="excess_loss", reference_model=str(tmp_path / "reference"))
+
+
 def test_a_reference_that_cannot_serve_is_refused(tmp_path):
     model, batch, _ = model_and_batch("llama")
     with pytest.raises(ConfigError, match="reference_model: got None"):

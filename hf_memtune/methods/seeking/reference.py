@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_memtune.architectures.language_model import problem_of_language_model
 from hf_memtune.errors import ConfigError, TokenScoreError, first_line
 
 _LOSS = "token_loss"
@@ -47,13 +48,16 @@ class ReferenceLoss:
 def reference_model(name: str, device: torch.device) -> nn.Module:
     """Of a folder, or of a name of the hub, in evaluation mode. Raises ConfigError where none can be loaded."""
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             [
                 f"reference_model: got {name!r}, which cannot be loaded: {first_line(error)}. Expected the folder or hub name of a causal model."
             ]
         ) from error
+    model, found = loaded
+    if wrong := problem_of_language_model(model, found):
+        raise ConfigError([f"reference_model: {name!r} {wrong}. Expected the folder or hub name of a causal model."])
     return model.to(device).eval().requires_grad_(False)
 
 
