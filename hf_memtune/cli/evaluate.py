@@ -94,8 +94,9 @@ def measured(settings: Settings) -> dict[str, float | int]:
 
     model, data, measuring, _ = settings
     tokenizer = load_tokenizer(model)
-    (rows,), data, classes, known, not_read = understood(data, tokenizer, model, load_rows(data, data.dataset_split))
-    if classes and known is None and model.reversible_adapters is None:  # theirs may hold the head
+    found = understood(data, tokenizer, model, load_rows(data, data.dataset_split))
+    (rows,), data, classes, _, not_read = found
+    if found.makes_head(model):
         wrong = f"{model.model_name_or_path!r} has no head for classes, which rows with {data.label_column!r} are for"
         raise ConfigError([f"model_name_or_path: {wrong}. Name a trained classifier, or measure the text alone: --task causal_lm."])
     rows, dropped = tokenised(rows.select(range(min(len(rows), measuring.max_eval_rows or len(rows)))), data, tokenizer, classes)

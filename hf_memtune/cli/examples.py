@@ -219,11 +219,10 @@ def _rows_of_data(settings: Settings, tokenizer):
     from hf_memtune.cli.data.showing import tell_of
 
     examples = settings.examples
-    (rows,), data, classes, known, not_read = understood(
-        settings.data, tokenizer, settings.model, load_rows(settings.data, settings.data.dataset_split)
-    )
+    found = understood(settings.data, tokenizer, settings.model, load_rows(settings.data, settings.data.dataset_split))
+    (rows,), data, classes, _, not_read = found
     _require_token_losses(data, examples)
-    if classes and known is None and settings.model.reversible_adapters is None:  # theirs may hold the head
+    if found.makes_head(settings.model):
         warnings.warn(NEW_HEAD.format(settings.model.model_name_or_path), stacklevel=2)
     tell_of({}, not_read)  # rows that are dropped are on the page, or refused
     index = _chosen(examples, len(rows), data)

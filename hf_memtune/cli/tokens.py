@@ -47,6 +47,7 @@ def make_parser():
 def parse(arguments: list[str]) -> Settings:
     """Settings from flags. Raises ConfigError with every problem."""
     from hf_memtune.cli.settings import build, values_of
+    from hf_memtune.core.scorers import problems_of_name
 
     parser = make_parser()
     namespace = parser.read(arguments, with_recipe=False)
@@ -57,6 +58,8 @@ def parse(arguments: list[str]) -> Settings:
     problems += problems_of_request(data, namespace, parser.given)
     if "compare" in parser.given:
         problems += problems_of_comparison(namespace.compare, seeking, parser.given)
+    elif namespace.token_scorer is not None:
+        problems += problems_of_name(namespace.token_scorer)
     settings = Settings(model, data, examples, seeking)
     if None not in (examples, seeking):
         told = {problem.partition(":")[0] for problem in problems}

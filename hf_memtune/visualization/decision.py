@@ -51,12 +51,12 @@ class Decision:
         weight = {} if self.weight == "none" else {"token_weight": self.weight}
         if self.selection == "labelled":
             return {"token_selection": self.selection, "always_keep": self.always_keep} | weight
-        named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": f"{self.ratio:g}"}
+        named = {"token_scorer": self.scorer, **self.parameters, "token_selection": self.selection, "token_ratio": self.ratio}
         named |= {"select_from": self.select_from, "always_keep": self.always_keep}
         if self.samples and self.scorer != "random":  # whose draws are even throughout
-            named["sample_floor"] = f"{self.floor:g}"
+            named["sample_floor"] = self.floor
         if self.samples and self.cap is not None:
-            named["weight_cap"] = f"{self.cap:g}"
+            named["weight_cap"] = self.cap
         return named | weight
 
     def said(self) -> list[str]:
@@ -124,6 +124,11 @@ class Decision:
 def share_in_words(part: float) -> str:
     """At the beginning of a sentence."""
     return {0.5: "Half", 0.25: "A quarter"}.get(part, f"{100 * part:.4g} %")
+
+
+def as_shown(value: Any) -> str:
+    """A setting on a page: of a number what tells it from others."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def decisions_of(maps: Iterable[Any]) -> list[Decision]:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from hf_memtune.files import write_text
-from hf_memtune.visualization.decision import Decision, decisions_of
+from hf_memtune.visualization.decision import Decision, as_shown, decisions_of
 from hf_memtune.visualization.panels import Panel, panels
 from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible, weights_in_words
 
@@ -68,7 +68,7 @@ def _legend(maps: list[TokenMap]) -> str:
 
 def settings_list(settings: dict) -> str:
     """Names and values, beside each other."""
-    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in settings.items())
+    listed = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(as_shown(v))}</dd></div>" for k, v in settings.items())
     return f"<dl class='settings'>{listed}</dl>"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from hf_memtune.files import whole
-from hf_memtune.visualization.decision import decisions_of
+from hf_memtune.visualization.decision import as_shown, decisions_of
 from hf_memtune.visualization.panels import Panel, panels
 from hf_memtune.visualization.token_map import TokenMap, count, percent, runs, visible, weights_in_words
 
@@ -94,7 +94,7 @@ def _header(maps: list[TokenMap], settings: dict) -> list[str]:
     """Lines below the title: the settings, and how the tokens were chosen."""
     words = [" ".join(each.said()) for each in decisions_of(maps)]
     listed = [settings, *(each.listed() for each in decisions_of(maps))]
-    rows = ["   ".join(f"{name}: {value}" for name, value in some.items()) for some in listed]
+    rows = ["   ".join(f"{name}: {as_shown(value)}" for name, value in some.items()) for some in listed]
     return [line for text in [*rows, *words] for line in wrap(text, COLUMNS)] or [""]
 
 

@@ -55,7 +55,7 @@ def write_scorer_comparison(shares: ScorerShares, decisions: list[Decision], pat
     ]
     page = write_page(path, "What each score keeps", "".join(parts), _STYLE)
     listed = {each.scorer: each.listed() for each in decisions}
-    numbers = {"settings": {name: str(value) for name, value in settings.items()}, "scorers": listed, **shares.to_dict()}
+    numbers = {"settings": settings, "scorers": listed, **shares.to_dict()}
     return page, write_text(page.with_suffix(".json"), json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", errors="replace")
 
 

@@ -86,7 +86,7 @@ def test_the_chances_are_those_of_the_score_that_decided(chat_model, instruction
     assert shown.probability == pytest.approx(by_score, abs=1e-6) != pytest.approx(by_other, abs=1e-6)
     assert sum(shown.probability) == pytest.approx(sum(shown.kept))
     assert (
-        shown.decision.listed() | {"token_scorer": "combined", "token_selection": "sample", "token_ratio": "0.3"} == shown.decision.listed()
+        shown.decision.listed() | {"token_scorer": "combined", "token_selection": "sample", "token_ratio": 0.3} == shown.decision.listed()
     )
 
 
@@ -196,6 +196,11 @@ def test_a_text_and_a_data_set_are_one_too_many(tmp_path):
 def test_what_only_shows_with_the_data(flags, expected, model, instructions, capsys):
     assert main(["tokens", "--model", str(model), "--dataset", str(instructions), *flags]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_scorer_that_there_is_not_is_told_with_all_else_that_is_wrong():
+    found = problems("--model", "m", "--dataset", "d", "--token_scorer", "attention", "--max_length", "1")
+    assert {message.partition(",")[0] for message in found} == {"token_scorer: got 'attention'", "max_length: got 1"}
 
 
 def test_an_empty_text(model, tmp_path, capsys):

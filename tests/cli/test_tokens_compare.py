@@ -52,6 +52,7 @@ def test_the_numbers_are_those_of_the_token_maps(chat_model, instructions, selec
     found = compared(*common, "--compare", *names, "--rows", ROWS)
     shown = capsys.readouterr().out
     assert found["rows"] == ROWS and "out/page.html" in shown and "out/page.json" in shown
+    assert found["scorers"]["loss"]["token_ratio"] == (0.2 if "top" in selection else 0.3)  # a number, as all here are
     alone = {name: chances_of(name, *common) for name in names}
     for name, wrong in zip(names, (*names[1:], names[0])):
         told = (found["shares"]["position"][name], found["shares"]["role"][name])

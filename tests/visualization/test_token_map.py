@@ -9,7 +9,7 @@ import pytest
 
 from hf_memtune.settings.scorers import BUILT_IN
 from hf_memtune.visualization import TokenMap, picture, write_token_map_html, write_token_map_png
-from hf_memtune.visualization.decision import EXPLANATIONS, Decision
+from hf_memtune.visualization.decision import EXPLANATIONS, Decision, as_shown
 from hf_memtune.visualization.panels import colour_levels
 from hf_memtune.visualization.token_map import visible
 
@@ -211,9 +211,9 @@ def test_the_page_says_what_decided(tmp_path, decision, said, unsaid):
 
 
 def test_a_share_of_even_draws_is_listed_where_a_score_has_the_rest():
-    assert SAMPLED.listed()["sample_floor"] == "0.5"
+    assert SAMPLED.listed()["sample_floor"] == 0.5
     even = replace(SAMPLED, scorer="random", cap=3.0).listed()
-    assert "sample_floor" not in even and even["weight_cap"] == "3"
+    assert "sample_floor" not in even and even["weight_cap"] == 3 and as_shown(3.0) == "3"
 
 
 def test_every_score_is_explained():

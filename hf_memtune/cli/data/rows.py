@@ -64,6 +64,10 @@ class Understood(NamedTuple):
     known: list | None
     unread: Unread
 
+    def makes_head(self, model: ModelSource) -> bool:
+        """Whether the model gets a new head for these classes: it has none, and no reversible adapters, which may hold one."""
+        return bool(self.classes) and self.known is None and model.reversible_adapters is None
+
 
 def understood(data: DataSource, tokenizer, model: ModelSource | None, *parts) -> Understood:
     """What parts of rows are for, and whether they can be read. The tokenizer gets its chat template. model: whose classes the rows have."""
