@@ -98,7 +98,7 @@ class Study:
         """Train, and score a final. All that is kept is the record."""
         from hf_memtune.cli import main as hf_memtune
 
-        how = self.options.tasks_folder, self.options.limit, self.options.batch_size
+        how = self.options.tasks_folder, self.options.limit, self.options.batch_size, self.setup.get("dtype", "auto")
         free_memory()
         with TemporaryDirectory() as folder:
             if hf_memtune(["train", self.recipe(run, folder)]):

@@ -77,10 +77,11 @@ def make_maps(settings: Settings) -> list:
 
     from hf_memtune.training.token_maps import token_maps
 
-    loaded = load(settings)
-    torch.manual_seed(SEED)
-    pairs = zip(loaded.batches(), loaded.titles, strict=True)
-    return [each for batch, title in pairs for each in token_maps(loaded.model, batch, settings.seeking, loaded.tokenizer, titles=[title])]
+    loaded, maps = load(settings), []
+    for batch, title in zip(loaded.batches(), loaded.titles, strict=True):
+        torch.manual_seed(SEED)  # so that what is drawn of a row is the same whichever rows are shown beside it
+        maps += token_maps(loaded.model, batch, settings.seeking, loaded.tokenizer, titles=[title])
+    return maps
 
 
 def write(maps: list, settings: Settings) -> tuple[Path, Path | str]:

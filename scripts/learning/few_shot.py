@@ -61,13 +61,15 @@ def chosen_rate(rows: Iterable[dict], run: dict) -> float | None:
     return min(found, key=lambda row: row["held_out_loss"])["learning_rate"] if found else None
 
 
-def score(folder: str, task: Task, tasks_folder: str | None, limit: int | None, batch_size: int) -> dict[str, float | None]:
-    """By `hf-memtune evaluate --tasks`: the metric that counts, and its standard error."""
+def score(
+    folder: str, task: Task, tasks_folder: str | None, limit: int | None, batch_size: int, dtype: str = "auto"
+) -> dict[str, float | None]:
+    """By `hf-memtune evaluate --tasks`: the metric that counts, and its standard error. dtype: of the weights."""
     from hf_memtune.cli.arguments import ModelSource
     from hf_memtune.cli.task_scores import TaskArguments, scored
     from hf_memtune.evaluation.harness import scores_of
 
-    found = scores_of(scored(ModelSource(folder), TaskArguments([task.name], task.num_fewshot, limit, tasks_folder), batch_size))
+    found = scores_of(scored(ModelSource(folder, dtype), TaskArguments([task.name], task.num_fewshot, limit, tasks_folder), batch_size))
     return next({"score": each.value, "stderr": each.stderr} for each in found if (each.task, each.name) == (task.name, task.metric))
 
 

@@ -223,6 +223,20 @@ def test_scores_of_a_part_of_an_answer_have_its_name(tmp_path, monkeypatch):
     assert not problems_of([Task("both", 0, "acc_first"), Task("both")], str(tasks), 3)
 
 
+def test_a_model_is_scored_in_the_dtype_of_the_recipe(tmp_path, monkeypatch):
+    """What is stored in bfloat16 takes a CPU without units for it ten times as long."""
+    pytest.importorskip("lm_eval")
+    scripts.load("replicate_tokenseek")  # its folder is seen from here on
+    seen: list[str] = []
+    monkeypatch.setattr("hf_memtune.cli.task_scores.scored", lambda source, *_: seen.append(source.dtype) or {"results": {}})
+    from learning.few_shot import Task, score
+
+    for dtype in ({}, {"dtype": "float32"}):
+        with pytest.raises(StopIteration):  # no scores were made
+            score("out", Task("mine"), None, None, 8, **dtype)
+    assert seen == ["auto", "float32"]
+
+
 def test_a_recipe_sets_nothing_of_a_method_for_every_arm(folder, measured):
     """Or the arm `tokenseek` would be trained by other weights than those of TokenSeek, and called by its name."""
     write(folder, [])
