@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune._compat import is_fake
+from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, is_fake
 
 
 def problem_of_language_model(model: nn.Module, loading: dict[str, Any]) -> str | None:
@@ -31,11 +31,14 @@ def looks_ahead(model: nn.Module) -> bool:
     """
     if any(parameter.is_meta or is_fake(parameter) for parameter in model.parameters()):
         return False
+    repacking = forbid_4bit_repacking(model)
     try:
         with torch.no_grad():
             before, after = (_earlier_logits(model, last) for last in (2, 3))
     except Exception:  # of many kinds, one for each way of not running; training says why
         return False
+    finally:
+        allow_4bit_repacking(repacking)
     changes = (before - after).norm(dim=-1) / before.norm(dim=-1)
     return bool((changes > _rounding(model)).all())  # one alone may be another expert, which rounding chose
 

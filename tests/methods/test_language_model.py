@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_memtune.architectures.language_model import looks_ahead, problem_of_language_model
 from tests.support.any_type import tiny
@@ -37,3 +38,21 @@ def test_adapters_that_were_loaded_lack_no_weights_of_the_model():
     assert "a, lm_head.weight (3 in all) would be random" in (problem_of_language_model(model, missing) or "")
     model._hf_peft_config_loaded = True
     assert problem_of_language_model(model, missing) is None
+
+
+def test_4bit_weights_are_left_as_they_are():
+    """On some CPUs bitsandbytes repacks them at the first evaluation, and no gradient passes them from then on."""
+    seen = []
+
+    class Repacking(nn.Linear):
+        support_avx512bf16_for_cpu: bool
+
+        def forward(self, input):
+            seen.append(self.support_avx512bf16_for_cpu)
+            return super().forward(input)
+
+    Repacking.__module__ = "bitsandbytes.nn"
+    model = tiny("llama", "causal", torch.float32).eval()
+    model.lm_head.__class__ = Repacking
+    model.lm_head.support_avx512bf16_for_cpu = True
+    assert not looks_ahead(model) and seen == [False, False] and model.lm_head.support_avx512bf16_for_cpu
