@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from hf_memtune.architectures.language_model import looks_ahead, problem_of_language_model
 from tests.support.any_type import tiny
@@ -15,11 +16,24 @@ def test_a_model_that_fills_in_masked_tokens_looks_ahead(name):
     assert looks_ahead(tiny(name, "causal", torch.float32, is_decoder=False).eval())
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "llama", "mamba2", "qwen3_next", "mixtral", "gemma3_text", "gpt_neo", "bart", "rwkv"])
+@pytest.mark.parametrize("name", [*ENCODERS, "llama", "mamba2", "qwen3_next", "mixtral", "gemma3_text", "gpt_neo", "rwkv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_language_model_does_not(name, dtype):
     model = tiny(name, "causal", dtype).eval()
     assert not looks_ahead(model) and problem_of_language_model(model, {"missing_keys": set()}) is None
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "trocr"])
+def test_half_of_an_encoder_decoder_takes_shifted_labels(name):
+    """Its loss of a row with itself as labels is that of copying, unlike a language model's."""
+    copying = {}
+    for each in (name, "llama"):
+        model = tiny(each, "causal", torch.float64).eval()
+        ids = torch.arange(5, 15)[None]
+        found = model(input_ids=ids, labels=ids)
+        copying[each] = torch.isclose(found.loss.double(), cross_entropy(found.logits[0], ids[0])).item()
+        assert ("shifted already" in (problem_of_language_model(model, {"missing_keys": set()}) or "")) == copying[each]
+    assert copying == {name: True, "llama": False}
 
 
 def test_what_cannot_be_run_here_is_not_said_to(monkeypatch):
