@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+from causal_lm_step import CausalLMStep, trace_causal_lm_step
 from methods import LOGIT_FREE, OFFLOADED, options_of, text_ids
 from options import one, parse, several
 from store import measure
 from torch import Tensor, nn
-
-from hf_memtune.memory.trace import CausalLMStep, trace_causal_lm_step
 
 CHUNK, RANK = 1024, 8
 CHECKPOINTED = f"exact streaming {CHUNK} + checkpointing"

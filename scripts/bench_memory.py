@@ -7,13 +7,13 @@ a GPU are compared with those of the trace by scripts/bench_gpu.py.
 import time
 from itertools import product
 
+from causal_lm_step import trace_causal_lm_step
 from conditions import conditions
 from methods import LOGIT_FREE, options_of
 from options import parse, several, some_of
 from store import measure
 
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import trace_causal_lm_step
 
 MODELS = ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B")
 METHODS = (

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 import transformers as tf
+from causal_lm_step import materialise
 from conditions import conditions
 from options import parse, several, some_of
 from store import measure
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_memtune import LiveBytes, ReversibleConfig, checkpoint_in_two_levels, make_reversible
 from hf_memtune.core.loss import linear_loss
-from hf_memtune.memory import fake, trace
+from hf_memtune.memory import fake
 
 
 def roberta_large(layers: int, **changed) -> tf.PreTrainedConfig:
@@ -87,7 +88,7 @@ def traced_step(shape: dict, method: dict, layers: int, **changed) -> dict:
     with torch.device("meta"):
         model = _model(shape["config"](layers, **silent, **changed), shape["attention"], method)
     with FakeTensorMode(), fake.sdpa_without_padding() if sdpa else nullcontext() as attention:
-        trace._materialise(model, torch.bfloat16, torch.device("cpu"))
+        materialise(model, torch.bfloat16, torch.device("cpu"))
         if attention is not None:
             fake.use_sdpa(model, attention)
         _install(model, method, shape["rank"])

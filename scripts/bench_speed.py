@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from causal_lm_step import CausalLMStep
 from conditions import conditions
 from methods import LOGIT_FREE, chunk_of, options_of, text_ids
 from options import one, parse, several, some_of
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import CausalLMStep
 
 METHODS = (
     "plain", "checkpointing", LOGIT_FREE, "seeking 0.1", "seeking 0.3", "TokenTune 0.1", "TokenSeek 0.1", "exact streaming 128",

@@ -3,11 +3,11 @@
 import gc
 
 import torch
+from causal_lm_step import CausalLMStep, random_causal_lm
 from methods import options_of
 from torch import Tensor, nn
 
 from gpu.sizes import Sizes
-from hf_memtune.memory.trace import CausalLMStep, random_causal_lm
 
 
 class Machine:

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator
 
+from causal_lm_step import trace_causal_lm_step
 from methods import chunk_of, options_of
 
 from gpu.machine import Machine
 from gpu.steps import Steps, steps_of
-from hf_memtune.memory.trace import trace_causal_lm_step
 
 TRACED_TOKENS, TRACED_CHUNKS = 8192, 4  # at most: a trace takes longer with every chunk
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from hf_memtune import SavedBytes, StreamingConfig, TokenSeekingConfig
-from hf_memtune.memory import trace
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.units import MIB
+from tests.support.causal_lm_step import MODULE, trace_causal_lm_step
 from tests.support.stepping import PUBLISHED, seeking_on
 from tests.support.tiny_models import batch_for, tiny_model
 
@@ -91,12 +90,12 @@ def test_keys_and_values_are_most_of_what_grows_with_the_row():
 def test_stored_keys_and_values_are_gone_when_the_embedding_gets_its_gradient(monkeypatch):
     """With a head of its own that is not trained, that is the peak: one matrix of its size, and next to nothing beside it."""
 
-    def all_but_the_head(model, lora_rank, checkpointing, trainable=trace._trainable):
+    def all_but_the_head(model, lora_rank, checkpointing, trainable=MODULE._trainable):
         model = trainable(model, lora_rank, checkpointing)
         model.get_output_embeddings().weight.requires_grad_(False)
         return model
 
-    monkeypatch.setattr(trace, "_trainable", all_but_the_head)
+    monkeypatch.setattr(MODULE, "_trainable", all_but_the_head)
     config, tokens = SHAPES["Qwen2.5-0.5B"](), 8192
     config.num_hidden_layers, config.tie_word_embeddings = 4, False
     seeking = TokenSeekingConfig(token_seeking=True, token_ratio=0.1)

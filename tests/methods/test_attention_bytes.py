@@ -9,9 +9,9 @@ from hf_memtune import Streaming, StreamingConfig
 from hf_memtune.core import pieces
 from hf_memtune.core.attention_kernels import PLAIN
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import masks
 from hf_memtune.methods.attention.passes import ChunkPass
+from tests.support.causal_lm_step import CountedHost
 from tests.support.stepping import model_and_batch, step_on
 
 LAYERS, KEY_HEADS, HEADS, CHANNELS, CHUNK, BLOCK = 12, 2, 8, 16, 64, 64

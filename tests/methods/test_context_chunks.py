@@ -5,12 +5,12 @@ import torch
 
 from hf_memtune import MemTuneError, Streaming, StreamingConfig
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.methods.attention import context
 from hf_memtune.methods.attention.passes import ContextPass
 from hf_memtune.methods.events import Listener
 from hf_memtune.methods.streaming import chunk_stream
 from hf_memtune.units import MIB
+from tests.support.causal_lm_step import trace_causal_lm_step
 from tests.support.stepping import model_and_batch, plain_twin, step_on, stream
 from tests.support.tolerances import tolerance
 from tests.support.twin import worst_difference

@@ -11,8 +11,8 @@ from hf_memtune.core.kept_attention import KeptAttention
 from hf_memtune.core.offload import HostMemory
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import passes
+from tests.support.causal_lm_step import CountedHost
 from tests.support.composition import REENTRANT, checkpointed, with_lora
 from tests.support.packing import packed_batch
 from tests.support.removal import registered, traces

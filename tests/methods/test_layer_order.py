@@ -15,7 +15,6 @@ from hf_memtune.core.rng import RandomTape
 from hf_memtune.core.rows import RowTensor
 from hf_memtune.errors import ConfigError, MemTuneError, UnsupportedModelError
 from hf_memtune.memory import LiveBytes
-from hf_memtune.memory.trace import CountedHost
 from hf_memtune.methods.attention import masks, model_pass
 from hf_memtune.methods.attention.masks import Asked
 from hf_memtune.methods.attention.passes import KeysPass
@@ -23,6 +22,7 @@ from hf_memtune.methods.streaming.chunk_stream import ChunkStream
 from hf_memtune.methods.streaming.layer_facts import all_checkpointing
 from hf_memtune.methods.streaming.layer_stream import LayerStream
 from tests.support.any_type import batch_of, tiny
+from tests.support.causal_lm_step import CountedHost
 from tests.support.composition import REENTRANT, checkpointed, with_lora
 from tests.support.packing import packed_batch
 from tests.support.removal import registered, traces

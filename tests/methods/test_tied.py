@@ -8,10 +8,10 @@ from torch import nn
 
 from hf_memtune import StreamingConfig, TokenSeekingConfig
 from hf_memtune.memory.shapes import SHAPES
-from hf_memtune.memory.trace import trace_causal_lm_step
 from hf_memtune.methods import tied
 from hf_memtune.methods.streaming import chunk_stream, embedding
 from hf_memtune.units import MIB
+from tests.support.causal_lm_step import trace_causal_lm_step
 from tests.support.stepping import plain_twin, stream, take_step, token_twin
 from tests.support.tiny_models import batch_for, lm_head, tiny_model
 from tests.support.tolerances import FLOAT32_INSIDE, NOTICED, RELATIVE

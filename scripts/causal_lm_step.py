@@ -1,4 +1,4 @@
-"""Trace the bytes of one training step of a model of any size, without its weights: shapes alone run, in seconds on a CPU.
+"""One training step of a causal language model, for benches: its bytes, traced on shapes alone or measured, and its seconds.
 
 Counted: every storage that the step makes and that is alive at its peak, apart from gradients of parameters (weights,
 gradients and optimizer state are known without tracing). Not seen: temporaries inside one kernel.
@@ -70,7 +70,7 @@ def trace_causal_lm_step(
     """
     model = _meta_model(config, dtype, lora_rank, checkpointing)
     with FakeTensorMode(), sdpa_without_padding() as attention:
-        _materialise(model, dtype, torch.device("cpu"))
+        materialise(model, dtype, torch.device("cpu"))
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         installed = _install(model, strategy)
         use_sdpa(model, attention)  # also under a method, which lets some calls go the model's own way
@@ -90,7 +90,7 @@ def random_causal_lm(
 ) -> nn.Module:
     """The model of `trace_causal_lm_step` with small random weights on a device, and gradients of zeros, as after a step."""
     model = _meta_model(config, dtype, lora_rank, checkpointing=False)
-    _materialise(model, dtype, device)
+    materialise(model, dtype, device)
     for parameter in _weights(model)[1]:
         parameter.grad = torch.zeros_like(parameter)
     return model
@@ -231,7 +231,7 @@ def _plain_step(model: nn.Module, ids: Tensor, fused_loss: bool) -> Callable[[],
     return step
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter (of `dtype`) and buffer a tensor on `device` for its meta tensor; shared ones stay shared.
 
     Values are random and small where tensors have values at all: what is measured depends on none.
