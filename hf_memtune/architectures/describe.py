@@ -92,8 +92,7 @@ class Architecture:
     @property
     def shifts_labels(self) -> bool:
         """Whether the label of a token is what the token before it predicts."""
-        names = {cls.__name__ for cls in type(self.head_model).__mro__}
-        return self.task is Task.CAUSAL_LM and not names & set(tables.UNSHIFTED)
+        return self.task is Task.CAUSAL_LM and not takes_shifted_labels(self.head_model)
 
     def configs(self) -> list:
         """Every distinct config object that a module of the model reads its attention implementation from."""
@@ -128,6 +127,11 @@ def describe(model: nn.Module) -> Architecture:
         position_rule=tables.POSITION_RULES.get(head_model.config.model_type, "row"),
         position_modules=_position_modules(stacks) if "encoder" in stacks or not _takes_positions(base) else {},
     )
+
+
+def takes_shifted_labels(model: nn.Module) -> bool:
+    """Whether the loss of a language model takes labels as they are, the i-th for what the i-th token predicts."""
+    return any(kind.__name__ in tables.UNSHIFTED for kind in type(model).__mro__)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, is_fake
-from hf_memtune.architectures import tables
+from hf_memtune.architectures.describe import takes_shifted_labels
 
 
 def problem_of_language_model(model: nn.Module, loading: dict[str, Any]) -> str | None:
@@ -17,11 +17,8 @@ def problem_of_language_model(model: nn.Module, loading: dict[str, Any]) -> str 
     missing = [] if getattr(model, "_hf_peft_config_loaded", False) else sorted(loading["missing_keys"])
     if missing:
         return f"does not store all weights of a language model: {', '.join(missing[:2])} ({len(missing)} in all) would be random"
-    if {kind.__name__ for kind in type(model).mro()} & {*tables.UNSHIFTED}:
-        return (
-            f"is loaded as {type(model).__name__}, half of an encoder-decoder, whose loss takes labels that are shifted already: with those of a language "
-            "model it would learn to copy"
-        )
+    if takes_shifted_labels(model):
+        return f"is loaded as {type(model).__name__}, whose loss takes labels that are shifted already: with those of a language model it would learn to copy"
     if looks_ahead(model):
         return (
             "predicts each token from the tokens on both sides, itself included, as models that fill in masked tokens do: its loss would teach it to "
