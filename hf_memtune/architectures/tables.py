@@ -18,7 +18,7 @@ POSITION_RULES = {
 # Position embeddings of models whose forward takes no position_ids: called with ids of which only the shape matters.
 POSITION_MODULE_NAMES = ("embed_positions",)
 
-# Causal models whose own loss takes labels as they are, the i-th for the i-th token's prediction: decoders of encoder-decoder models.
+# Causal models whose own loss takes labels as they are, the i-th for the i-th token's prediction: decoders of encoder-decoder models, and XLM.
 UNSHIFTED = (
     "BartForCausalLM",
     "BigBirdPegasusForCausalLM",
@@ -32,6 +32,7 @@ UNSHIFTED = (
     "ProphetNetForCausalLM",
     "TrOCRForCausalLM",
     "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
 )
 
 # What makes one vector of a row from its last hidden states, by its name in the body.

@@ -23,12 +23,13 @@ def test_a_language_model_does_not(name, dtype):
     assert not looks_ahead(model) and problem_of_language_model(model, {"missing_keys": set()}) is None
 
 
-@pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "trocr"])
-def test_half_of_an_encoder_decoder_takes_shifted_labels(name):
-    """Its loss of a row with itself as labels is that of copying, unlike a language model's."""
+@pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "trocr", "xlm"])
+def test_a_loss_of_shifted_labels_is_told(name):
+    """Of decoders of encoder-decoders, and of XLM, which looks back where its config says so: of a row with itself as labels it is that of copying."""
     copying = {}
     for each in (name, "llama"):
-        model = tiny(each, "causal", torch.float64).eval()
+        model = tiny(each, "causal", torch.float64, **({"causal": True} if each == "xlm" else {})).eval()
+        assert not looks_ahead(model)  # which would be told in any case
         ids = torch.arange(5, 15)[None]
         found = model(input_ids=ids, labels=ids)
         copying[each] = torch.isclose(found.loss.double(), cross_entropy(found.logits[0], ids[0])).item()
