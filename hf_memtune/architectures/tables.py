@@ -41,6 +41,9 @@ POOLER_NAME = "pooler"
 # Linear layers that classify every token, by their name in the model around the body.
 CLASSIFIER_NAMES = ("classifier", "score")
 
+# How many tokens of a row, or of a batch, an expert takes before it takes no more: an attribute of routers that count them.
+CAPACITY_NAME = "expert_capacity"
+
 # A layer by its name in torch's wrapper around it (torch.distributed.algorithms), which checkpoints its activations.
 CHECKPOINTED = "_checkpoint_wrapped_module"
 

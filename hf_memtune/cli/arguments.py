@@ -144,7 +144,7 @@ class DataSource:
     )
     packing: bool = setting(
         False,
-        "causal_lm: train on rows of up to max_length tokens made of whole rows (trl's best fit decreasing), which not every model keeps apart. Less "
+        "causal_lm: train on rows of up to max_length tokens made of whole rows (trl's best fit decreasing), for models that keep them apart. Less "
         "padding; needs trl (pip install -e '.[sft]').",
     )
 

@@ -86,7 +86,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     """rows, loss, and accuracy of a classifier; all labelled tokens, plain forward through the layers as they were trained."""
     from transformers import Trainer, TrainingArguments
 
-    from hf_memtune.cli.data import collator, load_rows, tokenised, understood
+    from hf_memtune.cli.data import check_packing, collator, load_rows, tokenised, understood
     from hf_memtune.cli.data.showing import tell_of
     from hf_memtune.cli.model import load_model, load_tokenizer, with_reversible_adapters
     from hf_memtune.cli.train import accuracy
@@ -106,6 +106,7 @@ def measured(settings: Settings) -> dict[str, float | int]:
     with TemporaryDirectory() as folder:
         args = TrainingArguments(folder, per_device_eval_batch_size=measuring.per_device_eval_batch_size, report_to=[])
         trainer = Trainer(loaded, args, collator(data, tokenizer), eval_dataset=rows, compute_metrics=accuracy if classes else None)
+        check_packing(data, loaded, trainer.data_collator)
         whole = classes or args.n_gpu > 1  # of classes logits are looked at; several devices in one process run copies of the model
         with nullcontext() if whole else logits_on_demand(loaded):
             found = trainer.evaluate()

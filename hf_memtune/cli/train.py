@@ -137,7 +137,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
     """The trainer and the rows. prepare: rows from settings of data and a tokenizer; metrics_of: compute_metrics, or None, from rows."""
     from transformers import set_seed
 
-    from hf_memtune.cli.data import collator
+    from hf_memtune.cli.data import check_packing, collator
     from hf_memtune.cli.model import load_tokenizer, load_trainable, slow_dtype, with_reversible_adapters
     from hf_memtune.cli.progress import make_readable
     from hf_memtune.forecast.estimate import estimate
@@ -166,6 +166,7 @@ def trainer_on(settings: Settings, prepare: Callable, metrics_of: Callable):
         processing_class=tokenizer,
         compute_metrics=metrics_of(rows),
     )
+    check_packing(data, loaded, trainer.data_collator)
     trainer.measures_held_out = True  # `fit` does
     trainer.estimate = estimate  # the package hands it to who imports the class from its top
     make_readable(trainer)

@@ -79,6 +79,7 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
 def _verified(router: Router, check: bool, scores_last_block: bool | None, streams: bool) -> Facts:
     architecture = router.architecture
     base = architecture.base
+    _require_no_counting(architecture)
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), probe_batch(architecture))
         store, records = KeyValueStore(), Records({})
@@ -114,6 +115,16 @@ def _verified(router: Router, check: bool, scores_last_block: bool | None, strea
             plain_head = reads_body = False
     is_causal = not architecture.is_encoder_decoder and not probing.looks_ahead
     return Facts(is_causal, not probing.looks_ahead, plain_head, reads_body, body_output, tail_problem, needs_all)
+
+
+def _require_no_counting(architecture: Architecture) -> None:
+    """Refuse experts that take no more tokens once they are full: the row of a probe is too short for that to be seen."""
+    for name, module in architecture.base.named_modules():
+        if hasattr(module, tables.CAPACITY_NAME):
+            raise UnsupportedModelError(
+                f"{architecture.name}: {name} ({type(module).__name__}) counts the tokens that each expert has got, up to {tables.CAPACITY_NAME}="
+                f"{getattr(module, tables.CAPACITY_NAME)}: in a part of a row it would count anew. {tables.REMEDY}"
+            )
 
 
 def probe_batch(architecture: Architecture) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""`hf-memtune train --packing` with token seeking whose gradient streams: a step is that of the kept tokens, each row by itself."""
+"""`hf-memtune train --packing`: with token seeking whose gradient streams a step is that of the kept tokens, each row by itself; and models that do
+not keep packed rows apart are refused."""
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_memtune.cli import main, train
 from hf_memtune.cli.data import collator
+from tests.support.any_type import tiny
 from tests.support.folders import WORDS, tokenizer, write_rows
 from tests.support.tolerances import NOTICED, tolerance
 from tests.support.twin import gradients, shifted, worst_difference
@@ -78,3 +80,23 @@ def test_the_command_trains_and_counts(arguments, tmp_path):
     numbers = summary(tmp_path)
     assert numbers["steps"] == 1 and numbers["tokens_seen"] == sum(ROWS) + len(ROWS)
     assert 0.3 < numbers["tokens_kept"] / numbers["tokens_seen"] < 0.5
+
+
+@pytest.fixture
+def opt():
+    """Its layers ask for masks by attention_mask alone."""
+    tiny("opt", "causal", torch.float32, vocab_size=64).save_pretrained("opt")
+    tokenizer().save_pretrained("opt")
+    return "opt"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("named, packing, told", [("opt", True, True), ("opt", False, False), ("model", True, False)])
+def test_a_model_that_does_not_keep_packed_rows_apart_is_refused(command, named, packing, told, instructions, request, capsys):
+    pytest.importorskip("trl")
+    name = str(request.getfixturevalue(named))
+    data = ["--dataset", str(instructions), "--max_length", str(MAX_LENGTH), *(["--packing"] if packing else [])]
+    run = [*STEP, "--output_dir", "out"] if command == "train" else []
+    assert main([command, "--model", name, *data, *run]) == (2 if told else 0)
+    if told:
+        assert "packing: in OPTForCausalLM the rows that are packed into one see one another" in capsys.readouterr().err

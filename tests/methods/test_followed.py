@@ -1,9 +1,11 @@
 """Attention that is written by hand, that chooses its keys, or whose masks are made elsewhere: followed through the cache or by parts of masks."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from hf_memtune import MemTuneError, Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig
+from hf_memtune import MemTuneError, Streaming, StreamingConfig, TokenSeeking, TokenSeekingConfig, checkpoint_in_two_levels
 from hf_memtune.errors import UnsupportedModelError
 from hf_memtune.methods.attention.passes import ContextPass, StreamPass
 from tests.support.any_type import TOKENS, batch_of, tiny
@@ -14,9 +16,9 @@ from tests.support.twin import gradients
 ALLOWED = 1e-5  # of the whole gradient; parts compute in float32
 # biases for distance, added to scores or to masks; local layers; rotary embeddings by hand; a head of two models in one; attention that
 # makes more of keys and values than the interface tells (differences of two, a mask of values); relative biases with an encoder
-BY_HAND = ["bloom", "falcon", "mpt", "gpt_neo", "roformer", "diffllama", "doge", "t5", "umt5", "switch_transformers"]
+BY_HAND = ["bloom", "falcon", "mpt", "gpt_neo", "roformer", "diffllama", "doge", "t5", "umt5"]
 CHOOSING = ["deepseek_v32", "glm_moe_dsa", "hy_v4"]
-SEQ2SEQ = ("t5", "umt5", "switch_transformers")
+SEQ2SEQ = ("t5", "umt5")
 
 
 def kind_of(name):
@@ -36,6 +38,34 @@ def test_blocks_of_keys_are_refused():
     """The model hides the others itself, by the name of the attention function: a run through another one would see them all."""
     with pytest.raises(UnsupportedModelError, match="block_indices.*activation checkpointing"):
         Streaming(tiny("minimax_m3_vl_text"), StreamingConfig(sequence_chunk_size=7))
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "nllb-moe"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Streaming, config=StreamingConfig(sequence_chunk_size=7)),
+        partial(TokenSeeking, config=TokenSeekingConfig(token_seeking=True)),
+    ],
+)
+def test_experts_that_count_their_tokens_are_refused(name, make):
+    """They take none once they are full, which those of a chunk are later than those of a row."""
+    with pytest.raises(UnsupportedModelError, match="router.*counts the tokens.*expert_capacity=.*activation checkpointing"):
+        make(tiny(name, "seq2seq"))
+
+
+def test_layers_that_run_again_on_whole_rows_count_as_before():
+    model = tiny("switch_transformers", "seq2seq", expert_capacity=3)
+    batch = batch_of(model, "seq2seq", "right")
+    expected = plain(model, batch)
+    handle = checkpoint_in_two_levels(model)
+    assert whole_error(plain(model, batch), expected) <= ALLOWED
+    handle.restore()
+    full = model(**batch).loss
+    for module in model.modules():
+        if hasattr(module, "expert_capacity"):
+            module.expert_capacity = TOKENS
+    assert abs(model(**batch).loss - full) > NOTICED * full  # sibling: experts were full
 
 
 @pytest.mark.parametrize("padding", [None, "right", "left"])

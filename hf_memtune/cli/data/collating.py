@@ -2,6 +2,7 @@
 
 from hf_memtune.cli.arguments import CLASSES, DataSource
 from hf_memtune.cli.data.making import IGNORED
+from hf_memtune.errors import ConfigError
 
 
 def packed(rows, data: DataSource):
@@ -25,3 +26,12 @@ def collator(data: DataSource, tokenizer):
 
         return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+def check_packing(data: DataSource, model, collate) -> None:
+    """Raises ConfigError for a model that does not keep the parts of packed rows apart, where rows are packed. model: on the device that it is to
+    run on, and in evaluation mode after it."""
+    from hf_memtune.architectures.packed_rows import problem_of_packed_rows
+
+    if getattr(data, "packing", False) and (wrong := problem_of_packed_rows(model, collate, data.max_length)):
+        raise ConfigError([f"packing: {wrong}: another loss than that of the rows. Leave packing out."])

@@ -1,0 +1,81 @@
+"""Whether a model keeps rows apart that are packed into one: transformers leaves it to each body, and not every one does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, is_fake
+from hf_memtune.errors import first_line
+
+LONGEST = 256
+"""Tokens of the row that is looked at: two parts, long enough that a model which picks blocks of keys has some to pick from."""
+
+
+def problem_of_packed_rows(model: nn.Module, collate: Callable[[list[dict]], dict[str, Any]], max_length: int) -> str | None:
+    """What is wrong with packing rows for this model; None: nothing, or nothing that can be seen here (weights without values).
+
+    A part predicts the same after another part as before it, or it sees its neighbour, or is numbered on from it. Both rows have the same
+    shape, so that the same kernels compute them. Sets the model to evaluation mode. collate: as in training, from rows of `input_ids`,
+    `labels` and `seq_lengths`, the lengths of the parts of each. max_length: tokens of a row at most.
+    """
+    if any(parameter.is_meta or is_fake(parameter) for parameter in model.parameters()):
+        return None
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__  # type: ignore[operator]
+    short, long = _parts(model, max(8, min(LONGEST, max_length)))
+    repacking = forbid_4bit_repacking(model.eval())
+    try:
+        with torch.no_grad():
+            after, before = (_logits(model, collate, parts) for parts in ([short, long], [long, short]))
+    except Exception as error:  # of many kinds, one for each way of not running
+        return f"{name} runs no packed rows: {first_line(error)}" if _runs(model, long) else None
+    finally:
+        allow_4bit_repacking(repacking)
+    before = before[: len(long)]
+    changes = (after[len(short) :] - before).norm(dim=-1) / before.norm(dim=-1)
+    if changes.mean() <= _rounding(model):
+        return None
+    return f"in {name} the rows that are packed into one see one another, or are numbered on from one to the next"
+
+
+def _parts(model: nn.Module, tokens: int) -> tuple[list[int], list[int]]:
+    """Tokens from the middle of the vocabulary, where none are special."""
+    middle = model.config.get_text_config().vocab_size // 2  # type: ignore[union-attr, operator]
+    several = max(1, min(61, middle))
+    row = [middle + (7 * n * n + n) % several for n in range(tokens)]
+    return row[: 3 * tokens // 8], row[3 * tokens // 8 :]
+
+
+def _logits(model: nn.Module, collate: Callable[[list[dict]], dict[str, Any]], parts: list[list[int]]) -> Tensor:
+    """(L, V) float32: of all parts, packed into one row of L tokens."""
+    row = [token for part in parts for token in part]
+    batch = collate([{"input_ids": row, "labels": row, "seq_lengths": [len(part) for part in parts]}])
+    batch.pop("labels")
+    device = _device(model)
+    on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return model(**on_device, use_cache=False).logits[0].float()
+
+
+def _runs(model: nn.Module, row: list[int]) -> bool:
+    """Whether it runs a row that is not packed."""
+    repacking = forbid_4bit_repacking(model)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row], device=_device(model)), use_cache=False)
+    except Exception:  # as above; training says why
+        return False
+    finally:
+        allow_4bit_repacking(repacking)
+    return True
+
+
+def _device(model: nn.Module) -> torch.device:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.weight.device
+
+
+def _rounding(model: nn.Module) -> float:
+    """Of the norm of a position's logits, in the mean over positions: what the order of sums may change."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 1e-2
