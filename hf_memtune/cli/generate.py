@@ -82,13 +82,13 @@ def answers(source: ModelSource, prompts: Prompts):
 
 
 def ends_of(tokenizer, known: int | list[int] | None, plain: bool = False) -> list[int]:
-    """Tokens that end an answer: those of the model, that of the tokenizer, and the special ones with which a template ends what the assistant says.
+    """Tokens that end an answer: those of the model, those of the tokenizer, and the special ones with which a template ends what the assistant says.
 
     A base model that has learned a template knows nothing of its end in its own config.
     """
-    from hf_memtune.cli.data import IGNORED, instruction_row
+    from hf_memtune.cli.data import IGNORED, ending_of, instruction_row
 
-    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    ends = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, *ending_of(tokenizer)[:1]} - {None}
     if not plain and tokenizer.chat_template is not None:
         row = instruction_row({"instruction": "A", "output": "A"}, DataSource(max_length=2**31), tokenizer)
         special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
@@ -100,10 +100,11 @@ def ends_of(tokenizer, known: int | list[int] | None, plain: bool = False) -> li
 
 def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:
     """As in training: what stands before the first labelled token of a row with this instruction."""
-    from hf_memtune.cli.data import IGNORED, instruction_row
+    from hf_memtune.cli.data import IGNORED, ending_of, instruction_row
 
     if plain:
-        return tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+        return ids[: len(ids) - len(ending_of(tokenizer))]  # the text goes on
     # any answer: it is left out; but one may be a token together with the end of the prompt, and has no label then
     settings = DataSource(max_length=2**31)
     rows = [instruction_row({"instruction": prompt, "output": answer}, settings, tokenizer) for answer in "A.1"]

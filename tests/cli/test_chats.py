@@ -27,6 +27,10 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
 }  # fmt: skip
+MARKED = (
+    "{% for m in messages %}<bos> {{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <eos> {% endgeneration %}"
+    "{% else %}{{ m['content'] }} <eos> {% endif %}{% endfor %}"
+)
 SAID = [
     "[INST] name three colours [/INST] red green [INST] one more [/INST] blue é", "<|user|>", "<|assistant|>", "\n", "one more [/INST].", "a A",
 ]  # fmt: skip
@@ -70,6 +74,18 @@ def test_tokens_are_those_of_the_template(kind, template):
     assert "".join(said.split()) == "redgreen</s>blueé</s>"
 
 
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+def test_a_token_that_goes_into_a_mark_is_learned_as_transformers_has_it(kind):
+    """ "]." is one token, of which the answer is the second part."""
+    words = words_of(kind, "no space")
+    words.chat_template = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    talk = [{"role": "user", "content": "one more"}, {"role": "assistant", "content": ". a"}]
+    ids, learned = chat_tokens(Chat(talk), words, True, "row 0")
+    expected = words.apply_chat_template(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == expected["input_ids"] and learned == [bool(mark) for mark in expected["assistant_masks"]]
+    assert words.decode([ids[learned.index(True)]]).strip() != "."
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", ["metaspace", "bytes"])
 def test_a_question_is_put_as_in_training(kind, template):
@@ -83,14 +99,16 @@ def test_a_question_is_put_as_in_training(kind, template):
         assert [label for label in stop["labels"] if label != IGNORED] == [words.eos_token_id]
 
 
-def test_a_tokenizer_that_does_not_know_places_is_given_pieces():
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["turn by turn", "marked"])
+def test_a_tokenizer_that_does_not_know_places_is_given_pieces(template):
     words = tokenizer(chat=True)
-    assert words.chat_template == CHAT
+    words.chat_template = template
     expected = chat_tokens(Chat(TALK), words, True, "row 0")
 
     class Slow:
         is_fast = False
         chat_template, eos_token, apply_chat_template = words.chat_template, words.eos_token, words.apply_chat_template
+        special_tokens_map = words.special_tokens_map
 
         def __call__(self, text, **options):
             assert "return_offsets_mapping" not in options

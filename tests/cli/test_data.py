@@ -1,6 +1,7 @@
 """From rows to tokens: what is masked, cut, held out and refused."""
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from hf_memtune.cli import generate
@@ -69,6 +70,23 @@ def test_of_a_prompt_only_the_end_that_the_tokenizer_puts_is_left_out(way):
     assert (asked == whole) is not AROUND[way].endswith("<eos>") and asked[:6] == whole[:6]
     empty = completion_row({"prompt": "", "completion": "red"}, DataArguments(), words)
     assert words.decode(empty["input_ids"]) == begins + "red <eos>"
+
+
+@pytest.mark.parametrize("has_end", [False, True])
+def test_a_tokenizer_that_ends_texts_with_another_token_ends_the_answer_with_it(has_end):
+    """As those of BERT's kind do, with [SEP] (<unk> here), some of which have no end token."""
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <unk>", special_tokens=[("<bos>", 2), ("<unk>", 1)])
+    words.eos_token = "<eos>" if has_end else None
+    end = "<unk> <eos>" if has_end else "<unk>"
+    row = completion_row({"prompt": "name three", "completion": "red"}, DataArguments(), words)
+    assert words.decode(row["input_ids"]) == f"<bos> name three red {end}" and labelled(row, words) == f"red {end}"
+    assert words.decode(text_row({"text": "red"}, DataArguments(text_column="text"), words)["labels"]) == f"<bos> red {end}"
+    asked = generate._tokens("name three", False, words)
+    row = instruction_row({"instruction": "name three", "output": "red"}, DataArguments(), words)
+    assert words.decode(row["input_ids"][len(asked) :]) == f"red {end}" and asked == row["input_ids"][: len(asked)]
+    assert words.decode(generate._tokens("name three", True, words)) == "<bos> name three"
+    assert generate.ends_of(words, None) == generate.ends_of(words, None, plain=True) == ([1, 3] if has_end else [1])
 
 
 def test_plain_text_is_labelled_everywhere():
@@ -159,3 +177,19 @@ def test_padding_carries_no_label(instructions):
     batch = collator(data, words)([rows[n] for n in range(4)])
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
     assert (batch["attention_mask"] == 0).any()
+
+
+@pytest.mark.parametrize("task", ["auto", "sequence_classification"])
+def test_rows_are_padded_on_the_right_whatever_the_tokenizer_was_saved_for(task, instructions, reviews):
+    """Models that number tokens from the start of the row would number padding, so that a row had another loss beside a longer one."""
+    words, left = tokenizer(), tokenizer()
+    left.padding_side = "left"
+    data = DataArguments(dataset_name=str(instructions if task == "auto" else reviews), task=task, eval_fraction=0)
+    rows = prepare(data, words)
+    given = [{name: row[name] for name in ("input_ids", "attention_mask", "labels")} for row in list(rows.train)[:4]]
+    given[0] = {name: value[:-2] if isinstance(value, list) else value for name, value in given[0].items()}
+    found, expected = (collator(rows.data, each)([dict(row) for row in given]) for each in (left, words))
+    assert (expected["attention_mask"][0, -2:] == 0).all() and left.padding_side == "left"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    padded = left.pad([{"input_ids": row["input_ids"]} for row in given], return_tensors="pt")
+    assert not torch.equal(padded["input_ids"], expected["input_ids"])  # sibling

@@ -119,6 +119,7 @@ def test_what_is_trained_is_what_is_scored(name, model, tmp_path, monkeypatch):
 def test_an_answer_begins_with_its_space(model):
     """A tokenizer that knows spaces, as most do: the answer trained is the one with a space before it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     letters = {letter: number for number, letter in enumerate(["<pad>", *pre_tokenizers.ByteLevel.alphabet()])}
@@ -133,6 +134,11 @@ def test_an_answer_begins_with_its_space(model):
     row = answered("A long text.\nWhy?", " red", words, 9)
     assert words.decode(row["input_ids"]) == "\nWhy? red" and labelled(row) == " red"
     assert labelled(answered("Why?", " scarlet", words, 4)) == "rlet"
+    plain = answered("Why?", " red", words, 64)
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <pad>", special_tokens=[("<pad>", 0)])
+    assert (
+        words("Why?")["input_ids"][-1] == 0 and answered("Why?", " red", words, 64) == plain
+    )  # the end of a text is no part of the answer
 
 
 def test_files_are_read_as_they_are_written(tmp_path):

@@ -79,6 +79,17 @@ def test_marks_of_a_template_say_the_same(tmp_path):
     assert found["input_ids"] == expected["input_ids"] and found["labels"] == expected["labels"]
 
 
+@pytest.mark.parametrize("old, new", [("{% generation %}", "{% generation %} "), ("<eos>{% endg", "<eos> {% endg")], ids=["begins", "ends"])
+def test_a_mark_may_stand_at_white_space_that_the_tokenizer_drops(old, new, tmp_path):
+    """transformers finds no token there: it marks nothing from there on, or all tokens that follow."""
+    words, plain = tokenizer(chat=True), tokenizer(chat=True)
+    words.chat_template = MARKED.replace(old, new)
+    found, expected = (prepared(tmp_path, [{"messages": TALK}], each).train[0] for each in (words, plain))
+    assert found["input_ids"] == expected["input_ids"] and found["labels"] == expected["labels"]
+    masks = words.apply_chat_template(TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
+    assert masks != [int(label != IGNORED) for label in expected["labels"]]
+
+
 def test_marks_in_a_prompt_carry_no_label(tmp_path):
     """The completion alone is learned; of the same messages without a prompt, every answer is."""
     words = tokenizer(chat=True)

@@ -1,8 +1,9 @@
 """Conversations as tokens, through the chat template of the tokenizer, with a label on what the assistant says.
 
-Where the template marks it ({% generation %}), transformers tells which tokens those are. Other templates are rendered turn by turn: what a
+Where the template marks it ({% generation %}), transformers tells from where to where. Other templates are rendered turn by turn: what a
 turn of the assistant adds to the text before it carries a label, if the whole conversation begins with it letter by letter. The text is tokenised
-as a whole, as apply_chat_template does it.
+as a whole, as apply_chat_template does it; its `assistant_masks` are not taken: without a word they leave out, or go on to the end, where a
+mark stands at white space that the tokenizer drops.
 """
 
 import json
@@ -116,54 +117,45 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
             ]
         )
     try:
-        if assistant_only and _MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""):
-            return _marked(chat, tokenizer, where)
-        return _rendered(chat, tokenizer, assistant_only, where)
+        whole = _text(chat, tokenizer, len(chat.messages))
+        if not assistant_only:
+            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+            return ids, [True] * len(ids)
+        is_marked = bool(_MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""))
+        spans = (_marked_spans if is_marked else _assistant_spans)(chat, tokenizer, whole, where)
     except ConfigError:
         raise
     except Exception as error:  # templates raise errors of their own: roles that do not alternate, a system role they lack
         raise ConfigError([f"dataset_name: {where}: the chat template refuses the conversation: {error}"]) from error
-
-
-def _marked(chat: Chat, tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    found = tokenizer.apply_chat_template(
-        chat.messages, tools=chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    learned = [bool(mark) for mark in found["assistant_masks"]]
-    left_out = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant" and not chat.learns(number)]
-    if not left_out:
-        return list(found["input_ids"]), learned
-    whole = _text(chat, tokenizer, len(chat.messages))
-    spans = []  # what the template marks too
-    if left_out[0] < chat.learned_from:
-        spans.append((0, _end_of(chat, tokenizer, chat.learned_from, whole, where)))
-    for number in left_out:
-        if number >= chat.learned_from:
-            start = _end_of(chat, tokenizer, number, whole, where) if number else 0
-            spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
-    is_left_out = _in_spans(whole, spans, [found.token_to_chars(number) for number in range(len(learned))])
-    return list(found["input_ids"]), [mark and not out for mark, out in zip(learned, is_left_out)]
-
-
-def _rendered(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tuple[list[int], list[bool]]:
-    """The tokens that apply_chat_template gives; those of the spans of the assistant carry a label, or all."""
-    whole = _text(chat, tokenizer, len(chat.messages))
-    if not assistant_only:
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-        return ids, [True] * len(ids)
-    spans = _assistant_spans(chat, tokenizer, whole, where)
     if not getattr(tokenizer, "is_fast", False):  # it does not know where in the text a token is
         return _in_pieces(whole, spans, tokenizer)
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    return found["input_ids"], _in_spans(whole, spans, found["offset_mapping"])
+    return found["input_ids"], _in_spans(whole, spans, found["offset_mapping"], is_marked)
 
 
-def _in_spans(whole: str, spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token, from where to where in the text it is, begins within one of the spans."""
+def _marked_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
+    """Of what the template marks, without the messages that carry no label."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options = {"tools": chat.tools, "chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
+    _, (spans,) = render_jinja_template([chat.messages], **options, **tokenizer.special_tokens_map)
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or chat.learns(number):
+            continue
+        start = _end_of(chat, tokenizer, number, whole, where) if number else 0
+        stop = _end_of(chat, tokenizer, number + 1, whole, where, start)
+        spans = [part for span in spans for part in ((span[0], min(span[1], start)), (max(span[0], stop), span[1])) if part[0] < part[1]]
+    return spans
+
+
+def _in_spans(whole: str, spans: list[tuple[int, int]], offsets: list[tuple[int, int]], in_part: bool) -> list[bool]:
+    """Whether each token, from where to where in the text it is, begins within one of the spans, or (in_part, as transformers has it of what is
+    marked) goes into one."""
     inside = [False] * (len(whole) + 1)  # one more: a token without text may stand at the end
     for start, stop in spans:
         inside[start:stop] = [True] * (stop - start)
-    return [inside[_begin(whole, *each)] for each in offsets]
+    begins = [_begin(whole, *each) for each in offsets]
+    return [any(inside[begin : max(stop, begin + 1)] if in_part else [inside[begin]]) for begin, (_, stop) in zip(begins, offsets)]
 
 
 def _begin(whole: str, start: int, stop: int) -> int:

@@ -1,5 +1,7 @@
 """Rows as batches: padded to the longest, or packed end to end, each row seeing itself alone."""
 
+from copy import copy
+
 from hf_memtune.cli.arguments import CLASSES, DataSource
 from hf_memtune.cli.data.making import IGNORED
 from hf_memtune.errors import ConfigError
@@ -15,10 +17,13 @@ def packed(rows, data: DataSource):
 
 
 def collator(data: DataSource, tokenizer):
-    """Pads a batch to its longest row; padded labels are -100. With packing, one row without padding, whose positions restart in each
-    part. data: resolved."""
+    """Pads a batch to its longest row, on the right; padded labels are -100. With packing, one row without padding, whose positions restart in
+    each part. data: resolved."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
+    # tokenizers that were saved for generation pad on the left, where models that number tokens from the start of the row would number padding
+    tokenizer = copy(tokenizer)
+    tokenizer.padding_side = "right"
     if data.task == CLASSES:
         return DataCollatorWithPadding(tokenizer)
     if data.packing:

@@ -135,18 +135,19 @@ def _chat(chat: Chat, data: DataSource, tokenizer, where: str) -> dict:
 
 
 def _prompted(prompt: str, answer: str, data: DataSource, tokenizer) -> dict:
+    ending = ending_of(tokenizer)
     before = tokenizer(prompt)["input_ids"]
-    if before[-1:] == [tokenizer.eos_token_id] and _ends_every_text(tokenizer):
-        before = before[:-1]  # the answer is still to come; an end in the text itself, or one that begins it too (OPT), stays
-    rest = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    rest += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before = before[: len(before) - len(ending)]  # the answer is still to come
+    rest = tokenizer(answer, add_special_tokens=False)["input_ids"] + ending
+    rest += [] if tokenizer.eos_token_id is None or rest[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
     return _cut(before + rest, [not data.assistant_only_loss] * len(before) + [True] * len(rest), data.max_length)
 
 
-def _ends_every_text(tokenizer) -> bool:
-    """Whether the tokenizer puts the end token after a text, by a text that has none."""
-    end, text = [tokenizer.eos_token_id], "a"
-    return tokenizer(text)["input_ids"][-1:] == end != tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
+def ending_of(tokenizer) -> list[int]:
+    """What the tokenizer puts after every text: the end token, [SEP], or nothing. Seen by a text that has none of it."""
+    text, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    starts = [at for at in range(len(whole) - len(text) + 1) if whole[at : at + len(text)] == text]
+    return whole[starts[-1] + len(text) :] if starts else []
 
 
 def _cut(ids: list[int], learned: list[bool], max_length: int) -> dict:
