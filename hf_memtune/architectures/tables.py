@@ -18,12 +18,13 @@ POSITION_RULES = {
 # Position embeddings of models whose forward takes no position_ids: called with ids of which only the shape matters.
 POSITION_MODULE_NAMES = ("embed_positions",)
 
-# Causal models whose own loss takes labels as they are, the i-th for the i-th token's prediction: decoders of encoder-decoder models, and XLM.
+# Causal models whose own loss takes labels as they are, the i-th for the i-th token's prediction: decoders of encoder-decoder models, XLM, XLNet and CPM-Ant.
 UNSHIFTED = (
     "BartForCausalLM",
     "BigBirdPegasusForCausalLM",
     "BlenderbotForCausalLM",
     "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
     "MBartForCausalLM",
     "MarianForCausalLM",
     "MvpForCausalLM",
@@ -33,6 +34,7 @@ UNSHIFTED = (
     "TrOCRForCausalLM",
     "WhisperForCausalLM",
     "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
 )
 
 # What makes one vector of a row from its last hidden states, by its name in the body.
