@@ -22,6 +22,17 @@ SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,n
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
 
 
+FEW_RUNGS = [
+    "--lora_r",
+    "2",
+    "--load_in_4bit",
+    "--activation_checkpointing",
+    "--token_seeking",
+    "--optim",
+    "sgd",
+]  # of a plan: each is traced
+
+
 def estimated(capsys, *arguments) -> dict:
     assert main(["estimate", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -50,7 +61,7 @@ def test_a_folder_goes_before_a_built_in_name(name, model, tmp_path, capsys, mon
     assert estimated(capsys, "--model", name, *settings, *small, "--lora_r", 1)["peak_bytes"] != expected and is_without_weights(name)
     shutil.copy(model / "config.json", tmp_path / name)
     assert estimated(capsys, "--model", name, *settings)["peak_bytes"] == expected
-    planned(capsys, tmp_path / "plan.yaml", "--budget", "1GiB", "--model", name, *settings)
+    planned(capsys, tmp_path / "plan.yaml", "--budget", "1GiB", "--model", name, *settings, *FEW_RUNGS)
     assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["model_name_or_path"] == name
 
 
@@ -107,7 +118,7 @@ def test_a_plan_that_cannot_be_written_is_refused_before_anything_is_traced(tmp_
 
 
 def test_offloaded_keys_and_values_are_predicted_where_there_is_no_gpu(capsys):
-    streamed = [*OF_A_TYPE, "--sequence_length", 128, "--sequence_chunk_size", 16]
+    streamed = [*OF_A_TYPE, "--sequence_length", 128, "--sequence_chunk_size", 64]
     kept, moved = (estimated(capsys, *streamed, *more)["peak_bytes"] for more in ([], ["--kv_offload"]))
     assert moved < kept
     assert main(["estimate", *OF_A_TYPE, "--kv_offload"]) == 2
@@ -139,8 +150,7 @@ def test_a_plan_makes_each_model_once_and_it_serves_every_rung(tmp_path, capsys,
 
     made, make = [], blank.blank_trainable
     monkeypatch.setattr(blank, "blank_trainable", lambda *settings: made.append(settings[0].lora_r) or make(*settings))
-    common = [*OF_A_TYPE[:-1], "1", "--sequence_length", "16", "--max_length", "16", "--lora_r", "2", "--load_in_4bit"]
-    common += ["--activation_checkpointing", "--token_seeking", "--optim", "sgd"]
+    common = [*OF_A_TYPE[:-1], "1", "--sequence_length", "16", "--max_length", "16", *FEW_RUNGS]
     plan = planned(capsys, tmp_path / "plan.yaml", "--budget", "1GiB", *common)
     assert made == [2] and len(plan["rungs"]) == 2
     first, last = plan["rungs"]
@@ -152,7 +162,7 @@ def test_a_plan_makes_each_model_once_and_it_serves_every_rung(tmp_path, capsys,
 def test_a_plan_of_sizes_alone_leaves_the_model_to_be_named(tmp_path, capsys):
     """Under a name that has a config and no weights nothing can be trained: the recipe is for whatever model has these sizes."""
     out = tmp_path / "plan.yaml"
-    assert main(["plan", "--out", str(out), "--budget", "1GiB", *map(str, OF_A_TYPE), "--sequence_length", "16"]) == 0
+    assert main(["plan", "--out", str(out), "--budget", "1GiB", *OF_A_TYPE, "--sequence_length", "16", *FEW_RUNGS]) == 0
     assert f"hf-memtune train {out} --model M --dataset D" in " ".join(capsys.readouterr().out.split())
     assert "model_name_or_path" not in yaml.safe_load(out.read_text())
     assert main(["train", str(out), "--dataset", str(rows_file(tmp_path))]) == 2
@@ -298,7 +308,7 @@ def test_an_estimate_ends_with_a_verdict(capsys):
 
 
 def test_held_out_rows_are_counted_since_training_measures_them(capsys):
-    one = [*OF_A_TYPE[:-1], 1, "--sequence_length", 64, "--sequence_chunk_size", 16, "--activation_checkpointing", "--lora_r", 2]
+    one = [*OF_A_TYPE[:-1], 1, "--sequence_length", 64, "--sequence_chunk_size", 32, "--activation_checkpointing", "--lora_r", 2]
     with_default, given = (estimated(capsys, *one, *more) for more in ([], ["--per_device_eval_batch_size", 8]))
     none = estimated(capsys, *one, "--eval_fraction", 0)
     assert with_default["conditions"]["evaluation_rows"] == 1 and given["conditions"]["evaluation_rows"] == 8
@@ -391,7 +401,7 @@ def short_of_the_longest(capsys, *settings: str) -> str:
     ],
 )
 def test_where_evaluation_needs_most_it_is_what_makes_rows_longer(flags, words, capsys):
-    settings = [*short_of(64), *LEAST, *flags]
+    settings = [*short_of(64), *LEAST[:1], "32", *LEAST[2:], *flags]
     assert main(["longest", *settings, "--budget", short_of_the_longest(capsys, *settings)]) == 0
     assert words in capsys.readouterr().out
 

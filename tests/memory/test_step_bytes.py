@@ -80,7 +80,7 @@ def test_the_trace_sees_what_plain_training_needs():
 def test_keys_and_values_are_most_of_what_grows_with_the_row():
     """From one row length to twice that, the peak grows by little more than stored keys and values (and the scores' inputs)."""
     config, tokens = SHAPES["Qwen2.5-0.5B"](), 1024
-    config.num_hidden_layers = 12
+    config.num_hidden_layers = 6
     seeking = TokenSeekingConfig(token_seeking=True, token_scorer="random", always_keep="none")
     short, long = (trace_causal_lm_step(config, length, checkpointing=True, strategy=seeking).peak_bytes for length in (tokens, 2 * tokens))
     stored = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 2 * tokens
