@@ -11,6 +11,8 @@ from hf_memtune.errors import first_line
 
 LONGEST = 256
 """Tokens of the row that is looked at: two parts, long enough that a model which picks blocks of keys has some to pick from."""
+NEAR = 4
+"""Tokens of a part that short convolutions would show the part before."""
 
 
 def problem_of_packed_rows(model: nn.Module, collate: Callable[[list[dict]], dict[str, Any]], max_length: int) -> str | None:
@@ -34,7 +36,7 @@ def problem_of_packed_rows(model: nn.Module, collate: Callable[[list[dict]], dic
         allow_4bit_repacking(repacking)
     before = before[: len(long)]
     changes = (after[len(short) :] - before).norm(dim=-1) / before.norm(dim=-1)
-    if changes.mean() <= _rounding(model):
+    if max(changes.mean(), changes[:NEAR].mean()) <= _rounding(model):  # a neighbour tells most at once, or, of blocks of keys, later on
         return None
     return f"in {name} the rows that are packed into one see one another, or are numbered on from one to the next"
 
@@ -76,6 +78,11 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _rounding(model: nn.Module) -> float:
-    """Of the norm of a position's logits, in the mean over positions: what the order of sums may change."""
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 1e-2
+    """Of the norm of a position's logits, in the mean over positions: what the order of sums may change.
+
+    On SmolLM2-135M (30 layers) that was 7e-7 in float32 and 0.009 in bfloat16, where rows that see one another change 0.38. By the coarsest
+    number that is computed in; float32 may be TensorFloat-32.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes |= {module.compute_dtype for module in model.modules() if isinstance(getattr(module, "compute_dtype", None), torch.dtype)}
+    return 3e-3 if dtypes <= {torch.float32, torch.float64} else 3e-2

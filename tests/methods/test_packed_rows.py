@@ -39,6 +39,11 @@ def test_it_is_told_by_whether_rows_predict_what_they_do_apart(name, dtype):
     assert distance(name) > NOTICED if name in TOGETHER else distance(name) <= tolerance(torch.float32)
 
 
+def test_short_convolutions_show_a_neighbour_to_the_next_tokens_alone():
+    """In the mean over a part that is as good as nothing."""
+    assert "see one another" in (problem_of_packed_rows(tiny("lfm2", "causal", torch.float32), collate, TOKENS) or "")
+
+
 def test_rows_that_are_numbered_on_are_told():
     """GPT-2 adds the position to each token: masks keep parts apart, positions that go on would not."""
     model = tiny("gpt2", "causal", torch.float32)
