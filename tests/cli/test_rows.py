@@ -99,6 +99,25 @@ def test_marks_in_a_prompt_carry_no_label(tmp_path):
     assert learned(prepared(tmp_path, [{"messages": [ASK, ANSWER, MORE, LAST]}] * 2, words), words) == "red green <eos> blue <eos>"
 
 
+def test_of_a_prompt_no_mark_carries_a_label_whatever_role_it_is_of(tmp_path):
+    """A template may mark calls of tools, too; of the same messages without a prompt they are learned."""
+    words, called = tokenizer(chat=True), {"role": "tool", "content": "three numbers"}
+    words.chat_template = MARKED.replace("m['role'] == 'assistant'", "m['role'] != 'user'")
+    row = {"prompt": [ASK, ANSWER, called, MORE], "completion": [LAST]}
+    assert learned(prepared(tmp_path, [row] * 2, words), words) == "blue <eos>"
+    whole = prepared(tmp_path, [{"messages": [*row["prompt"], LAST]}] * 2, words)
+    assert learned(whole, words) == "red green <eos> three numbers <eos> blue <eos>"
+
+
+def test_earlier_turns_of_a_marked_prompt_may_be_rewritten(tmp_path):
+    """Where the whole prompt is written as it is before the completion: nothing within it needs to be found."""
+    words = tokenizer(chat=True)
+    recent = "{{ m['content'] if loop.index0 >= loop.length - 3 else 'short' }} <eos>{% endg"
+    words.chat_template = MARKED.replace("{{ m['content'] }} <eos>{% endg", recent)
+    row = {"prompt": [ASK, ANSWER, MORE, LAST, ASK], "completion": [ANSWER]}
+    assert learned(prepared(tmp_path, [row] * 2, words), words) == "red green <eos>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_helps(tmp_path):
     words = tokenizer(chat=True)
     words.chat_template = FORGETFUL

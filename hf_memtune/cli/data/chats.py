@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 from hf_memtune.errors import ConfigError
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Spans = list[tuple[int, int]]
+"""From where to where in a text."""
+
 _ROLES = {  # in small letters
     "human": "user",
     "user": "user",
@@ -117,12 +120,11 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
             ]
         )
     try:
-        whole = _text(chat, tokenizer, len(chat.messages))
         if not assistant_only:
-            ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(_text(chat, tokenizer, len(chat.messages)), add_special_tokens=False)["input_ids"]
             return ids, [True] * len(ids)
         is_marked = bool(_MARKED.search(tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""))
-        spans = (_marked_spans if is_marked else _assistant_spans)(chat, tokenizer, whole, where)
+        whole, spans = (_marked if is_marked else _turn_by_turn)(chat, tokenizer, where)
     except ConfigError:
         raise
     except Exception as error:  # templates raise errors of their own: roles that do not alternate, a system role they lack
@@ -133,29 +135,38 @@ def chat_tokens(chat: Chat, tokenizer, assistant_only: bool, where: str) -> tupl
     return found["input_ids"], _in_spans(whole, spans, found["offset_mapping"], is_marked)
 
 
-def _marked_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
-    """Of what the template marks, without the messages that carry no label."""
+def _marked(chat: Chat, tokenizer, where: str) -> tuple[str, Spans]:
+    """The text, and what the template marks in it, without what carries no label."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options = {"tools": chat.tools, "chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
-    _, (spans,) = render_jinja_template([chat.messages], **options, **tokenizer.special_tokens_map)
-    for number, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or chat.learns(number):
-            continue
-        start = _end_of(chat, tokenizer, number, whole, where) if number else 0
-        stop = _end_of(chat, tokenizer, number + 1, whole, where, start)
+    (whole,), (spans,) = render_jinja_template([chat.messages], **options, **tokenizer.special_tokens_map)
+    for start, stop in _left_out(chat, tokenizer, whole, where):
         spans = [part for span in spans for part in ((span[0], min(span[1], start)), (max(span[0], stop), span[1])) if part[0] < part[1]]
+    return whole, spans
+
+
+def _left_out(chat: Chat, tokenizer, whole: str, where: str) -> Spans:
+    """The prompt, whose marks may be of any role, and the messages of the assistant after it that carry no label."""
+    unlearned = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant" and not chat.learns(number)]
+    spans = []
+    if unlearned and unlearned[0] < chat.learned_from:
+        spans.append((0, _end_of(chat, tokenizer, chat.learned_from, whole, where)))
+    for number in unlearned:
+        if number >= chat.learned_from:
+            start = _end_of(chat, tokenizer, number, whole, where) if number else 0
+            spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
     return spans
 
 
-def _in_spans(whole: str, spans: list[tuple[int, int]], offsets: list[tuple[int, int]], in_part: bool) -> list[bool]:
+def _in_spans(whole: str, spans: Spans, offsets: list[tuple[int, int]], in_part: bool) -> list[bool]:
     """Whether each token, from where to where in the text it is, begins within one of the spans, or (in_part, as transformers has it of what is
     marked) goes into one."""
     inside = [False] * (len(whole) + 1)  # one more: a token without text may stand at the end
     for start, stop in spans:
         inside[start:stop] = [True] * (stop - start)
     begins = [_begin(whole, *each) for each in offsets]
-    return [any(inside[begin : max(stop, begin + 1)] if in_part else [inside[begin]]) for begin, (_, stop) in zip(begins, offsets)]
+    return [any(inside[begin : max(stop if in_part else 0, begin + 1)]) for begin, (_, stop) in zip(begins, offsets)]
 
 
 def _begin(whole: str, start: int, stop: int) -> int:
@@ -164,7 +175,7 @@ def _begin(whole: str, start: int, stop: int) -> int:
     return start + (len(text) - len(text.lstrip()) if text.strip() else 0)
 
 
-def _in_pieces(whole: str, spans: list[tuple[int, int]], tokenizer) -> tuple[list[int], list[bool]]:
+def _in_pieces(whole: str, spans: Spans, tokenizer) -> tuple[list[int], list[bool]]:
     """The text cut where labels begin and end, each piece tokenised by itself. Some tokenizers put a space before each, that the whole lacks."""
     ids: list[int] = []
     learned: list[bool] = []
@@ -178,8 +189,9 @@ def _in_pieces(whole: str, spans: list[tuple[int, int]], tokenizer) -> tuple[lis
     return ids, learned
 
 
-def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tuple[int, int]]:
-    spans = []
+def _turn_by_turn(chat: Chat, tokenizer, where: str) -> tuple[str, Spans]:
+    """The text, and what each turn of the assistant that is learned adds to it."""
+    whole, spans = _text(chat, tokenizer, len(chat.messages)), []
     for number in range(len(chat.messages)):
         if not chat.learns(number):
             continue
@@ -188,7 +200,7 @@ def _assistant_spans(chat: Chat, tokenizer, whole: str, where: str) -> list[tupl
         prompt = _text(chat, tokenizer, number, add_generation_prompt=True) if number else _opening(chat, tokenizer, until)
         start = len(commonprefix([prompt, until]))
         spans.append((start, _end_of(chat, tokenizer, number + 1, whole, where, start)))
-    return spans
+    return whole, spans
 
 
 def _opening(chat: Chat, tokenizer, first: str) -> str:
