@@ -100,11 +100,10 @@ def ends_of(tokenizer, known: int | list[int] | None, plain: bool = False) -> li
 
 def _tokens(prompt: str, plain: bool, tokenizer) -> list[int]:
     """As in training: what stands before the first labelled token of a row with this instruction."""
-    from hf_memtune.cli.data import IGNORED, ending_of, instruction_row
+    from hf_memtune.cli.data import IGNORED, instruction_row, opened
 
     if plain:
-        ids = tokenizer(prompt)["input_ids"]
-        return ids[: len(ids) - len(ending_of(tokenizer))]  # the text goes on
+        return opened(prompt, tokenizer)[0]
     # any answer: it is left out; but one may be a token together with the end of the prompt, and has no label then
     settings = DataSource(max_length=2**31)
     rows = [instruction_row({"instruction": prompt, "output": answer}, settings, tokenizer) for answer in "A.1"]

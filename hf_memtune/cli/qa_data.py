@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_memtune.cli.arguments import DataSource
-from hf_memtune.cli.data import BUILDERS, IGNORED, ending_of, load_rows, mapped
+from hf_memtune.cli.data import BUILDERS, IGNORED, load_rows, mapped, opened
 from hf_memtune.cli.qa_arguments import QaArguments
 from hf_memtune.cli.qa_tasks import TASKS
 from hf_memtune.errors import ConfigError
@@ -128,9 +128,8 @@ def row_of(doc: dict, number: int, name: str, task, tokenizer, max_length: int) 
 
 def answered(prompt: str, answer: str, tokenizer, max_length: int) -> dict:
     """Tokens of both, split as lm-eval splits what it scores: what the tokenizer makes of the whole, after what it makes of the prompt."""
-    ending = len(ending_of(tokenizer))  # of every text; lm-eval splits as if there were none
-    whole, before = (tokenizer(text)["input_ids"] for text in (prompt + answer, prompt.rstrip()))  # spaces at its end belong to the answer
-    whole, start = whole[: len(whole) - ending], len(before) - ending
+    whole, before = (opened(text, tokenizer)[0] for text in (prompt + answer, prompt.rstrip()))  # spaces at its end belong to the answer
+    start = len(before)
     labels = [IGNORED] * start + whole[start:] if answer.strip() else [IGNORED] * len(whole)
     whole, labels = whole[-max_length:], labels[-max_length:]
     return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}

@@ -61,9 +61,7 @@ def text_row(row: dict, data: DataSource, tokenizer, where: str = "") -> dict:
     text = as_text(row[text_column(data)])
     if not text.strip():
         return dropped_row(EMPTY)
-    ids = tokenizer(text)["input_ids"]
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
+    ids = _ended(tokenizer(text)["input_ids"], tokenizer)
     return _cut(ids, [True] * len(ids), data.max_length)
 
 
@@ -135,12 +133,21 @@ def _chat(chat: Chat, data: DataSource, tokenizer, where: str) -> dict:
 
 
 def _prompted(prompt: str, answer: str, data: DataSource, tokenizer) -> dict:
-    ending = ending_of(tokenizer)
-    before = tokenizer(prompt)["input_ids"]
-    before = before[: len(before) - len(ending)]  # the answer is still to come
-    rest = tokenizer(answer, add_special_tokens=False)["input_ids"] + ending
-    rest += [] if tokenizer.eos_token_id is None or rest[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+    before, ending = opened(prompt, tokenizer)
+    rest = _ended(tokenizer(answer, add_special_tokens=False)["input_ids"] + ending, tokenizer)
     return _cut(before + rest, [not data.assistant_only_loss] * len(before) + [True] * len(rest), data.max_length)
+
+
+def _ended(ids: list[int], tokenizer) -> list[int]:
+    """With the end token, of a tokenizer that has one."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def opened(text: str, tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of a text that goes on, and those with which the tokenizer would have ended it."""
+    ids, ending = tokenizer(text)["input_ids"], ending_of(tokenizer)
+    return ids[: len(ids) - len(ending)], ending
 
 
 def ending_of(tokenizer) -> list[int]:
