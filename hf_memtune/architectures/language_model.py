@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, is_fake
 from hf_memtune.architectures.describe import takes_shifted_labels
+from hf_memtune.architectures.trials import changes_of, has_values, trying
 
 
 def problem_of_language_model(model: nn.Module, loading: dict[str, Any]) -> str | None:
@@ -32,18 +32,14 @@ def looks_ahead(model: nn.Module) -> bool:
 
     False for what cannot be run here, such as kernels of another device, or weights without values.
     """
-    if any(parameter.is_meta or is_fake(parameter) for parameter in model.parameters()):
+    if not has_values(model):
         return False
-    repacking = forbid_4bit_repacking(model)
     try:
-        with torch.no_grad():
+        with trying(model):
             before, after = (_earlier_logits(model, last) for last in (2, 3))
     except Exception:  # of many kinds, one for each way of not running; training says why
         return False
-    finally:
-        allow_4bit_repacking(repacking)
-    changes = (before - after).norm(dim=-1) / before.norm(dim=-1)
-    return bool((changes > _rounding(model)).all())  # one alone may be another expert, which rounding chose
+    return bool((changes_of(after, before) > _rounding(model)).all())  # one alone may be another expert, which rounding chose
 
 
 def _rounding(model: nn.Module) -> float:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_memtune._compat import allow_4bit_repacking, forbid_4bit_repacking, is_fake
+from hf_memtune.architectures.stacks import unwrapped
+from hf_memtune.architectures.trials import changes_of, computing_dtypes, has_values, trying
 from hf_memtune.errors import first_line
 
 LONGEST = 256
@@ -22,20 +23,16 @@ def problem_of_packed_rows(model: nn.Module, collate: Callable[[list[dict]], dic
     shape, so that the same kernels compute them. Sets the model to evaluation mode. collate: as in training, from rows of `input_ids`,
     `labels` and `seq_lengths`, the lengths of the parts of each. max_length: tokens of a row at most.
     """
-    if any(parameter.is_meta or is_fake(parameter) for parameter in model.parameters()):
+    if not has_values(model):
         return None
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__  # type: ignore[operator]
+    name = type(unwrapped(model)).__name__
     short, long = _parts(model, max(8, min(LONGEST, max_length)))
-    repacking = forbid_4bit_repacking(model.eval())
     try:
-        with torch.no_grad():
+        with trying(model.eval()):
             after, before = (_logits(model, collate, parts) for parts in ([short, long], [long, short]))
     except Exception as error:  # of many kinds, one for each way of not running
         return f"{name} runs no packed rows: {first_line(error)}" if _runs(model, long) else None
-    finally:
-        allow_4bit_repacking(repacking)
-    before = before[: len(long)]
-    changes = (after[len(short) :] - before).norm(dim=-1) / before.norm(dim=-1)
+    changes = changes_of(after[len(short) :], before[: len(long)])
     if max(changes.mean(), changes[:NEAR].mean()) <= _rounding(model):  # a neighbour tells most at once, or, of blocks of keys, later on
         return None
     return f"in {name} the rows that are packed into one see one another, or are numbered on from one to the next"
@@ -61,14 +58,11 @@ def _logits(model: nn.Module, collate: Callable[[list[dict]], dict[str, Any]], p
 
 def _runs(model: nn.Module, row: list[int]) -> bool:
     """Whether it runs a row that is not packed."""
-    repacking = forbid_4bit_repacking(model)
     try:
-        with torch.no_grad():
+        with trying(model):
             model(input_ids=torch.tensor([row], device=_device(model)), use_cache=False)
     except Exception:  # as above; training says why
         return False
-    finally:
-        allow_4bit_repacking(repacking)
     return True
 
 
@@ -80,9 +74,7 @@ def _device(model: nn.Module) -> torch.device:
 def _rounding(model: nn.Module) -> float:
     """Of the norm of a position's logits, in the mean over positions: what the order of sums may change.
 
-    On SmolLM2-135M (30 layers) that was 7e-7 in float32 and 0.009 in bfloat16, where rows that see one another change 0.38. By the coarsest
-    number that is computed in; float32 may be TensorFloat-32.
+    With the 256 tokens of SmolLM2-135M (30 layers, a CPU) that was 7e-7 in float32 and 0.009 in bfloat16, where rows that see one another change
+    0.38. By the coarsest number that is computed in; float32 may be TensorFloat-32.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    dtypes |= {module.compute_dtype for module in model.modules() if isinstance(getattr(module, "compute_dtype", None), torch.dtype)}
-    return 3e-3 if dtypes <= {torch.float32, torch.float64} else 3e-2
+    return 3e-3 if computing_dtypes(model) <= {torch.float32, torch.float64} else 3e-2

@@ -66,6 +66,7 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
     `check=False` skips comparisons of values, which traced tensors do not have. scores_last_block: whether the last block must be able to
     run alone; None: nobody will ask. streams: whether chunks of rows will go backward; else chosen tokens will.
     """
+    _require_no_counting(router.architecture)
     try:
         return _verified(router, check, scores_last_block, streams)
     except MemTuneError:
@@ -79,7 +80,6 @@ def verify(router: Router, check: bool = True, scores_last_block: bool | None = 
 def _verified(router: Router, check: bool, scores_last_block: bool | None, streams: bool) -> Facts:
     architecture = router.architecture
     base = architecture.base
-    _require_no_counting(architecture)
     with torch.no_grad(), evaluating(architecture.head_model):
         call = BodyCall(architecture, base.forward, (), probe_batch(architecture))
         store, records = KeyValueStore(), Records({})

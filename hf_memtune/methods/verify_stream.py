@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memtune.architectures import is_sharded, tables
+from hf_memtune.architectures.trials import computing_dtypes
 from hf_memtune.core.graph import leaf_of, nodes_behind
 from hf_memtune.core.replay import replayed
 from hf_memtune.errors import MemTuneError, UnsupportedModelError
@@ -160,11 +161,8 @@ def _compare_forward(router: Router, call: BodyCall) -> None:
 
 
 def _allowed(router: Router, like: Tensor) -> float:
-    """By the coarsest of the numbers that the body computes in: those of 4-bit layers are not those of its parameters."""
-    modules = list(router.architecture.base.modules())
-    computed = [dtype for module in modules if isinstance(dtype := getattr(module, "compute_dtype", None), torch.dtype)]
-    stored = [p.dtype for p in router.architecture.base.parameters() if p.is_floating_point()]
-    return max(TOLERANCE.get(dtype, 0.0) for dtype in (like.dtype, *computed, *stored))
+    """By the coarsest of the numbers that the body computes in."""
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in {like.dtype, *computing_dtypes(router.architecture.base)})
 
 
 def _all_by_hand(router: Router, call: BodyCall):
