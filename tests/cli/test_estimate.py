@@ -22,15 +22,8 @@ SIZES = "vocab_size=64,hidden_size=64,intermediate_size=64,num_hidden_layers=2,n
 OF_A_TYPE = ["--model", "llama", "--config_overrides", SIZES, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2"]
 
 
-FEW_RUNGS = [
-    "--lora_r",
-    "2",
-    "--load_in_4bit",
-    "--activation_checkpointing",
-    "--token_seeking",
-    "--optim",
-    "sgd",
-]  # of a plan: each is traced
+# of a plan, which traces every rung
+FEW_RUNGS = "--lora_r 2 --load_in_4bit --activation_checkpointing --token_seeking --optim sgd".split()
 
 
 def estimated(capsys, *arguments) -> dict:
@@ -401,7 +394,7 @@ def short_of_the_longest(capsys, *settings: str) -> str:
     ],
 )
 def test_where_evaluation_needs_most_it_is_what_makes_rows_longer(flags, words, capsys):
-    settings = [*short_of(64), *LEAST[:1], "32", *LEAST[2:], *flags]
+    settings = [*short_of(64), "--sequence_chunk_size", "32", *LEAST[2:], *flags]
     assert main(["longest", *settings, "--budget", short_of_the_longest(capsys, *settings)]) == 0
     assert words in capsys.readouterr().out
 

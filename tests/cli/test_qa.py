@@ -136,9 +136,8 @@ def test_an_answer_begins_with_its_space(model):
     assert labelled(answered("Why?", " scarlet", words, 4)) == "rlet"
     plain = answered("Why?", " red", words, 64)
     words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <pad>", special_tokens=[("<pad>", 0)])
-    assert (
-        words("Why?")["input_ids"][-1] == 0 and answered("Why?", " red", words, 64) == plain
-    )  # the end of a text is no part of the answer
+    # the end of a text is no part of the answer
+    assert words("Why?")["input_ids"][-1] == 0 and answered("Why?", " red", words, 64) == plain
 
 
 def test_files_are_read_as_they_are_written(tmp_path):

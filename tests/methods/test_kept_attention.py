@@ -36,9 +36,8 @@ NAMES = [*CAUSAL, "deepseek-v3", "bart"]
 # -- exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "side, chunk, order", [("right", 1, "chunks"), ("left", 4, "chunks"), ("left", 4, "layers"), ("right", 5, "layers")]
-)
+@ORDERS
+@pytest.mark.parametrize("side, chunk", [("right", 1), ("left", 4), ("right", 5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gradient_equals_plain_backpropagation(name, side, chunk, order):
     model, batch, dtype = model_and_batch(name, side, lengths=LENGTHS)

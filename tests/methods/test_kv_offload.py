@@ -76,8 +76,9 @@ def test_gradients_are_those_without(name, checkpointing, dtype):
     assert_same_as_without(*made(name, checkpointing=checkpointing, dtype=dtype))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", STRATEGIES)
-@pytest.mark.parametrize("side, checkpointing", [("left", None), ("right", False)])
+@pytest.mark.parametrize("checkpointing", [None, False])
 @pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gpt2"])
 def test_so_they_are_with_lora_padding_and_seeking(name, checkpointing, kind, side):
     assert_same_as_without(*made(name, side, checkpointing, lora=True), kind)

@@ -14,6 +14,8 @@ SAMPLE = {
     "causal": [
         "llama",
         "qwen3_next",
+        "falcon_h1",
+        "zamba2",
         "bloom",
         "deepseek_v32",
         "qwen4_exp_text",

@@ -68,21 +68,9 @@ def is_tied(entry: dict) -> bool:
     return abs(entry.get("rewards/margins", 1.0)) < ROUNDING
 
 
-# The mixin is above a trainer's class and above its arguments': by a case of each kind of loss, and those that the trainer's loop is about.
-BY_MIXIN = {
-    "sft",
-    "dpo",
-    "kto",
-    "reward",
-    "online-dpo",
-    "gkd",
-    "sft-packing",
-    "sft-evaluation",
-    "sft-accumulation",
-    "sft-saving",
-    "dpo-lora",
-    "grpo-iterations",
-}
+# The mixin is above a trainer's class and above its arguments': by one case of each class, and those that the trainer's loop is about.
+BY_MIXIN = {case.trainer: name for name, case in reversed(CASES.items())}.values()
+BY_MIXIN = {*BY_MIXIN, "sft-packing", "sft-evaluation", "sft-accumulation", "sft-saving", "dpo-lora", "grpo-iterations"}
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for name in CASES for how in OURS if how == "callback" or name in BY_MIXIN])
