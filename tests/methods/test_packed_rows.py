@@ -9,6 +9,7 @@ from tests.support.tolerances import NOTICED, tolerance
 
 TOKENS = 64
 APART = ["llama", "mixtral", "gemma3_text", "gptj", "gpt2", "deepseek_v3"]
+ROUTED = ["mixtral", "deepseek_v3"]  # in bfloat16 rounding, which differs between processors, may choose another expert
 TOGETHER = ["opt", "bloom", "gpt_oss", "mpt", "mamba2", "deepseek_v4", "minimax_m3_vl_text"]  # the last two pick blocks of keys
 
 
@@ -31,8 +32,15 @@ def distance(name):
     return (packed - apart).norm() / apart.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", [*APART, *TOGETHER])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        (name, dtype)
+        for name in [*APART, *TOGETHER]
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        if not (name in ROUTED and dtype is torch.bfloat16)
+    ],
+)
 def test_it_is_told_by_whether_rows_predict_what_they_do_apart(name, dtype):
     wrong = problem_of_packed_rows(tiny(name, "causal", dtype), collate, TOKENS)
     assert ("see one another" in (wrong or "")) == (name in TOGETHER)
